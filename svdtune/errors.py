@@ -1,0 +1,5 @@
+"""The one base class of the errors a user can cause, so that the command line can print them without a traceback."""
+
+
+class SvdtuneError(ValueError):
+    """Something the user gave cannot be used. The message says what was given, what was expected and what to do."""
