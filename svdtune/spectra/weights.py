@@ -1,0 +1,49 @@
+"""The matrix [out, in] behind a layer, whichever kind of layer stores it."""
+
+from contextlib import nullcontext
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from svdtune.errors import SvdtuneError
+
+
+def base_weight(module: nn.Module) -> Tensor:
+    """The weight of a layer as a matrix [out, in], in its stored dtype, or dequantized.
+
+    Linear as it is, transformers' Conv1D transposed, Conv2d flattened to [out, in·kh·kw], 8-bit and 4-bit layers
+    dequantized by PEFT. Weights that Accelerate offloaded are read from where they wait; ZeRO-3 and tensor-parallel
+    shards are gathered.
+
+    Raises:
+        SvdtuneError: the layer has no such weight, or its values are not in memory.
+    """
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if getattr(module, "weight", None) is None and not hasattr(module, "W_q"):
+        raise SvdtuneError(f"{type(module).__name__} has no weight to decompose; leave it out of target_modules")
+    with _in_memory(module), torch.no_grad():
+        with gather_params_ctx([module.weight] if isinstance(getattr(module, "weight", None), nn.Parameter) else []):
+            weight = dequantize_module_weight(module).detach()
+            if hasattr(weight, "full_tensor"):
+                weight = weight.full_tensor()
+            if weight.is_meta:
+                raise SvdtuneError(
+                    f"the weight of {type(module).__name__} is on the meta device and has no values; "
+                    "load the model's weights before adding an adapter that decomposes them"
+                )
+            if isinstance(module, Conv1D):
+                return weight.T.clone()
+            return weight.flatten(1).clone() if weight.ndim > 2 else weight
+
+
+def _in_memory(module: nn.Module):
+    """A context in which Accelerate's offloaded parameters of `module` hold their values."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
