@@ -1,0 +1,142 @@
+"""Load a base model and its tokenizer from a hub name, a local folder, a GGUF file, or the embedded default."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from svdtune.errors import SvdtuneError
+from svdtune.models.end_token import set_end_token
+from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
+
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base model in evaluation mode, its tokenizer (which always has a padding token), and the name asked for."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+
+def load(
+    model: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    end_token: str | None = None,
+    **model_kwargs: Any,
+) -> LoadedModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model: a hub name, a local folder, a `.gguf` file (dequantized), or `smollm2-135m`, the embedded default.
+        dtype: a torch dtype or its name; "auto" is the dtype the weights are stored in.
+        device: where to put the model; None leaves it where Transformers did (the CPU without a `device_map`).
+        attn_implementation: passed to Transformers ("sdpa", "eager", "flash_attention_2", ...).
+        revision: the hub revision of both.
+        trust_remote_code: allow code from the model's repository to run.
+        end_token: make this the end token of tokenizer and configs (see `svdtune.models.set_end_token`).
+        **model_kwargs: further arguments for `AutoModelForCausalLM.from_pretrained`, such as `quantization_config`.
+
+    Raises:
+        SvdtuneError: if there is no such model, the folder has no weights, or the dtype is unknown.
+    """
+    name, path = str(model), locate(model)
+    dtype = _dtype(dtype)
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        loaded, tokenizer = read_gguf(path)
+        loaded = loaded if dtype == "auto" else loaded.to(dtype)
+    else:
+        tokenizer = load_tokenizer(path, **shared)
+        if attn_implementation is not None:
+            model_kwargs["attn_implementation"] = attn_implementation
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **shared, **model_kwargs)
+        except (OSError, ValueError, ImportError) as error:
+            raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if device is not None:
+        loaded = loaded.to(device)
+    if end_token is not None:
+        set_end_token(loaded, tokenizer, end_token)
+    _give_padding(tokenizer)
+    return LoadedModel(loaded.eval(), tokenizer, name)
+
+
+def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Load a tokenizer alone; it always has a padding token (the end token where it brought none of its own).
+
+    Raises:
+        SvdtuneError: if there is none.
+    """
+    path = locate(model)
+    if isinstance(path, Path) and path.suffix == ".gguf":
+        return read_gguf(path)[1]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise SvdtuneError(f"the tokenizer of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+    _give_padding(tokenizer)
+    return tokenizer
+
+
+def locate(model: str | Path) -> str | Path:
+    """Return a checked local path, or a hub name as it is; the embedded default is fetched if it has to be.
+
+    Raises:
+        SvdtuneError: if a path does not exist, or a folder is an adapter or has no config or weights.
+    """
+    if str(model) == SMOLLM2:
+        return fetch_smollm2()
+    path = Path(model).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    name = str(model)
+    if isinstance(model, Path) or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise SvdtuneError(f"there is no model at {path}: expected a Transformers folder or a .gguf file")
+    return name
+
+
+def _check_folder(path: Path) -> None:
+    found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
+    adapter = path / "adapter_config.json"
+    if not (path / "config.json").is_file():
+        if adapter.is_file():
+            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+            raise SvdtuneError(f"{path} is an adapter, not a model; its base model is {base!r}")
+        raise SvdtuneError(f"the model folder {path} has no config.json; it holds {found}")
+    if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
+        raise SvdtuneError(
+            f"the model folder {path} has no weights: expected model.safetensors or pytorch_model.bin, found {found}"
+        )
+
+
+def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise SvdtuneError(f"dtype {dtype!r} is none: expected auto, float32, bfloat16 or float16")
+    return found
+
+
+def _give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Padding is masked by position, never by token id, so that the end token can serve as padding."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
