@@ -1,0 +1,126 @@
+"""Greedy batched generation: prompts of similar length together, padded on the left, stopped at the end tokens."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from svdtune.errors import SvdtuneError
+
+
+class Completion(NamedTuple):
+    """New token ids without the end token, and whether an end token came before the length limit."""
+
+    tokens: list[int]
+    ended: bool
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: those of the model's generation config and the tokenizer's own.
+
+    Raises:
+        SvdtuneError: If neither names one: generation would then only ever stop at its length limit.
+    """
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    if not ends:
+        raise SvdtuneError(
+            "neither the tokenizer nor the model's generation config names an end token, so nothing would stop "
+            "generation; set tokenizer.eos_token and model.generation_config.eos_token_id to the same token"
+        )
+    return ends
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Positions the model was built for, None where its config does not say."""
+    config = model.config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def plan_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Group indices of `prompts` by length, the longest first.
+
+    Similar lengths waste little padding, and starting with the longest makes a lack of memory show at once. The plan
+    depends on nothing but the prompts and `batch_size`, so an interrupted evaluation continues with the same batches.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_prompts(
+    prompts: Sequence[Sequence[int]], names: Sequence[str], max_new_tokens: int, context: int | None
+) -> None:
+    """Refuse prompts that are empty, or leave no room for `max_new_tokens` more within `context` positions.
+
+    Raises:
+        SvdtuneError: With the first such item, and the numbers.
+    """
+    for name, prompt in zip(names, prompts, strict=True):
+        if not prompt:
+            raise SvdtuneError(f"item {name}: the prompt is empty")
+        if context is not None and len(prompt) + max_new_tokens > context:
+            raise SvdtuneError(
+                f"item {name}: its prompt has {len(prompt)} tokens, and {max_new_tokens} more do not fit in the model's "
+                f"{context} positions; lower max_new_tokens, or drop the item"
+            )
+
+
+@contextmanager
+def greedy_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Make `config` the model's only generation settings for a while.
+
+    `generate` fills whatever a given config leaves open from the model's own, so a checkpoint that asks for a
+    repetition penalty would get one, and the result would not be greedy.
+    """
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    kept = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = config
+    try:
+        yield
+    finally:
+        for owner, own in zip(owners, kept, strict=True):
+            owner.generation_config = own
+
+
+@torch.inference_mode()
+def greedy_batch(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Sequence[int], pad: int
+) -> list[Completion]:
+    """Continue each prompt with the likeliest token, until an end token or `max_new_tokens`.
+
+    Args:
+        model: A causal language model, in evaluation mode.
+        prompts: Token ids, one list of any length ≥ 1 a prompt.
+        max_new_tokens: Limit of new tokens for each.
+        ends: Token ids that end a completion.
+        pad: Token id to pad with; masked out, so any valid id does.
+
+    Returns:
+        One completion a prompt, in the given order.
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    config = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad
+    )
+    device = model.get_input_embeddings().weight.device
+    with greedy_config(model, config):
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, use_cache=True
+        )
+    return [_until_end(row, set(ends)) for row in output[:, width:].tolist()]
+
+
+def _until_end(tokens: list[int], ends: set[int]) -> Completion:
+    for position, token in enumerate(tokens):
+        if token in ends:
+            return Completion(tokens[:position], ended=True)
+    return Completion(tokens, ended=False)

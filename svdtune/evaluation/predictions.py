@@ -1,0 +1,132 @@
+"""The predictions file: one JSON line an item, written so that an interruption loses nothing and a rerun goes on."""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from svdtune.errors import SvdtuneError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One graded item, as it stands in `predictions.jsonl`.
+
+    Attributes:
+        index: Position of the item in its data, from 0.
+        id: The item's own name where the data has one, its index where not.
+        prompt: The text the model was given.
+        completion: The text it answered, special tokens left out.
+        reference: The text to grade against.
+        extracted: The answer read out of the completion, None where it holds none.
+        correct: Whether that answer is right.
+        tokens: Number of new tokens, the end token not counted.
+        ended: Whether the model ended by itself; False where it was cut at the length limit.
+    """
+
+    index: int
+    id: str
+    prompt: str
+    completion: str
+    reference: str
+    extracted: str | None
+    correct: bool
+    tokens: int
+    ended: bool
+
+
+class PredictionStore:
+    """A folder with `settings.json`, `predictions.jsonl` and, once complete, `result.json`.
+
+    Args:
+        folder: Created where missing.
+        settings: What the predictions depend on. A folder that holds predictions made with others is refused, so that
+            two models' answers never mix.
+        restart: Drop what the folder holds instead of continuing.
+
+    Raises:
+        SvdtuneError: If the folder holds predictions of other settings, a damaged file, or files of another origin.
+        OSError: If the folder cannot be read or written.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], restart: bool = False) -> None:
+        self.folder = folder
+        self._predictions, self._settings = folder / "predictions.jsonl", folder / "settings.json"
+        self._result = folder / "result.json"
+        if folder.exists() and not folder.is_dir():
+            raise SvdtuneError(f"{folder} is a file; predictions need a folder of their own: name another output")
+        folder.mkdir(parents=True, exist_ok=True)
+        if restart:
+            for path in (self._result, self._predictions, self._settings):
+                path.unlink(missing_ok=True)
+        self._check_settings(settings)
+        self.done = self._read()
+
+    def append(self, predictions: Iterable[Prediction]) -> None:
+        """Add lines, and return only when the operating system says that they are on the disk."""
+        predictions = list(predictions)
+        with self._predictions.open("a", encoding="utf-8") as file:
+            file.writelines(_line(prediction) for prediction in predictions)
+            file.flush()
+            os.fsync(file.fileno())
+        self.done.update((prediction.index, prediction) for prediction in predictions)
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Put the lines into the data's order and write `result.json`; each file is replaced whole or not at all."""
+        _replace(self._predictions, "".join(_line(self.done[index]) for index in sorted(self.done)))
+        _replace(self._result, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        if not self._settings.exists():
+            if self._predictions.exists():
+                raise SvdtuneError(
+                    f"{self._predictions} exists but {self._settings.name} beside it does not; {_WAY_OUT}"
+                )
+            _replace(self._settings, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            return
+        try:
+            found = json.loads(self._settings.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SvdtuneError(f"{self._settings} cannot be read ({error}); {_WAY_OUT}") from error
+        # Through JSON and back: tuples are lists there.
+        wanted = json.loads(json.dumps(settings))
+        changed = [key for key in wanted | found if wanted.get(key) != found.get(key)]
+        if changed:
+            differences = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
+            raise SvdtuneError(f"{self.folder} holds predictions made with other settings ({differences}); {_WAY_OUT}")
+
+    def _read(self) -> dict[int, Prediction]:
+        """Read what an earlier run wrote; the half line that a power cut can leave at the end is cut off."""
+        if not self._predictions.exists():
+            return {}
+        text = self._predictions.read_bytes()
+        whole = text[: text.rfind(b"\n") + 1]
+        if len(whole) < len(text):
+            os.truncate(self._predictions, len(whole))
+        done = {}
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                prediction = Prediction(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise SvdtuneError(f"{self._predictions}, line {number} is damaged ({error}); {_WAY_OUT}") from error
+            done[prediction.index] = prediction
+        return done
+
+
+_WAY_OUT = "name another output folder, or start over with --restart"
+
+
+def _line(prediction: Prediction) -> str:
+    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a part."""
+    fresh = path.with_name(path.name + ".new")
+    with fresh.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

@@ -1,0 +1,12 @@
+"""Plain exact match: the whole completion must equal the whole reference, but for white space at its ends."""
+
+from svdtune.evaluation.tasks.task import Grade, Task
+
+
+def grade_exact(completion: str, reference: str) -> Grade:
+    """Compare both texts, stripped of white space at the ends; case and punctuation count."""
+    answer = completion.strip()
+    return Grade(extracted=answer, correct=answer == reference.strip())
+
+
+EXACT = Task("exact", "the completion equals the reference, white space at the ends aside", grade_exact)

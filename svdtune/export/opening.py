@@ -1,0 +1,139 @@
+"""Open what a command is given: a training run, an adapter folder, or a plain model with or without an adapter."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from svdtune.errors import SvdtuneError
+from svdtune.models import LoadedModel, load
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model, and the adapter to put on it.
+
+    Attributes:
+        base: What `svdtune.models.load` takes: hub name, folder, or the embedded default's name.
+        adapter: Folder of a saved PEFT adapter, None for the base alone.
+        run: Folder of the training run both come from, None where they were named directly.
+    """
+
+    base: str
+    adapter: Path | None = None
+    run: Path | None = None
+
+
+def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
+    """Work out what `given` is, reading small files only.
+
+    Args:
+        given: A run folder (`recipe.yaml`, `adapter/`), an adapter folder, a model folder, or a hub name.
+        adapter: An adapter folder to put on `given`, which then must be a model.
+
+    Raises:
+        SvdtuneError: If a path does not exist, a run has no finished adapter, or two adapters are named.
+    """
+    folder = Path(given).expanduser()
+    if adapter is not None:
+        adapter = Path(adapter).expanduser()
+        _read_config(adapter)
+        if folder.is_dir() and _adapter_in(folder) is not None:
+            raise SvdtuneError(f"{given} brings its own adapter; with --adapter, name the base model instead")
+        return Source(str(given), adapter)
+    if folder.is_dir() and (own := _adapter_in(folder)) is not None:
+        base = _read_config(own).get("base_model_name_or_path")
+        if not base:
+            raise SvdtuneError(f"{own / _ADAPTER_CONFIG} does not say what its base model is; use BASE --adapter {own}")
+        return Source(base, own, folder if own != folder else None)
+    return Source(str(given))
+
+
+def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
+    """Load the base model with its tokenizer, and put the adapter on it, ready for inference.
+
+    Args:
+        source: What to open.
+        **load_kwargs: Passed to `svdtune.models.load` (dtype, device, ...).
+
+    Raises:
+        SvdtuneError: If a part is missing or the adapter was made for another model.
+    """
+    loaded = load(source.base, **load_kwargs)
+    if source.adapter is None:
+        return loaded
+    model = attach_adapter(loaded.model, source.adapter)
+    return LoadedModel(model, loaded.tokenizer, str(source.run or source.adapter))
+
+
+def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
+    """Load an adapter onto its base model and make sure that every one of its weights found its place.
+
+    PEFT only warns about weights that are missing and is silent about weights left over, so an adapter of a model with
+    more or fewer layers would half load.
+
+    Raises:
+        SvdtuneError: If the files are missing or damaged, or the adapter does not fit this model.
+    """
+    stored = _stored_keys(adapter)
+    device = next(model.parameters()).device
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(device))
+    except SvdtuneError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SvdtuneError(f"the adapter {adapter} does not fit this model: {_shortened(error)}") from error
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    lacking, left_over = sorted(expected - stored), sorted(stored - expected - set(adapted.state_dict()))
+    if lacking or left_over:
+        first = f"the file lacks {lacking[0]}" if lacking else f"the model has no place for {left_over[0]}"
+        raise SvdtuneError(
+            f"the adapter {adapter} does not fit this model: {len(lacking) + len(left_over)} weights do not match "
+            f"({first}); it was made for another model"
+        )
+    return adapted.eval()
+
+
+def _adapter_in(folder: Path) -> Path | None:
+    """The adapter folder that `folder` is or, as a run, contains; None where it is neither."""
+    if (folder / _ADAPTER_CONFIG).is_file():
+        return folder
+    if (folder / "recipe.yaml").is_file():
+        if not (folder / "adapter" / _ADAPTER_CONFIG).is_file():
+            raise SvdtuneError(f"the run {folder} holds no finished adapter; finish it with `svdtune train --resume`")
+        return folder / "adapter"
+    return None
+
+
+def _read_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / _ADAPTER_CONFIG
+    if not path.is_file():
+        found = "that folder does not exist" if not adapter.is_dir() else f"it has no {_ADAPTER_CONFIG}"
+        raise SvdtuneError(f"{adapter} is not an adapter folder: {found}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise SvdtuneError(f"{path} is damaged: {error}") from error
+
+
+def _stored_keys(adapter: Path) -> set[str]:
+    path = adapter / _ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise SvdtuneError(f"the adapter {adapter} has no {_ADAPTER_WEIGHTS}; save it again with save_pretrained")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise SvdtuneError(f"{path} is damaged: {error}") from error
+
+
+def _shortened(error: BaseException) -> str:
+    """The start of an error that may list every layer of a model."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2])[:300]
