@@ -1,0 +1,12 @@
+"""SARA, Mo-SARA and SORSA as PEFT methods; importing this package registers them with PEFT."""
+
+from svdtune.methods.mosara import MoSaraConfig, MoSaraModel
+from svdtune.methods.register import register
+from svdtune.methods.sara import SaraConfig, SaraModel
+from svdtune.methods.sorsa import SorsaConfig, SorsaModel
+
+__all__ = ["MoSaraConfig", "MoSaraModel", "SaraConfig", "SaraModel", "SorsaConfig", "SorsaModel"]
+
+register(SaraConfig, SaraModel)
+register(MoSaraConfig, MoSaraModel)
+register(SorsaConfig, SorsaModel)

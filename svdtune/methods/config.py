@@ -1,0 +1,129 @@
+"""The fields that the three methods' configurations share, and their checks."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+
+from svdtune.errors import SvdtuneError
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass
+class SvdConfig(PeftConfig):
+    """What SARA, Mo-SARA and SORSA have in common; use a method's own configuration.
+
+    Args:
+        r: the rank of every layer. Excludes `threshold`.
+        threshold: sets each layer's rank from its own spectrum instead: the least k whose k largest singular values sum
+            to this share of all of them (SARA, Algorithm 1).
+        rank_pattern: ranks of single layers, as in LoRA: module names or regular expressions → rank. Goes before both.
+        dropout: probability with which entries of the adapter's input are zeroed during training.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in LoRA.
+        init_weights: True decomposes the weights. False fills the factors at random, so that the adapter changes the
+            outputs from the start: for tests.
+        ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading reads ranks from here.
+        initialized: True in a saved adapter's configuration: factors are loaded, nothing is decomposed.
+
+    Raises:
+        SvdtuneError: a value outside its range, or settings that exclude each other; all of them in one message.
+    """
+
+    r: int | None = field(default=None, metadata=_help("Rank of every layer; excludes `threshold`."))
+    threshold: float | None = field(
+        default=None, metadata=_help("Share of the sum of singular values that sets each layer's rank; excludes `r`.")
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata=_help("Module names or regular expressions to the rank of those layers.")
+    )
+    dropout: float = field(default=0.0, metadata=_help("Dropout on the adapter's input."))
+    target_modules: list[str] | str | None = field(
+        default=None, metadata=_help("Names or a regular expression of the modules to adapt, or 'all-linear'.")
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata=_help("Names or a regular expression of modules to leave out.")
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata=_help("Indices of the layers to adapt."))
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata=_help("Name of the module list that `layers_to_transform` counts in.")
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata=_help("Modules trained and saved whole beside the adapter.")
+    )
+    bias: str = field(default="none", metadata=_help("Biases to train: 'none', 'all' or '<method>_only'."))
+    init_weights: bool = field(
+        default=True, metadata=_help("Decompose the weights (True), or fill the factors at random (False, for tests).")
+    )
+    ranks: dict[str, int] = field(
+        default_factory=dict, metadata=_help("Resolved rank of every adapted layer; written by svdtune.")
+    )
+    initialized: bool = field(
+        default=False, metadata=_help("True in a saved adapter: its factors are loaded, nothing is decomposed.")
+    )
+
+    method: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        from peft import PeftType  # resolved late: the member exists once the method is registered
+
+        self.peft_type = PeftType(self.method.upper())
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        problems = list(self._problems())
+        if problems:
+            raise SvdtuneError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def _problems(self):
+        """Yield what is wrong with the values, a sentence each; methods add their own."""
+        if self.r is not None and self.threshold is not None:
+            yield f"`r` ({self.r}) and `threshold` ({self.threshold}) both set the ranks; give one of them"
+        for name, rank in {"r": self.r, **{f"rank_pattern[{k!r}]": v for k, v in self.rank_pattern.items()}}.items():
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+                yield f"`{name}` must be a whole number of at least 1; got {rank!r}"
+        if self.threshold is not None and not is_number_in(self.threshold, 0, 1, low_open=True):
+            yield f"`threshold` must lie in (0, 1], the share of the sum of singular values; got {self.threshold!r}"
+        if not is_number_in(self.dropout, 0, 1, high_open=True):
+            yield f"`dropout` must lie in [0, 1); got {self.dropout!r}"
+        if self.bias not in ("none", "all", f"{self.method}_only"):
+            yield f"`bias` must be 'none', 'all' or '{self.method}_only'; got {self.bias!r}"
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            if self.layers_to_transform is not None:
+                yield "`layers_to_transform` cannot be used when `target_modules` is a regular expression"
+            if self.layers_pattern is not None:
+                yield "`layers_pattern` cannot be used when `target_modules` is a regular expression"
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield "`layers_pattern` needs `layers_to_transform`, the indices it counts"
+
+    @property
+    def needs_factors(self) -> bool:
+        """Whether the start of an adapter takes the singular vectors of the weights, not only their number."""
+        return self.init_weights
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write adapter_config.json. The file says that the factors exist; this configuration can start anew."""
+        dataclasses.replace(self, initialized=True)._write(save_directory, **kwargs)
+
+    def _write(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def is_number_in(value: Any, low: float, high: float, low_open: bool = False, high_open: bool = False) -> bool:
+    """Whether `value` is a finite number in the interval, closed unless said otherwise; bools are no numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return False
+    return (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
+
+
+def one_of(name: str, value: Any, choices: tuple[str, ...]) -> list[str]:
+    """The sentence that says `value` is none of `choices`, in a list; empty where it is one."""
+    if value in choices:
+        return []
+    return [f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}"]

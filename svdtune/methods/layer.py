@@ -1,0 +1,261 @@
+"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, merging, loading, moving.
+
+A method's own layer says which tensors it has, how they start and what they compute; everything PEFT asks of a layer
+stands here. Frozen factors are parameters without a gradient, in PEFT's `other_param_names`: counted, sharded and saved,
+never switched to trainable. Their names lack the method's prefix, by which PEFT's tools know what is trained.
+"""
+
+from abc import abstractmethod
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import Factors
+from svdtune.methods.config import SvdConfig
+
+
+class SvdLayer(nn.Module, BaseTunerLayer):
+    """A linear layer with adapters of one method around it.
+
+    Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter name.
+
+    Attributes:
+        r: rank by adapter name.
+        in_features, out_features: of the base layer's matrix [out, in].
+    """
+
+    method: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.adapter_layer_names = cls.trained
+        cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.configs: dict[str, SvdConfig] = {}
+        for name in (*self.trained, *self.frozen):
+            setattr(self, name, nn.ParameterDict())
+        setattr(self, f"{self.method}_dropout", nn.ModuleDict())
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._awaited: set[str] = set()
+        self._weight_before_merge: Tensor | None = None
+        base = self.get_base_layer()
+        self._is_conv1d = isinstance(base, Conv1D)
+        if self._is_conv1d:
+            self.in_features, self.out_features = base.weight.shape
+        else:
+            self.in_features, self.out_features = base.in_features, base.out_features
+        self.register_load_state_dict_post_hook(SvdLayer._after_load)
+
+    # What a method says of itself
+
+    @abstractmethod
+    def new_tensors(self, r: int, config: SvdConfig, factors: Factors | None) -> dict[str, Tensor | None]:
+        """The starting value of every tensor in `trained` and `frozen`, None for one that the settings leave out.
+
+        With `factors` None the values are those of a random start; the shapes are the same either way.
+        """
+
+    @abstractmethod
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
+        """Base layer and adapter in one autograd node, for a weight [out, in] that may be read directly."""
+
+    @abstractmethod
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The base layer's output y with the adapter's addition for its input x added in place."""
+
+    @abstractmethod
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging adds to the base weight: [out, in], in the factors' dtype.
+
+        Raises:
+            SvdtuneError: the adapter has no such matrix.
+        """
+
+    # An adapter's beginning and end
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        config: SvdConfig,
+        factors: Factors | None = None,
+        load_only: bool = False,
+    ) -> None:
+        """Add an adapter of rank r. `load_only` allocates the shapes and waits for values from a checkpoint."""
+        if r > (largest := min(self.in_features, self.out_features)):
+            raise SvdtuneError(
+                f"r = {r} is larger than a layer [{self.out_features}, {self.in_features}] allows; its rank is at most "
+                f"{largest}. Lower `r`, set it for this layer in `rank_pattern`, or leave the layer out of `target_modules`"
+            )
+        self.r[adapter_name] = r
+        self.configs[adapter_name] = config
+        tensors = self._starting_tensors(r, config, factors, load_only)
+        for name, tensor in tensors.items():
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor, requires_grad=name in self.trained)
+        dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        getattr(self, f"{self.method}_dropout")[adapter_name] = dropout
+        if load_only:
+            self._awaited.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _starting_tensors(
+        self, r: int, config: SvdConfig, factors: Factors | None, load_only: bool
+    ) -> dict[str, Tensor]:
+        """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number, where `load_only`."""
+        if not load_only:
+            return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
+        with torch.device("meta"):
+            shapes = self.new_tensors(r, config, None)
+        return {name: torch.zeros_like(t, device="cpu") for name, t in shapes.items() if t is not None}
+
+    def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
+        """One tensor of an adapter, None where its settings leave it out."""
+        tensors: nn.ParameterDict = getattr(self, name)
+        return tensors.get(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._awaited.discard(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to its base layer's device. PEFT's own version also rounds the factors to the base dtype."""
+        device = device or self.get_base_layer().weight.device
+        if device.type == "meta":
+            return
+        for name in (*self.trained, *self.frozen):
+            tensor = self.adapter_tensor(name, adapter_name)
+            if tensor is not None and not tensor.is_meta and tensor.device != device:
+                getattr(self, name)[adapter_name] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+
+    # Loading
+
+    def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Called with an adapter's tensors from a checkpoint, by name in `trained` and `frozen`, before they are copied."""
+        self._loading = adapter
+
+    def _after_load(self, incompatible_keys: Any) -> None:
+        adapter, self._loading = self._loading, None
+        if adapter is not None:
+            self._awaited.discard(adapter)
+            self.after_load(adapter)
+
+    def after_load(self, adapter: str) -> None:
+        """Called when an adapter's tensors have been copied from a checkpoint."""
+
+    _loading: str | None = None
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with every active adapter's addition."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_output(x, (), *args, **kwargs)
+        if self.merged:
+            return self.base_output(x, self.merged_adapters, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.r]
+        if self._awaited:
+            self._check_loaded(active)
+        if len(active) == 1 and not args and not kwargs and self._may_read_weight():
+            base, adapter = self.base_layer, active[0]
+            weight = base.weight.mT if self._is_conv1d else base.weight
+            dropout = getattr(self, f"{self.method}_dropout")[adapter]
+            x_adapter = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
+            return self.fused(x, weight, base.bias, x_adapter, adapter)
+        y = self.base_output(x, active, *args, **kwargs)
+        for adapter in active:
+            x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)
+            y = self.add_to(y.contiguous(), x_adapter, adapter)
+        return y
+
+    def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, to which the adapters in `present` are added (or whose weight holds them already)."""
+        return self.base_layer(x, *args, **kwargs)
+
+    def _may_read_weight(self) -> bool:
+        """Whether computing with the base layer's weight equals calling the layer.
+
+        Not so for other classes (quantized, already adapted), for weights that Accelerate brings in on the call, for
+        sharded ones, for one that is itself trained, and where anybody hooked the layer.
+        """
+        base = self.base_layer
+        return (
+            type(base) in (nn.Linear, Conv1D)
+            and type(base.weight) is nn.Parameter
+            and not base.weight.is_meta
+            and not base.weight.requires_grad
+            and base.weight.is_floating_point()
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _check_loaded(self, active: list[str]) -> None:
+        for adapter in active:
+            if adapter in self._awaited:
+                raise SvdtuneError(
+                    f"adapter {adapter!r} has no values: its configuration comes from a saved adapter (initialized=True), "
+                    "so nothing was decomposed, but no weights were loaded. Load them with PeftModel.from_pretrained, or "
+                    "set `initialized=False` in the configuration to start a new adapter"
+                )
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, in fp32, rounded once. The weight before is kept for an exact `unmerge`.
+
+        Raises:
+            SvdtuneError: an adapter that cannot be merged, or with `safe_merge` a result that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        self._check_loaded(names)
+        deltas = [self.get_delta_weight(name) for name in names]
+        before = self.get_base_weight()
+        merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        for delta in deltas:
+            merged += (delta.mT if self._is_conv1d else delta).to(merged)
+        merged = merged.to(before.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise SvdtuneError(f"merging {names} gives a weight with NaN or infinity; the adapter seems to be broken")
+        if self._weight_before_merge is None:
+            self._weight_before_merge = before.to("cpu", copy=True) if before.is_cuda else before.clone()
+        self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the weight from before merging back, bit for bit."""
+        if self._weight_before_merge is not None:
+            self.set_base_weight(self._weight_before_merge.to(self.get_base_layer().weight.device))
+            self._weight_before_merge = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer alone, with adapters merged into it or as it was before any."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        return self.get_base_layer()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"svdtune.{super().__repr__()}"

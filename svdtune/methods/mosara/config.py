@@ -1,0 +1,41 @@
+"""MoSaraConfig: Mo-SARA's settings."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from svdtune.methods.config import SvdConfig, one_of
+
+DEFAULT_THRESHOLD = 0.5
+
+
+@dataclass
+class MoSaraConfig(SvdConfig):
+    """Mo-SARA: frozen singular vectors, parallel sets of trained singular values, and a token-level router.
+
+    Adapts the q and v projections by default, at `threshold` 0.5 with 5 heads, as the paper does.
+
+    Args:
+        num_heads: parallel sets of singular values. One head has no router and merges into the weight exactly; several
+            are mixed anew for each token and cannot be merged.
+        use_v: train the diagonal v, which starts at 0 (False: ablation, Table 4; the model then changes at step 0).
+        v_position: "after" the up-projection (length out), or in "front" of the down-projection (length in; ablation).
+        See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
+    """
+
+    method: ClassVar[str] = "mosara"
+
+    num_heads: int = field(default=5, metadata={"help": "Parallel sets of singular values."})
+    use_v: bool = field(default=True, metadata={"help": "Train the diagonal v."})
+    v_position: str = field(default="after", metadata={"help": "Where v stands: after or front."})
+
+    def __post_init__(self) -> None:
+        if self.r is None and self.threshold is None:
+            self.threshold = DEFAULT_THRESHOLD
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from one_of("v_position", self.v_position, ("after", "front"))
+        if isinstance(self.num_heads, bool) or not isinstance(self.num_heads, int) or self.num_heads < 1:
+            yield f"`num_heads` must be a whole number of at least 1; got {self.num_heads!r}"

@@ -1,0 +1,33 @@
+"""Mo-SARA as the paper writes it, term by term, with autograd's own gradients. For tests alone."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def gate(x: Tensor, V: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """Eq. 6, softmax(x U_k · (W_g1 W_g2)): [T, m] for x [T, in]."""
+    return torch.softmax((x @ V) @ (w1[:, None] @ w2[None, :]), dim=-1)
+
+
+def mosara_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    lam: Tensor,
+    v: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    front: bool = False,
+) -> Tensor:
+    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in `math.py`."""
+    g = torch.ones(len(x), 1, dtype=x.dtype) if w1 is None else gate(x, V, w1, w2)
+    rows = []
+    for token, weights in zip(x, g, strict=True):
+        values = sum(weights[i] * torch.diag(lam[i]) for i in range(len(lam)))
+        scaled = token if v is None or not front else token @ torch.diag(v)
+        h = scaled @ V @ values @ U.mT
+        rows.append(h if v is None or front else h @ torch.diag(v))
+    return F.linear(x, weight, bias) + torch.stack(rows)

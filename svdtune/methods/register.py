@@ -1,0 +1,46 @@
+"""Makes PEFT know the three methods: `PeftType` members, configurations and tuners. Importing svdtune runs it, once.
+
+PEFT has no plugin point: its registry takes only names that are members of the `PeftType` enum. So the members are added to
+the enum. Should a PEFT release bring a method of the same name, PEFT's own stays and ours is left out with a warning.
+"""
+
+import warnings
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.tuner import SvdTuner
+
+
+def register(config_cls: type[SvdConfig], tuner_cls: type[SvdTuner]) -> None:
+    """Make a method available to `get_peft_model`, `PeftModel.from_pretrained` and everything behind them.
+
+    Registering the same method twice does nothing.
+    """
+    name = config_cls.method
+    member = name.upper()
+    if member in PeftType.__members__:
+        known = PEFT_TYPE_TO_TUNER_MAPPING.get(PeftType(member))
+        if known is not None:
+            if known.__qualname__ != tuner_cls.__qualname__ or known.__module__ != tuner_cls.__module__:
+                warnings.warn(
+                    f"PEFT has a method named {name!r} of its own ({known.__module__}); svdtune's {config_cls.__name__} is "
+                    "not registered. Use PEFT's, or an older PEFT",
+                    stacklevel=3,
+                )
+            return
+    else:
+        extend_enum(member)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+
+
+def extend_enum(name: str) -> None:
+    """Add a member to `PeftType`, which as any enum with members is closed to subclasses."""
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    PeftType._member_names_.append(name)
+    type.__setattr__(PeftType, name, member)  # since Python 3.12 `PeftType.NAME` is looked up as an attribute alone

@@ -1,0 +1,40 @@
+"""SaraLinear: SARA's layer."""
+
+import torch
+from torch import Tensor
+
+from svdtune.linalg import Factors
+from svdtune.methods.layer import SvdLayer
+from svdtune.methods.sara.config import SaraConfig
+from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_delta, sara_linear
+
+
+class SaraLinear(SvdLayer):
+    """A linear layer with SARA adapters: sara_U [out, k], sara_lambda [k], sara_V [in, k], all trained."""
+
+    method = "sara"
+    trained = ("sara_U", "sara_lambda", "sara_V")
+    frozen = ()
+
+    def new_tensors(self, r: int, config: SaraConfig, factors: Factors | None) -> dict[str, Tensor | None]:
+        if factors is not None:
+            U, lam, V = factors.U, torch.zeros_like(factors.s), factors.Vh.mT.contiguous()
+            U = U if config.use_lambda else torch.zeros_like(U)
+        else:
+            U, lam, V = kaiming_factors(self.out_features, self.in_features, r)
+            if config.init == "zero_v" and config.init_weights:
+                U = torch.zeros_like(U)
+        return {"sara_U": U, "sara_lambda": lam if config.use_lambda else None, "sara_V": V}
+
+    def _factors(self, adapter: str) -> tuple[Tensor, Tensor | None, Tensor]:
+        return self.sara_U[adapter], self.adapter_tensor("sara_lambda", adapter), self.sara_V[adapter]
+
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
+        return sara_linear(x, weight, bias, *self._factors(adapter), x_adapter)
+
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        return add_sara(y, x, *self._factors(adapter))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Eq. 4: U diag(λ) Vᵀ."""
+        return sara_delta(*self._factors(adapter)).detach()

@@ -1,0 +1,62 @@
+"""SARA's equations (Gu et al., 2024, §4.2), fast.
+
+The paper writes h = x (W₀ + U Λ V) with W₀ [in, out]. Here W is [out, in] and y = x Wᵀ, so the paper's U [in, k] is V, and
+its V [k, out] is Uᵀ:
+
+    y = x Wᵀ + x V diag(λ) Uᵀ          U [out, k], λ [k], V [in, k], all trained           (Eq. 3)
+    ΔW = U diag(λ) Vᵀ                                                                       (Eq. 4)
+
+k is the rank at a threshold of W's spectrum (Algorithm 1: `svdtune.linalg.rank_at_threshold`). The SVD sets k alone; the
+factors start random and nothing is subtracted from W.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from svdtune.methods.lowrank import add_low_rank, low_rank_linear, scaled
+
+
+def sara_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor,
+    lam: Tensor | None,
+    V: Tensor,
+    x_adapter: Tensor | None = None,
+) -> Tensor:
+    """Eq. 3: x [..., in] → [..., out]; `x_adapter` is x after dropout, for the adapter's path alone."""
+    return low_rank_linear(x, weight, bias, U, lam, V, x_adapter=x_adapter)
+
+
+def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
+    """Eq. 3's second term, added to y [..., out] in place."""
+    return add_low_rank(y, x, U, lam, V)
+
+
+def sara_delta(U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
+    """Eq. 4: ΔW [out, in]."""
+    return scaled(U, lam) @ V.mT
+
+
+def kaiming_factors(
+    out_features: int, in_features: int, k: int, device: torch.device | None = None
+) -> tuple[Tensor, ...]:
+    """The paper's random start: Kaiming uniform with a = √5 (Appendix A), that is uniform in ±1/√fan_in.
+
+    U [out, k], λ [k] and V [in, k], in fp32. The fan-in is what each factor multiplies: V reads x (in), U reads the k
+    projections, and λ is a 1×k tensor, so ±1/√k.
+    """
+
+    def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
+        bound = 1 / math.sqrt(fan_in)
+        return torch.empty(shape, device=device).uniform_(-bound, bound)
+
+    return uniform((out_features, k), k), uniform((k,), k), uniform((in_features, k), in_features)
+
+
+def trainable_parameters(k: int, in_features: int, out_features: int, use_lambda: bool = True) -> int:
+    """Parameters trained in one layer: k (in + out + 1), without λ k (in + out)."""
+    return k * (in_features + out_features + use_lambda)

@@ -1,0 +1,47 @@
+"""SorsaConfig: SORSA's settings."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from svdtune.methods.config import SvdConfig, is_number_in, one_of
+
+DEFAULT_R = 64
+
+
+@dataclass
+class SorsaConfig(SvdConfig):
+    """SORSA: trains the leading singular values and vectors of the weight itself, kept near orthonormal.
+
+    Adapts all linear layers but the output head by default, at r = 64 (the paper has 128 for Llama 2, 64 for the others).
+    The regularizer does not act by itself: `svdtune.SorsaRegularizer` applies it at the optimizer step.
+
+    Args:
+        layout: "delta" leaves the weight alone and adds the change of its principal part. "residual" (the paper's letter)
+            subtracts the principal part from the weight in place; in bf16 and fp16 that rounds the weight.
+        gamma: strength γ of the orthonormal regularizer (Eq. 6), 0 turns it off.
+        reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum" (Eq. 4).
+        smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient jumps at 0.
+        See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
+    """
+
+    method: ClassVar[str] = "sorsa"
+
+    layout: str = field(default="delta", metadata={"help": "delta leaves the weight alone, residual changes it."})
+    gamma: float = field(default=4e-4, metadata={"help": "Strength of the orthonormal regularizer."})
+    reduction: str = field(default="mean", metadata={"help": "mean (authors' code) or sum (Eq. 4) over factors."})
+    smooth_eps: float = field(default=0.0, metadata={"help": "ε that smooths the penalty's gradient at 0."})
+
+    def __post_init__(self) -> None:
+        if self.r is None and self.threshold is None:
+            self.r = DEFAULT_R
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        yield from one_of("layout", self.layout, ("delta", "residual"))
+        yield from one_of("reduction", self.reduction, ("mean", "sum"))
+        for name in ("gamma", "smooth_eps"):
+            if not is_number_in(getattr(self, name), 0, math.inf):
+                yield f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}"

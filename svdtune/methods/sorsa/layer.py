@@ -1,0 +1,132 @@
+"""SorsaLinear: SORSA's layer, in both layouts."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from svdtune.linalg import Factors
+from svdtune.methods.layer import SvdLayer
+from svdtune.methods.lowrank import add_low_rank, scaled
+from svdtune.methods.sara.math import kaiming_factors
+from svdtune.methods.sorsa.config import SorsaConfig
+from svdtune.methods.sorsa.math import add_sorsa, sorsa_delta, sorsa_linear
+
+
+class SorsaLinear(SvdLayer):
+    """A linear layer with SORSA adapters.
+
+    Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading singular triplets.
+    Frozen: frozen_P0 = U₀ diag(s₀) [out, r] and frozen_V0 [in, r], the principal part at the start.
+
+    In the residual layout the base weight has lost P₀ V₀ᵀ for as long as the adapter exists, active or not, so whatever
+    wants the base model's function adds it back: on the fly while the adapter is inactive or disabled, to the weight
+    itself when the adapter is deleted or unloaded.
+    """
+
+    method = "sorsa"
+    trained = ("sorsa_U", "sorsa_s", "sorsa_V")
+    frozen = ("frozen_P0", "frozen_V0")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self._subtracted: set[str] = set()
+
+    def new_tensors(self, r: int, config: SorsaConfig, factors: Factors | None) -> dict[str, Tensor | None]:
+        if factors is not None:
+            U, s, V = factors.U, factors.s, factors.Vh.mT.contiguous()
+            P0, V0 = scaled(U, s), V.clone()
+        else:
+            U, s, V = kaiming_factors(self.out_features, self.in_features, r)
+            P0, V0 = torch.zeros_like(U), torch.zeros_like(V)
+        return {"sorsa_U": U, "sorsa_s": s, "sorsa_V": V, "frozen_P0": P0, "frozen_V0": V0}
+
+    def update_layer(
+        self, adapter_name: str, r: int, config: SorsaConfig, factors: Factors | None = None, load_only: bool = False
+    ) -> None:
+        super().update_layer(adapter_name, r, config, factors, load_only)
+        if factors is not None:
+            self._subtract(adapter_name)
+
+    # The residual layout's weight
+
+    def _change_base(self, adapter: str, sign: int) -> None:
+        """W ← W ± P₀ V₀ᵀ, formed in fp32 (fp64 for an fp64 weight) and rounded once to the stored dtype."""
+        weight = self.get_base_weight()
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        principal = self.frozen_P0[adapter].to(exact) @ self.frozen_V0[adapter].to(exact).mT
+        changed = weight.to(exact) + sign * (principal.mT if self._is_conv1d else principal).to(weight.device)
+        self.set_base_weight(changed.to(weight.dtype))
+
+    def _subtract(self, adapter: str) -> None:
+        if self.configs[adapter].layout == "residual" and adapter not in self._subtracted:
+            self._change_base(adapter, -1)
+            self._subtracted.add(adapter)
+
+    def _restore(self, adapter: str) -> None:
+        if adapter in self._subtracted:
+            self._change_base(adapter, +1)
+            self._subtracted.discard(adapter)
+
+    def full_weight(self) -> Tensor:
+        """The base model's own weight [out, in] in fp32 or better, whatever the layouts of the adapters on it."""
+        weight = self.get_base_weight().detach()
+        weight = weight.mT if self._is_conv1d else weight
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for adapter in sorted(self._subtracted):
+            weight += (self.frozen_P0[adapter] @ self.frozen_V0[adapter].mT).to(weight)
+        return weight
+
+    def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        super().before_load(adapter, tensors)
+        same = all(
+            name in tensors
+            and torch.equal(tensors[name].to(self.adapter_tensor(name, adapter)), getattr(self, name)[adapter])
+            for name in self.frozen
+            if adapter in self._subtracted
+        )
+        if not same:  # resuming the same adapter leaves the weight as it is, bit for bit
+            self._restore(adapter)
+
+    def after_load(self, adapter: str) -> None:
+        self._subtract(adapter)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self._restore(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        base = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        for adapter in sorted(self._subtracted.difference(self.merged_adapters)):
+            self._restore(adapter)
+        return base
+
+    # Forward
+
+    def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
+        return self._add_principal(self.base_layer(x, *args, **kwargs), x, self._subtracted.difference(present))
+
+    def _add_principal(self, y: Tensor, x: Tensor, adapters: set[str]) -> Tensor:
+        for adapter in sorted(adapters):
+            y = add_low_rank(y.contiguous(), x, self.frozen_P0[adapter], None, self.frozen_V0[adapter])
+        return y
+
+    def _tensors(self, adapter: str) -> tuple[Tensor | None, ...]:
+        frozen = (None, None) if adapter in self._subtracted else (self.frozen_P0[adapter], self.frozen_V0[adapter])
+        return (self.sorsa_U[adapter], self.sorsa_s[adapter], self.sorsa_V[adapter], *frozen)
+
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
+        y = sorsa_linear(x, weight, bias, *self._tensors(adapter), x_adapter)
+        return self._add_principal(y, x, self._subtracted - {adapter})
+
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        return add_sorsa(y, x, *self._tensors(adapter))
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W_p − P₀ V₀ᵀ, or W_p alone where the base weight is the residual already."""
+        U, s, V, P0, V0 = self._tensors(adapter)
+        delta = scaled(U, s) @ V.mT if P0 is None else sorsa_delta(U, s, V, P0, V0)
+        return delta.detach()

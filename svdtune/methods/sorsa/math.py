@@ -1,0 +1,84 @@
+"""SORSA's equations (§3 and Appendix A), fast.
+
+The paper writes x (W_r + U_p diag(S_p) V_pᵀ) with W [in, out]. Here W is [out, in] and y = x Wᵀ, so U [out, r] and V [in, r]
+are the left and right singular vectors of W itself, s [r] its leading singular values, P₀ = U₀ diag(s₀):
+
+    W_p = U diag(s) Vᵀ                    the principal part, trained                                            (Eq. 1)
+    W_r = W − P₀ V₀ᵀ                      the residual, frozen; by subtraction, so the split is exact            (Eq. 2)
+    y = x W_rᵀ + x W_pᵀ                   layout "residual": W_r takes W's place                                  (Eq. 3)
+    y = x Wᵀ + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ layout "delta": the same function, W untouched
+    x W_pᵀ = (x V) (U ⊙ s)ᵀ               never forming W_p                                                      (Eq. 15)
+    L_reg = ‖UᵀU − I‖_F + ‖VᵀV − I‖_F                                                                             (Eq. 4)
+    ∇_U L_reg = 2 U E / ‖E‖_F, E = UᵀU − I, and 0 where E = 0                                                     (for Eq. 5, 6)
+
+Eq. 6 adds (γ / η_d) ∇L_reg to the gradient of the training loss, η_d the largest learning rate of the schedule.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from svdtune.methods.lowrank import add_low_rank, low_rank_linear, scaled
+
+
+def sorsa_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    U: Tensor,
+    s: Tensor,
+    V: Tensor,
+    P0: Tensor | None = None,
+    V0: Tensor | None = None,
+    x_adapter: Tensor | None = None,
+) -> Tensor:
+    """Eq. 3: x [..., in] → [..., out]. With P0 and V0 `weight` is W (delta), without them it is W_r (residual)."""
+    return low_rank_linear(x, weight, bias, U, s, V, P0, V0, x_adapter)
+
+
+def add_sorsa(
+    y: Tensor, x: Tensor, U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
+) -> Tensor:
+    """What Eq. 3 adds to the base layer's output y [..., out], added in place."""
+    return add_low_rank(y, x, U, s, V, P0, V0)
+
+
+def sorsa_delta(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> Tensor:
+    """W_p − P₀ V₀ᵀ [out, in], as a sum of two small terms rather than a difference of two large ones."""
+    P = scaled(U, s)
+    return (P - P0) @ V.mT + P0 @ (V - V0).mT
+
+
+def penalty(factors: Tensor, smooth_eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """‖MᵀM − I‖_F and its gradient for a batch of factors [n, d, r], long dimension first: [n] and [n, d, r].
+
+    The gradient has norm close to 2 however small the error is, and jumps at 0. `smooth_eps` > 0 divides by
+    √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with autocast and TF32 off.
+    """
+    device = factors.device.type
+    with torch.autocast(device, enabled=False), _full_fp32_matmul():
+        factors = factors if factors.dtype == torch.float64 else factors.float()
+        E = factors.mT @ factors
+        E.diagonal(dim1=-2, dim2=-1).sub_(1)
+        norms = torch.linalg.matrix_norm(E)
+        length = norms if smooth_eps == 0 else torch.sqrt(norms.square() + smooth_eps**2)
+        slope = torch.where(length > 0, 2 / length, 0)
+        return norms, torch.bmm(factors, E * slope[:, None, None])
+
+
+@contextmanager
+def _full_fp32_matmul() -> Iterator[None]:
+    """Keep TF32 and bf16 out of the fp32 products of a block, whatever the user allowed elsewhere."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def trainable_parameters(r: int, in_features: int, out_features: int) -> int:
+    """Parameters trained in one layer: r (in + out + 1)."""
+    return r * (in_features + out_features + 1)

@@ -1,0 +1,165 @@
+"""SORSA's orthonormal regularizer, applied where it is exact: at the optimizer step, after clipping.
+
+Inside a forward pass the penalty would be counted once for every accumulated micro-batch and every process. At the step it is
+counted once, whatever the loop. Three doors to one piece of code:
+
+- `SorsaRegularizer`, a `transformers.TrainerCallback`: `Trainer(..., callbacks=[SorsaRegularizer()])`
+- `regularize(optimizer, model)`: hooks any `torch.optim.Optimizer`, for loops of one's own
+- `add_regularizer_gradients(model, max_learning_rate)`: adds the gradients now, between `clip_grad_norm_` and `step()`
+
+The hook runs inside `optimizer.step()`: after clipping as in the authors' code, after a GradScaler unscaled the gradients,
+and not at all where the scaler skips an overflowed step.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerCallback
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.sorsa.config import SorsaConfig
+from svdtune.methods.sorsa.layer import SorsaLinear
+from svdtune.methods.sorsa.math import penalty
+
+# Factors of one shape are stacked and treated together; so many elements at once bound the copy (256 MiB in fp32).
+CHUNK_ELEMENTS = 1 << 26
+
+
+def trained_factors(model: nn.Module) -> Iterator[tuple[nn.Parameter, SorsaConfig]]:
+    """Every U and V of a SORSA adapter that is being trained, with its adapter's configuration."""
+    for layer in model.modules():
+        if isinstance(layer, SorsaLinear):
+            for adapter, config in layer.configs.items():
+                for factors in (layer.sorsa_U, layer.sorsa_V):
+                    if factors[adapter].requires_grad:
+                        yield factors[adapter], config
+
+
+@torch.no_grad()
+def add_regularizer_gradients(
+    model: nn.Module, max_learning_rate: float, *, grad_scale: Tensor | float = 1.0
+) -> Tensor | None:
+    """Add (γ / η_d) ∇L_reg (Eq. 6) to the gradients of every trained SORSA factor of a model.
+
+    γ, the reduction over factor matrices and the smoothing come from each adapter's configuration. A factor without a
+    gradient gets one. Equal shapes are treated together in fp32; nothing here waits for the device.
+
+    Args:
+        model: with SORSA adapters; a model without any is left alone.
+        max_learning_rate: η_d, the largest learning rate of the schedule.
+        grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler).
+
+    Returns:
+        L_reg as a 0-d tensor, reduced as configured and not multiplied by γ; None where no SORSA factor is trained.
+
+    Raises:
+        SvdtuneError: a learning rate that is not positive.
+    """
+    if not max_learning_rate > 0:
+        raise SvdtuneError(f"max_learning_rate must be positive, the largest of the schedule; got {max_learning_rate}")
+    factors = list(trained_factors(model))
+    if not factors:
+        return None
+    groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+    for factor, config in factors:
+        share = 1 / len(factors) if config.reduction == "mean" else 1.0
+        groups[factor.shape, factor.device, share, config.gamma, config.smooth_eps].append(factor)
+    total: Tensor | None = None
+    for (_, device, share, gamma, smooth_eps), group in groups.items():
+        weight = share * gamma / max_learning_rate
+        scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
+        for chunk in _chunks(group):
+            norms, gradients = penalty(torch.stack([factor.detach() for factor in chunk]), smooth_eps)
+            part = norms.sum() * share
+            total = part if total is None else total + part.to(total.device)
+            if gamma > 0:
+                _accumulate(chunk, gradients.mul_(weight * scale))
+    return total
+
+
+def _chunks(group: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    size = max(1, CHUNK_ELEMENTS // group[0].numel())
+    for start in range(0, len(group), size):
+        yield group[start : start + size]
+
+
+def _accumulate(factors: list[nn.Parameter], gradients: Tensor) -> None:
+    with_grad = [i for i, factor in enumerate(factors) if factor.grad is not None]
+    new = gradients.to(factors[0].dtype).unbind(0)
+    if with_grad:
+        torch._foreach_add_([factors[i].grad for i in with_grad], [new[i] for i in with_grad])
+    for i in set(range(len(factors))).difference(with_grad):
+        factors[i].grad = new[i].clone()
+
+
+class RegularizerHook:
+    """What `regularize` returns: `last` is L_reg at the latest step (0-d tensor or None), `remove()` takes the hook away."""
+
+    def __init__(self, model: nn.Module, max_learning_rate: float):
+        self.model, self.max_learning_rate = model, max_learning_rate
+        self.last: Tensor | None = None
+        self._handle: RemovableHandle | None = None
+
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        # A fused optimizer divides by GradScaler's scale inside its own kernel, so here the gradients still carry it.
+        scale = getattr(optimizer, "grad_scale", None)
+        self.last = add_regularizer_gradients(
+            self.model, self.max_learning_rate, grad_scale=1.0 if scale is None else scale
+        )
+
+    def remove(self) -> None:
+        """Take the hook off the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def regularize(
+    optimizer: torch.optim.Optimizer, model: nn.Module, max_learning_rate: float | None = None
+) -> RegularizerHook:
+    """Apply the regularizer at every `optimizer.step()` from now on.
+
+    Args:
+        optimizer: any torch optimizer.
+        model: the model with SORSA adapters.
+        max_learning_rate: η_d. By default the largest `initial_lr` of the optimizer's groups, which schedulers set to
+            the rate they start from or rise to, or `lr` where there is no scheduler yet.
+    """
+    if max_learning_rate is None:
+        max_learning_rate = largest_learning_rate(optimizer.param_groups)
+    hook = RegularizerHook(model, max_learning_rate)
+    hook._handle = optimizer.register_step_pre_hook(hook)
+    return hook
+
+
+def largest_learning_rate(groups: Iterable[dict[str, Any]]) -> float:
+    """The largest learning rate that an optimizer's groups reach under a schedule that ends at or below its start."""
+    return max(float(group.get("initial_lr", group["lr"])) for group in groups)
+
+
+class SorsaRegularizer(TrainerCallback):
+    """`regularize` for a `transformers.Trainer` (or TRL's): hooks its optimizer, and logs L_reg as `l_reg`.
+
+    Does nothing for a model without SORSA adapters.
+    """
+
+    def __init__(self) -> None:
+        self.hook: RegularizerHook | None = None
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+        inner = getattr(
+            optimizer, "optimizer", optimizer
+        )  # Accelerate wraps the optimizer; the step is the inner one's
+        if any(True for _ in trained_factors(model)):
+            self.hook = regularize(inner, model, args.learning_rate)
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if self.hook is not None and self.hook.last is not None and logs is not None and "loss" in logs:
+            logs["l_reg"] = float(self.hook.last)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if self.hook is not None:
+            self.hook.remove()

@@ -1,0 +1,191 @@
+"""SvdTuner: how the three methods enter a model through PEFT: which layers, which ranks, which factors, loading, merging.
+
+Ranks and factors are settled for all target layers together before any layer is replaced, so that a layer that cannot be
+decomposed leaves the model as it was, and the disk cache and the progress bar see the whole job.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from svdtune import spectra
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import Factors
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.layer import SvdLayer
+
+
+class SvdTuner(BaseTuner):
+    """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and `PeftModel.from_pretrained`."""
+
+    tuner_layer_cls: ClassVar[type[SvdLayer]]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # Before injection: which layers, which ranks, which factors
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As PEFT's, with every rank and factor settled first; see the head of this file."""
+        config: SvdConfig = self.peft_config[adapter_name]
+        self._load_only = low_cpu_mem_usage or config.initialized
+        self._ranks: dict[str, int] = {}
+        self._factors: dict[str, Factors] = {}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            config.ranks = {name: self._ranks[name] for name in sorted(self._ranks)}
+        finally:
+            self._factors.clear()
+
+    def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:
+        """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        targets = dict(self._targets(peft_config, model))
+        self._settle(peft_config, targets)
+
+    def _targets(self, config: SvdConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        inside: list[str] = []
+        for name, module in model.named_modules():
+            if not name or any(name.startswith(prefix) for prefix in inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside.append(name + ".")
+            matched = self._check_target_module_exists(config, name)
+            if matched and not isinstance(matched, _ExcludedModule):
+                yield name, module
+
+    def _settle(self, config: SvdConfig, targets: dict[str, nn.Module]) -> None:
+        for name, module in targets.items():
+            check_supported(name, module)
+        given = {name: self._given_rank(config, name) for name in targets}
+        measured = [name for name, rank in given.items() if rank is None]
+        weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
+        if measured:
+            self._check_readable(config, measured, targets)
+            given |= spectra.ranks({name: weights[name] for name in measured}, config.threshold)
+        for name, rank in given.items():
+            check_rank(name, rank, targets[name])
+        self._ranks |= given
+        if config.needs_factors and not self._load_only:
+            self._factors |= dict(spectra.factors(weights, given))
+
+    @staticmethod
+    def _given_rank(config: SvdConfig, name: str) -> int | None:
+        """The rank of one layer as the configuration gives it, None where its spectrum decides."""
+        if config.initialized and name in config.ranks:
+            return config.ranks[name]
+        return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+
+    def _check_readable(self, config: SvdConfig, names: list[str], targets: dict[str, nn.Module]) -> None:
+        if config.initialized:
+            raise SvdtuneError(
+                f"the saved adapter has no rank for {names[0]!r} ({len(names)} layers in all): it was made for another "
+                "model, or its adapter_config.json was altered. Load it onto the model it was trained on"
+            )
+        if self._load_only:
+            raise SvdtuneError(
+                f"threshold={config.threshold} takes the rank of {names[0]!r} from its weight, but low_cpu_mem_usage=True "
+                "reads no weights. Give the ranks with `r` or `rank_pattern` (`svdtune plan` writes one), or leave "
+                "low_cpu_mem_usage out"
+            )
+
+    # Injection
+
+    def _create_and_replace(
+        self,
+        peft_config: SvdConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        if current_key not in self._ranks:  # PEFT found the layer in a state dict, not by the configuration
+            self._settle(peft_config, {current_key: target})
+        layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
+        if layer is not target:
+            layer._active_adapter = adapter_name
+        layer.update_layer(
+            adapter_name,
+            self._ranks[current_key],
+            peft_config,
+            self._factors.pop(current_key, None),
+            load_only=self._load_only,
+        )
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """fp32 factors whatever the base dtype, unless `autocast_adapter_dtype=False` asks for the base's own.
+
+        Frozen factors stay as they are: rounding them would make them another weight's.
+        """
+        if autocast_adapter_dtype:
+            return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.layers():
+            dtype = layer.get_base_layer().weight.dtype
+            for name in layer.trained:
+                tensors = getattr(layer, name)
+                if adapter_name in tensors and dtype.is_floating_point:
+                    tensors[adapter_name] = nn.Parameter(
+                        tensors[adapter_name].detach().to(dtype), requires_grad=tensors[adapter_name].requires_grad
+                    )
+
+    def layers(self) -> Iterator[SvdLayer]:
+        """The adapted layers."""
+        return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
+
+    # Loading
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SvdConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        for name, layer in model.named_modules():
+            if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
+                keys = {part: f"{name}.{part}.{adapter_name}" for part in (*layer.trained, *layer.frozen)}
+                layer.before_load(adapter_name, {part: remapped[key] for part, key in keys.items() if key in remapped})
+        return remapped
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Raise `SvdtuneError` unless the layer is linear: nn.Linear, a subclass of it (quantized layers), or Conv1D."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not isinstance(base, nn.Linear | Conv1D):
+        raise SvdtuneError(
+            f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear and "
+            "transformers' Conv1D. Narrow `target_modules`, or name it in `exclude_modules`"
+        )
+
+
+def check_rank(name: str, rank: int, module: nn.Module) -> None:
+    """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    shape = tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    if rank > min(shape):
+        raise SvdtuneError(
+            f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "
+            f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or name the layer in `exclude_modules`"
+        )
+
+
+def original_weight(module: nn.Module) -> Tensor:
+    """The weight [out, in] that the base model has at a layer, whatever adapters were put on it."""
+    if hasattr(module, "full_weight"):
+        return module.full_weight()
+    return spectra.base_weight(module)
