@@ -1,4 +1,4 @@
-"""Fixtures every test may use: a fixed seed, a tiny model on disk, and the folder of real data sets where there is one."""
+"""Fixtures every test may use: a fixed seed, a tiny model, and the folder of real data sets where there is one."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 258 tokens, `<|end|>`, `<|pad|>` and the 256 bytes: it spells out any text, so nothing is fetched."""
+    """A tokenizer of 258 tokens, `<|end|>`, `<|pad|>` and the 256 bytes: it spells out any text, offline."""
     tokens = ["<|end|>", "<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,7 +42,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A Transformers folder with a two-layer Llama of random weights and `tiny_tokenizer`; read it, never write to it."""
+    """A Transformers folder with a random two-layer Llama and `tiny_tokenizer`; read it, never write to it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tiny_tokenizer),

@@ -50,24 +50,6 @@ def plan_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def check_prompts(
-    prompts: Sequence[Sequence[int]], names: Sequence[str], max_new_tokens: int, context: int | None
-) -> None:
-    """Refuse prompts that are empty, or leave no room for `max_new_tokens` more within `context` positions.
-
-    Raises:
-        SvdtuneError: With the first such item, and the numbers.
-    """
-    for name, prompt in zip(names, prompts, strict=True):
-        if not prompt:
-            raise SvdtuneError(f"item {name}: the prompt is empty")
-        if context is not None and len(prompt) + max_new_tokens > context:
-            raise SvdtuneError(
-                f"item {name}: its prompt has {len(prompt)} tokens, and {max_new_tokens} more do not fit in the model's "
-                f"{context} positions; lower max_new_tokens, or drop the item"
-            )
-
-
 @contextmanager
 def greedy_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Make `config` the model's only generation settings for a while.
@@ -109,13 +91,16 @@ def greedy_batch(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=list(ends), pad_token_id=pad
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
     )
     device = model.get_input_embeddings().weight.device
     with greedy_config(model, config):
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, use_cache=True
-        )
+        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
     return [_until_end(row, set(ends)) for row in output[:, width:].tolist()]
 
 

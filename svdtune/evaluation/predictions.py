@@ -81,9 +81,7 @@ class PredictionStore:
     def _check_settings(self, settings: dict[str, Any]) -> None:
         if not self._settings.exists():
             if self._predictions.exists():
-                raise SvdtuneError(
-                    f"{self._predictions} exists but {self._settings.name} beside it does not; {_WAY_OUT}"
-                )
+                raise SvdtuneError(f"{self._predictions} has no {self._settings.name} beside it; {_WAY_OUT}")
             _replace(self._settings, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             return
         try:

@@ -1,6 +1,6 @@
 """Take a trained adapter out of its run: open it for inference, or merge it into a plain checkpoint."""
 
-from svdtune.export.merge import MergeReport, merge
+from svdtune.export.merging import MergeReport, merge
 from svdtune.export.opening import Source, attach_adapter, find_source, open_source
 
 __all__ = ["MergeReport", "Source", "attach_adapter", "find_source", "merge", "open_source"]

@@ -1,6 +1,7 @@
 """Open what a command is given: a training run, an adapter folder, or a plain model with or without an adapter."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
     stored = _stored_keys(adapter)
     device = next(model.parameters()).device
     try:
-        adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(device))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(device))
     except SvdtuneError:
         raise
     except (ValueError, RuntimeError, KeyError, TypeError) as error:

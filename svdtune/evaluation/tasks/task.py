@@ -24,8 +24,8 @@ class Task:
     Attributes:
         name: What `--task` calls it.
         description: One line for help texts.
-        grade: Takes a completion and its reference. Raises SvdtuneError where the *reference* holds no answer: that is a
-            fault of the data, not of the model.
+        grade: Takes a completion and its reference. Raises SvdtuneError where the *reference* holds no answer: that is
+            a fault of the data, not of the model.
     """
 
     name: str

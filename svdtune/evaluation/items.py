@@ -1,0 +1,48 @@
+"""What is evaluated: a prompt in tokens, and the reference that its completion is graded against."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from svdtune.errors import SvdtuneError
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question put to a model.
+
+    Attributes:
+        id: Its name in reports and error messages.
+        prompt: The text, as the model reads it.
+        tokens: The same in token ids, whatever the tokenizer puts in front included.
+        reference: The text to grade a completion against.
+    """
+
+    id: str
+    prompt: str
+    tokens: tuple[int, ...]
+    reference: str
+
+
+def check_items(items: Sequence[Item], max_new_tokens: int, context: int | None) -> None:
+    """Refuse what cannot be evaluated, before the first token is generated.
+
+    Args:
+        items: What to evaluate.
+        max_new_tokens: Room each completion needs behind its prompt.
+        context: Positions the model has, None where unknown.
+
+    Raises:
+        SvdtuneError: If there is no item, an item's prompt is empty, or a prompt leaves too little room.
+    """
+    if not items:
+        raise SvdtuneError("there is nothing to evaluate: the data holds no items")
+    if max_new_tokens < 1:
+        raise SvdtuneError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+    for item in items:
+        if not item.tokens:
+            raise SvdtuneError(f"item {item.id}: its prompt is empty")
+        if context is not None and len(item.tokens) + max_new_tokens > context:
+            raise SvdtuneError(
+                f"item {item.id}: its prompt has {len(item.tokens)} tokens, and max_new_tokens={max_new_tokens} more "
+                f"do not fit in the model's {context} positions; lower max_new_tokens, or drop the item"
+            )

@@ -1,0 +1,67 @@
+"""Batched, padded, cached generation against the plain loop: one prompt at a time, the whole text at every step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation.decoding import end_token_ids, greedy_batch, plan_batches
+from svdtune.models import LoadedModel, load
+
+PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
+
+
+@pytest.fixture
+def loaded(tiny_folder: Path) -> LoadedModel:
+    """The tiny model with larger weights, so that its answers vary instead of repeating one token."""
+    loaded = load(tiny_folder)
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(12)
+    return loaded
+
+
+def plain_loop(model: PreTrainedModel, prompt: list[int], steps: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_equals_the_plain_loop_and_stops_at_end_tokens(loaded: LoadedModel) -> None:
+    plain = [plain_loop(loaded.model, prompt, 12) for prompt in PROMPTS]
+    ends = [plain[1][4], plain[3][0]]
+    assert len({token for tokens in plain for token in tokens}) > 6, "the model repeats itself: this would test nothing"
+    for tokens, completion in zip(plain, greedy_batch(loaded.model, PROMPTS, 12, ends, pad=1), strict=True):
+        stop = next((position for position, token in enumerate(tokens) if token in ends), None)
+        assert completion.tokens == tokens[:stop]
+        assert completion.ended is (stop is not None)
+    assert greedy_batch(loaded.model, PROMPTS, 12, ends, pad=1)[3].tokens == []
+
+
+def test_the_checkpoints_own_generation_settings_do_not_leak_in(loaded: LoadedModel) -> None:
+    expected = [plain_loop(loaded.model, prompt, 12) for prompt in PROMPTS]
+    own = loaded.model.generation_config
+    own.repetition_penalty, own.suppress_tokens = 5.0, [expected[0][0]]
+    never = min(set(range(258)).difference(*expected))
+    found = greedy_batch(loaded.model, PROMPTS, 12, [never], pad=1)
+    assert [completion.tokens for completion in found] == expected
+    assert loaded.model.generation_config is own
+
+
+def test_batches_hold_every_prompt_once_longest_first() -> None:
+    batches = plan_batches(PROMPTS, 3)
+    assert batches == [[1, 3, 2], [0]]
+
+
+def test_end_tokens_are_the_models_and_the_tokenizers(loaded: LoadedModel) -> None:
+    assert end_token_ids(loaded.model, loaded.tokenizer) == [0]
+    loaded.model.generation_config.eos_token_id = [7, 3]
+    assert end_token_ids(loaded.model, loaded.tokenizer) == [0, 3, 7]
+    loaded.model.generation_config.eos_token_id = None
+    loaded.tokenizer.eos_token = None
+    with pytest.raises(SvdtuneError, match="names an end token"):
+        end_token_ids(loaded.model, loaded.tokenizer)

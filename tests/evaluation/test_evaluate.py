@@ -1,0 +1,121 @@
+"""A whole evaluation: graded, resumed after an interruption, and refused where its inputs cannot be used."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation import Item, evaluate, get_task, scoring
+from svdtune.models import LoadedModel, load
+
+TEXTS = ["2+2=", "a longer question than the others?", "hi", "what is it", "one more"]
+
+
+@pytest.fixture
+def loaded(tiny_folder: Path) -> LoadedModel:
+    return load(tiny_folder)
+
+
+def make_items(loaded: LoadedModel, reference: str = "4") -> list[Item]:
+    return [
+        Item(f"q{index}", text, tuple(loaded.tokenizer.encode(text)), reference) for index, text in enumerate(TEXTS)
+    ]
+
+
+def interrupt_after(batches: int):
+    """A progress callback like a user's Ctrl-C once so many batches are done."""
+    calls = iter(range(batches + 1))
+
+    def on_progress(done: int, total: int) -> None:
+        if next(calls) == batches:
+            raise KeyboardInterrupt
+
+    return on_progress
+
+
+def test_result_and_predictions(loaded: LoadedModel, tmp_path: Path) -> None:
+    items, seen = make_items(loaded), []
+    right = loaded.tokenizer.decode(loaded.model.generate(torch.tensor([items[2].tokens]), max_new_tokens=6)[0, 2:])
+    items[2] = Item("q2", items[2].prompt, items[2].tokens, right)
+    result = evaluate(
+        loaded,
+        items,
+        get_task("exact"),
+        tmp_path / "out",
+        max_new_tokens=6,
+        batch_size=2,
+        settings={"data": "here"},
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
+    assert (result.n, result.correct, result.accuracy) == (5, 1, 0.2)
+    assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["q0", "q1", "q2", "q3", "q4"]
+    assert [line["correct"] for line in lines] == [False, False, True, False, False]
+    assert lines[2]["extracted"] == lines[2]["completion"] == lines[2]["reference"] == right
+    stored = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert stored["interval"] == {"method": "wilson", "level": 0.95, **result.interval._asdict()}
+    assert stored["settings"].items() >= {"data": "here", "max_new_tokens": 6, "batch_size": 2, "task": "exact"}.items()
+
+
+def test_resumes_after_an_interruption_with_the_same_predictions(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items, task = make_items(loaded), get_task("number")
+    evaluate(loaded, items, task, tmp_path / "whole", max_new_tokens=6, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(loaded, items, task, tmp_path / "cut", max_new_tokens=6, batch_size=2, on_progress=interrupt_after(1))
+    assert len((tmp_path / "cut" / "predictions.jsonl").read_text().splitlines()) == 2
+    asked = []
+    generate = scoring.greedy_batch
+    monkeypatch.setattr(scoring, "greedy_batch", lambda *args: asked.extend(args[1]) or generate(*args))
+    result = evaluate(loaded, items, task, tmp_path / "cut", max_new_tokens=6, batch_size=2)
+    assert len(asked) == 3
+    assert result.n == 5
+    for name in ("predictions.jsonl", "settings.json"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    again = evaluate(loaded, items, task, tmp_path / "cut", max_new_tokens=6, batch_size=2)
+    assert len(asked) == 3
+    assert again.correct == result.correct
+
+
+def test_predictions_of_other_weights_are_never_reused(loaded: LoadedModel, tmp_path: Path) -> None:
+    items, task = make_items(loaded), get_task("number")
+    evaluate(loaded, items, task, tmp_path, max_new_tokens=2)
+    with torch.no_grad():
+        loaded.model.model.layers[0].mlp.up_proj.weight.mul_(1.001)
+    with pytest.raises(SvdtuneError, match=r"other settings.*weights"):
+        evaluate(loaded, items, task, tmp_path, max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"items": []}, "holds no items"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"max_new_tokens": 500}, r"item q1: its prompt has 34 tokens.*512 positions"),
+        ({"items": [Item("q9", "", (), "4")]}, "item q9: its prompt is empty"),
+        ({"items": [Item("q9", "a", (3,), "four")]}, "needs a number in every reference"),
+    ],
+)
+def test_bad_inputs_are_refused_before_anything_is_written(
+    loaded: LoadedModel, tmp_path: Path, change: dict, message: str
+) -> None:
+    arguments = {"items": make_items(loaded), "max_new_tokens": 2, "batch_size": 2} | change
+    with pytest.raises(SvdtuneError, match=message):
+        evaluate(loaded, arguments.pop("items"), get_task("number"), tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_one_clear_error(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SvdtuneError, match=f"cannot write {tmp_path}: the disk is full"):
+        evaluate(loaded, make_items(loaded), get_task("number"), tmp_path, max_new_tokens=2)

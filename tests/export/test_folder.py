@@ -1,0 +1,91 @@
+"""A result folder appears whole or not at all, and what stands in its way is named."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from svdtune.errors import SvdtuneError
+from svdtune.export.folder import explain_write_errors, new_folder
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_appears_with_its_files_and_the_usual_permissions(tmp_path: Path, existing: bool) -> None:
+    output = tmp_path / "a" / "result"
+    if existing:
+        output.mkdir(parents=True)
+    with new_folder(output) as work:
+        (work / "file").write_text("text")
+        assert not (output / "file").exists()
+    assert (output / "file").read_text() == "text"
+    (tmp_path / "ordinary").mkdir()
+    assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    assert list(output.parent.iterdir()) == [output]
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
+def test_leaves_nothing_when_stopped(tmp_path: Path, stop: type[BaseException]) -> None:
+    def fill_and_stop() -> None:
+        with new_folder(tmp_path / "result") as work:
+            (work / "file").write_text("text")
+            raise stop
+
+    with pytest.raises(stop):
+        fill_and_stop()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_never_overwrites(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("kept")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(SvdtuneError, match="not empty"), new_folder(tmp_path / "full"):
+        pass
+    with pytest.raises(SvdtuneError, match="not a folder"), new_folder(tmp_path / "file"):
+        pass
+    with pytest.raises(SvdtuneError, match="cannot write"), new_folder(tmp_path / "file" / "below"):
+        pass
+    assert (tmp_path / "full" / "precious").read_text() == "kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_never_overwrites_what_appears_meanwhile(tmp_path: Path) -> None:
+    def fill_while_another_does() -> None:
+        with new_folder(tmp_path / "result"):
+            (tmp_path / "result").mkdir()
+            (tmp_path / "result" / "precious").write_text("kept")
+
+    with pytest.raises(SvdtuneError, match="something of that name"):
+        fill_while_another_does()
+    assert [path.name for path in tmp_path.rglob("*")] == ["result", "precious"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_without_write_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(SvdtuneError, match="no permission"), new_folder(tmp_path / "result"):
+        pass
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied"), "no permission"),
+        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
+    ],
+)
+def test_the_systems_errors_become_one_message(error: Exception, message: str) -> None:
+    with pytest.raises(SvdtuneError, match=f"cannot write out: .*{message}"), explain_write_errors(Path("out")):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), SafetensorError("invalid header")])
+def test_other_errors_pass_unchanged(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, explain_write_errors(Path("out")):
+        raise error
+    assert caught.value is error
