@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from transformers import PreTrainedTokenizerBase
+
+from svdtune.data import Example, prompt_ids
+from svdtune.data.examples import check_fields
 from svdtune.errors import SvdtuneError
 
 
@@ -12,7 +16,7 @@ class Item:
 
     Attributes:
         id: Its name in reports and error messages.
-        prompt: The text, as the model reads it.
+        prompt: The text, as the model reads it: its tokens in words.
         tokens: The same in token ids, whatever the tokenizer puts in front included.
         reference: The text to grade a completion against.
     """
@@ -21,6 +25,34 @@ class Item:
     prompt: str
     tokens: tuple[int, ...]
     reference: str
+
+
+def to_items(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, template: str = "plain", answer: str | None = None
+) -> list[Item]:
+    """Tokenize prompts exactly as training does, and pick the reference of each.
+
+    Args:
+        examples: What to ask. Only the prompt is shown to the model.
+        tokenizer: The model's.
+        template: As training's: "plain", "chat", or a text with "{prompt}" in it.
+        answer: The row's field that holds the reference; None takes the completion.
+
+    Raises:
+        SvdtuneError: If an example has no reference, or the template cannot be used.
+    """
+    items = []
+    for example in examples:
+        if answer is not None:
+            check_fields(example.row, [answer], example.name)
+        reference = example.completion if answer is None else str(example.row[answer])
+        if not reference.strip():
+            source = "completion" if answer is None else f"field {answer!r}"
+            raise SvdtuneError(f"{example.name}: its {source} is empty, so there is nothing to grade against")
+        tokens = prompt_ids(example, tokenizer, template)
+        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        items.append(Item(example.name, text, tuple(tokens), reference))
+    return items
 
 
 def check_items(items: Sequence[Item], max_new_tokens: int, context: int | None) -> None:
