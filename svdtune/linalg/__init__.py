@@ -1,7 +1,8 @@
 """Spectra, ranks and leading singular factors of a weight, with torch alone."""
 
-from svdtune.linalg.factors import Factors, orthonormality_error, top_factors
-from svdtune.linalg.spectrum import Spectrum, rank_at_threshold, safe_rank, spectrum
+from svdtune.linalg.factors import Factors, top_factors
+from svdtune.linalg.orthonormal import orthonormality_error
+from svdtune.linalg.spectrum import Spectrum, rank_at_threshold, safe_rank, settled_spectrum, spectrum
 
 __all__ = [
     "Factors",
@@ -9,6 +10,7 @@ __all__ = [
     "orthonormality_error",
     "rank_at_threshold",
     "safe_rank",
+    "settled_spectrum",
     "spectrum",
     "top_factors",
 ]

@@ -25,19 +25,18 @@ def base_weight(module: nn.Module) -> Tensor:
         module = module.get_base_layer()
     if getattr(module, "weight", None) is None and not hasattr(module, "W_q"):
         raise SvdtuneError(f"{type(module).__name__} has no weight to decompose; leave it out of target_modules")
-    with _in_memory(module), torch.no_grad():
-        with gather_params_ctx([module.weight] if isinstance(getattr(module, "weight", None), nn.Parameter) else []):
-            weight = dequantize_module_weight(module).detach()
-            if hasattr(weight, "full_tensor"):
-                weight = weight.full_tensor()
-            if weight.is_meta:
-                raise SvdtuneError(
-                    f"the weight of {type(module).__name__} is on the meta device and has no values; "
-                    "load the model's weights before adding an adapter that decomposes them"
-                )
-            if isinstance(module, Conv1D):
-                return weight.T.clone()
-            return weight.flatten(1).clone() if weight.ndim > 2 else weight
+    with _in_memory(module), gather_params_ctx(module.weight), torch.no_grad():
+        weight = dequantize_module_weight(module).detach()
+        if hasattr(weight, "full_tensor"):
+            weight = weight.full_tensor()
+        if weight.is_meta:
+            raise SvdtuneError(
+                f"the weight of {type(module).__name__} is on the meta device and has no values; "
+                "load the model's weights before adding an adapter that decomposes them"
+            )
+        if isinstance(module, Conv1D):
+            weight = weight.T
+        return weight.flatten(1)
 
 
 def _in_memory(module: nn.Module):

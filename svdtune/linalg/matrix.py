@@ -1,0 +1,88 @@
+"""What every routine here does first: check a weight, scale it, and put it in full precision on a device that can."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from svdtune.errors import SvdtuneError
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise `SvdtuneError` unless 0 < threshold <= 1."""
+    if not (math.isfinite(threshold) and 0 < threshold <= 1):
+        raise SvdtuneError(f"threshold must lie in (0, 1], the share of the sum of singular values; got {threshold}")
+
+
+def check_rank(r: int, shape: torch.Size) -> None:
+    """Raise `SvdtuneError` unless 1 <= r <= min(shape)."""
+    if not 1 <= r <= min(shape):
+        raise SvdtuneError(f"r = {r} is outside 1 … {min(shape)}, the ranks that a weight {tuple(shape)} can have")
+
+
+def largest_entry(weight: Tensor) -> float:
+    """The largest magnitude in a weight [out, in].
+
+    Raises:
+        SvdtuneError: the weight is not a matrix, is empty, has no values, is not floating point, or holds NaN or infinity.
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise SvdtuneError(f"a weight must be a non-empty matrix [out, in]; this one has shape {tuple(weight.shape)}")
+    if weight.is_meta:
+        raise SvdtuneError("the weight is on the meta device and has no values; load it before decomposing it")
+    if not weight.is_floating_point():
+        raise SvdtuneError(f"a weight must be floating point, not {weight.dtype}; dequantize it first")
+    if weight.element_size() == 1:
+        weight = weight.float()
+    low, high = torch.aminmax(weight.detach())
+    largest = max(-float(low), float(high))
+    if not math.isfinite(largest):
+        raise SvdtuneError("the weight holds NaN or infinity, so it has no singular values; check the checkpoint")
+    return largest
+
+
+def tall(weight: Tensor) -> Tensor:
+    """The weight or its transpose, whichever has the short side last: a view [m, n], m >= n."""
+    return weight if weight.shape[0] >= weight.shape[1] else weight.mT
+
+
+def power_of_two(largest: float) -> float:
+    """The power of two at or below `largest`, clamped so that it and its inverse are finite in fp32.
+
+    Dividing by it is exact, and keeps squares of very large or very small weights inside the range of fp32.
+    """
+    return 2.0 ** max(-120, min(120, math.frexp(largest)[1] - 1)) if largest > 0 else 1.0
+
+
+def working_copy(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """weight / scale in `dtype`, on its own device, or on CPU where that device has no float64."""
+    device = weight.device if weight.device.type in ("cpu", "cuda") else "cpu"
+    weight = weight.detach().to(device)
+    weight = weight.to(dtype)
+    return weight if scale == 1.0 else weight / scale
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Run without autograd, without autocast, and with fp32 products in fp32 rather than TF32."""
+    kind = device.type if device.type in ("cpu", "cuda") else "cpu"
+    with torch.no_grad(), torch.autocast(kind, enabled=False), products_in(tf32=False):
+        yield
+
+
+@contextmanager
+def products_in(*, tf32: bool) -> Iterator[None]:
+    """Let CUDA's fp32 matrix products round their inputs to TF32, or forbid it; restores what was set before."""
+    matmul = torch.backends.cuda.matmul
+    # Newer releases of torch refuse a mix of the two ways of saying it.
+    setting, value = (
+        ("fp32_precision", "tf32" if tf32 else "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", tf32)
+    )
+    before = getattr(matmul, setting)
+    setattr(matmul, setting, value)
+    try:
+        yield
+    finally:
+        setattr(matmul, setting, before)
