@@ -191,7 +191,7 @@ def _leading(weight: Tensor, threshold: float) -> Spectrum | None:
     scale = power_of_two(largest)
     with full_precision(weight.device):
         W = tall(working_copy(weight, scale, torch.float32))
-        krylov = BlockKrylov(W, 64, capacity=n // 4)
+        krylov = BlockKrylov(W, 64, capacity=n // 2)
         while krylov.room:
             krylov.extend()
             if krylov.p < 256 or krylov.p % 128:

@@ -1,0 +1,133 @@
+"""Leading factors against a float64 SVD, and the promises about orthonormality, signs and reproducibility."""
+
+import pytest
+import torch
+from weights_with_known_spectra import llama_like, spectra, weight_with
+
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import factors as module
+from svdtune.linalg import orthonormality_error, top_factors
+
+SHAPES = [(96, 96), (200, 60), (60, 200)]
+
+
+def check(weight: torch.Tensor, r: int, rtol: float = 1e-5) -> None:
+    """top_factors(weight, r) has the right shapes and values, orthonormal vectors, and approximates as well as can be."""
+    found = top_factors(weight, r)
+    values = torch.linalg.svdvals(weight.double())
+    assert found.U.shape == (weight.shape[0], r)
+    assert found.Vh.shape == (r, weight.shape[1])
+    assert {part.dtype for part in found} == {torch.float32}
+    torch.testing.assert_close(found.s.double(), values[:r], rtol=rtol, atol=2e-7 * float(values[0]) + 1e-12)
+    assert (found.s.diff() <= 0).all()
+    assert (found.s >= 0).all()
+    assert orthonormality_error(found.U.double()) < 1e-6
+    assert orthonormality_error(found.Vh.mT.double()) < 1e-6
+    U, s, Vh = (part.double() for part in found)
+    rest = torch.linalg.matrix_norm(weight.double() - (U * s) @ Vh)
+    assert rest <= values[r:].norm() * (1 + 1e-6) + 1e-6 * values.norm() + 1e-12
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", list(spectra(8)))
+@pytest.mark.parametrize("r", [1, 7, 60])
+def test_small_weights(shape, kind, r):
+    check(weight_with(spectra(min(shape))[kind], *shape).float(), r)
+
+
+@pytest.mark.parametrize("shape", [(700, 700), (1500, 640), (640, 1500)])
+@pytest.mark.parametrize("kind", list(spectra(8)))
+def test_weights_large_enough_for_krylov(shape, kind):
+    check(weight_with(spectra(min(shape))[kind], *shape).float(), 40)
+
+
+@pytest.mark.parametrize("kind", ["llama", "exponential"])
+def test_krylov_agrees_with_the_dense_route_vector_by_vector(kind, monkeypatch):
+    weight = weight_with(spectra(800)[kind], 800, 900).float()
+    dense = torch.linalg.svd(weight.double(), full_matrices=False)
+    monkeypatch.setattr(module, "_by_gram", lambda *_: pytest.fail("the Krylov route gave up"))
+    found = top_factors(weight, 16)
+    overlap = (found.Vh.double() * dense.Vh[:16]).sum(1)
+    assert (overlap.abs() > 1 - 1e-6).all()
+
+
+def test_more_copies_of_a_value_than_a_block_holds_are_all_found():
+    """From one start block, Krylov iteration finds at most a block's worth of copies; that must be noticed."""
+    values = torch.cat([torch.full((90,), 5.0), torch.linspace(2, 1, 910)]).double()
+    check(weight_with(values, 1000, 1000).float(), 64)
+
+
+def test_one_huge_value_does_not_drown_the_rest():
+    values = torch.cat([torch.tensor([3e4]), llama_like(999).float()]).double()
+    check(weight_with(values, 1000, 1000), 32)
+
+
+@pytest.mark.parametrize("shape", [(700, 700), (30, 50)])
+def test_null_vectors_are_completed(shape):
+    values = torch.zeros(min(shape), dtype=torch.float64)
+    values[:5] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+    check(weight_with(values, *shape).float(), 12)
+    check(torch.zeros(shape), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_dtype_gives_fp32_factors_of_the_stored_values(dtype):
+    check(weight_with(llama_like(80), 80, 120).to(dtype), 10)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e30])
+def test_sizes_at_the_ends_of_fp32(size):
+    values = llama_like(700)
+    found = top_factors((weight_with(values, 700, 700) * size).float(), 30)
+    torch.testing.assert_close(found.s.double() / size, values[:30], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("n", [80, 700])
+def test_same_weight_same_factors_whatever_the_random_state(n):
+    weight = weight_with(llama_like(n), n, n).float()
+    first = top_factors(weight, 12)
+    torch.manual_seed(123)
+    state = torch.get_rng_state()
+    top_factors(torch.randn(90, 90), 3)
+    torch.set_rng_state(state)
+    second = top_factors(weight, 12)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("n", [80, 700])
+def test_signs_do_not_depend_on_the_route_or_on_a_flip(n):
+    weight = weight_with(llama_like(n), n, n)
+    ours = top_factors(weight, 8)
+    flipped = top_factors(-weight, 8)
+    torch.testing.assert_close(ours.Vh, flipped.Vh, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.U, -flipped.U, rtol=0, atol=1e-5)
+    largest = ours.Vh.gather(1, ours.Vh.abs().argmax(1, keepdim=True))
+    near_ties = (ours.Vh.abs() > 0.9 * largest.abs()).sum(1) > 1
+    assert (largest[~near_ties] > 0).all()
+
+
+def test_gradients_and_autocast_do_not_leak_in():
+    weight = weight_with(llama_like(64), 64, 64).float().requires_grad_()
+    plain = top_factors(weight, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = top_factors(weight, 4)
+    assert not any(part.requires_grad for part in plain)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
+
+
+@pytest.mark.parametrize("r", [0, -1, 21])
+def test_ranks_that_a_weight_cannot_have_are_refused(r):
+    with pytest.raises(SvdtuneError, match=r"outside 1 … 20"):
+        top_factors(torch.randn(30, 20), r)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    with pytest.raises(SvdtuneError, match="NaN or infinity"):
+        top_factors(torch.full((4, 4), float("nan")), 1)
+
+
+def test_orthonormality_error():
+    assert orthonormality_error(torch.eye(5, 3)) == 0
+    assert orthonormality_error(2 * torch.eye(5, 3)) == pytest.approx(3 * 3**0.5)
+    assert orthonormality_error(torch.eye(5, 3, dtype=torch.bfloat16)).dtype == torch.float32
