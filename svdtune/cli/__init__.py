@@ -1,0 +1,77 @@
+"""The command line: one file a verb, imported only when its verb is called.
+
+A verb is a module `svdtune/cli/<verb>.py` with an `app`, a `typer.Typer` with exactly one command, whose docstring is the
+verb's help. Modules whose names start with "_" are none. A verb module imports torch and what needs it inside its
+function, so that `svdtune --help`, which imports them all for their first lines, adds little to `import svdtune`.
+
+Errors: a `SvdtuneError` is printed as one message, exit code 2. A `KeyboardInterrupt` prints its own text, which may say how
+to go on, exit code 130. Anything else is a fault of svdtune and keeps its traceback.
+"""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from svdtune._version import __version__
+from svdtune.errors import SvdtuneError
+
+# In the order of use; any other verb comes after these.
+_ORDER = ("demo", "plan", "train", "evaluate", "generate", "analyze", "merge", "export", "report", "cache")
+
+
+def verbs() -> list[str]:
+    """Names of all verbs there are, in the order the help shows them."""
+    found = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
+    return sorted(found, key=lambda verb: (_ORDER.index(verb) if verb in _ORDER else len(_ORDER), verb))
+
+
+class _Verbs(TyperGroup):
+    """A group that finds its commands in the folder, and turns user errors into one line."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return verbs()
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in verbs():
+            return None
+        if cmd_name not in self.commands:
+            command = typer.main.get_command(importlib.import_module(f"svdtune.cli.{cmd_name}").app)
+            command.name = cmd_name
+            self.commands[cmd_name] = command
+        return self.commands[cmd_name]
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SvdtuneError as error:
+            typer.echo(f"svdtune: {error}", err=True)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as interrupt:
+            typer.echo(f"svdtune: {str(interrupt) or 'interrupted'}", err=True)
+            raise typer.Exit(130) from interrupt
+
+
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _svdtune(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=_version, is_eager=True
+    ),
+) -> None:
+    """SVD-based parameter-efficient fine-tuning: SARA, Mo-SARA and SORSA."""
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `svdtune` script."""
+    app()
