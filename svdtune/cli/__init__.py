@@ -1,8 +1,8 @@
 """The command line: one file a verb, imported only when its verb is called.
 
-A verb is a module `svdtune/cli/<verb>.py` with an `app`, a `typer.Typer` with exactly one command, whose docstring is the
-verb's help. Modules whose names start with "_" are none. A verb module imports torch and what needs it inside its
-function, so that `svdtune --help`, which imports them all for their first lines, adds little to `import svdtune`.
+A verb is a name in VERBS and a module `svdtune/cli/<verb>.py` with an `app`, a `typer.Typer` with exactly one command, whose
+docstring is the verb's help. Other modules in the folder are helpers. `svdtune --help` imports all verbs for the first lines
+of their help, so what only the work itself needs (torch, transformers) is imported inside the command.
 
 Errors: a `SvdtuneError` is printed as one message, exit code 2. A `KeyboardInterrupt` prints its own text, which may say how
 to go on, exit code 130. Anything else is a fault of svdtune and keeps its traceback.
@@ -18,14 +18,14 @@ from typer.core import TyperGroup
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 
-# In the order of use; any other verb comes after these.
-_ORDER = ("demo", "plan", "train", "evaluate", "generate", "analyze", "merge", "export", "report", "cache")
+# In the order of use, which is the order in the help.
+VERBS = ("demo", "plan", "train", "evaluate", "generate", "analyze", "merge", "export", "report", "cache")
 
 
 def verbs() -> list[str]:
-    """Names of all verbs there are, in the order the help shows them."""
-    found = [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
-    return sorted(found, key=lambda verb: (_ORDER.index(verb) if verb in _ORDER else len(_ORDER), verb))
+    """The verbs that there are."""
+    present = {module.name for module in pkgutil.iter_modules(__path__)}
+    return [verb for verb in VERBS if verb in present]
 
 
 class _Verbs(TyperGroup):
