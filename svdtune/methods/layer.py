@@ -103,7 +103,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self.configs[adapter_name] = config
         tensors = self._starting_tensors(r, config, factors, load_only)
         for name, tensor in tensors.items():
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor, requires_grad=name in self.trained)
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in self.trained)
         dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         getattr(self, f"{self.method}_dropout")[adapter_name] = dropout
         if load_only:
@@ -119,7 +119,8 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
         with torch.device("meta"):
             shapes = self.new_tensors(r, config, None)
-        return {name: torch.zeros_like(t, device="cpu") for name, t in shapes.items() if t is not None}
+        device = "meta" if parameters_go_to_meta() else "cpu"
+        return {name: torch.zeros_like(t, device=device) for name, t in shapes.items() if t is not None}
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
@@ -150,7 +151,18 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         adapter, self._loading = self._loading, None
         if adapter is not None:
             self._awaited.discard(adapter)
+            self._own_memory(adapter)
             self.after_load(adapter)
+
+    def _own_memory(self, adapter: str) -> None:
+        """Copy tensors that `low_cpu_mem_usage` left mapped from the file, at addresses of the file's own alignment.
+
+        Aligned as they were when they were saved, matrix products round as they did: outputs are the same to the bit.
+        """
+        for name in (*self.trained, *self.frozen):
+            tensor = self.adapter_tensor(name, adapter)
+            if tensor is not None and not tensor.is_meta and tensor.data_ptr() % 64:
+                getattr(self, name)[adapter] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
 
     def after_load(self, adapter: str) -> None:
         """Called when an adapter's tensors have been copied from a checkpoint."""
@@ -259,3 +271,8 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"svdtune.{super().__repr__()}"
+
+
+def parameters_go_to_meta() -> bool:
+    """Whether we are inside PEFT's low_cpu_mem_usage, which does not tell the tuner but sends new parameters to meta."""
+    return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].is_meta

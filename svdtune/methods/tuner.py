@@ -18,7 +18,7 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.layer import SvdLayer
+from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
 
 
 class SvdTuner(BaseTuner):
@@ -39,7 +39,7 @@ class SvdTuner(BaseTuner):
     ) -> None:
         """As PEFT's, with every rank and factor settled first; see the head of this file."""
         config: SvdConfig = self.peft_config[adapter_name]
-        self._load_only = low_cpu_mem_usage or config.initialized
+        self._load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
         self._ranks: dict[str, int] = {}
         self._factors: dict[str, Factors] = {}
         try:

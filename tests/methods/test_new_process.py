@@ -1,0 +1,61 @@
+"""Saved here, loaded in a fresh process: the same logits, bit for bit, in fp32 and bf16, for every method."""
+
+import subprocess
+import sys
+
+import torch
+from peft import get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+
+CONFIGS = {
+    "sara": SaraConfig(threshold=0.2),
+    "mosara": MoSaraConfig(threshold=0.5, num_heads=3),
+    "sorsa": SorsaConfig(r=4),
+    "residual": SorsaConfig(r=4, layout="residual"),
+}
+TOKENS = torch.arange(1, 25).view(2, 12)
+
+LOAD = """
+import sys, torch, svdtune
+from pathlib import Path
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+folder = Path(sys.argv[1])
+tokens = torch.arange(1, 25).view(2, 12)
+for dtype in (torch.float32, torch.bfloat16):
+    for adapter in sorted(folder.glob(f"*-{dtype}")):
+        base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=dtype)
+        model = PeftModel.from_pretrained(base, adapter).eval()
+        with torch.no_grad():
+            got = model(input_ids=tokens).logits
+        assert torch.equal(got, torch.load(adapter / "logits.pt")), adapter.name
+        print("same", adapter.name)
+"""
+
+
+def test_logits_are_the_same(tmp_path):
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 60,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    for dtype in (torch.float32, torch.bfloat16):
+        for name, config in CONFIGS.items():
+            base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+            model = get_peft_model(base, config).eval()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.1 * torch.randn_like(parameter)
+                folder = tmp_path / f"{name}-{dtype}"
+                model.save_pretrained(folder)
+                torch.save(model(input_ids=TOKENS).logits, folder / "logits.pt")
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("same") == 2 * len(CONFIGS)

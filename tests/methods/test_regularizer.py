@@ -1,0 +1,241 @@
+"""The orthonormal regularizer: closed form against autograd, three doors, and exactness under every kind of step."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from svdtune import SorsaConfig, SvdtuneError, add_regularizer_gradients, regularize
+from svdtune.methods.sorsa.math import penalty
+from svdtune.methods.sorsa.reference import orthonormal_regularizer
+from svdtune.methods.sorsa.regularizer import trained_factors
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide, self.tall, self.head = nn.Linear(12, 7), nn.Linear(7, 12), nn.Linear(12, 5)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.tall(torch.tanh(self.wide(x)))))
+
+
+def adapted(moved: float = 0.1, **settings):
+    torch.manual_seed(0)
+    model = get_peft_model(Net(), SorsaConfig(r=3, target_modules=["wide", "tall", "head"], **settings))
+    with torch.no_grad():
+        for factor, _ in trained_factors(model):
+            factor += moved * torch.randn_like(factor)
+    return model
+
+
+def layers(model):
+    return [module for module in model.modules() if hasattr(module, "sorsa_U")]
+
+
+def autograd_gradients(model, reduction):
+    pairs = [(layer.sorsa_U["default"], layer.sorsa_V["default"]) for layer in layers(model)]
+    total = sum(orthonormal_regularizer(U, V) for U, V in pairs)
+    if reduction == "mean":
+        total = total / (2 * len(pairs))
+    flat = [factor for pair in pairs for factor in pair]
+    return total.detach(), dict(zip(flat, torch.autograd.grad(total, flat), strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_closed_form_is_autograds_gradient(reduction):
+    model = adapted(reduction=reduction, gamma=0.5)
+    value, gradients = autograd_gradients(model, reduction)
+    got = add_regularizer_gradients(model, max_learning_rate=0.1)
+    assert torch.allclose(got, value)
+    for factor, gradient in gradients.items():
+        assert torch.allclose(factor.grad, 5.0 * gradient, atol=1e-5)
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    model = adapted(gamma=0.1)
+    for factor, _ in trained_factors(model):
+        factor.grad = torch.ones_like(factor)
+    _, gradients = autograd_gradients(model, "mean")
+    add_regularizer_gradients(model, 0.1)
+    for factor, gradient in gradients.items():
+        assert torch.allclose(factor.grad, 1 + gradient, atol=1e-5)
+
+
+def test_large_groups_are_treated_in_chunks(monkeypatch):
+    model, whole = adapted(), adapted()
+    add_regularizer_gradients(whole, 0.1)
+    monkeypatch.setattr("svdtune.methods.sorsa.regularizer.CHUNK_ELEMENTS", 1)
+    add_regularizer_gradients(model, 0.1)
+    for (one, _), (other, _) in zip(trained_factors(model), trained_factors(whole), strict=True):
+        assert torch.allclose(one.grad, other.grad)
+
+
+def test_exact_orthonormality_gives_zero_and_no_nan():
+    norms, gradient = penalty(torch.eye(6, 3)[None])
+    assert float(norms) == 0
+    assert not gradient.any()
+
+
+def test_the_gradient_has_a_constant_norm_near_orthonormality():
+    """Theorem 5.2 bounds L_reg, not its gradient: that stays near 2 however close E is to 0, and flips its sign there."""
+    direction = torch.linalg.qr(torch.randn(20, 4, dtype=torch.float64)).Q
+    for size in (1e-2, 1e-4, 1e-6):
+        for sign in (1, -1):
+            _, gradient = penalty((direction * (1 + sign * size))[None])
+            assert float(gradient.norm()) == pytest.approx(2, rel=2e-2)
+            assert float((gradient[0] * direction).sum()) * sign > 0
+    _, smooth = penalty((direction * (1 + 1e-6))[None], smooth_eps=1e-3)
+    assert float(smooth.norm()) < 0.01
+
+
+def test_theorem_5_1_does_not_hold():
+    """Convexity would need f(0) ≤ (f(U) + f(−U)) / 2; for orthonormal U it is √r against 0."""
+    U = torch.linalg.qr(torch.randn(9, 4, dtype=torch.float64)).Q
+    f = [float(penalty(M[None])[0]) for M in (U, -U, (U + -U) / 2)]
+    assert f[0] == pytest.approx(0, abs=1e-12)
+    assert f[1] == pytest.approx(0, abs=1e-12)
+    assert f[2] == pytest.approx(2.0)  # √4
+
+
+def test_equation_42_bounds_the_condition_number_in_the_wrong_direction():
+    """κ(U S Vᵀ) can be far below κ(U) κ(S) κ(V), so orthonormal factors can make it worse, not better."""
+    U, S, V = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([2.0, 1.0])), torch.eye(2)
+    product, parts = torch.linalg.cond(U @ S @ V.mT), torch.linalg.cond(U) * torch.linalg.cond(S)
+    assert float(product) == pytest.approx(1)
+    assert float(parts) == pytest.approx(4)
+
+
+class TestHook:
+    def step(self, model, optimizer, micro_batches=1, clip=None):
+        inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+        for part in inputs.chunk(micro_batches):
+            (model(part).square().mean() / micro_batches).backward()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], clip)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def trained(self, model):
+        return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+    def optimizer(self, model):
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+
+    def test_counts_once_under_accumulation(self):
+        whole, parts = adapted(gamma=0.5), adapted(gamma=0.5)
+        for model, count in ((whole, 1), (parts, 4)):
+            optimizer = self.optimizer(model)
+            regularize(optimizer, model)
+            self.step(model, optimizer, count)
+        for one, other in zip(self.trained(whole), self.trained(parts), strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+    def test_acts_after_clipping(self):
+        """With the training gradient clipped to almost nothing, the step is the regularizer's alone."""
+        model = adapted(gamma=0.5)
+        before = self.trained(model)
+        _, gradients = autograd_gradients(model, "mean")
+        optimizer = self.optimizer(model)
+        regularize(optimizer, model)
+        self.step(model, optimizer, clip=1e-12)
+        names = [p for p in model.parameters() if p.requires_grad]
+        for parameter, old in zip(names, before, strict=True):
+            expected = 0.5 * gradients[parameter] if parameter in gradients else torch.zeros_like(old)
+            assert torch.allclose(old - parameter.detach(), expected, atol=1e-5)
+
+    def test_uses_the_peak_of_a_schedule_that_warms_up(self):
+        model = adapted(gamma=0.5)
+        optimizer = self.optimizer(model)
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.01)
+        assert regularize(optimizer, model).max_learning_rate == 0.1
+
+    def test_reports_and_can_be_removed(self):
+        model = adapted(gamma=0.5)
+        value, _ = autograd_gradients(model, "mean")
+        optimizer = self.optimizer(model)
+        hook = regularize(optimizer, model)
+        self.step(model, optimizer)
+        assert torch.allclose(hook.last, value, atol=1e-6)
+        hook.remove()
+        hook.last = None
+        self.step(model, optimizer)
+        assert hook.last is None
+
+    @pytest.mark.parametrize("unscale", [False, True])
+    def test_a_grad_scaler_changes_nothing(self, unscale):
+        """Whether the loop unscales for clipping or leaves it to the scaler's step, the hook sees plain gradients."""
+        plain, scaled = adapted(gamma=0.5), adapted(gamma=0.5)
+        optimizer = self.optimizer(plain)
+        regularize(optimizer, plain)
+        self.step(plain, optimizer)
+        optimizer = self.optimizer(scaled)
+        regularize(optimizer, scaled)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+        scaler.scale(scaled(inputs).square().mean()).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        for one, other in zip(self.trained(plain), self.trained(scaled), strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+    def test_a_fused_optimizer_unscales_in_its_own_kernel(self):
+        plain, scaled = adapted(gamma=0.5), adapted(gamma=0.5)
+        for model, scale in ((plain, None), (scaled, 1024.0)):
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.SGD(parameters, lr=0.1, fused=True)
+            regularize(optimizer, model)
+            inputs = torch.randn(8, 12, generator=torch.Generator().manual_seed(3))
+            loss = model(inputs).square().mean()
+            if scale is None:
+                loss.backward()
+                optimizer.step()
+            else:
+                scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+        for one, other in zip(self.trained(plain), self.trained(scaled), strict=True):
+            assert torch.allclose(one, other, atol=1e-6)
+
+    def test_an_overflowed_step_is_skipped_whole(self):
+        model = adapted(gamma=0.5)
+        before = self.trained(model)
+        optimizer = self.optimizer(model)
+        hook = regularize(optimizer, model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(model(torch.full((4, 12), float("inf"))).square().mean()).backward()
+        scaler.step(optimizer)
+        assert hook.last is None
+        assert all(map(torch.equal, before, self.trained(model)))
+
+
+def test_gamma_zero_reports_and_adds_nothing():
+    model = adapted(gamma=0.0)
+    assert float(add_regularizer_gradients(model, 0.1)) > 0
+    assert all(factor.grad is None for factor, _ in trained_factors(model))
+
+
+def test_bf16_factors_are_penalised_in_fp32():
+    model = adapted(gamma=0.5)
+    exact = adapted(gamma=0.5)
+    for layer in layers(model):
+        for factors in (layer.sorsa_U, layer.sorsa_V):
+            factors["default"] = nn.Parameter(factors["default"].detach().bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = add_regularizer_gradients(model, 0.1)
+    assert got.dtype == torch.float32
+    assert float(got) == pytest.approx(float(add_regularizer_gradients(exact, 0.1)), rel=0.05)
+    assert all(factor.grad.dtype == torch.bfloat16 for factor, _ in trained_factors(model))
+
+
+def test_frozen_and_foreign_models_are_left_alone():
+    assert add_regularizer_gradients(Net(), 0.1) is None
+    model = adapted()
+    model.requires_grad_(False)
+    assert add_regularizer_gradients(model, 0.1) is None
+
+
+def test_a_learning_rate_of_zero_is_refused():
+    with pytest.raises(SvdtuneError, match=r"max_learning_rate must be positive.*got 0"):
+        add_regularizer_gradients(adapted(), 0)
