@@ -1,0 +1,60 @@
+"""`svdtune cache`: what the cache of spectra and factors holds, and clearing it."""
+
+from datetime import datetime
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(name="cache", help="List or clear the cache of spectra and factors.", no_args_is_help=True)
+
+
+@app.command("list")
+def show() -> None:
+    """List what the cache holds, newest last.
+
+    Example:
+
+      svdtune cache list
+    """
+    from svdtune.spectra import store
+
+    folder = store.cache_dir()
+    if folder is None:
+        typer.echo("the cache is switched off (SVDTUNE_CACHE=off)")
+        return
+    found = sorted(store.entries(), key=lambda entry: entry.used)
+    table = Table("kind", "key", "KB", "last used")
+    table.columns[2].justify = "right"
+    for entry in found:
+        used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
+        table.add_row(entry.kind, entry.key[:16] + entry.key[64:], f"{entry.size / 1e3:.0f}", used)
+    console = Console()
+    if found:
+        console.print(table)
+    total = sum(entry.size for entry in found)
+    limit = store.cache_limit()
+    console.print(f"{folder}: {len(found)} files, {total / 1e6:.1f} MB of at most {limit / 1e9:g} GB", soft_wrap=True)
+
+
+@app.command()
+def clear(
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove every cached spectrum and factor; they are computed again when they are next needed.
+
+    Example:
+
+      svdtune cache clear --yes
+    """
+    from svdtune.spectra import store
+
+    found = list(store.entries())
+    if not found:
+        typer.echo("the cache is empty")
+        return
+    if not yes:
+        typer.confirm(f"Remove {len(found)} files from {store.cache_dir()}?", abort=True)
+    removed = store.trim(0)
+    typer.echo(f"removed {len(removed)} files, {sum(entry.size for entry in removed) / 1e6:.1f} MB")

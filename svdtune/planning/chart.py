@@ -1,0 +1,50 @@
+"""The chart of a plan: rank by depth, one line a kind of module."""
+
+import re
+from pathlib import Path
+
+from svdtune.errors import SvdtuneError
+from svdtune.planning.plan import Plan
+
+
+def by_depth(plan: Plan) -> dict[str, dict[int, int]]:
+    """Kind of module ("q_proj") → depth → rank. The depth is the first number in a module's name, 0 where there is none.
+
+    Kinds that occur more than once at a depth are told apart by as many more of their names' parts as it takes.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for layer in plan.layers:
+        number = re.search(r"\.(\d+)\.", f".{layer.name}.")
+        depth = int(number.group(1)) if number else 0
+        parts = layer.name.split(".")
+        for size in range(1, len(parts) + 1):
+            kind = ".".join(parts[-size:])
+            if depth not in found.setdefault(kind, {}):
+                found[kind][depth] = layer.rank
+                break
+    return {kind: ranks for kind, ranks in found.items() if ranks}
+
+
+def draw(plan: Plan, file: Path) -> None:
+    """Write the chart as SVG, PNG or PDF, by the file's suffix.
+
+    Raises:
+        SvdtuneError: another suffix, or matplotlib is not installed.
+    """
+    if file.suffix not in (".svg", ".png", ".pdf"):
+        raise SvdtuneError(f"{file.name} is no chart; end it in .svg, .png or .pdf")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SvdtuneError("charts need matplotlib: pip install 'svdtune[plots]'") from error
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for kind, ranks in by_depth(plan).items():
+        axes.plot(list(ranks), list(ranks.values()), marker="o", markersize=3, linewidth=1.2, label=kind)
+    axes.set(xlabel="layer", ylabel="rank k", ylim=(0, None))
+    at = f" at θ = {plan.threshold:g}" if plan.threshold is not None else ""
+    axes.set_title(f"{plan.method.name}{at}: {plan.trained:,} trained, {plan.share:.4%}")
+    axes.legend(frameon=False)
+    axes.grid(alpha=0.3)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150)

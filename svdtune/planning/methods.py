@@ -1,0 +1,54 @@
+"""What each method trains and keeps at a rank: one table over the formulas in the methods' own math.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.mosara import math as mosara
+from svdtune.methods.sara import math as sara
+from svdtune.methods.sorsa import math as sorsa
+
+Count = Callable[[int, int, int], int]  # (rank, in_features, out_features) → parameters of one layer
+
+
+@dataclass(frozen=True)
+class Method:
+    """How many parameters a method costs in a layer, by its rank and shape.
+
+    Attributes:
+        name: as in a recipe's `method` section.
+        trained: parameters that get gradients.
+        frozen: parameters that the adapter adds without training them. Shares count them, as the papers do.
+        kept: further numbers held in memory (SORSA's starting factors), which are no parameters.
+    """
+
+    name: str
+    trained: Count
+    frozen: Count
+    kept: Count
+
+
+def method(name: str, *, num_heads: int = 5) -> Method:
+    """A method by name: sara, mosara, sorsa or lora.
+
+    Args:
+        name: the method.
+        num_heads: Mo-SARA's heads m.
+
+    Raises:
+        SvdtuneError: an unknown name.
+    """
+    none: Count = lambda *_: 0  # noqa: E731
+    factors: Count = lambda r, i, o: r * (i + o)  # noqa: E731
+    known = {
+        "sara": Method("sara", sara.trainable_parameters, none, none),
+        "mosara": Method(
+            "mosara", lambda r, i, o: mosara.trainable_parameters(r, i, o, num_heads=num_heads), factors, none
+        ),
+        "sorsa": Method("sorsa", sorsa.trainable_parameters, none, sorsa.trainable_parameters),
+        "lora": Method("lora", factors, none, none),
+    }
+    key = name.lower().replace("-", "").replace("_", "")
+    if key not in known:
+        raise SvdtuneError(f"unknown method {name!r}; expected one of {', '.join(known)}")
+    return known[key]

@@ -1,0 +1,199 @@
+"""A plan: the rank of every layer of a model for one method, and what it costs, before anything is built or trained."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from svdtune import spectra
+from svdtune.errors import SvdtuneError
+from svdtune.planning.checkpoint import Checkpoint
+from svdtune.planning.methods import Method
+from svdtune.planning.methods import method as find_method
+from svdtune.planning.solve import RankTable, parse_budget
+from svdtune.planning.targets import resolve_targets
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted module: its name, its shape, its rank and the parameters trained there."""
+
+    name: str
+    in_features: int
+    out_features: int
+    rank: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Ranks and costs of an adapter.
+
+    Attributes:
+        model: what was planned for.
+        method: the method's costs.
+        options: settings of the method that the costs depend on (`num_heads`).
+        threshold: θ that gave the ranks; None where one rank was given.
+        layers: the adapted modules in the model's order.
+        target_modules, exclude_modules: as a configuration should state them.
+        base_parameters: parameters of the model itself.
+    """
+
+    model: str
+    method: Method
+    options: dict[str, int]
+    threshold: float | None
+    layers: tuple[Layer, ...]
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None
+    base_parameters: int
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return sum(layer.trained for layer in self.layers)
+
+    @property
+    def frozen(self) -> int:
+        """Parameters that the adapter adds without training them (Mo-SARA's U_k and V_k)."""
+        return sum(self.method.frozen(layer.rank, layer.in_features, layer.out_features) for layer in self.layers)
+
+    @property
+    def kept(self) -> int:
+        """Further numbers in memory (SORSA's starting factors)."""
+        return sum(self.method.kept(layer.rank, layer.in_features, layer.out_features) for layer in self.layers)
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over all of the adapted model's, as the papers and `print_trainable_parameters` count."""
+        return self.trained / (self.base_parameters + self.trained + self.frozen)
+
+    @property
+    def rank_pattern(self) -> dict[str, int]:
+        """PEFT's `rank_pattern`: an anchored expression for each module's whole name → its rank.
+
+        The anchor keeps a name from also matching a longer one that ends in it (`layers.0.q` and `vision.layers.0.q`).
+        """
+        return {f"^{re.escape(layer.name)}": layer.rank for layer in self.layers}
+
+    def method_section(self) -> dict[str, Any]:
+        """The `method` section of a recipe."""
+        section: dict[str, Any] = {"name": self.method.name, "target_modules": self.target_modules, **self.options}
+        if self.exclude_modules:
+            section["exclude_modules"] = self.exclude_modules
+        return section | {"r": self._common_rank(), "rank_pattern": self.rank_pattern}
+
+    def lora_section(self) -> dict[str, Any]:
+        """Arguments for `peft.LoraConfig` with the same ranks; α = r in every layer, so the scaling is 1 throughout."""
+        r = self._common_rank()
+        section: dict[str, Any] = {"target_modules": self.target_modules, "r": r, "lora_alpha": r}
+        if self.exclude_modules:
+            section["exclude_modules"] = self.exclude_modules
+        return section | {"rank_pattern": self.rank_pattern, "alpha_pattern": self.rank_pattern}
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as `svdtune plan --json` writes it."""
+        return {
+            "model": self.model,
+            "method": self.method_section(),
+            "lora": self.lora_section(),
+            "threshold": self.threshold,
+            "base_parameters": self.base_parameters,
+            "trained_parameters": self.trained,
+            "frozen_parameters": self.frozen,
+            "share": self.share,
+            "layers": [vars(layer) for layer in self.layers],
+        }
+
+    def _common_rank(self) -> int:
+        return Counter(layer.rank for layer in self.layers).most_common(1)[0][0]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    method: str = "sara",
+    *,
+    threshold: float | None = None,
+    budget: str | None = None,
+    match_lora: int | None = None,
+    r: int | None = None,
+    target_modules: Sequence[str] | str | None = None,
+    exclude_modules: Sequence[str] | str | None = None,
+    num_heads: int = 5,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> Plan:
+    """Plan an adapter; give exactly one of `threshold`, `budget`, `match_lora` and `r`.
+
+    Args:
+        checkpoint: from `open_checkpoint`.
+        method: sara, mosara, sorsa or lora.
+        threshold: θ in (0, 1].
+        budget: parameters to train at most: a count ("500k") or a share of all parameters ("0.1%").
+        match_lora: train at most as many as a LoRA of this rank on the same modules.
+        r: one rank for all modules; nothing is decomposed.
+        target_modules, exclude_modules: as in LoRA.
+        num_heads: Mo-SARA's heads.
+        device: where weights are decomposed.
+        progress: show a bar; by default where stderr is a terminal.
+
+    Raises:
+        SvdtuneError: not exactly one of the four, a value outside its range, or a budget below rank 1 everywhere.
+    """
+    given = {"threshold": threshold, "budget": budget, "match_lora": match_lora, "r": r}
+    chosen = [name for name, value in given.items() if value is not None]
+    if len(chosen) != 1:
+        raise SvdtuneError(
+            f"give exactly one of threshold, budget, match_lora and r; got {', '.join(chosen) or 'none'}"
+        )
+    costs = find_method(method, num_heads=num_heads)
+    names, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
+    shapes = {name: _shape(checkpoint, name) for name in names}
+    base = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+
+    def plan(ranks: Mapping[str, int], theta: float | None) -> Plan:
+        layers = tuple(
+            Layer(name, i, o, ranks[name], costs.trained(ranks[name], i, o)) for name, (i, o) in shapes.items()
+        )
+        options = {"num_heads": num_heads} if costs.name == "mosara" else {}
+        exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
+        return Plan(checkpoint.name, costs, options, theta, layers, stated, exclude or None, base)
+
+    if r is not None:
+        for name, (i, o) in shapes.items():
+            if not 1 <= r <= min(i, o):
+                raise SvdtuneError(f"r = {r} is outside 1 … {min(i, o)}, the ranks that {name} [{o}, {i}] can have")
+        return plan(dict.fromkeys(names, r), None)
+
+    weights = {name: lambda name=name: checkpoint.weight(name).to(device) for name in names}
+    if threshold is not None:
+        return plan(spectra.ranks(weights, threshold, progress=progress), threshold)
+
+    table = RankTable(dict(spectra.spectra(weights, progress=progress)))
+    if match_lora is not None and match_lora < 1:
+        raise SvdtuneError(f"match_lora must be a rank >= 1; got {match_lora}")
+    share, count = parse_budget(budget) if budget is not None else (None, None)
+    if match_lora is not None:
+        count = sum(match_lora * (i + o) for i, o in shapes.values())
+
+    def fits(ranks: Sequence[int]) -> bool:
+        candidate = plan(dict(zip(names, ranks, strict=True)), None)
+        return candidate.share <= share if share is not None else candidate.trained <= count
+
+    theta = table.largest_threshold(fits)
+    if theta is None:
+        least = plan(dict.fromkeys(names, 1), None)
+        raise SvdtuneError(
+            f"{costs.name} trains at least {least.trained:,} parameters here ({least.share:.4%}), rank 1 everywhere, which is "
+            f"more than the budget of {f'{share:.4%}' if share is not None else f'{count:,}'}; adapt fewer modules"
+        )
+    return plan(dict(zip(names, table.at(theta), strict=True)), theta)
+
+
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
+    """(in_features, out_features) of a module."""
+    module = checkpoint.model.get_submodule(name)
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return tuple(module.weight.shape)  # Conv1D stores [in, out]

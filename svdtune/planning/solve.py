@@ -1,0 +1,79 @@
+"""Ranks from spectra: at a threshold, or at the largest threshold whose ranks a budget allows."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import Spectrum
+
+Fits = Callable[[Sequence[int]], bool]
+
+
+class RankTable:
+    """The ranks of many layers as a step function of the threshold, from their whole spectra."""
+
+    def __init__(self, spectra: Mapping[str, Spectrum]) -> None:
+        self.spectra = spectra
+        shares = [
+            (spectrum.values.cumsum(0) / spectrum.total) if spectrum.total > 0 else spectrum.values.new_ones(1)
+            for spectrum in spectra.values()
+        ]
+        self._shares = [share.clamp_max(1.0).contiguous() for share in shares]
+        self.steps = sorted({float(value) for share in self._shares for value in share} | {1.0})
+
+    def at(self, threshold: float) -> list[int]:
+        """The rank of each layer at a threshold, in the order given."""
+        found = (spectrum.locate(threshold)[0] for spectrum in self.spectra.values())
+        return [k if k is not None else len(s.values) for k, s in zip(found, self.spectra.values(), strict=True)]
+
+    def largest_threshold(self, fits: Fits) -> float | None:
+        """The largest threshold whose ranks fit, or None if rank 1 everywhere does not.
+
+        Ranks change only where the threshold crosses a partial sum's share, so a bisection over these steps is exact. The
+        threshold returned lies inside the last step that fits, in as few digits as that step allows.
+        """
+        low, high = -1, len(self.steps) - 1
+        if fits(self.at(self.steps[high])):
+            return 1.0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(self.at(self.steps[middle])) else (low, middle)
+        if low < 0:
+            return None
+        # Ranks are the same on (steps[low − 1], steps[low]].
+        return _shortest_between(self.steps[low - 1] if low else 0.0, self.steps[low])
+
+
+def _shortest_between(low: float, high: float) -> float:
+    """The number with the fewest decimals in the upper half of (low, high)."""
+    middle = low + (high - low) / 2
+    for digits in range(1, 17):
+        candidate = math.floor(high * 10**digits) / 10**digits
+        if middle <= candidate < high:
+            return candidate
+    return middle
+
+
+def parse_budget(text: str) -> tuple[float | None, int | None]:
+    """(share, None) for "0.1%", (None, count) for "120000", "120k", "1.5M" or "2B".
+
+    Raises:
+        SvdtuneError: anything else, or nothing above 0.
+    """
+    cleaned = text.strip().lower().replace(",", "").replace("_", "")
+    units = {"k": 1e3, "m": 1e6, "b": 1e9}
+    try:
+        if cleaned.endswith("%"):
+            share = float(cleaned[:-1]) / 100
+            if 0 < share < 1:
+                return share, None
+        else:
+            scale = units.get(cleaned[-1:], 1.0)
+            count = float(cleaned[:-1] if cleaned[-1:] in units else cleaned) * scale
+            if 1 <= count < 1e15:
+                return None, int(count)
+    except ValueError:
+        pass
+    raise SvdtuneError(
+        f"budget {text!r} is neither a share of all parameters above 0% and below 100% ('0.1%') nor a count ('500k', '1.5M')"
+    )
