@@ -1,0 +1,48 @@
+"""`svdtune train`: a recipe becomes a run folder."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def train(
+    ctx: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the output folder.")] = False,
+) -> None:
+    """Train an adapter as a recipe says.
+
+    Any setting can be given on the command line by its dotted path; values are YAML.
+
+    Examples:
+
+    svdtune train recipes/small.yaml
+
+    svdtune train recipes/small.yaml --method.r 16 --training.learning_rate 1e-4 --output.dir runs/r16
+
+    svdtune train recipes/small.yaml --method '{name: sara, threshold: 0.02}'
+
+    svdtune train recipes/small.yaml --resume
+    """
+    from svdtune.training import Interrupted, load_recipe
+    from svdtune.training import train as run
+    from svdtune.training.folder import latest_checkpoint
+
+    loaded = load_recipe(recipe, ctx.args)
+    again = " ".join(["svdtune train", str(recipe), *ctx.args])
+    try:
+        result = run(loaded, resume=resume, overwrite=overwrite)
+    except Interrupted as stop:
+        raise Interrupted(f"{stop}: {again} --resume") from None
+    except KeyboardInterrupt:
+        kept = latest_checkpoint(Path(loaded.output.dir))
+        how = f"go on from {kept.name}: {again} --resume" if kept else f"no checkpoint was written; start anew: {again}"
+        raise KeyboardInterrupt(f"interrupted; {how}") from None
+    typer.echo(
+        f"trained {result.summary['steps']} steps in {result.summary['train_seconds']:.0f} s; saved {result.adapter}"
+    )

@@ -1,0 +1,121 @@
+"""Trainer callbacks of a run: the local log, progress with the time left, and a stop that can be resumed."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+# What a line of the log holds, where known; everything else in Trainer's logs is derived from these.
+LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "l_reg", "tokens_per_second")
+
+
+class JsonlLog(TrainerCallback):
+    """Appends a line to `train_log.jsonl` for each of Trainer's logs: step, epoch and `LOGGED`.
+
+    On a resumed run, lines after the checkpoint are dropped first: those steps are taken again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero or not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        record = {key: logs[key] for key in LOGGED if key in (logs or {})}
+        if state.is_world_process_zero and ("loss" in record or "eval_loss" in record):
+            line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **record}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with the time left on a terminal; elsewhere a line for each log, at most one every `every` seconds."""
+
+    def __init__(self, console: Console, every: float = 10.0):
+        self.console, self.every = console, every
+        self.bar: Progress | None = None
+        self.started = self.shown = 0.0
+        self.first_step = 0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.started, self.first_step = time.monotonic(), state.global_step
+        if self.console.is_terminal and state.is_world_process_zero:
+            loss, left = TextColumn("{task.description}"), TimeRemainingColumn()
+            self.bar = Progress(
+                BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn(), left, console=self.console
+            )
+            self.bar.add_task("loss –", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        if "loss" not in (logs or {}):
+            return
+        loss = f"loss {float(logs['loss']):.4f}"
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], description=loss)
+        elif state.is_world_process_zero and (now - self.shown >= self.every or state.global_step == state.max_steps):
+            self.shown = now
+            pace = (now - self.started) / max(1, state.global_step - self.first_step)
+            left = round(pace * (state.max_steps - state.global_step))
+            place = f"step {state.global_step}/{state.max_steps}"
+            self.console.print(f"{place} · {loss} · {left // 60}:{left % 60:02} left", highlight=False)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the terminal; harmless where there is none."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+class StopOnInterrupt(TrainerCallback):
+    """The first Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._previous: Any = None
+
+    def __enter__(self) -> "StopOnInterrupt":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._restore()
+
+    def _on_signal(self, *_: Any) -> None:
+        self.stopped = True
+        self._restore()
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_training_stop = True

@@ -1,0 +1,111 @@
+"""The run folder: what lies in it, and when a run may start, go on or replace another.
+
+RUN/recipe.yaml      the resolved recipe, every default written out
+RUN/train_log.jsonl  one line a logging step
+RUN/checkpoint-N/    to resume from
+RUN/adapter/         the result (RUN/model/ for full fine-tuning)
+RUN/training.json    the run in numbers; its presence says that the run is finished
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from svdtune.errors import SvdtuneError
+from svdtune.training.recipe import Recipe, check_recipe, dump_recipe, read_yaml
+
+RECIPE, LOG, SUMMARY = "recipe.yaml", "train_log.jsonl", "training.json"
+ADAPTER, FULL_MODEL = "adapter", "model"
+# Settings that do not change what is computed, and may differ when a run goes on.
+_FREE = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "eval_steps"}
+
+
+def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
+    """Check that a run may start in its folder, touching nothing; return the checkpoint to go on from, if any.
+
+    Raises:
+        SvdtuneError: if the folder holds another run and neither flag says what to do, if there is nothing to resume, if
+            the recipe to resume is another one, or if the folder is not a run's.
+    """
+    folder = Path(recipe.output.dir)
+    if resume and overwrite:
+        raise SvdtuneError("--resume continues the run and --overwrite deletes it; give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise SvdtuneError(f"{folder} exists and is not a folder; set output.dir to another one")
+    checkpoint = latest_checkpoint(folder)
+    finished = (folder / SUMMARY).is_file()
+    if resume:
+        if finished:
+            raise SvdtuneError(f"the run {folder} is finished; there is nothing to resume")
+        if checkpoint is None:
+            raise SvdtuneError(f"there is no checkpoint in {folder} to resume from; start without --resume")
+        _check_same(folder, recipe)
+        return checkpoint
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RECIPE).is_file():
+            raise SvdtuneError(f"{folder} is not empty and not a run of svdtune; set output.dir to another folder")
+        if not overwrite:
+            state = "a finished run" if finished else "an unfinished run"
+            go_on = "--resume to continue it, " if checkpoint and not finished else ""
+            raise SvdtuneError(f"{folder} holds {state}: give {go_on}--overwrite to delete it, or another output.dir")
+    return None
+
+
+def start_run(recipe: Recipe) -> None:
+    """Make the folder of a checked, fresh run: delete an earlier run's files, write the resolved recipe."""
+    folder = Path(recipe.output.dir)
+    for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (SUMMARY, LOG):
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint with the most steps; one without `trainer_state.json`, which is written last, does not count."""
+    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
+    numbered = {int(match[1]): path for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
+    return numbered[max(numbered)] if numbered else None
+
+
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    """Write `training.json` in one step: it says that everything else is there."""
+    partial = folder / f".{SUMMARY}.partial"
+    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, folder / SUMMARY)
+
+
+def read_run(folder: Path) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises:
+        SvdtuneError: if the folder is no run.
+    """
+    path = folder / RECIPE
+    if not path.is_file():
+        raise SvdtuneError(f"{folder} is not a run of svdtune: it has no {RECIPE}")
+    return check_recipe(read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+
+
+def _check_same(folder: Path, recipe: Recipe) -> None:
+    before, now = (_flat(r.model_dump(mode="json")) for r in (read_run(folder), recipe))
+    changed = [
+        f"{path} was {before.get(path)!r}, is {now.get(path)!r}"
+        for path in sorted(before | now)
+        if before.get(path) != now.get(path) and path.rpartition(".")[2] not in _FREE and path != "output.dir"
+    ]
+    if changed:
+        raise SvdtuneError(
+            f"the run {folder} was started with another recipe ({'; '.join(changed)}); resume with the same settings"
+        )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

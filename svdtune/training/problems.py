@@ -1,0 +1,81 @@
+"""Problems of a recipe, found all at once: each with its path, what was given, and the nearest right name."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+
+from svdtune.errors import SvdtuneError
+
+
+class Problem(NamedTuple):
+    """What is wrong (`message`) at a setting (`path`, dotted; empty for the whole recipe)."""
+
+    path: str
+    message: str
+
+
+def refuse(problems: Sequence[Problem], source: str) -> None:
+    """Raise one SvdtuneError that lists all problems; do nothing if there are none."""
+    if not problems:
+        return
+    lines = [f"  {path}: {message}" if path else f"  {message}" for path, message in problems]
+    count = "one problem" if len(lines) == 1 else f"{len(lines)} problems"
+    raise SvdtuneError("\n".join([f"{source} has {count}:", *lines]))
+
+
+def from_pydantic(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:
+    """Translate pydantic's errors about `model`."""
+    for item in error.errors(include_url=False, include_context=False):
+        path = ".".join(map(str, item["loc"]))
+        if item["type"] == "extra_forbidden":
+            yield Problem(path, unknown(path, list(settings_at(model, item["loc"][:-1])), list(all_settings(model))))
+        elif item["type"] == "missing":
+            yield Problem(path, "is required")
+        elif item["type"] == "value_error":
+            yield Problem(path, item["msg"].removeprefix("Value error, "))
+        elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
+            yield Problem(path, f"expected a section with settings of its own; got {item['input']!r:.60}")
+        else:
+            message = item["msg"].removeprefix("Input should be ").removeprefix("a ")
+            yield Problem(path, f"expected {message}; got {item['input']!r:.60}")
+
+
+def unknown(path: str, siblings: Sequence[str], everywhere: Sequence[str] = ()) -> str:
+    """The message about a setting that does not exist: the nearest name beside it, or the same name elsewhere."""
+    name = path.rpartition(".")[2]
+    near = difflib.get_close_matches(name, siblings, n=1)
+    near = near or [other for other in siblings if "".join(word[0] for word in other.split("_")) == name]  # lr
+    near = near or [other for other in everywhere if other.rpartition(".")[2] == name]
+    if near:
+        return f"unknown setting; did you mean {near[0]}?"
+    return f"unknown setting; there are {', '.join(siblings)}"
+
+
+def settings_at(model: type[BaseModel], loc: Sequence[int | str]) -> Iterator[str]:
+    """Names of the settings of the section at `loc`."""
+    for name in loc:
+        inner = _section(model.model_fields[str(name)].annotation) if str(name) in model.model_fields else None
+        if inner is None:
+            return
+        model = inner
+    yield from model.model_fields
+
+
+def all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted paths of all settings."""
+    for name, field in model.model_fields.items():
+        yield prefix + name
+        section = _section(field.annotation)
+        if section is not None:
+            yield from all_settings(section, f"{prefix}{name}.")
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section class in an annotation such as `Data` or `Data | None`."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    return sections[0] if sections else None

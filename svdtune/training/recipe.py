@@ -1,0 +1,253 @@
+"""The recipe: everything that decides a training run, as one strict YAML file.
+
+Strict means: no unknown key, no wrong type, no duplicate key, no two settings that exclude each other. All problems are
+reported at once. The file is YAML 1.2 (`1e-3` is a number, `no` is a word).
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from svdtune.errors import SvdtuneError
+from svdtune.training.problems import Problem, from_pydantic, refuse
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Model(_Section):
+    """The base model; see `svdtune.models.load`."""
+
+    name: str = Field(min_length=1, description="Hub name, local folder, .gguf file, or smollm2-135m.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="Dtype of the base weights.")
+    attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2, ...")
+    revision: str | None = Field(None, description="Revision on the hub.")
+    trust_remote_code: bool = Field(False, description="Allow code from the model's repository.")
+    end_token: str | None = Field(None, description="Make this the end token everywhere, where they disagree.")
+
+
+class Method(BaseModel):
+    """The method and its own settings: those of its PEFT configuration class."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    name: str = Field(description="sara, mosara, sorsa, any PEFT method (lora, ...), or full.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The settings besides the name."""
+        return dict(self.model_extra or {})
+
+
+class Source(_Section):
+    """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for `{source: text}`."""
+
+    source: str = Field(min_length=1, description="File, hub name, or generator (arithmetic, gsm_symbolic).")
+    split: str | None = Field(None, description="Split of a generator or hub data set.")
+    config: str | None = Field(None, description="Configuration of a hub data set.")
+    limit: int | None = Field(None, ge=1, description="Use only so many rows.")
+    seed: int = Field(0, description="Seed of a generator.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+class Data(_Section):
+    """Data, and how rows become prompts and completions."""
+
+    train: Source
+    eval: Source | None = Field(None, description="Held-out rows, for the loss during training and for evaluation.")
+    prompt: str = Field("prompt", description="Field of the prompt, or a text with fields in braces.")
+    completion: str | None = Field("completion", description="Likewise; null if prompts are messages with an answer.")
+    answer: str | None = Field(None, description="Field of the reference answer, for evaluation.")
+    template: str = Field("plain", description="plain, chat, or a text with {prompt} in it.")
+    max_length: int = Field(1024, ge=2, description="Longest sequence in tokens.")
+    loss_on: Literal["response", "all"] = Field("response", description="What is trained on.")
+    overlong: Literal["error", "drop"] = Field("error", description="What to do with rows longer than max_length.")
+
+    @field_validator("template")
+    @classmethod
+    def _has_prompt(cls, template: str) -> str:
+        if template not in ("plain", "chat") and "{prompt}" not in template:
+            raise ValueError(f"expected plain, chat, or a text with {{prompt}} in it; got {template!r}")
+        return template
+
+
+class Training(_Section):
+    """The optimization. Batch sizes are per process; one optimizer step sees batch_size × gradient_accumulation rows."""
+
+    epochs: float | None = Field(None, gt=0, description="Passes over the data; excludes max_steps. 1 by default.")
+    max_steps: int | None = Field(None, ge=1, description="Optimizer steps; excludes epochs.")
+    batch_size: int = Field(8, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(gt=0, description="The largest of the schedule.")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = Field(0.0, ge=0, description="Share of all steps if below 1, else a number of steps.")
+    optimizer: str = Field("adamw_torch", description="Name in transformers.training_args.OptimizerNames.")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 does not clip.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Autocast; adapters stay as they are.")
+    gradient_checkpointing: bool = False
+    compile: bool = Field(False, description="torch.compile the model.")
+    group_by_length: bool = Field(False, description="Batches of similar length: less padding, other data order.")
+    seed: int = Field(42, ge=0)
+    logging_steps: int = Field(10, ge=1)
+    eval_steps: int | None = Field(None, ge=1, description="Loss on data.eval every so many steps; null: at the end.")
+    save_steps: int | None = Field(500, ge=1, description="Checkpoint every so many steps; null: only on Ctrl-C.")
+    keep_checkpoints: int = Field(1, ge=1, description="Older ones are deleted.")
+    report_to: list[str] = Field(default_factory=list, description="Trackers: wandb, tensorboard, mlflow, ...")
+
+    @field_validator("warmup")
+    @classmethod
+    def _share_or_steps(cls, warmup: float) -> float:
+        if warmup >= 1 and warmup != int(warmup):
+            raise ValueError(f"expected a share below 1 or a whole number of steps; got {warmup}")
+        return warmup
+
+
+class Output(_Section):
+    """The run folder."""
+
+    dir: str = Field(min_length=1)
+
+
+class Recipe(_Section):
+    """A whole recipe."""
+
+    model: Model
+    method: Method
+    data: Data
+    training: Training
+    output: Output
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_model(cls, value: Any) -> Any:
+        if isinstance(value, dict) and isinstance(value.get("model"), str):
+            return {**value, "model": {"name": value["model"]}}
+        return value
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, apply command-line overrides, check everything.
+
+    Args:
+        path: the YAML file.
+        overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML. "--method" replaces a whole
+            section: `--method '{name: sara, threshold: 0.02}'`.
+
+    Raises:
+        SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SvdtuneError(f"there is no recipe {path}")
+    settings = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(settings, dict):
+        raise SvdtuneError(f"{path} holds no settings: expected the sections {', '.join(Recipe.model_fields)}")
+    for dotted, value in parse_overrides(overrides):
+        _set(settings, dotted, value)
+    return check_recipe(settings, str(path))
+
+
+def check_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
+    """Make a `Recipe` of plain settings.
+
+    Raises:
+        SvdtuneError: with all problems, the method's own settings included.
+    """
+    from svdtune.training.method import method_problems
+
+    problems: list[Problem] = []
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(settings)
+    except ValidationError as error:
+        problems += from_pydantic(error, Recipe)
+    method = settings.get("method")
+    if isinstance(method, dict) and isinstance(method.get("name"), str):
+        problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
+    problems += _exclusions(settings)
+    refuse(problems, source)
+    assert recipe is not None
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every default written out."""
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.dump(recipe.model_dump(mode="json"), text)
+    return text.getvalue()
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Parse YAML 1.2.
+
+    Raises:
+        SvdtuneError: naming the line.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}" if mark else ""
+        raise SvdtuneError(f"{source}{where} is not valid YAML: {str(error.problem).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise SvdtuneError(f"{source} is not valid YAML: {error}") from error
+
+
+def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of each override on a command line.
+
+    Raises:
+        SvdtuneError: if a word is no option, or an option has no value.
+    """
+    queue = list(words)
+    while queue:
+        option = queue.pop(0)
+        if not option.startswith("--") or len(option) < 3:
+            raise SvdtuneError(
+                f"{option!r} is not an override: expected --SECTION.SETTING VALUE, such as --method.r 64"
+            )
+        dotted, given, value = option[2:].partition("=")
+        if not given:
+            if not queue:
+                raise SvdtuneError(f"--{dotted} has no value: expected --{dotted} VALUE")
+            value = queue.pop(0)
+        yield dotted, read_yaml(value, f"--{dotted}")
+
+
+def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, name = dotted.split(".")
+    for depth, section in enumerate(sections, 1):
+        inner = settings.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise SvdtuneError(f"--{dotted}: {'.'.join(sections[:depth])} is {inner!r} in the recipe, not a section")
+        settings = inner
+    settings[name] = value
+
+
+def _exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
+    """Settings that exclude or need each other; looked for even where other settings are wrong."""
+
+    def get(section: str, name: str) -> Any:
+        found = settings.get(section)
+        return found.get(name) if isinstance(found, dict) else None
+
+    if get("training", "epochs") is not None and get("training", "max_steps") is not None:
+        yield Problem("training.epochs", "excludes training.max_steps; give one of them")
+    if get("training", "eval_steps") is not None and get("data", "eval") is None:
+        yield Problem("training.eval_steps", "needs data.eval, the rows to evaluate on")
+    full_fp16 = get("method", "name") == "full" and get("model", "dtype") == "float16"
+    if full_fp16 and get("training", "precision") == "fp16":
+        yield Problem("training.precision", "fp16 cannot train weights stored in float16; set model.dtype to float32")

@@ -1,0 +1,171 @@
+"""One run: recipe → model → adapter → data → Trainer → run folder.
+
+Everything that can be refused is refused before the first step: the recipe, the folder, the end token, the data.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PrinterCallback, set_seed
+
+from svdtune._version import __version__
+from svdtune.data import Collator, Example, encode_all, read_rows, to_examples
+from svdtune.data.examples import fields_of
+from svdtune.errors import SvdtuneError
+from svdtune.methods.sorsa.regularizer import SorsaRegularizer
+from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
+from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, write_summary
+from svdtune.training.method import FULL, adapt, adapted_modules
+from svdtune.training.preview import parameter_counts, show_adapted, show_example
+from svdtune.training.recipe import Recipe, Source
+from svdtune.training.trainer import RunTrainer, training_arguments
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run after a checkpoint was written; the message says how to go on."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        adapter: the adapter's folder (the whole model's after full fine-tuning).
+        summary: what `training.json` holds.
+    """
+
+    folder: Path
+    adapter: Path
+    summary: dict[str, Any]
+
+
+def train(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+) -> RunResult:
+    """Train as a recipe says.
+
+    Args:
+        recipe: from `load_recipe`.
+        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not stopped.
+        overwrite: delete an earlier run in the folder.
+        console: where to print; standard error by default.
+
+    Raises:
+        SvdtuneError: for everything a user can set right.
+        Interrupted: if stopped by Ctrl-C, after writing a checkpoint.
+    """
+    console = console or Console(stderr=True)
+    folder = Path(recipe.output.dir)
+    checkpoint = check_run(recipe, resume=resume, overwrite=overwrite)
+    train_examples = _read(recipe, recipe.data.train)
+    eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
+    loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
+    train_rows = _encode(recipe, train_examples, loaded, console)
+    eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
+    args = training_arguments(recipe, len(train_rows))
+    set_seed(recipe.training.seed)
+    started = time.monotonic()
+    model = adapt(loaded.model, recipe.method.name, recipe.method.options)
+    init_seconds = time.monotonic() - started
+    model.config.use_cache = False
+    show_adapted(console, model)
+    show_example(console, train_rows[0], loaded.tokenizer)
+    if checkpoint is None and args.process_index == 0:
+        start_run(recipe)  # only now: what is refused leaves an earlier run as it was
+
+    with StopOnInterrupt() as stop:
+        progress = ShowProgress(console)
+        trainer = RunTrainer(
+            regularizer=SorsaRegularizer(),
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=Collator(loaded.tokenizer.pad_token_id),
+            callbacks=[JsonlLog(folder / LOG), progress, stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.close()
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped after step {trainer.state.global_step}; --resume continues the run in {folder}")
+    if eval_rows is not None:
+        trainer.evaluate()
+    model.config.use_cache = True
+    trained, total = parameter_counts(model)
+    summary = {
+        "svdtune": __version__,
+        "method": recipe.method.name,
+        "model": recipe.model.name,
+        "steps": trainer.state.global_step,
+        "loss": outcome.training_loss,
+        "rows": len(train_rows),
+        "adapted_modules": len(adapted_modules(model)),
+        "trained_parameters": trained,
+        "total_parameters": total,
+        "init_seconds": round(init_seconds, 3),
+        "train_seconds": round(outcome.metrics["train_runtime"], 3),
+        "resumed_from": checkpoint.name if checkpoint else None,
+    }
+    result = folder / (FULL_MODEL if recipe.method.name == FULL else ADAPTER)
+    if args.process_index == 0:
+        model.save_pretrained(result)
+        loaded.tokenizer.save_pretrained(result)
+        summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
+        write_summary(folder, summary)
+    return RunResult(folder, result, summary)
+
+
+def _read(recipe: Recipe, source: Source) -> list[Example]:
+    data = recipe.data
+    rows = read_rows(
+        source.source,
+        source.split,
+        config=source.config,
+        limit=source.limit,
+        seed=source.seed,
+        fields=fields_of(data.prompt, data.completion),
+    )
+    return to_examples(rows, data.prompt, data.completion, source=source.source)
+
+
+def _load(recipe: Recipe, *, chat: bool) -> LoadedModel:
+    section = recipe.model
+    loaded = load(
+        section.name,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        end_token=section.end_token,
+    )
+    check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and recipe.data.max_length > context:
+        raise SvdtuneError(
+            f"data.max_length is {recipe.data.max_length}, and the context of {section.name} is {context} tokens; "
+            f"set data.max_length to at most that"
+        )
+    return loaded
+
+
+def _encode(
+    recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console
+) -> list[dict[str, list[int]]]:
+    data = recipe.data
+    drop = data.overlong == "drop"
+    rows, dropped = encode_all(
+        examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, drop_overlong=drop
+    )
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    left_out = f", {dropped:,} left out as longer than {data.max_length} tokens" if dropped else ""
+    source = examples[0].name.rpartition(" row ")[0]
+    console.print(f"data      {source}: {len(rows):,} examples, {tokens:,} tokens{left_out}", highlight=False)
+    return rows

@@ -1,0 +1,130 @@
+"""Hugging Face's Trainer, set up from a recipe; the two things it adds are tokens a second and L_reg in every log."""
+
+import math
+import os
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.sorsa.regularizer import SorsaRegularizer
+from svdtune.training.recipe import Recipe
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class RunTrainer(Trainer):
+    """Trainer that counts tokens without waiting for the device, and logs L_reg to every tracker.
+
+    Args:
+        regularizer: SORSA's, applied by itself at the optimizer step; here only read.
+        **kwargs: of `Trainer`.
+    """
+
+    def __init__(self, *, regularizer: SorsaRegularizer, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.regularizer = regularizer
+        self.add_callback(regularizer)
+        self._tokens: Tensor | int = 0
+        self._logged_tokens, self._logged_at = 0, time.monotonic()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._tokens = self._tokens + inputs["attention_mask"].sum()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            now, tokens = time.monotonic(), int(self._tokens)
+            logs["tokens_per_second"] = round((tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9), 1)
+            self._logged_tokens, self._logged_at = tokens, now
+            if self.regularizer.hook is not None and self.regularizer.hook.last is not None:
+                logs["l_reg"] = float(self.regularizer.hook.last)
+        super().log(logs, start_time)
+
+
+def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
+    """Translate a recipe's training section.
+
+    Args:
+        recipe: the recipe.
+        rows: how many examples there are, to turn a warmup share into steps.
+
+    Raises:
+        SvdtuneError: if this machine lacks what the recipe asks for.
+    """
+    t = recipe.training
+    if t.precision == "fp16" and not torch.cuda.is_available():
+        raise SvdtuneError("training.precision: fp16 needs a CUDA device; use bf16 or fp32")
+    try:
+        args = TrainingArguments(
+            output_dir=str(Path(recipe.output.dir)),
+            num_train_epochs=t.epochs or 1.0,
+            max_steps=t.max_steps or -1,
+            per_device_train_batch_size=t.batch_size,
+            per_device_eval_batch_size=t.batch_size,
+            gradient_accumulation_steps=t.gradient_accumulation,
+            learning_rate=t.learning_rate,
+            lr_scheduler_type=_SCHEDULES[t.schedule],
+            warmup_steps=warmup_steps(recipe, rows),
+            optim=t.optimizer,
+            weight_decay=t.weight_decay,
+            max_grad_norm=t.max_grad_norm,
+            bf16=t.precision == "bf16",
+            fp16=t.precision == "fp16",
+            torch_compile=t.compile,
+            seed=t.seed,
+            logging_steps=t.logging_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # a loss that is NaN is to be seen
+            eval_strategy="steps" if t.eval_steps else "no",
+            eval_steps=t.eval_steps,
+            save_strategy="steps" if t.save_steps else "no",
+            save_steps=t.save_steps or 500,
+            save_total_limit=t.keep_checkpoints,
+            report_to=t.report_to or "none",
+            run_name=Path(recipe.output.dir).name,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            dataloader_pin_memory=torch.cuda.is_available(),
+            **_renamed(t.gradient_checkpointing, t.group_by_length),
+        )
+    except (ValueError, ImportError) as error:
+        raise SvdtuneError(f"the training section cannot be used here: {error}") from error
+    if args.n_gpu > 1:
+        args._n_gpu = 1  # one process, one GPU: DataParallel would split batches and copy the adapter every step
+    return args
+
+
+def _renamed(checkpointing: bool, by_length: bool) -> dict[str, Any]:
+    """Arguments that Transformers has renamed, under the names this version has."""
+    known = {field.name for field in fields(TrainingArguments)}
+    renamed: dict[str, Any] = {}
+    if checkpointing:
+        name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+        # Reentrant checkpointing would need inputs that require gradients, which a frozen embedding does not give.
+        renamed |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    if by_length:
+        strategy = {"train_sampling_strategy": "group_by_length"}
+        renamed |= strategy if "train_sampling_strategy" in known else {"group_by_length": True}
+    return renamed
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    t = recipe.training
+    if t.max_steps is not None:
+        return t.max_steps
+    batches = math.ceil(rows / (t.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    return math.ceil((t.epochs or 1.0) * math.ceil(batches / t.gradient_accumulation))
+
+
+def warmup_steps(recipe: Recipe, rows: int) -> int:
+    """The warmup in optimizer steps."""
+    warmup = recipe.training.warmup
+    return int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps(recipe, rows))
