@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer
 
 from svdtune.errors import SvdtuneError
 
@@ -70,7 +71,12 @@ def greedy_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
 
 @torch.inference_mode()
 def greedy_batch(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Sequence[int], pad: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    ends: Sequence[int],
+    pad: int,
+    streamer: BaseStreamer | None = None,
 ) -> list[Completion]:
     """Continue each prompt with the likeliest token, until an end token or `max_new_tokens`.
 
@@ -80,6 +86,7 @@ def greedy_batch(
         max_new_tokens: Limit of new tokens for each.
         ends: Token ids that end a completion.
         pad: Token id to pad with; masked out, so any valid id does.
+        streamer: Is given the tokens of a single prompt as they come.
 
     Returns:
         One completion a prompt, in the given order.
@@ -100,7 +107,9 @@ def greedy_batch(
     )
     device = model.get_input_embeddings().weight.device
     with greedy_config(model, config):
-        output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        output = model.generate(
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
+        )
     return [_until_end(row, set(ends)) for row in output[:, width:].tolist()]
 
 

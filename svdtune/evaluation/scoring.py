@@ -56,7 +56,7 @@ def evaluate(
     loaded: LoadedModel,
     items: Sequence[Item],
     task: Task,
-    output: Path,
+    output: str | Path,
     *,
     max_new_tokens: int = 256,
     batch_size: int = 16,
@@ -83,6 +83,7 @@ def evaluate(
     Raises:
         SvdtuneError: If the items, the end tokens or the output folder cannot be used.
     """
+    output = Path(output).expanduser()
     if batch_size < 1:
         raise SvdtuneError(f"batch_size must be at least 1, got {batch_size}")
     model, tokenizer = loaded.model.eval(), loaded.tokenizer

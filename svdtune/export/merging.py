@@ -49,7 +49,7 @@ class MergeReport:
     positions: int
 
 
-def merge(source: Source, output: Path, *, dtype: str = "auto", device: str | None = None) -> MergeReport:
+def merge(source: Source, output: str | Path, *, dtype: str = "auto", device: str | None = None) -> MergeReport:
     """Write base + adapter as one checkpoint that needs neither PEFT nor svdtune.
 
     Tokenizer and generation config are kept. The checkpoint is written beside `output`, read back and compared with the
@@ -58,14 +58,14 @@ def merge(source: Source, output: Path, *, dtype: str = "auto", device: str | No
     Args:
         source: A base model with an adapter.
         output: Folder to create.
-        dtype: Of the checkpoint; "auto" keeps the base's own.
+        dtype: Of the checkpoint; "auto" keeps the base checkpoint's own, whatever the run was trained in.
         device: Where to compute.
 
     Raises:
         SvdtuneError: If there is no adapter, it cannot be merged (Mo-SARA with several heads: its update depends on the
             token), `output` cannot be written, or the checkpoint does not give the adapter's outputs.
     """
-    output = output.expanduser()
+    output = Path(output).expanduser()
     if source.adapter is None:
         raise SvdtuneError(f"{source.base} is a model without an adapter, so there is nothing to merge")
     check_new_folder(output)

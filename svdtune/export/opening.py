@@ -12,7 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, load
+from svdtune.training.recipe import Recipe, load_recipe
 
+RECIPE = "recipe.yaml"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -24,11 +26,13 @@ class Source:
         base: What `svdtune.models.load` takes: hub name, folder, or the embedded default's name.
         adapter: Folder of a saved PEFT adapter, None for the base alone.
         run: Folder of the training run both come from, None where they were named directly.
+        recipe: That run's recipe; its model section says how the base is loaded.
     """
 
     base: str
     adapter: Path | None = None
     run: Path | None = None
+    recipe: Recipe | None = None
 
 
 def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
@@ -48,12 +52,16 @@ def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
         if folder.is_dir() and _adapter_in(folder) is not None:
             raise SvdtuneError(f"{given} brings its own adapter; with --adapter, name the base model instead")
         return Source(str(given), adapter)
-    if folder.is_dir() and (own := _adapter_in(folder)) is not None:
-        base = _read_config(own).get("base_model_name_or_path")
-        if not base:
-            raise SvdtuneError(f"{own / _ADAPTER_CONFIG} does not say what its base model is; use BASE --adapter {own}")
-        return Source(base, own, folder if own != folder else None)
-    return Source(str(given))
+    own = _adapter_in(folder) if folder.is_dir() else None
+    if own is None:
+        return Source(str(given))
+    if own != folder:
+        recipe = load_recipe(folder / RECIPE)
+        return Source(recipe.model.name, own, folder, recipe)
+    base = _read_config(own).get("base_model_name_or_path")
+    if not base:
+        raise SvdtuneError(f"{own / _ADAPTER_CONFIG} does not say what its base model is; use BASE --adapter {own}")
+    return Source(base, own)
 
 
 def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
@@ -61,12 +69,13 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
 
     Args:
         source: What to open.
-        **load_kwargs: Passed to `svdtune.models.load` (dtype, device, ...).
+        **load_kwargs: Passed to `svdtune.models.load` (dtype, device, ...); they go before the recipe's.
 
     Raises:
         SvdtuneError: If a part is missing or the adapter was made for another model.
     """
-    loaded = load(source.base, **load_kwargs)
+    how = source.recipe.model.model_dump(exclude={"name"}) if source.recipe else {}
+    loaded = load(source.base, **how | load_kwargs)
     if source.adapter is None:
         return loaded
     model = attach_adapter(loaded.model, source.adapter)
@@ -107,7 +116,7 @@ def _adapter_in(folder: Path) -> Path | None:
     """The adapter folder that `folder` is or, as a run, contains; None where it is neither."""
     if (folder / _ADAPTER_CONFIG).is_file():
         return folder
-    if (folder / "recipe.yaml").is_file():
+    if (folder / RECIPE).is_file():
         if not (folder / "adapter" / _ADAPTER_CONFIG).is_file():
             raise SvdtuneError(f"the run {folder} holds no finished adapter; finish it with `svdtune train --resume`")
         return folder / "adapter"
