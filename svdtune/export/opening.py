@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, load
-from svdtune.training.recipe import Recipe, load_recipe
+from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
+from svdtune.training.recipe import Recipe
 
-RECIPE = "recipe.yaml"
 _ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
@@ -43,25 +43,23 @@ def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
         adapter: An adapter folder to put on `given`, which then must be a model.
 
     Raises:
-        SvdtuneError: If a path does not exist, a run has no finished adapter, or two adapters are named.
+        SvdtuneError: If a path does not exist, a run is not finished, or two adapters are named.
     """
     folder = Path(given).expanduser()
     if adapter is not None:
         adapter = Path(adapter).expanduser()
         _read_config(adapter)
-        if folder.is_dir() and _adapter_in(folder) is not None:
+        if _is_run(folder) or _is_adapter(folder):
             raise SvdtuneError(f"{given} brings its own adapter; with --adapter, name the base model instead")
         return Source(str(given), adapter)
-    own = _adapter_in(folder) if folder.is_dir() else None
-    if own is None:
+    if _is_run(folder):
+        return _source_of_run(folder)
+    if not _is_adapter(folder):
         return Source(str(given))
-    if own != folder:
-        recipe = load_recipe(folder / RECIPE)
-        return Source(recipe.model.name, own, folder, recipe)
-    base = _read_config(own).get("base_model_name_or_path")
+    base = _read_config(folder).get("base_model_name_or_path")
     if not base:
-        raise SvdtuneError(f"{own / _ADAPTER_CONFIG} does not say what its base model is; use BASE --adapter {own}")
-    return Source(base, own)
+        raise SvdtuneError(f"{folder / _ADAPTER_CONFIG} does not name its base model; use BASE --adapter {folder}")
+    return Source(base, folder)
 
 
 def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
@@ -77,7 +75,7 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
     how = source.recipe.model.model_dump(exclude={"name"}) if source.recipe else {}
     loaded = load(source.base, **how | load_kwargs)
     if source.adapter is None:
-        return loaded
+        return LoadedModel(loaded.model, loaded.tokenizer, str(source.run or source.base))
     model = attach_adapter(loaded.model, source.adapter)
     return LoadedModel(model, loaded.tokenizer, str(source.run or source.adapter))
 
@@ -112,15 +110,22 @@ def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
     return adapted.eval()
 
 
-def _adapter_in(folder: Path) -> Path | None:
-    """The adapter folder that `folder` is or, as a run, contains; None where it is neither."""
-    if (folder / _ADAPTER_CONFIG).is_file():
-        return folder
-    if (folder / RECIPE).is_file():
-        if not (folder / "adapter" / _ADAPTER_CONFIG).is_file():
-            raise SvdtuneError(f"the run {folder} holds no finished adapter; finish it with `svdtune train --resume`")
-        return folder / "adapter"
-    return None
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file()
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER_CONFIG).is_file()
+
+
+def _source_of_run(run: Path) -> Source:
+    if not (run / SUMMARY).is_file():
+        raise SvdtuneError(f"the run {run} is not finished; finish it with `svdtune train RECIPE --resume`")
+    recipe = read_run(run)
+    if (run / FULL_MODEL).is_dir():
+        return Source(str(run / FULL_MODEL), None, run, recipe)
+    _read_config(run / ADAPTER)
+    return Source(recipe.model.name, run / ADAPTER, run, recipe)
 
 
 def _read_config(adapter: Path) -> dict[str, Any]:

@@ -39,6 +39,7 @@ def run(tiny_folder: Path, tmp_path: Path) -> Path:
         "output": {"dir": str(run)},
     }
     (run / "recipe.yaml").write_text(dump_recipe(check_recipe(settings)))
+    (run / "training.json").write_text("{}")
     return run
 
 

@@ -12,6 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from svdtune.errors import SvdtuneError
 from svdtune.export import Source, attach_adapter, find_source, open_source
 from svdtune.models import load
+from svdtune.training.recipe import check_recipe, dump_recipe
+
+RECIPE = {
+    "method": {"name": "lora"},
+    "data": {"train": "arithmetic"},
+    "training": {"learning_rate": 1e-3},
+    "output": {"dir": "run"},
+}
 
 
 @pytest.fixture
@@ -25,8 +33,12 @@ def adapter(tiny_folder: Path, tmp_path: Path) -> Path:
 def test_run_adapter_and_model_folders_are_told_apart(tiny_folder: Path, adapter: Path) -> None:
     run = adapter.parent
     assert find_source(adapter) == Source(str(tiny_folder), adapter)
-    (run / "recipe.yaml").write_text("")
-    assert find_source(run) == Source(str(tiny_folder), adapter, run)
+    recipe = check_recipe(RECIPE | {"model": str(tiny_folder)})
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    (run / "training.json").write_text("{}")
+    assert find_source(run) == Source(str(tiny_folder), adapter, run, recipe)
+    (run / "model").mkdir()
+    assert find_source(run) == Source(str(run / "model"), None, run, recipe)
     assert find_source(tiny_folder) == Source(str(tiny_folder))
     assert find_source(tiny_folder, adapter) == Source(str(tiny_folder), adapter)
     assert find_source("owner/model") == Source("owner/model")
@@ -48,7 +60,7 @@ def test_opening_puts_the_adapter_on(tiny_folder: Path, adapter: Path) -> None:
 def test_unusable_folders_are_refused(tiny_folder: Path, adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("")
-    with pytest.raises(SvdtuneError, match="no finished adapter"):
+    with pytest.raises(SvdtuneError, match="is not finished"):
         find_source(tmp_path / "run")
     with pytest.raises(SvdtuneError, match="brings its own adapter"):
         find_source(adapter, adapter)
@@ -71,7 +83,7 @@ def test_damaged_adapters_are_refused(tiny_folder: Path, adapter: Path) -> None:
         open_source(find_source(adapter))
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    with pytest.raises(SvdtuneError, match="does not say what its base model is"):
+    with pytest.raises(SvdtuneError, match="does not name its base model"):
         find_source(adapter)
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(SvdtuneError, match="is damaged"):
