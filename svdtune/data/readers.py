@@ -131,7 +131,7 @@ def _read_csv(text: str, path: Path) -> Iterator[dict[str, Any]]:
                 )
             yield row
     except csv.Error as error:
-        raise SvdtuneError(f"{path} line {reader.line_num} is not valid CSV: {error}") from error
+        raise SvdtuneError(f"{path} is not valid CSV after line {reader.line_num}: {error}") from error
 
 
 def _read_parquet(path: Path) -> Rows:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svdtune.errors import SvdtuneError
@@ -62,7 +63,7 @@ def load(
             model_kwargs["attn_implementation"] = attn_implementation
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **shared, **model_kwargs)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError) as error:
             raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     if device is not None:
         loaded = loaded.to(device)

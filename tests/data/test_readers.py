@@ -1,0 +1,135 @@
+"""Readers: every format gives the same rows, and every fault names the file and the line."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from svdtune.data import read_rows
+from svdtune.errors import SvdtuneError
+
+ROWS = [{"question": "1 + 1?", "answer": "2"}, {"question": 'say "é"\u2028twice,\nplease', "answer": "é é"}]
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    kind = path.name.split(".", 1)[1]
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        with path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        text = lines if "jsonl" in kind else json.dumps(rows)
+        path.write_bytes(gzip.compress(text.encode()) if kind.endswith("gz") else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl", "jsonl.gz", "csv", "parquet"])
+def test_every_format_gives_the_same_rows(tmp_path: Path, kind: str) -> None:
+    assert read_rows(write(tmp_path / f"rows.{kind}", ROWS)) == ROWS
+
+
+def test_a_byte_order_mark_is_not_part_of_the_first_field(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes("\ufeffquestion,answer\na,b\n".encode())
+    assert read_rows(path) == [{"question": "a", "answer": "b"}]
+
+
+def test_a_json_object_around_one_list_is_looked_into(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"version": 1, "data": ROWS}))
+    assert read_rows(path) == ROWS
+
+
+def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    assert read_rows(path, limit=1) == ROWS[:1]
+    with pytest.raises(SvdtuneError, match="limit is 0; expected at least 1 row"):
+        read_rows(path, limit=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": \n', r"a\.jsonl line 3 is not valid JSON: .* at column 7"),
+        ("a.jsonl", "[1]\n", r"a\.jsonl line 1 is \[1\]; expected an object with named fields"),
+        ("a.json", '[{"a": 1},\n{"a"}]', r"a\.json line 2 is not valid JSON"),
+        ("a.json", '{"a": 1}\n{"a": 2}\n', r"line 2 is not valid JSON: Extra data; .* rename it to \.jsonl"),
+        ("a.json", '{"a": 1}', "holds one JSON dict; expected a list of objects"),
+        ("a.json", "[1]", "row 1 is 1; expected an object"),
+        ("a.csv", "a,b\n1,2\n3\n", "line 3 does not have the 2 columns of the header"),
+        ("a.csv", "a,b\n1,2,3\n", "line 2 does not have the 2 columns"),
+        ("a.csv", 'a,b\n1,"2\n', "is not valid CSV after line 1: unexpected end"),
+        ("a.parquet", "text", "is not a readable Parquet file"),
+        ("a.jsonl.gz", "text", "is not a whole gzip file"),
+        ("a.json", "", r"a\.json is empty: it has no rows"),
+        ("a.jsonl", "\n", r"a\.jsonl is empty: it has no rows"),
+        ("a.csv", "a,b\n", r"a\.csv is empty: it has no rows"),
+        ("a.txt", "hello", r"cannot tell its format; expected a name ending in \.json"),
+    ],
+)
+def test_a_fault_names_the_file_and_the_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(SvdtuneError, match=message):
+        read_rows(path)
+
+
+def test_text_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"a\nok\n\xe9\n")
+    with pytest.raises(SvdtuneError, match=r"a\.csv line 3 is not UTF-8"):
+        read_rows(path)
+
+
+def test_a_missing_field_names_row_and_nearest_field(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [*ROWS, {"question": "x", "anwser": "y"}])
+    with pytest.raises(SvdtuneError, match=r"a\.jsonl row 3 has no field 'answer': .*did you mean 'anwser'\?"):
+        read_rows(path, fields=["question", "answer"])
+
+
+def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(SvdtuneError, match=r"there is no file .*gone\.jsonl"):
+        read_rows(tmp_path / "gone.jsonl")
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    with pytest.raises(SvdtuneError, match="is a file, which has no split or config"):
+        read_rows(write(tmp_path / "a.jsonl", ROWS), "test")
+
+
+def test_a_name_that_is_nothing_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("offline\nmore"))
+    )
+    with pytest.raises(SvdtuneError, match=r"no generator \(arithmetic, gsm_symbolic\), and could not .*: offline$"):
+        read_rows("nobody/nothing")
+
+
+def test_a_hub_name_is_loaded_by_split_and_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda name, config, split: asked.append((name, config, split)) or ROWS
+    )
+    assert read_rows("some/set", "test", config="main") == ROWS
+    assert asked == [("some/set", "main", "test")]
+
+
+@pytest.mark.parametrize(
+    ("path", "count", "fields"),
+    [
+        ("sara_math/math_data.json", 3260, {"instruction", "output", "answer"}),
+        ("gsm8k/train.jsonl.gz", 7473, {"question", "answer"}),
+        ("e2e/trainset.csv.gz", 42061, {"mr", "ref"}),
+    ],
+)
+def test_real_data_sets(shared_data: Path, path: str, count: int, fields: set[str]) -> None:
+    rows = read_rows(shared_data / path, fields=sorted(fields))
+    assert len(rows) == count

@@ -1,0 +1,85 @@
+"""Loading: what can be named, in which dtype, and one clear error for what cannot be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from svdtune.errors import SvdtuneError
+from svdtune.models import load, load_tokenizer
+
+
+def test_a_folder_loads_with_its_tokenizer(tiny_folder: Path) -> None:
+    loaded = load(tiny_folder)
+    assert loaded.name == str(tiny_folder)
+    assert not loaded.model.training
+    assert loaded.model.dtype == torch.float32
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("any text")) == "any text"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_the_dtype_can_be_a_name(tiny_folder: Path, dtype: str | torch.dtype) -> None:
+    assert load(tiny_folder, dtype=dtype).model.dtype == torch.bfloat16
+
+
+def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(SvdtuneError, match="dtype 'int8' is none: expected auto, float32"):
+        load(tiny_folder, dtype="int8")
+
+
+def test_the_end_token_can_be_set_while_loading(tiny_folder: Path) -> None:
+    loaded = load(tiny_folder, end_token="!")
+    assert (
+        loaded.model.config.eos_token_id == loaded.tokenizer.eos_token_id == loaded.tokenizer.convert_tokens_to_ids("!")
+    )
+
+
+def test_a_tokenizer_without_padding_pads_with_its_end_token(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    plain = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, eos_token="<|end|>")
+    plain.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "model.safetensors").touch()
+    assert load_tokenizer(tmp_path).pad_token == "<|end|>"
+
+
+def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(SvdtuneError, match=r"there is no model at .*nowhere"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(SvdtuneError, match=r"there is no model at .*nowhere\.gguf"):
+        load("nowhere.gguf")
+
+
+def test_a_folder_without_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_folder / "config.json", tmp_path)
+    with pytest.raises(SvdtuneError, match=r"has no weights: expected model\.safetensors .* found config\.json"):
+        load(tmp_path)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(SvdtuneError, match=r"has no config\.json; it holds nothing"):
+        load(tmp_path)
+
+
+def test_an_adapter_folder_names_its_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
+    with pytest.raises(SvdtuneError, match="is an adapter, not a model; its base model is 'some/base'"):
+        load(tmp_path)
+
+
+def test_broken_weights_are_one_message(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(SvdtuneError, match="cannot be loaded"):
+        load(folder)
+
+
+def test_a_hub_name_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SvdtuneError, match="'nobody/nothing' cannot be loaded"):
+        load("nobody/nothing")
