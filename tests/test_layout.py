@@ -1,0 +1,72 @@
+"""Imports point one way: a package may import only from those before it in the order that data flows."""
+
+import ast
+from pathlib import Path
+
+import svdtune
+
+ROOT = Path(svdtune.__file__).parent
+ORDER = [
+    "_version",
+    "errors",
+    "linalg",
+    "spectra",
+    "methods",
+    "planning",
+    "models",
+    "data",
+    "training",
+    "export",
+    "evaluation",
+    "analysis",
+    "report",
+    "cli",
+]
+
+
+def imported(path: Path) -> set[str]:
+    """The packages of svdtune that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write svdtune.…"
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "svdtune" else [node.module]
+            )
+        found |= {name.split(".")[1] for name in names if name and name.startswith("svdtune.")}
+    return found
+
+
+def test_every_package_has_a_place_in_the_order():
+    packages = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert packages - {"__init__", "__main__"} <= set(ORDER)
+
+
+def test_imports_point_back_up_the_order():
+    wrong = []
+    for path in sorted(ROOT.rglob("*.py")):
+        package = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if package in ("__init__", "__main__"):
+            continue
+        allowed = set(ORDER[: ORDER.index(package) + 1])
+        wrong += [f"{path.relative_to(ROOT)} imports svdtune.{name}" for name in sorted(imported(path) - allowed)]
+    assert not wrong
+
+
+def test_the_references_are_imported_by_tests_and_benchmarks_alone():
+    users = [
+        path
+        for path in ROOT.rglob("*.py")
+        if "reference import" in path.read_text() or "import reference" in path.read_text()
+    ]
+    assert not users
+
+
+def test_linalg_needs_torch_alone():
+    for path in sorted((ROOT / "linalg").glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        foreign = {m for m in modules if m.split(".")[0] in ("numpy", "scipy", "peft", "transformers", "safetensors")}
+        assert not foreign, path
