@@ -243,7 +243,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             merged += (delta.mT if self._is_conv1d else delta).to(merged)
         merged = merged.to(before.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise SvdtuneError(f"merging {names} gives a weight with NaN or infinity; the adapter seems to be broken")
+            raise SvdtuneError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: its factors hold "
+                "NaN or infinity, or the merged weight overflows its dtype"
+            )
         if self._weight_before_merge is None:
             self._weight_before_merge = before.to("cpu", copy=True) if before.is_cuda else before.clone()
         self.set_base_weight(merged)

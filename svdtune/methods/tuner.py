@@ -136,7 +136,7 @@ class SvdTuner(BaseTuner):
         """
         if autocast_adapter_dtype:
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in self.layers():
+        for layer in self.adapted_layers():
             dtype = layer.get_base_layer().weight.dtype
             for name in layer.trained:
                 tensors = getattr(layer, name)
@@ -145,8 +145,8 @@ class SvdTuner(BaseTuner):
                         tensors[adapter_name].detach().to(dtype), requires_grad=tensors[adapter_name].requires_grad
                     )
 
-    def layers(self) -> Iterator[SvdLayer]:
-        """The adapted layers."""
+    def adapted_layers(self) -> Iterator[SvdLayer]:
+        """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute the tuner lacks does.)"""
         return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
 
     # Loading

@@ -230,6 +230,22 @@ def test_autocast_adapter_dtype_false_casts_the_trained_factors():
     assert dtypes == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sara", "mosara-one-head", "sorsa", "sorsa-residual"])
+def test_factors_in_the_base_dtype_compute_and_merge(name, dtype):
+    model = get_peft_model(model_of("llama", dtype), config_of(name), autocast_adapter_dtype=False)
+    before = logits(move(model.eval(), 0.01))
+    got = logits(model.merge_and_unload())
+    assert float((got - before).float().norm() / before.float().norm()) < 0.02
+
+
+def test_attributes_of_the_base_model_are_reached_through_the_tuner():
+    """A name that the tuner itself uses would hide the base model's, such as the `layers` of many models."""
+    model = model_of("llama").model
+    adapted_model = get_peft_model(model, SorsaConfig(r=4))
+    assert adapted_model.base_model.layers is model.layers
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_base_on_disk_comes_back_through_auto_classes(name, tmp_path):
     model_of("llama").save_pretrained(tmp_path / "base")

@@ -47,7 +47,7 @@ def add_sorsa(
 
 def sorsa_delta(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> Tensor:
     """W_p − P₀ V₀ᵀ [out, in], as a sum of two small terms rather than a difference of two large ones."""
-    P = scaled(U, s)
+    P, V = scaled(U, s).to(P0.dtype), V.to(V0.dtype)  # trained factors may be kept in bf16
     return (P - P0) @ V.mT + P0 @ (V - V0).mT
 
 
