@@ -1,8 +1,8 @@
 """The command line: one file a verb, imported only when its verb is called.
 
-A verb is a name in VERBS and a module `svdtune/cli/<verb>.py` with an `app`, a `typer.Typer` with exactly one command, whose
-docstring is the verb's help. Other modules in the folder are helpers. `svdtune --help` imports all verbs for the first lines
-of their help, so what only the work itself needs (torch, transformers) is imported inside the command.
+A verb is a name in VERBS and a module `svdtune/cli/<verb>.py` with an `app`, a `typer.Typer`: of one command, whose
+docstring is the verb's help, or of several. Other modules in the folder are helpers. `svdtune --help` imports all verbs for
+the first lines of their help, so what only the work itself needs (torch, transformers) is imported inside the command.
 
 Errors: a `SvdtuneError` is printed as one message, exit code 2. A `KeyboardInterrupt` prints its own text, which may say how
 to go on, exit code 130. Anything else is a fault of svdtune and keeps its traceback.

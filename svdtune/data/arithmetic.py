@@ -110,11 +110,11 @@ def _numbers(template: Template, draw: random.Random) -> tuple[int, int, int]:
     """Numbers that leave at least 2 after every step."""
     while True:
         a, b = (
-            (draw.randint(2, 9), draw.randint(2, 12))
+            (draw.randint(2, 9), draw.randint(2, 9))
             if template.first == "*"
-            else (draw.randint(10, 99), draw.randint(5, 60))
+            else (draw.randint(10, 50), draw.randint(2, 20))
         )
-        c = draw.randint(2, 40)
+        c = draw.randint(2, 20)
         between = _join(a, template.first, b)
         if between >= 2 and _join(between, template.second, c) >= 2:
             return a, b, c

@@ -80,6 +80,8 @@ def _as_list(ids: int | Iterable[int] | None) -> list[int]:
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that the chat template puts after the words of an assistant's last turn."""
+    if tokenizer.chat_template is None:
+        raise SvdtuneError("the tokenizer has no chat template; use text prompts with `data.template: plain`")
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
     return tokenizer.encode(text.rpartition(_PROBE)[2], add_special_tokens=False)

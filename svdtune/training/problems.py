@@ -40,7 +40,7 @@ def from_pydantic(error: ValidationError, model: type[BaseModel]) -> Iterator[Pr
         elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
             yield Problem(path, f"expected a section with settings of its own; got {item['input']!r:.60}")
         else:
-            message = item["msg"].removeprefix("Input should be ").removeprefix("a ")
+            message = item["msg"].removeprefix("Input should be ")
             yield Problem(path, f"expected {message}; got {item['input']!r:.60}")
 
 

@@ -230,7 +230,9 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
 def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, name = dotted.split(".")
     for depth, section in enumerate(sections, 1):
-        inner = settings.setdefault(section, {})
+        if settings.get(section) is None:
+            settings[section] = {}
+        inner = settings[section]
         if not isinstance(inner, dict):
             raise SvdtuneError(f"--{dotted}: {'.'.join(sections[:depth])} is {inner!r} in the recipe, not a section")
         settings = inner

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
@@ -60,6 +61,11 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     t = recipe.training
     if t.precision == "fp16" and not torch.cuda.is_available():
         raise SvdtuneError("training.precision: fp16 needs a CUDA device; use bf16 or fp32")
+    installed = get_available_reporting_integrations()
+    if missing := [tracker for tracker in t.report_to if tracker not in installed]:
+        raise SvdtuneError(
+            f"training.report_to: {', '.join(missing)} not installed here; installed are {', '.join(installed) or 'none'}"
+        )
     try:
         args = TrainingArguments(
             output_dir=str(Path(recipe.output.dir)),
@@ -76,6 +82,7 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
             max_grad_norm=t.max_grad_norm,
             bf16=t.precision == "bf16",
             fp16=t.precision == "fp16",
+            use_cpu=not torch.accelerator.is_available(),
             torch_compile=t.compile,
             seed=t.seed,
             logging_steps=t.logging_steps,

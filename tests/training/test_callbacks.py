@@ -1,0 +1,52 @@
+"""Callbacks alone: a real signal stops after the step, and progress shows the time left."""
+
+import os
+import signal
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from transformers import TrainerControl
+
+from svdtune.training.callbacks import ShowProgress, StopOnInterrupt
+
+
+def test_the_first_interrupt_asks_for_a_checkpoint_and_the_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnInterrupt() as stop:
+        control = TrainerControl()
+        stop.on_step_end(None, None, control)
+        assert not control.should_training_stop
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.on_step_end(None, None, control)
+        assert control.should_training_stop
+        assert control.should_save
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def state(step: int) -> SimpleNamespace:
+    return SimpleNamespace(global_step=step, max_steps=10, is_world_process_zero=True)
+
+
+def test_lines_with_the_time_left_where_there_is_no_terminal() -> None:
+    text = StringIO()
+    progress = ShowProgress(Console(file=text, width=80), every=0.0)
+    progress.on_train_begin(None, state(0), None)
+    progress.on_log(None, state(5), None, logs={"loss": 0.5})
+    progress.on_log(None, state(10), None, logs={"eval_loss": 0.5})
+    progress.on_train_end(None, state(10), None)
+    assert text.getvalue() == "step 5/10 · loss 0.5000 · 0:00 left\n"
+
+
+def test_a_bar_on_a_terminal() -> None:
+    text = StringIO()
+    progress = ShowProgress(Console(file=text, width=100, force_terminal=True))
+    progress.on_train_begin(None, state(0), None)
+    progress.on_step_end(None, state(4), None)
+    progress.on_log(None, state(4), None, logs={"loss": 0.25})
+    progress.on_train_end(None, state(10), None)
+    assert "4/10" in text.getvalue()
+    assert "loss 0.2500" in text.getvalue()
