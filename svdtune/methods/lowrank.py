@@ -32,13 +32,24 @@ def scaled(U: Tensor, s: Tensor | None) -> Tensor:
 
 
 def stacked(
-    U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None, dtype: torch.dtype
+    U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None, dtype: torch.dtype, pad: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """The pair A [in, w], B [out, w] with A Bᵀ = (P Vᵀ − P₀ V₀ᵀ)ᵀ; w is r, or 2r where a principal part is taken away."""
+    """The pair A [in, w], B [out, w] with A Bᵀ = (P Vᵀ − P₀ V₀ᵀ)ᵀ, rounded to `dtype` last.
+
+    w is r, or 2r where a principal part is taken away, each r filled up with zero columns to a multiple of `pad`.
+    """
     P = scaled(U, s)
-    if P0 is None:
-        return V.to(dtype), P.to(dtype)
-    return torch.cat([V, V - V0], 1).to(dtype), torch.cat([P - P0, P0], 1).to(dtype)
+    fill = -V.shape[1] % pad
+    parts = ([V], [P]) if P0 is None else ([V, V - V0], [P - P0, P0])
+    if fill:
+        parts = tuple([F.pad(factor, (0, fill)) for factor in side] for side in parts)
+    A, B = (side[0] if len(side) == 1 else torch.cat(side, 1) for side in parts)
+    return A.to(dtype), B.to(dtype)
+
+
+def alignment(dtype: torch.dtype, device: torch.device) -> int:
+    """The multiple of columns that tensor cores want: 16-bit rows on a GPU are read 16 bytes at a time."""
+    return 8 if device.type == "cuda" and dtype.itemsize == 2 else 1
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -52,7 +63,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias_or_output, x_adapter, U, s, V, P0, V0):
         dtype = compute_dtype(x)
-        A, B = stacked(U, s, V, P0, V0, dtype)
+        A, B = stacked(U, s, V, P0, V0, dtype, alignment(dtype, x.device))
         inputs = (x if x_adapter is None else x_adapter).to(dtype)
         flat = inputs.reshape(-1, inputs.shape[-1])
         z = flat @ A
@@ -63,17 +74,20 @@ class LowRankLinear(torch.autograd.Function):
             bias = None if bias_or_output is None else bias_or_output.to(dtype)
             y = F.linear(x.to(dtype), weight.to(dtype), bias)
         y.view(-1, y.shape[-1]).addmm_(z.to(y.dtype), B.to(y.dtype).mT)
-        r = V.shape[1]
-        ctx.save_for_backward(flat, z[:, :r].contiguous() if P0 is not None else z, weight, U, s, V, P0, V0)
+        projected = z if P0 is None else z[:, : A.shape[1] // 2].contiguous()  # x V, without x (V − V₀)
+        # The stacked pair is worth keeping where it is small beside x; for long factors forming it again costs less memory.
+        kept = (A, B) if A.numel() + B.numel() <= flat.numel() // 8 else (None, None)
+        ctx.save_for_backward(flat, projected, weight, U, s, V, P0, V0, *kept)
         ctx.shape, ctx.dtypes = x.shape, (x.dtype, None if x_adapter is None else x_adapter.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        flat, z, weight, U, s, V, P0, V0 = ctx.saved_tensors
+        flat, z, weight, U, s, V, P0, V0, A, B = ctx.saved_tensors
         dtype = flat.dtype
-        A, B = stacked(U, s, V, P0, V0, dtype)
+        if A is None:
+            A, B = stacked(U, s, V, P0, V0, dtype, alignment(dtype, flat.device))
         needs_x, _, needs_base, needs_adapter, needs_U, needs_s, needs_V, *_ = ctx.needs_input_grad
         dY = grad.to(dtype).reshape(-1, grad.shape[-1])
         Q = dY @ B
@@ -89,12 +103,13 @@ class LowRankLinear(torch.autograd.Function):
         dx = None if dx is None else dx.view(ctx.shape).to(x_dtype)
 
         dU = ds = dV = None
+        r = V.shape[1]
         if needs_V:
-            r = V.shape[1]
-            QP = Q if P0 is None else Q[:, :r] + Q[:, r:]
-            dV = (flat.mT @ QP).to(V.dtype)
+            half = A.shape[1] // 2
+            QP = Q if P0 is None else Q[:, :half] + Q[:, half:]
+            dV = (flat.mT @ QP)[:, :r].to(V.dtype)
         if needs_U or needs_s:
-            M = (dY.mT @ z).to(U.dtype)
+            M = (dY.mT @ z)[:, :r].to(U.dtype)
             ds = None if s is None else (M * U).sum(0).to(s.dtype)
             dU = scaled(M, s)
         dbase = None

@@ -233,3 +233,19 @@ def test_delta_keeps_small_changes_that_bf16_products_would_lose():
     assert float((got - truth).norm() / truth.norm()) < 0.01
     together = (x @ V0.bfloat16()) @ (U[:, :8] * moved).bfloat16().mT - (x @ V0.bfloat16()) @ P0.bfloat16().mT
     assert float((together.double() - truth).norm() / truth.norm()) > 0.5
+
+
+@pytest.mark.parametrize("layout", ["delta", "residual"])
+def test_zero_columns_change_nothing(layout, monkeypatch):
+    """Odd ranks are filled up for tensor cores: the same outputs and gradients."""
+    monkeypatch.setattr("svdtune.methods.lowrank.alignment", lambda dtype, device: 8)
+    for shape in SHAPES.values():
+        frozen, trained = sorsa_case(shape, "random", layout, 0.3)
+        compare(
+            sorsa.sorsa_linear,
+            sorsa_reference.sorsa_linear,
+            torch.randn(11, shape[1]).double(),
+            frozen,
+            trained,
+            torch.float64,
+        )
