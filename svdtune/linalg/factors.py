@@ -10,9 +10,10 @@ from svdtune.linalg.krylov import BlockKrylov
 from svdtune.linalg.matrix import check_rank, full_precision, largest_entry, power_of_two, tall, working_copy
 from svdtune.linalg.orthonormal import fixed_signs, polish
 
-# Relative error allowed to the smallest singular value kept, and to Ritz residuals against the smallest squared one.
+# Relative error allowed to the smallest singular value kept, and to Ritz residuals against the smallest squared one: the
+# error of a Ritz value is of the order of its residual squared, 2.5e-7.
 _ACCURACY = 1e-5
-_RESIDUAL = 1e-4
+_RESIDUAL = 5e-4
 
 
 class Factors(NamedTuple):
@@ -69,22 +70,31 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
     if 2 * (r + 4 * block) > n:
         return None
     krylov = BlockKrylov(tall(working_copy(weight, scale, dtype)), block, capacity=n // 2)
-    check_at = max(3 * r, r + 8 * block)
+    # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely to be the last time.
+    check_at = max(4 * r, r + 8 * block)
     while krylov.room:
         krylov.extend()
         if krylov.p < check_at and krylov.room:
             continue
         values, vectors, residuals = krylov.ritz()
-        # 4 ε σ₁ / σ_r bounds the relative error that rounding leaves in σ_r.
-        accurate = 4 * torch.finfo(dtype).eps * values[0].sqrt() <= _ACCURACY * values[r - 1].sqrt()
-        if not accurate or krylov.misses_copies(values[:r]):
+        # Rounding in B = WQ leaves a relative error of some 4 ε σ₁/σ_r in σ_r, the float64 eigenproblem one of its noise.
+        rounding = 4 * torch.finfo(dtype).eps * values[0].sqrt() <= _ACCURACY * values[r - 1].sqrt()
+        solving = noise(float(values[0]), krylov.p, torch.float64) <= _ACCURACY * float(values[r - 1])
+        if not (rounding and solving) or krylov.misses_copies(values[:r]):
             return None
         if (residuals[:r] <= _RESIDUAL * values[r - 1]).all():
-            Y = vectors[:, :r]
-            s = values[:r].sqrt().to(Y.device)
-            return krylov.B[:, : krylov.p] @ Y / s, s, polish(krylov.Q[:, : krylov.p].double() @ Y)
-        check_at = krylov.p + max(2 * block, r // 2)
+            return _triplets(krylov.W, krylov.Q[:, : krylov.p].double() @ vectors[:, :r])
+        check_at = krylov.p + max(2 * block, r)
     return None
+
+
+def _triplets(W: Tensor, V: Tensor) -> Triplets:
+    """The triplets of W [m, n] within the span of V [n, r], nearly orthonormal; in float64, so that they are exact there."""
+    V = polish(polish(V))
+    US = W.double() @ V
+    squared, Y = torch.linalg.eigh(US.mT @ US)
+    s, Y = squared.flip(0).clamp_min(0).sqrt(), Y.flip(1)
+    return polish(US @ Y / s), s, V @ Y
 
 
 def _by_gram(weight: Tensor, r: int, scale: float) -> Triplets | None:

@@ -30,7 +30,8 @@ class BlockKrylov:
         self.T = torch.empty(capacity, capacity, **wide)
         # A generator of its own, on the CPU, so that every device starts from the same block and no global state moves.
         start = torch.randn(n, block, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
-        self.next, self.R = _orthonormalize(start.to(W.device, W.dtype))
+        self.next = _orthonormalize(start.to(W.device, W.dtype))[0]
+        self.R = self.T[:block, :block]  # set by the first pass
 
     @property
     def room(self) -> bool:
@@ -46,12 +47,21 @@ class BlockKrylov:
         self.T[old:new, :new] = self.B[:, old:new].mT @ self.B[:, :new]
         self.T[:old, old:new] = self.T[old:new, :old].mT
         self.p = new
-        Q = self.Q[:, :new]
-        image = self.W.mT @ product
-        # Projecting twice is enough (Kahan's "twice"); each time the block is made orthonormal in between.
-        first, R1 = _orthonormalize(image - Q @ (Q.mT @ image))
-        self.next, R2 = _orthonormalize(first - Q @ (Q.mT @ first))
-        self.R = R2 @ R1
+        self._find_next(self.W.mT @ product)
+
+    def _find_next(self, image: Tensor) -> None:
+        """Make the part of `image` [n, block] outside the basis orthonormal: the waiting block, with its R."""
+        Q = self.Q[:, : self.p]
+        # Projecting twice is enough (Kahan) where the second time changes little. Where the space is exhausted the first
+        # leaves only rounding, in which directions can nearly coincide: then once more, by the sturdier factorisation.
+        for passes, factorize in ((2, _orthonormalize), (3, _orthonormalize_safely)):
+            block, R = image, torch.eye(self.block, dtype=torch.float64, device=image.device)
+            for _ in range(passes):
+                block, last = factorize(block - Q @ (Q.mT @ block))
+                R = last @ R
+            if bool(last.diagonal().abs().min() > 0.5):
+                break
+        self.next, self.R = block, R
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """(squared singular values [p] descending, their vectors in the basis [p, p], residuals ‖WᵀWv − λv‖ [p]).
@@ -80,10 +90,14 @@ class BlockKrylov:
 
 
 def _orthonormalize(X: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q [n, b] in X's dtype, R [b, b] in float64) with X = QR: by Cholesky, or by Householder where X is near rank loss."""
+    """(Q [n, b] in X's dtype, R [b, b] in float64) with X = QR, by Cholesky, the quickest on a GPU; NaN where X lost rank."""
     wide = X.double()
     L, info = torch.linalg.cholesky_ex(wide.mT @ wide)
-    if int(info) == 0:
-        return torch.linalg.solve_triangular(L, wide.mT, upper=False).mT.to(X.dtype), L.mT
-    Q, R = torch.linalg.qr(wide)
+    L = torch.where(info == 0, L, torch.nan)
+    return torch.linalg.solve_triangular(L, wide.mT, upper=False).mT.to(X.dtype), L.mT
+
+
+def _orthonormalize_safely(X: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by Householder reflections, whatever X's rank."""
+    Q, R = torch.linalg.qr(X.double())
     return Q.to(X.dtype), R

@@ -10,32 +10,31 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from svdtune.linalg.matrix import products_in
-
 # Singular values below this share of σ₁ are not driven to 1; they count in the error bound.
 FLOOR = 1e-4
-# Outside their interval the quintics diverge, and TF32's rounding can push a value out; each step stays this far inside.
+# Outside their interval the quintics diverge, and rounding to ten bits can push a value out; each step stays this far inside.
 _SAFETY = 1.01
 
 
 def nuclear_norm(W: Tensor, largest: float) -> tuple[float, float]:
     """(nuclear norm, bound on its error) of a matrix [m, n], m >= n, given an upper estimate of σ₁.
 
-    The steps run in TF32 on a GPU. What that leaves, X = Q(I + S + K) with S symmetric and K skew, is corrected to third
+    On a GPU the steps multiply in fp16. What that leaves, X = Q(I + S + K) with S symmetric and K skew, is corrected to third
     order in S through E = XᵀX − I, in fp32: tr(H) ≈ tr(XᵀW) − ½tr(E·XᵀW) + ⅜tr(E²·XᵀW) − …; K enters only squared, and
     shows as the skew part of XᵀW. The bound adds up both, the values under `FLOOR`·σ₁ and the rounding of the traces.
     """
     X = W / (1.01 * largest)
-    with products_in(tf32=True):
-        for a, b, c in ((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _quintics(FLOOR)):
-            A = X.mT @ X
-            X = a * X + X @ torch.addmm(A, A, A, beta=b, alpha=c)
+    # fp16 has TF32's ten bits, but asks for no setting that other threads would see.
+    dtype = torch.float16 if W.is_cuda else W.dtype
+    for a, b, c in ((a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in _quintics(FLOOR)):
+        low = X.to(dtype)
+        A = low.mT @ low
+        X = a * X + low @ torch.addmm(A, A, A, beta=b, alpha=c)
     E = X.mT @ X
     E.diagonal().sub_(1)
     H = X.mT @ W
-    E2 = E @ E
-    first, second = (E.double() * H).sum(), (E2.double() * H).sum()
-    third = (E2.double() * (E @ H)).sum()
+    E2, EH = E @ E, E @ H
+    first, second, third = ((a.double() * b).sum() for a, b in ((E, H), (E2, H), (E2, EH)))
     total = float(H.diagonal().double().sum() - first / 2 + 3 / 8 * second - 5 / 16 * third)
     skew = float(torch.linalg.matrix_norm(H - H.mT) / torch.linalg.matrix_norm(H)) / 2
     unreached = FLOOR * largest * float((-E.diagonal().double()).clamp_min(0).sum())

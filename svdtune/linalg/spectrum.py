@@ -192,20 +192,26 @@ def _leading(weight: Tensor, threshold: float) -> Spectrum | None:
     with full_precision(weight.device):
         W = tall(working_copy(weight, scale, torch.float32))
         krylov = BlockKrylov(W, 64, capacity=n // 2)
+        total = error = 0.0
+        check_at = 256
         while krylov.room:
             krylov.extend()
-            if krylov.p < 256 or krylov.p % 128:
+            if krylov.p < check_at:
                 continue
             squared, _, residuals = krylov.ritz()
             if not torch.isfinite(squared).all() or krylov.misses_copies(squared):
                 return None
             values = squared.sqrt()
-            if krylov.p == 256:
+            if total == 0:
                 total, error = nuclear_norm(W, float(values[0] + residuals[0] / values[0]))
-            if threshold * total > n / 8 * float(values[0]):
-                return None
             good = int((residuals <= 1e-5 * squared).to(torch.int8).cumprod(0).sum())
             if good and float(values[:good].sum()) > threshold * (total + error):
                 delta = float(residuals[:good].max() + 8 * torch.finfo(torch.float32).eps * squared[0])
                 return Spectrum(values[:good] * scale, total * scale, error * scale, delta * scale**2)
+            # Ritz values are lower bounds, so about this many are needed; a basis of eight times as many settles them.
+            missing = threshold * total - float(values.sum())
+            k = int((values.cumsum(0) < threshold * total).sum()) + max(0, int(missing / float(values[-1])))
+            if not k <= n // 16:
+                return None
+            check_at = max(krylov.p + 128, 8 * k)
     return None

@@ -1,7 +1,11 @@
 """Spectra, ranks and factors of many weights: one at a time, with progress, looked up on disk before they are computed."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -12,46 +16,54 @@ from svdtune.spectra import store
 from svdtune.spectra.content import content_key
 
 Weights = Mapping[str, Tensor | Callable[[], Tensor]]
+Result = TypeVar("Result")
+# Weights of a GPU in work at once.
+_AT_ONCE = 4
 
 
 def spectra(weights: Weights, *, progress: bool | None = None) -> Iterator[tuple[str, Spectrum]]:
     """Yield (name, whole float64 spectrum) of each weight, in order.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; only one is held at a time.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
         SvdtuneError: a weight is not a finite matrix; the message names it.
     """
-    for name, weight in _each(weights, "spectra", progress):
-        key = content_key(weight)
+
+    def one(name: str, weight: Tensor) -> Spectrum:
+        key = _key(weight)
         found = _load_spectrum(key)
         if found is None or not found.exact or len(found.values) < min(weight.shape):
-            found = _named(name, lambda weight=weight: decompose(weight))
+            found = _named(name, lambda: decompose(weight))
             _store_spectrum(key, found)
-        yield name, found
+        return found
+
+    return _each(weights, one, "spectra", progress)
 
 
 def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -> dict[str, int]:
     """The rank at `threshold` of each weight (SARA Algorithm 1), by name, equal to what its float64 SVD gives.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; only one is held at a time.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
         threshold: θ in (0, 1].
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
         SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message names it.
     """
-    found = {}
-    for name, weight in _each(weights, "ranks", progress):
-        key = content_key(weight)
+
+    def one(name: str, weight: Tensor) -> int:
+        key = _key(weight)
         known = _load_spectrum(key)
-        used, found[name] = _named(name, lambda weight=weight, known=known: settled_spectrum(weight, threshold, known))
+        used, k = _named(name, lambda: settled_spectrum(weight, threshold, known))
         if used is not known:
             _store_spectrum(key, used)
-    return found
+        return k
+
+    return dict(_each(weights, one, "ranks", progress))
 
 
 def factors(
@@ -60,7 +72,7 @@ def factors(
     """Yield (name, leading factors) of each weight in `ranks`, in the order of `ranks`.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; only one is held at a time.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
         ranks: how many triplets, by name.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
@@ -71,31 +83,68 @@ def factors(
     missing = [name for name in ranks if name not in weights]
     if missing:
         raise SvdtuneError(f"ranks name weights that were not given: {', '.join(missing)}")
-    chosen = {name: weights[name] for name in ranks}
-    for name, weight in _each(chosen, "factors", progress):
+
+    def one(name: str, weight: Tensor) -> Factors:
         r = ranks[name]
-        if not remember:
-            yield name, _named(name, lambda weight=weight, r=r: top_factors(weight, r))
-            continue
+        if not remember or store.cache_dir() is None:
+            return _named(name, lambda: top_factors(weight, r))
         key = f"{content_key(weight)}-{r}"
         found = store.load("factors", key)
         if found is not None:
-            tensors = found[0]
-            yield name, Factors(*(tensors[part].to(weight.device) for part in Factors._fields))
-            continue
-        result = _named(name, lambda weight=weight, r=r: top_factors(weight, r))
+            return Factors(*(found[0][part].to(weight.device) for part in Factors._fields))
+        result = _named(name, lambda: top_factors(weight, r))
         store.store("factors", key, result._asdict(), {})
-        yield name, result
+        return result
+
+    return _each({name: weights[name] for name in ranks}, one, "factors", progress)
 
 
-def _each(weights: Weights, what: str, progress: bool | None) -> Iterator[tuple[str, Tensor]]:
-    """Read one weight after the other; trim the cache at the end."""
+def _each(
+    weights: Weights, compute: Callable[[str, Tensor], Result], what: str, progress: bool | None
+) -> Iterator[tuple[str, Result]]:
+    """Yield (name, compute(name, weight)) in order, reading one weight after the other; trim the cache at the end.
+
+    Weights on a GPU are worked on a few at a time, each on a thread and stream of its own: the small steps of one (launches,
+    eigenvalues on a few multiprocessors, hashing on the host) hide behind another's. It changes no result.
+    """
     disable = None if progress is None else not progress
+    waiting: deque[tuple[str, Future[Result]]] = deque()
+    pool: ThreadPoolExecutor | None = None
     try:
         for name, weight in tqdm(weights.items(), desc=f"svdtune {what}", unit="weight", delay=1.0, disable=disable):
-            yield name, weight if isinstance(weight, Tensor) else _named(name, weight)
+            matrix = weight if isinstance(weight, Tensor) else _named(name, weight)
+            if not matrix.is_cuda:
+                yield name, compute(name, matrix)
+                continue
+            if pool is None:
+                # torch loads its solver at the first call, which no two threads may do at once.
+                torch.linalg.eigh(torch.eye(2, device=matrix.device))
+                pool = ThreadPoolExecutor(_AT_ONCE)
+            waiting.append((name, pool.submit(_on_own_stream, compute, name, matrix, torch.cuda.current_stream())))
+            if len(waiting) > _AT_ONCE:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        while waiting:
+            first, future = waiting.popleft()
+            yield first, future.result()
     finally:
+        if pool is not None:
+            pool.shutdown(cancel_futures=True)
         store.trim()
+
+
+def _on_own_stream(
+    compute: Callable[[str, Tensor], Result], name: str, weight: Tensor, caller: torch.cuda.Stream
+) -> Result:
+    """compute(name, weight) on a new stream that starts after what `caller` has queued and is finished on return."""
+    stream = torch.cuda.Stream(weight.device)
+    stream.wait_stream(caller)
+    with torch.cuda.device(weight.device), torch.cuda.stream(stream):
+        result = compute(name, weight)
+        stream.synchronize()
+    for part in result if isinstance(result, Factors) else ():
+        part.record_stream(caller)  # the allocator must not hand its memory out while the caller still reads it
+    return result
 
 
 def _named(name, compute):
@@ -106,14 +155,20 @@ def _named(name, compute):
         raise SvdtuneError(f"{name}: {error}") from error
 
 
-def _load_spectrum(key: str) -> Spectrum | None:
-    found = store.load("spectrum", key)
+def _key(weight: Tensor) -> str | None:
+    """The cache key of a weight; None with the cache off, since then hashing it would be for nothing."""
+    return None if store.cache_dir() is None else content_key(weight)
+
+
+def _load_spectrum(key: str | None) -> Spectrum | None:
+    found = None if key is None else store.load("spectrum", key)
     if found is None:
         return None
     tensors, facts = found
     return Spectrum(tensors["values"], **facts)
 
 
-def _store_spectrum(key: str, spectrum: Spectrum) -> None:
-    facts = {name: getattr(spectrum, name) for name in ("total", "error", "squared_error", "reference")}
-    store.store("spectrum", key, {"values": spectrum.values}, facts)
+def _store_spectrum(key: str | None, spectrum: Spectrum) -> None:
+    if key is not None:
+        facts = {name: getattr(spectrum, name) for name in ("total", "error", "squared_error", "reference")}
+        store.store("spectrum", key, {"values": spectrum.values}, facts)

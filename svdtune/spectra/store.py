@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 # Part of every file: raise it whenever an algorithm of svdtune.linalg or the layout of the files changes.
 VERSION = "1"
+# The subfolders; others may lie beside them.
+KINDS = ("spectrum", "factors")
 _SUFFIX = ".safetensors"
 _DEFAULT_LIMIT_GB = 10.0
 _UNITS = 1_000_000_000
@@ -115,7 +117,7 @@ def entries() -> Iterator[Entry]:
     folder = cache_dir()
     if folder is None:
         return
-    for path in folder.glob(f"*/*{_SUFFIX}"):
+    for path in (path for kind in KINDS for path in folder.glob(f"{kind}/*{_SUFFIX}")):
         try:
             status = path.stat()
         except OSError:
@@ -130,7 +132,7 @@ def trim(limit: int | None = None) -> list[Entry]:
     """
     limit = cache_limit() if limit is None else limit
     folder = cache_dir()
-    for leftover in folder.glob("*/.*.tmp") if folder else ():
+    for leftover in [path for kind in KINDS for path in folder.glob(f"{kind}/.*.tmp")] if folder else []:
         try:
             if limit == 0 or time.time() - leftover.stat().st_mtime > 3600:
                 leftover.unlink(missing_ok=True)

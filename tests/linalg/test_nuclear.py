@@ -1,11 +1,14 @@
 """The nuclear norm by polar iteration, the leading spectrum built on it, and the settings of torch it must leave alone."""
 
+from contextlib import ExitStack
+from threading import Thread
+
 import pytest
 import torch
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from svdtune.linalg import spectrum
-from svdtune.linalg.matrix import products_in
+from svdtune.linalg.matrix import _Ieee
 from svdtune.linalg.nuclear import _quintics, nuclear_norm
 from svdtune.linalg.spectrum import _leading
 
@@ -20,8 +23,8 @@ def test_error_stays_inside_its_bound(shape, kind):
         assert error < 1e-5 * total
 
 
-def test_rounding_as_coarse_as_tf32s_neither_diverges_nor_leaves_the_bound(monkeypatch):
-    """Rounds every step's result to TF32's ten bits, which a CPU's products do not do by themselves."""
+def test_rounding_as_coarse_as_fp16s_neither_diverges_nor_leaves_the_bound(monkeypatch):
+    """Rounds every step's result to ten bits, as a GPU does; on a CPU the steps run in fp32."""
     values = llama_like(300)
     weight = weight_with(values, 300, 300).float()
     addmm = torch.addmm
@@ -62,9 +65,19 @@ def test_large_thresholds_and_repeated_values_are_left_to_the_dense_route():
     assert _leading(torch.zeros(1200, 1200), 0.01) is None
 
 
-def test_the_choice_of_tf32_is_put_back():
-    before = torch.backends.cuda.matmul.allow_tf32
-    with pytest.raises(KeyError), products_in(tf32=True), products_in(tf32=False):
-        raise KeyError
-    assert torch.backends.cuda.matmul.allow_tf32 == before
-    assert torch.get_float32_matmul_precision() == "highest"
+def test_the_choice_of_tf32_is_put_back_by_the_last_thread_to_leave():
+    matmul = torch.backends.cuda.matmul
+    torch.set_float32_matmul_precision("high")
+    try:
+        first, second = ExitStack(), ExitStack()
+        with first:
+            first.enter_context(_Ieee())
+            other = Thread(target=second.enter_context, args=(_Ieee(),))
+            other.start()
+            other.join()
+        assert matmul.fp32_precision == "ieee"
+        with pytest.raises(KeyError), second:
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
