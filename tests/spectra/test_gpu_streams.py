@@ -40,6 +40,6 @@ def test_the_same_weight_has_one_key_on_every_device(weights, monkeypatch):
 
 def test_errors_come_out_of_the_threads(weights):
     weights["7"] = torch.full((50, 50), float("nan"), device="cuda")
-    with pytest.raises(SvdtuneError, match="7: .*NaN"):
+    with pytest.raises(SvdtuneError, match=r"7: .*NaN"):
         ranks(weights, 0.1)
     assert ranks({"0": weights["0"]}, 0.1)
