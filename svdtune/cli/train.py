@@ -32,6 +32,7 @@ def train(
     from svdtune.training import Interrupted, load_recipe
     from svdtune.training import train as run
     from svdtune.training.folder import latest_checkpoint
+    from svdtune.training.run import is_main_process
 
     loaded = load_recipe(recipe, ctx.args)
     again = " ".join(["svdtune train", str(recipe), *ctx.args])
@@ -43,6 +44,6 @@ def train(
         kept = latest_checkpoint(Path(loaded.output.dir))
         how = f"go on from {kept.name}: {again} --resume" if kept else f"no checkpoint was written; start anew: {again}"
         raise KeyboardInterrupt(f"interrupted; {how}") from None
-    typer.echo(
-        f"trained {result.summary['steps']} steps in {result.summary['train_seconds']:.0f} s; saved {result.adapter}"
-    )
+    if is_main_process():
+        summary = result.summary
+        typer.echo(f"trained {summary['steps']} steps in {summary['train_seconds']:.0f} s; saved {result.adapter}")

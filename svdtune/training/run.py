@@ -3,6 +3,7 @@
 Everything that can be refused is refused before the first step: the recipe, the folder, the end token, the data.
 """
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
-from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, write_summary
+from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, latest_checkpoint, start_run, write_summary
 from svdtune.training.method import FULL, adapt, adapted_modules
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
 from svdtune.training.recipe import Recipe, Source
@@ -59,9 +60,13 @@ def train(
         SvdtuneError: for everything a user can set right.
         Interrupted: if stopped by Ctrl-C, after writing a checkpoint.
     """
-    console = console or Console(stderr=True)
+    main = is_main_process()
+    console = console or Console(stderr=True, quiet=not main)
     folder = Path(recipe.output.dir)
-    checkpoint = check_run(recipe, resume=resume, overwrite=overwrite)
+    if main:
+        checkpoint = check_run(recipe, resume=resume, overwrite=overwrite)
+    else:
+        checkpoint = latest_checkpoint(folder) if resume else None
     train_examples = _read(recipe, recipe.data.train)
     eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
     loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
@@ -75,7 +80,7 @@ def train(
     model.config.use_cache = False
     show_adapted(console, model)
     show_example(console, train_rows[0], loaded.tokenizer)
-    if checkpoint is None and args.process_index == 0:
+    if checkpoint is None and main:
         start_run(recipe)  # only now: what is refused leaves an earlier run as it was
 
     with StopOnInterrupt() as stop:
@@ -115,12 +120,17 @@ def train(
         "resumed_from": checkpoint.name if checkpoint else None,
     }
     result = folder / (FULL_MODEL if recipe.method.name == FULL else ADAPTER)
-    if args.process_index == 0:
+    if main:
         model.save_pretrained(result)
         loaded.tokenizer.save_pretrained(result)
         summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
         write_summary(folder, summary)
     return RunResult(folder, result, summary)
+
+
+def is_main_process() -> bool:
+    """Whether this process, of those that torchrun started, looks after the run folder and prints."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _read(recipe: Recipe, source: Source) -> list[Example]:

@@ -97,6 +97,7 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
             run_name=Path(recipe.output.dir).name,
             disable_tqdm=True,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,
             label_names=["labels"],
             dataloader_pin_memory=torch.cuda.is_available(),
             **_renamed(t.gradient_checkpointing, t.group_by_length),
