@@ -12,6 +12,10 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 
 _BARS = "▁▂▃▄▅▆▇█"
 
 
+app = typer.Typer()
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A model folder, a .gguf file, a hub name, or smollm2-135m.")],
     method: Annotated[str, typer.Option(help="sara, mosara, sorsa or lora.")] = "sara",
