@@ -16,4 +16,4 @@ class MoSaraModel(SvdTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for adapter in self.active_adapters:
-            check_one_head(adapter, self.peft_config[adapter].num_heads)
+            check_one_head(self.peft_config[adapter].num_heads, adapter)

@@ -1,5 +1,7 @@
 """MoSaraLinear: Mo-SARA's layer."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.mosara.config import MoSaraConfig
-from svdtune.methods.mosara.math import add_mosara, mosara_delta, mosara_linear, random_start
+from svdtune.methods.mosara.math import add_mosara, mosara_delta, mosara_linear, random_start, scaled_rows
 
 
 class MoSaraLinear(SvdLayer):
@@ -51,13 +53,21 @@ class MoSaraLinear(SvdLayer):
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         return add_mosara(y, x, *self._tensors(adapter))
 
+    @staticmethod
+    def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
+        check_one_head(config.num_heads)
+        U, V, lam, v = (tensors.get(name) for name in ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v"))
+        if config.v_position == "front":
+            return scaled_rows(V, v), U * lam
+        return V, scaled_rows(U, v) * lam
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The one head's ΔW.
 
         Raises:
             SvdtuneError: several heads.
         """
-        check_one_head(adapter, self.mosara_lambda[adapter].shape[0])
+        check_one_head(self.mosara_lambda[adapter].shape[0], adapter)
         U, V, lam, v, _, _, front = self._tensors(adapter)
         return mosara_delta(U, V, lam, v, front).detach()
 
@@ -65,11 +75,11 @@ class MoSaraLinear(SvdLayer):
         return self.configs[adapter_name].num_heads == 1
 
 
-def check_one_head(adapter: str, num_heads: int) -> None:
+def check_one_head(num_heads: int, adapter: str = "") -> None:
     """Raise `SvdtuneError` for an adapter with more than one head: it is no matrix."""
     if num_heads > 1:
         raise SvdtuneError(
-            f"adapter {adapter!r} is Mo-SARA with {num_heads} heads, which cannot be merged or exported: its router mixes "
+            f"the adapter{f' {adapter!r}' if adapter else ''} is Mo-SARA with {num_heads} heads, which cannot be merged or exported: its router mixes "
             "the heads anew for every token, so no single weight equals it. Keep it as an adapter (PeftModel), or train "
             "with num_heads=1, which merges exactly"
         )

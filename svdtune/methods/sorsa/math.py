@@ -47,8 +47,14 @@ def add_sorsa(
 
 def sorsa_delta(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> Tensor:
     """W_p − P₀ V₀ᵀ [out, in], as a sum of two small terms rather than a difference of two large ones."""
+    A, B = sorsa_pair(U, s, V, P0, V0)
+    return B @ A.mT
+
+
+def sorsa_pair(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> tuple[Tensor, Tensor]:
+    """A = [V, V − V₀] [in, 2r] and B = [P − P₀, P₀] [out, 2r], P = U diag(s): B Aᵀ = P Vᵀ − P₀ V₀ᵀ."""
     P, V = scaled(U, s).to(P0.dtype), V.to(V0.dtype)  # trained factors may be kept in bf16
-    return (P - P0) @ V.mT + P0 @ (V - V0).mT
+    return torch.cat([V, V - V0], 1), torch.cat([P - P0, P0], 1)
 
 
 def penalty(factors: Tensor, smooth_eps: float = 0.0) -> tuple[Tensor, Tensor]:
