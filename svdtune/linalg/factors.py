@@ -71,7 +71,7 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
         return None
     krylov = BlockKrylov(tall(working_copy(weight, scale, dtype)), block, capacity=n // 2)
     # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely to be the last time.
-    check_at = max(4 * r, r + 8 * block)
+    check_at = max(6 * r, r + 8 * block)
     while krylov.room:
         krylov.extend()
         if krylov.p < check_at and krylov.room:

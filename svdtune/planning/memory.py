@@ -50,7 +50,7 @@ def estimate(
     activations = depth * 2 * tokens * hidden + layer if gradient_checkpointing else depth * layer
     return Memory(
         weights=int(plan.base_parameters * bytes_per_weight),
-        adapter=4 * (plan.trained + plan.frozen + plan.kept),
+        adapter=4 * (plan.trained + plan.frozen),
         gradients=4 * plan.trained,
         optimizer=8 * plan.trained,
         activations=activations,

@@ -18,14 +18,12 @@ class Method:
     Attributes:
         name: as in a recipe's `method` section.
         trained: parameters that get gradients.
-        frozen: parameters that the adapter adds without training them. Shares count them, as the papers do.
-        kept: further numbers held in memory (SORSA's starting factors), which are no parameters.
+        frozen: parameters that the adapter adds without training them: Mo-SARA's singular vectors, SORSA's start.
     """
 
     name: str
     trained: Count
     frozen: Count
-    kept: Count
 
 
 def method(name: str, *, num_heads: int = 5) -> Method:
@@ -41,12 +39,10 @@ def method(name: str, *, num_heads: int = 5) -> Method:
     none: Count = lambda *_: 0  # noqa: E731
     factors: Count = lambda r, i, o: r * (i + o)  # noqa: E731
     known = {
-        "sara": Method("sara", sara.trainable_parameters, none, none),
-        "mosara": Method(
-            "mosara", lambda r, i, o: mosara.trainable_parameters(r, i, o, num_heads=num_heads), factors, none
-        ),
-        "sorsa": Method("sorsa", sorsa.trainable_parameters, none, sorsa.trainable_parameters),
-        "lora": Method("lora", factors, none, none),
+        "sara": Method("sara", sara.trainable_parameters, none),
+        "mosara": Method("mosara", lambda r, i, o: mosara.trainable_parameters(r, i, o, num_heads=num_heads), factors),
+        "sorsa": Method("sorsa", sorsa.trainable_parameters, factors),
+        "lora": Method("lora", factors, none),
     }
     key = name.lower().replace("-", "").replace("_", "")
     if key not in known:

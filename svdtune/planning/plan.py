@@ -56,13 +56,8 @@ class Plan:
 
     @property
     def frozen(self) -> int:
-        """Parameters that the adapter adds without training them (Mo-SARA's U_k and V_k)."""
+        """Parameters that the adapter adds without training them: Mo-SARA's U_k and V_k, SORSA's starting factors."""
         return sum(self.method.frozen(layer.rank, layer.in_features, layer.out_features) for layer in self.layers)
-
-    @property
-    def kept(self) -> int:
-        """Further numbers in memory (SORSA's starting factors)."""
-        return sum(self.method.kept(layer.rank, layer.in_features, layer.out_features) for layer in self.layers)
 
     @property
     def share(self) -> float:

@@ -1,0 +1,290 @@
+"""Plans of tiny models in every format, against the models that PEFT builds from them."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
+
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import rank_at_threshold, spectrum
+from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
+from svdtune.planning import by_depth, draw, estimate, make_plan, open_checkpoint
+
+QV = ["q_proj", "v_proj"]
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "tie_word_embeddings": True,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    llama().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def svd_ranks(model, threshold, suffixes):
+    return {
+        name: rank_at_threshold(torch.linalg.svdvals(module.weight.double()), threshold)
+        for name, module in model.named_modules()
+        if name.endswith(tuple(suffixes))
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ranks_are_those_of_the_loaded_model(folder, dtype):
+    model = llama().to(dtype)
+    model.save_pretrained(folder)
+    plan = make_plan(open_checkpoint(folder), "sara", threshold=0.2, target_modules=QV)
+    assert {layer.name: layer.rank for layer in plan.layers} == svd_ranks(model, 0.2, QV)
+    assert plan.base_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("method", "config"), [("sara", SaraConfig), ("mosara", MoSaraConfig), ("sorsa", SorsaConfig), ("lora", LoraConfig)]
+)
+@pytest.mark.parametrize("targets", [QV, "all-linear", r".*\.[02]\..*(q|o)_proj"])
+def test_a_plan_trains_exactly_what_it_says(folder, method, config, targets):
+    plan = make_plan(open_checkpoint(folder), method, threshold=0.3, target_modules=targets)
+    section = plan.method_section()
+    assert section.pop("name") == method
+    section = section if method != "lora" else plan.lora_section()
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config(**section))
+    trained, everything = adapted.get_nb_trainable_parameters()
+    assert trained == plan.trained
+    assert everything == plan.base_parameters + plan.trained + plan.frozen
+    assert plan.share == pytest.approx(trained / everything)
+
+
+def test_a_stock_lora_takes_the_ranks(folder):
+    plan = make_plan(open_checkpoint(folder), "sara", threshold=0.3, target_modules="all-linear")
+    section = json.loads(json.dumps(plan.to_json()))["lora"]
+    adapted = get_peft_model(llama(), LoraConfig(**section))
+    found = {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in adapted.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    }
+    assert found == {layer.name: layer.rank for layer in plan.layers}
+    assert {s for m in adapted.modules() if hasattr(m, "lora_A") for s in m.scaling.values()} == {1.0}
+
+
+def test_patterns_hit_exactly_one_module(folder):
+    from peft.utils.other import get_pattern_key
+
+    plan = make_plan(open_checkpoint(folder), "sara", threshold=0.3, target_modules=QV)
+    for layer in plan.layers:
+        assert plan.rank_pattern[get_pattern_key(plan.rank_pattern, layer.name)] == layer.rank
+        for other in (f"vision.{layer.name}", f"x{layer.name}", layer.name.replace(".", "x")):
+            assert get_pattern_key(plan.rank_pattern, other) == other
+
+
+@pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "lora"])
+@pytest.mark.parametrize("budget", ["6%", "1500", "2k"])
+def test_a_budget_is_met_as_closely_as_ranks_allow(folder, method, budget):
+    checkpoint = open_checkpoint(folder)
+    plan = make_plan(checkpoint, method, budget=budget, target_modules=QV)
+    limit = {"1500": 1500, "2k": 2000}.get(budget)
+
+    def fits(candidate):
+        return candidate.share <= 0.06 if limit is None else candidate.trained <= limit
+
+    assert fits(plan)
+    same = make_plan(checkpoint, method, threshold=plan.threshold, target_modules=QV)
+    assert [layer.rank for layer in same.layers] == [layer.rank for layer in plan.layers]
+    # The next step of any layer's spectrum breaks the budget.
+    spectra = [spectrum(checkpoint.weight(layer.name)) for layer in plan.layers]
+    step = min(float(s.values[: layer.rank].sum()) / s.total for s, layer in zip(spectra, plan.layers, strict=True))
+    if plan.threshold < 1:
+        more = make_plan(checkpoint, method, threshold=min(1.0, step + 1e-9), target_modules=QV)
+        assert not fits(more)
+
+
+def test_the_threshold_that_matches_a_lora(folder):
+    checkpoint = open_checkpoint(folder)
+    lora = make_plan(checkpoint, "lora", r=4, target_modules=QV)
+    plan = make_plan(checkpoint, "sara", match_lora=4, target_modules=QV)
+    assert 0.8 * lora.trained < plan.trained <= lora.trained
+
+
+def test_a_budget_below_rank_one_says_what_is_needed(folder):
+    with pytest.raises(SvdtuneError, match=r"at least [\d,]+ parameters .* more than the budget of 10"):
+        make_plan(open_checkpoint(folder), "sara", budget="10", target_modules=QV)
+
+
+@pytest.mark.parametrize("budget", ["0", "0%", "100%", "-5", "lots", "", "1e99", "nan", "1.5.2k"])
+def test_budgets_that_make_no_sense_are_refused(folder, budget):
+    with pytest.raises(SvdtuneError, match="neither a share"):
+        make_plan(open_checkpoint(folder), "sara", budget=budget, target_modules=QV)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "exactly one of"),
+        ({"threshold": 0.1, "r": 4}, "exactly one of"),
+        ({"threshold": 0.0}, "threshold must lie"),
+        ({"r": 33}, r"outside 1 … (16|32)"),
+        ({"r": 0}, "outside 1"),
+        ({"match_lora": 0}, "match_lora"),
+        ({"threshold": 0.1, "target_modules": ["nothing"]}, "matches no module"),
+        ({"threshold": 0.1, "target_modules": ["embed_tokens"]}, "Embedding"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(folder, arguments, message):
+    with pytest.raises(SvdtuneError, match=message):
+        make_plan(open_checkpoint(folder), "sara", **{"target_modules": QV} | arguments)
+
+
+def test_unknown_methods_are_refused(folder):
+    with pytest.raises(SvdtuneError, match="unknown method 'dora'"):
+        make_plan(open_checkpoint(folder), "dora", r=2)
+
+
+def test_conv1d_and_default_targets(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=50, n_positions=16))
+    model.save_pretrained(tmp_path)
+    plan = make_plan(open_checkpoint(tmp_path), "sorsa", threshold=0.4)
+    expected = {
+        name: rank_at_threshold(torch.linalg.svdvals(module.weight.double()), 0.4)
+        for name, module in model.named_modules()
+        if name.endswith("c_attn")
+    }
+    assert {layer.name: layer.rank for layer in plan.layers} == expected
+    assert {(layer.in_features, layer.out_features) for layer in plan.layers} == {(24, 72)}
+
+
+def test_checkpoints_without_the_prefix_and_with_untied_or_missing_heads(tmp_path):
+    model = llama(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path / "untied")
+    head = open_checkpoint(tmp_path / "untied").weight("lm_head")
+    assert torch.equal(head, model.lm_head.weight)
+
+    inner = LlamaModel(model.config)
+    inner.load_state_dict(model.model.state_dict())
+    inner.save_pretrained(tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    checkpoint = open_checkpoint(tmp_path / "bare")
+    name = "model.layers.1.mlp.up_proj"
+    assert torch.equal(checkpoint.weight(name), model.get_submodule(name).weight)
+
+    tied = llama()
+    tied.save_pretrained(tmp_path / "tied")
+    assert torch.equal(open_checkpoint(tmp_path / "tied").weight("lm_head"), tied.model.embed_tokens.weight)
+
+
+def test_other_architectures_use_the_class_they_were_saved_from(tmp_path):
+    model = BertForSequenceClassification(
+        BertConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=30, vocab_size=40)
+    )
+    model.save_pretrained(tmp_path)
+    plan = make_plan(open_checkpoint(tmp_path), "sara", threshold=0.3, target_modules=["query", "value"])
+    expected = svd_ranks(model, 0.3, ["query", "value"])
+    assert {layer.name: layer.rank for layer in plan.layers} == expected
+
+
+def test_shards_are_found_through_their_index(tmp_path):
+    model = llama()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    plan = make_plan(open_checkpoint(tmp_path), "sara", threshold=0.2, target_modules=QV)
+    assert {layer.name: layer.rank for layer in plan.layers} == svd_ranks(model, 0.2, QV)
+    next(tmp_path.glob("*.safetensors")).unlink()
+    with pytest.raises(SvdtuneError, match="lacks model-0"):
+        open_checkpoint(tmp_path)
+
+
+def test_one_weight_is_read_at_a_time_and_only_those_needed(folder):
+    checkpoint = open_checkpoint(folder)
+    read = []
+    for name, reader in list(checkpoint.readers.items()):
+        checkpoint.readers[name] = lambda name=name, reader=reader: read.append(name) or reader()
+    plan = make_plan(checkpoint, "sara", threshold=0.2, target_modules=QV)
+    assert read == [f"{layer.name}.weight" for layer in plan.layers]
+    read.clear()
+    make_plan(checkpoint, "sorsa", r=2, target_modules=QV)
+    assert read == []
+    assert all(parameter.is_meta for parameter in checkpoint.model.parameters())
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(folder, tmp_path):
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SvdtuneError, match="cannot be read"):
+        open_checkpoint(folder)
+    file.write_bytes(whole)
+
+    tensors = load_file(file)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({k: v for k, v in tensors.items() if k != name}, file)
+    with pytest.raises(SvdtuneError, match=r"no tensor for model\.layers\.0\.self_attn\.q_proj"):
+        make_plan(open_checkpoint(folder), threshold=0.1, target_modules=QV)
+    save_file(tensors | {name: torch.ones(3, 3)}, file)
+    with pytest.raises(SvdtuneError, match="do not belong together"):
+        make_plan(open_checkpoint(folder), threshold=0.1, target_modules=QV)
+    save_file(tensors | {name: torch.full((32, 32), float("nan"))}, file)
+    with pytest.raises(SvdtuneError, match=rf"{re.escape(name.removesuffix('.weight'))}: .*NaN"):
+        make_plan(open_checkpoint(folder), threshold=0.1, target_modules=QV)
+    file.unlink()
+    with pytest.raises(SvdtuneError, match=r"no model\.safetensors"):
+        open_checkpoint(folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SvdtuneError, match=r"no config\.json"):
+        open_checkpoint(tmp_path / "empty")
+
+
+def test_a_hub_that_cannot_be_reached_gives_one_clear_error(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SvdtuneError, match=r"neither a model folder, nor a \.gguf file, nor a hub model"):
+        open_checkpoint("nobody/nothing")
+
+
+def test_memory_grows_with_what_it_depends_on(folder):
+    checkpoint = open_checkpoint(folder)
+    plan = make_plan(checkpoint, "sorsa", r=4, target_modules=QV)
+    config = checkpoint.model.config
+    one = estimate(plan, config, batch_size=1, length=64)
+    two = estimate(plan, config, batch_size=2, length=64)
+    assert two.activations == 2 * one.activations
+    assert two.logits == 2 * one.logits
+    assert (one.weights, one.gradients, one.optimizer) == (2 * plan.base_parameters, 4 * plan.trained, 8 * plan.trained)
+    assert one.adapter == 4 * (plan.trained + plan.frozen)
+    assert estimate(plan, config, length=64, gradient_checkpointing=True).activations < one.activations
+    assert one.total == sum(vars(one).values())
+
+
+def test_the_chart_has_a_line_a_kind(folder, tmp_path):
+    plan = make_plan(open_checkpoint(folder), "sara", threshold=0.2, target_modules=QV)
+    assert {kind: list(ranks) for kind, ranks in by_depth(plan).items()} == {kind: [0, 1, 2] for kind in QV}
+    for suffix in ("svg", "png"):
+        draw(plan, tmp_path / "charts" / f"ranks.{suffix}")
+    assert (tmp_path / "charts" / "ranks.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(SvdtuneError, match=r"\.svg"):
+        draw(plan, tmp_path / "ranks.bmp")
