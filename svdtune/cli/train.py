@@ -1,5 +1,6 @@
 """`svdtune train`: a recipe becomes a run folder."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,14 +36,14 @@ def train(
     from svdtune.training.run import is_main_process
 
     loaded = load_recipe(recipe, ctx.args)
-    again = " ".join(["svdtune train", str(recipe), *ctx.args])
+    again = shlex.join(["svdtune", "train", str(recipe), *ctx.args])
     try:
         result = run(loaded, resume=resume, overwrite=overwrite)
     except Interrupted as stop:
-        raise Interrupted(f"{stop}: {again} --resume") from None
+        raise Interrupted(f"{stop}; go on with: {again} --resume") from None
     except KeyboardInterrupt:
         kept = latest_checkpoint(Path(loaded.output.dir))
-        how = f"go on from {kept.name}: {again} --resume" if kept else f"no checkpoint was written; start anew: {again}"
+        how = f"go on from {kept.name} with: {again} --resume" if kept else f"start anew with: {again}"
         raise KeyboardInterrupt(f"interrupted; {how}") from None
     if is_main_process():
         summary = result.summary

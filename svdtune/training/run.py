@@ -100,7 +100,7 @@ def train(
         finally:
             progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"stopped after step {trainer.state.global_step}; --resume continues the run in {folder}")
+        raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
     if eval_rows is not None:
         trainer.evaluate()
     model.config.use_cache = True

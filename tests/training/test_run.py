@@ -103,7 +103,7 @@ def test_resume_continues_to_the_same_losses(
     recipe["output"]["dir"] = str(tmp_path / "stopped")
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "StopOnInterrupt", StopAtStep5)
-        with pytest.raises(Interrupted, match=r"stopped after step 5; --resume continues"):
+        with pytest.raises(Interrupted, match=r"stopped after step 5, with a checkpoint"):
             go(recipe)
     stopped = tmp_path / "stopped"
     assert len(log_of(stopped)) == 5
