@@ -14,7 +14,14 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from svdtune.errors import SvdtuneError
 from svdtune.spectra import base_weight
@@ -90,11 +97,18 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
 
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on the meta device, in the class that the checkpoint was saved from."""
-    names = getattr(config, "architectures", None) or []
-    cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    """The model of a configuration on the meta device, in the class that training would load it in.
+
+    That is the class it was saved from; a causal language model where none is named or it was saved without its head; the
+    bare model where there is no such class.
+    """
+    heads = [name for name in getattr(config, "architectures", None) or [] if "For" in name or "LMHead" in name]
+    cls = next((getattr(transformers, name) for name in heads if hasattr(transformers, name)), None)
     with torch.device("meta"):
-        return cls(config) if cls else AutoModel.from_config(config)
+        if cls is not None:
+            return cls(config)
+        causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        return (AutoModelForCausalLM if causal else AutoModel).from_config(config)
 
 
 def _download(name: str, revision: str | None) -> Path:
