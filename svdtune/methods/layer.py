@@ -6,7 +6,7 @@ never switched to trainable. Their names lack the method's prefix, by which PEFT
 """
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -83,6 +83,19 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             SvdtuneError: the adapter has no such matrix.
         """
 
+    @staticmethod
+    @abstractmethod
+    def low_rank_pair(tensors: Mapping[str, Tensor], config: SvdConfig) -> tuple[Tensor, Tensor]:
+        """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base model's own weight, whatever the layout.
+
+        Args:
+            tensors: an adapter's tensors by their names in `trained` and `frozen`, from a layer or from a file.
+            config: its configuration.
+
+        Raises:
+            SvdtuneError: the adapter is no matrix.
+        """
+
     # An adapter's beginning and end
 
     def update_layer(
@@ -126,6 +139,11 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         """One tensor of an adapter, None where its settings leave it out."""
         tensors: nn.ParameterDict = getattr(self, name)
         return tensors.get(adapter)
+
+    def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Every tensor that an adapter has, by name in `trained` and `frozen`."""
+        found = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
+        return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -1,10 +1,13 @@
 """SaraLinear: SARA's layer."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
 from svdtune.methods.layer import SvdLayer
+from svdtune.methods.lowrank import scaled
 from svdtune.methods.sara.config import SaraConfig
 from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_delta, sara_linear
 
@@ -34,6 +37,10 @@ class SaraLinear(SvdLayer):
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         return add_sara(y, x, *self._factors(adapter))
+
+    @staticmethod
+    def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:
+        return tensors["sara_V"], scaled(tensors["sara_U"], tensors.get("sara_lambda"))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Eq. 4: U diag(λ) Vᵀ."""

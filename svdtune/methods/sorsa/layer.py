@@ -1,6 +1,6 @@
 """SorsaLinear: SORSA's layer, in both layouts."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import add_low_rank, scaled
 from svdtune.methods.sara.math import kaiming_factors
 from svdtune.methods.sorsa.config import SorsaConfig
-from svdtune.methods.sorsa.math import add_sorsa, sorsa_delta, sorsa_linear
+from svdtune.methods.sorsa.math import add_sorsa, sorsa_delta, sorsa_linear, sorsa_pair
 
 
 class SorsaLinear(SvdLayer):
@@ -124,6 +124,10 @@ class SorsaLinear(SvdLayer):
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         return add_sorsa(y, x, *self._tensors(adapter))
+
+    @staticmethod
+    def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:
+        return sorsa_pair(*(tensors[name] for name in (*SorsaLinear.trained, *SorsaLinear.frozen)))
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W_p − P₀ V₀ᵀ, or W_p alone where the base weight is the residual already."""

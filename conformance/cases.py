@@ -1,0 +1,94 @@
+"""Our configurations in the form of PEFT's tables of test cases, and the tests that do not apply, each with the reason."""
+
+import re
+from typing import Any
+
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+
+# The settings that differ most from each other in code: one of each method first, which is what --fast runs.
+VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
+    "SARA": (SaraConfig, {"r": 2}),
+    "Mo-SARA": (MoSaraConfig, {"r": 2, "num_heads": 1}),
+    "SORSA": (SorsaConfig, {"r": 2}),
+    "SARA threshold": (SaraConfig, {"threshold": 0.1}),
+    "SARA spectral, no lambda": (SaraConfig, {"r": 2, "init": "spectral", "use_lambda": False}),
+    "Mo-SARA three heads": (MoSaraConfig, {"threshold": 0.3, "num_heads": 3}),
+    "Mo-SARA front": (MoSaraConfig, {"r": 1, "num_heads": 2, "v_position": "front"}),
+    "SORSA residual": (SorsaConfig, {"r": 2, "layout": "residual"}),
+    "SORSA dropout": (SorsaConfig, {"r": 2, "dropout": 0.1}),
+}
+FAST_VARIANTS = 3
+METHODS = {"SARA": SaraConfig, "Mo-SARA": MoSaraConfig, "SORSA": SorsaConfig}
+
+_MODELS: list[tuple[str, str, dict[str, Any]]] = [
+    ("MLP 1", "MLP", {"target_modules": "lin0"}),
+    ("MLP 2", "MLP", {"target_modules": ["lin1"]}),
+    ("MLP 3", "MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("MLP 4", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
+    ("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"], "rank_pattern": {"conv1d": 1}}),
+    (
+        "Conv1D 2",
+        "EmbConv1D",
+        {"target_modules": ["conv1d"], "rank_pattern": {"conv1d": 1}, "modules_to_save": ["emb"]},
+    ),
+]
+
+
+def custom_models(fast: bool) -> list[tuple]:
+    """Rows (name, model, configuration class, settings) for TEST_CASES."""
+    return [
+        (f"{model_name} {name}", model, cls, settings | own)
+        for name, (cls, own) in _chosen(fast)
+        for model_name, model, settings in _MODELS
+    ]
+
+
+def decoders(fast: bool) -> list[tuple]:
+    """Rows (configuration class, settings) for ALL_CONFIGS."""
+    common = {"task_type": "CAUSAL_LM", "target_modules": None}
+    return [(cls, common | own) for _, (cls, own) in _chosen(fast)]
+
+
+def active_adapters(fast: bool) -> list[tuple]:
+    """Rows (name, tuner, configuration class, settings, settings) for MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES."""
+    rows = []
+    for name, (cls, own) in _chosen(fast):
+        own = own | {"init_weights": False}
+        first, second = own | {"target_modules": ["lin0"]}, own | {"target_modules": ["lin1"]}
+        rows += [(f"{name} same", cls.method, cls, first, first), (f"{name} different", cls.method, cls, first, second)]
+    return rows
+
+
+def _chosen(fast: bool) -> list[tuple[str, tuple[type, dict[str, Any]]]]:
+    return list(VARIANTS.items())[: FAST_VARIANTS if fast else None]
+
+
+def like_lora(cls: type, **settings: Any):
+    """Our configuration for what a test asks of LoRA; what only LoRA has is left out."""
+    for only_lora in ("lora_alpha", "alpha_pattern", "ensure_weight_tying"):
+        settings.pop(only_lora, None)
+    settings["r"] = min(settings.get("r", 2), 2)  # the layers of these tests are that small
+    settings["dropout"] = settings.pop("lora_dropout", 0.0)
+    settings["init_weights"] = settings.pop("init_lora_weights", True) is not False
+    if settings.get("bias") == "lora_only":
+        settings["bias"] = f"{cls.method}_only"
+    if cls is MoSaraConfig:
+        settings["num_heads"] = 1
+    return cls(**settings)
+
+
+# What is skipped, by a regular expression on "file::test[parameters]", and why. The first match counts.
+_LOUD_START = "expects no change at the start; SARA's own start is random (its start from the spectrum is tested)"
+SKIPPED: list[tuple[str, str]] = [
+    (r"test_disable_adapters(_with_merging)?\[.* SARA(-| threshold)", _LOUD_START),
+    (
+        r"test_parameters_after_loading_model\[MLP 3",
+        "its learning rate of 0.5 (lowered for PEFT's own methods) gives NaN",
+    ),
+    (r"test_disable_adapter_with_bias_warns", "for LoRA and BOFT only, says the test"),
+]
+
+
+def reason_to_skip(test: str) -> str | None:
+    """Why a test does not apply to our methods, None where it does."""
+    return next((reason for pattern, reason in SKIPPED if re.search(pattern, test)), None)

@@ -1,0 +1,66 @@
+"""`svdtune export`: an adapter as the LoRA that does the same, for tools that know no other."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from svdtune.export.lora import LoraReport
+
+app = typer.Typer()
+
+
+class Format(StrEnum):
+    """What an adapter can be exported to."""
+
+    LORA = "lora"
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder.")],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    to: Annotated[Format, typer.Option(help="The format.")] = Format.LORA,
+    rank: Annotated[int | None, typer.Option(help="Cut to this rank and state the error. Default: no loss.")] = None,
+    uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Base model; given, the outputs of both adapters are compared.")
+    ] = None,
+) -> None:
+    """Write an adapter as LoRA, which PEFT, vLLM and llama.cpp load without svdtune.
+
+    SARA gives a LoRA of its own ranks, SORSA one of twice its rank, Mo-SARA with one head one of its own, all without loss.
+    Mo-SARA with several heads depends on the token and is no LoRA.
+
+    \b
+    svdtune export runs/sorsa --to lora --output lora
+    svdtune export my-adapter --to lora --output lora --rank 64 --base my-model
+    """
+    from svdtune.errors import SvdtuneError
+    from svdtune.export import find_source
+    from svdtune.export.lora import compare, export_lora
+
+    found = find_source(source)
+    if found.adapter is None:
+        raise SvdtuneError(f"{source} has no adapter to export; name a run or an adapter folder")
+    report = export_lora(found.adapter, output, rank=rank, uniform=uniform)
+    typer.echo(summary(report))
+    if base is not None:
+        relative, effect = compare(base, found.adapter, report.output)
+        typer.echo(
+            f"logits against the adapter's: relative difference {relative:.1e}; for scale, the adapter itself changes the "
+            f"base's by {effect:.1e}"
+        )
+
+
+def summary(report: "LoraReport") -> str:
+    """What the terminal shows of an export."""
+    low, high = min(report.ranks.values()), max(report.ranks.values())
+    lines = [f"exported to {report.output}: LoRA of rank {high if low == high else f'{low} to {high}'}"]
+    lines[0] += f" in {len(report.ranks)} layers"
+    lines += [f"{layer}: relative error {error:.2e}" for layer, error in report.errors.items()]
+    if not report.errors:
+        lines.append("no loss: every layer adds what it added before, up to rounding")
+    return "\n".join([*lines, *(f"note: {note}" for note in report.notes)])

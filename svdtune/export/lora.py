@@ -1,0 +1,189 @@
+"""Write an adapter as the LoRA that does the same, which PEFT, vLLM, llama.cpp and others load without svdtune.
+
+A layer's addition to the base weight is ΔW = B Aᵀ with a pair A [in, w], B [out, w] that its method gives (SARA and one-headed
+Mo-SARA: w = k, SORSA: w = 2r, in both layouts against the base model's own weight). LoRA stores Aᵀ as lora_A and B as lora_B,
+and multiplies by alpha / rank, so alpha = rank. Nothing is lost: SORSA's change is not squeezed back into rank r.
+
+Only the adapter's own files are read; no base model is needed.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from svdtune.errors import SvdtuneError
+from svdtune.export.folder import check_new_folder, new_folder
+from svdtune.export.merging import probe_logits
+from svdtune.export.opening import attach_adapter, find_source, open_source
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.saved import ADAPTER_WEIGHTS, layer_class, read_adapter
+
+# The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What an export wrote.
+
+    Attributes:
+        output: the folder.
+        ranks: rank by layer.
+        errors: ‖ΔW_lora − ΔW‖_F / ‖ΔW‖_F by layer; empty where nothing was cut off and the export is exact.
+        notes: what a tool other than PEFT would not take, a sentence each.
+    """
+
+    output: Path
+    ranks: dict[str, int]
+    errors: dict[str, float]
+    notes: list[str]
+
+
+def export_lora(
+    adapter: Path,
+    output: Path,
+    *,
+    rank: int | None = None,
+    uniform: bool = False,
+) -> LoraReport:
+    """Write the adapter in a folder as a LoRA adapter.
+
+    Args:
+        adapter: folder of a saved SARA, Mo-SARA or SORSA adapter.
+        output: folder to create.
+        rank: cut every layer to this rank, the best approximation of ΔW there is, and state the error. None: no loss.
+        uniform: pad every layer with zeros to the largest rank, for llama.cpp, which knows one alpha for all layers.
+
+    Raises:
+        SvdtuneError: the adapter is damaged or another method's, has several heads, or `output` cannot be written.
+    """
+    output = output.expanduser()
+    check_new_folder(output)
+    if rank is not None and rank < 1:
+        raise SvdtuneError(f"the rank to export to must be at least 1; got {rank}")
+    saved = read_adapter(adapter)
+    pairs = {layer: layer_class(saved.config).low_rank_pair(t, saved.config) for layer, t in saved.layers.items()}
+    errors = {}
+    if rank is not None:
+        for layer, pair in pairs.items():
+            if pair[0].shape[1] > rank:
+                *pairs[layer], errors[layer] = truncated(*pair, rank)
+    ranks = {layer: A.shape[1] for layer, (A, _) in pairs.items()}
+    if uniform:
+        most = max(ranks.values())
+        pairs = {layer: tuple(F.pad(part, (0, most - ranks[layer])) for part in pair) for layer, pair in pairs.items()}
+        ranks = dict.fromkeys(ranks, most)
+    config = lora_config(saved.config, ranks)
+    tensors = dict(saved.others)
+    for layer, (A, B) in pairs.items():
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = A.mT.contiguous()
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = B.contiguous()
+    with new_folder(output) as work:
+        config.save_pretrained(work)
+        save_file(tensors, work / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+        (work / "README.md").write_text(_card(saved.config, ranks, errors), encoding="utf-8")
+    return LoraReport(output, ranks, errors, notes_for_servers(config, ranks))
+
+
+def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The pair of rank `rank` nearest to B Aᵀ, and its relative error in the Frobenius norm.
+
+    From an SVD of R_B R_Aᵀ [w, w] in float64, where A = Q_A R_A and B = Q_B R_B; B Aᵀ itself is never formed.
+    """
+    QA, RA = torch.linalg.qr(A.double())
+    QB, RB = torch.linalg.qr(B.double())
+    U, s, Vh = torch.linalg.svd(RB @ RA.mT)
+    root = s[:rank].sqrt()
+    norm = float(s.norm())
+    error = float(s[rank:].norm()) / norm if norm else 0.0
+    return (QA @ (Vh[:rank].mT * root)).to(A.dtype), (QB @ (U[:, :rank] * root)).to(B.dtype), error
+
+
+def compare(base: str, adapter: Path, lora: Path) -> tuple[float, float]:
+    """‖lora − adapter‖ / ‖adapter‖ and ‖base − adapter‖ / ‖adapter‖ of the logits of both on one base model."""
+    source = open_source(find_source(base, adapter))
+    adapted = probe_logits(source.model, source.tokenizer)
+    with source.model.disable_adapter():
+        alone = probe_logits(source.model, source.tokenizer)
+    exported = probe_logits(attach_adapter(source.model.unload(), lora), source.tokenizer)
+    scale = float(adapted.norm())
+    return float((exported - adapted).norm()) / scale, float((alone - adapted).norm()) / scale
+
+
+def lora_config(config: SvdConfig, ranks: dict[str, int]) -> LoraConfig:
+    """The LoRA configuration: alpha = rank in every layer, so that nothing is scaled.
+
+    `r` is the largest rank: vLLM sizes its buffers by it and scales all layers by alpha / r = 1.
+    """
+    r = max(ranks.values())
+    others = {f"^{re.escape(layer)}": rank for layer, rank in sorted(ranks.items()) if rank != r}
+    targets = config.target_modules
+    if not isinstance(targets, set | list) or config.layers_to_transform is not None or config.exclude_modules:
+        targets = sorted(ranks)
+    return LoraConfig(
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+        r=r,
+        lora_alpha=r,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        lora_dropout=config.dropout,
+        target_modules=sorted(targets),
+        modules_to_save=config.modules_to_save,
+        bias="lora_only" if config.bias.endswith("_only") else config.bias,
+    )
+
+
+def notes_for_servers(config: LoraConfig, ranks: dict[str, int]) -> list[str]:
+    """What vLLM and llama.cpp would not take, or take otherwise than PEFT, by their documentation and loaders."""
+    notes = []
+    if config.r > VLLM_RANKS[-1]:
+        notes.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}; this one has {config.r}: export with a smaller rank")
+    if config.modules_to_save:
+        notes.append("vLLM refuses adapters with modules_to_save; merge the adapter instead")
+    if config.bias != "none":
+        notes.append("vLLM refuses adapters that train biases; merge the adapter instead")
+    if len(set(ranks.values())) > 1:
+        notes.append(
+            "llama.cpp scales all layers by one alpha, but their ranks differ here: export with --uniform for it"
+        )
+    return notes
+
+
+def _card(config: SvdConfig, ranks: dict[str, int], errors: dict[str, float]) -> str:
+    low, high = min(ranks.values()), max(ranks.values())
+    exact = "It gives the same outputs, up to rounding."
+    if errors:
+        worst = max(errors, key=errors.get)
+        exact = f"Cut to a smaller rank: relative error of ΔW up to {errors[worst]:.2e} (`{worst}`)."
+    base = config.base_model_name_or_path
+    head = {"library_name": "peft", "tags": ["lora", "svdtune", config.method]} | ({"base_model": base} if base else {})
+    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
+    return "\n".join(
+        [
+            "---",
+            *lines,
+            "---",
+            "",
+            f"A {config.method.upper()} adapter, exported to LoRA of rank "
+            f"{high if low == high else f'{low} to {high}'} by svdtune. {exact}",
+            "",
+            "```python",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f"model = AutoModelForCausalLM.from_pretrained({base!r})",
+            'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
+            "```",
+            "",
+        ]
+    )

@@ -1,0 +1,88 @@
+"""Read a saved adapter from its folder: its configuration, and its tensors by layer; no model is needed."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.layer import SvdLayer
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_ROOT = "base_model.model."
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter as it lies on disk.
+
+    Attributes:
+        config: its configuration.
+        layers: by module name, the layer's tensors by their names in `trained` and `frozen`.
+        others: the rest of the file under its own names: biases and modules_to_save.
+    """
+
+    config: SvdConfig
+    layers: dict[str, dict[str, Tensor]]
+    others: dict[str, Tensor]
+
+
+def read_adapter(folder: str | Path) -> SavedAdapter:
+    """Read an adapter of svdtune's from a folder that `save_pretrained` wrote.
+
+    Raises:
+        SvdtuneError: there is none, it is another method's, it is damaged, or tensors of a layer are missing.
+    """
+    folder = Path(folder).expanduser()
+    config = read_config(folder)
+    path = folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise SvdtuneError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; save it again with save_pretrained")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise SvdtuneError(f"{path} is damaged ({error}); copy it again from where it was saved") from error
+    cls = layer_class(config)
+    layers: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in tensors.items():
+        layer, _, part = key.removeprefix(_ROOT).rpartition(".")
+        if part in (*cls.trained, *cls.frozen):
+            layers.setdefault(layer, {})[part] = tensor
+        else:
+            others[key] = tensor
+    if lacking := sorted(set(config.ranks) ^ set(layers)):
+        raise SvdtuneError(
+            f"{path} does not belong to the {ADAPTER_CONFIG} beside it: they differ in layer {lacking[0]!r}"
+        )
+    return SavedAdapter(config, layers, others)
+
+
+def read_config(folder: Path) -> SvdConfig:
+    """The configuration of an adapter of svdtune's.
+
+    Raises:
+        SvdtuneError: there is none, it is damaged, or it is another method's.
+    """
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file():
+        found = "that folder does not exist" if not folder.is_dir() else f"it has no {ADAPTER_CONFIG}"
+        raise SvdtuneError(f"{folder} is not an adapter folder: {found}")
+    try:
+        peft_type = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SvdtuneError(f"{path} is damaged: {error}") from error
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    if cls is None or not issubclass(cls, SvdConfig):
+        raise SvdtuneError(f"{folder} holds an adapter of type {peft_type}; expected one of SARA, MOSARA or SORSA")
+    return cls.from_pretrained(str(folder))
+
+
+def layer_class(config: SvdConfig) -> type[SvdLayer]:
+    """The layer of a configuration's method."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls

@@ -1,0 +1,199 @@
+"""An adapter exported to LoRA gives the same logits in stock PEFT, in a process that cannot import svdtune."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from svdtune.export.lora import VLLM_RANKS, export_lora, truncated
+
+TOKENS = torch.arange(1, 25).view(2, 12)
+EXACT = {
+    "sara": SaraConfig(threshold=0.3),
+    "sara-without-lambda": SaraConfig(r=3, use_lambda=False),
+    "mosara": MoSaraConfig(threshold=0.5, num_heads=1),
+    "mosara-front": MoSaraConfig(r=5, num_heads=1, v_position="front"),
+    "sorsa": SorsaConfig(r=4),
+    "sorsa-threshold": SorsaConfig(threshold=0.3),
+    "residual": SorsaConfig(r=4, layout="residual"),
+    "few-layers": SorsaConfig(r=4, target_modules=["q_proj", "c_attn"], layers_to_transform=[1]),
+    "all-but-one": SorsaConfig(r=4, target_modules="all-linear", exclude_modules=["down_proj", "c_proj"]),
+    "pattern": SorsaConfig(r=4, target_modules=r".*\.1\..*(_proj|c_attn)"),
+    "saved-module": SaraConfig(r=3, modules_to_save=["norm", "ln_f"]),
+    "biases": SaraConfig(r=3, bias="sara_only"),
+}
+
+LOAD = """
+import sys
+class Block:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "svdtune":
+            raise ModuleNotFoundError("svdtune is kept out of this process")
+sys.meta_path.insert(0, Block())
+import torch
+import warnings
+from pathlib import Path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+warnings.simplefilter("error", UserWarning)  # what PEFT says of weights that are missing or left over
+warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT sets it itself for Conv1D
+tokens = torch.arange(1, 25).view(2, 12)
+for lora in sorted(Path(sys.argv[1]).glob("*/lora")):
+    base = AutoModelForCausalLM.from_pretrained(lora.parent.parent / "base")
+    model = PeftModel.from_pretrained(base, lora).eval()
+    with torch.no_grad():
+        torch.save(model(input_ids=tokens).logits, lora.parent / "lora.pt")
+assert "svdtune" not in sys.modules
+"""
+
+
+def model_of(family: str):
+    torch.manual_seed(0)
+    if family == "gpt2":
+        return GPT2LMHeadModel(
+            GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0)
+        ).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=False)).eval()
+
+
+def trained(config, family: str = "llama"):
+    model = get_peft_model(model_of(family), copy.deepcopy(config)).eval()  # PEFT fills in targets
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_stock_peft_gives_the_same_logits(family, tmp_path):
+    model_of(family).save_pretrained(tmp_path / "base")
+    expected = {}
+    for name, config in EXACT.items():
+        model = trained(config, family)
+        expected[name] = logits(model)
+        model.save_pretrained(tmp_path / name / "adapter")
+        report = export_lora(tmp_path / name / "adapter", tmp_path / name / "lora")
+        assert not report.errors
+        assert set(report.ranks) == set(model.peft_config["default"].ranks)
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
+    base = logits(model_of(family))
+    for name, logit in expected.items():
+        got = torch.load(tmp_path / name / "lora.pt")
+        effect, error = (float((other - logit).abs().max()) for other in (base, got))
+        assert effect > 1e-3, name
+        assert error < 2e-6 + 1e-3 * effect, (name, error, effect)
+
+
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "residual"])
+def test_ranks_are_the_methods(name, tmp_path):
+    model = trained(EXACT[name])
+    model.save_pretrained(tmp_path / "adapter")
+    times = 2 if isinstance(EXACT[name], SorsaConfig) else 1
+    expected = {layer: times * rank for layer, rank in model.peft_config["default"].ranks.items()}
+    assert export_lora(tmp_path / "adapter", tmp_path / "lora").ranks == expected
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("name", EXACT)
+def test_the_rules_of_vllm_and_llama_cpp(name, uniform, tmp_path):
+    """vLLM: r bounds every tensor's rank, one scale alpha / r, plain targets. llama.cpp: alpha / the tensor's own rank."""
+    trained(EXACT[name]).save_pretrained(tmp_path / "adapter")
+    report = export_lora(tmp_path / "adapter", tmp_path / "lora", uniform=uniform)
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert config["peft_type"] == "LORA"
+    assert config["lora_alpha"] / config["r"] == 1
+    assert config["r"] <= VLLM_RANKS[-1]
+    assert isinstance(config["target_modules"], list)
+    assert not config["use_dora"]
+    assert not config["use_rslora"]
+    names = {key for key in tensors if ".lora_" in key}
+    for layer, rank in report.ranks.items():
+        A, B = (tensors[f"base_model.model.{layer}.lora_{part}.weight"] for part in "AB")
+        names -= {f"base_model.model.{layer}.lora_{part}.weight" for part in "AB"}
+        assert A.shape[0] == B.shape[1] == rank <= config["r"]
+        assert any(layer == target or layer.endswith(f".{target}") for target in config["target_modules"])
+        if uniform:
+            assert config["lora_alpha"] / rank == 1
+    assert not names
+    assert any("llama.cpp" in note for note in report.notes) == (len(set(report.ranks.values())) > 1)
+    refused = bool(config["modules_to_save"]) or config["bias"] != "none"
+    assert any("vLLM refuses" in note for note in report.notes) == refused
+
+
+def test_padding_to_one_rank_changes_nothing(tmp_path):
+    model = trained(SaraConfig(threshold=0.3, target_modules="all-linear"))
+    model.save_pretrained(tmp_path / "adapter")
+    report = export_lora(tmp_path / "adapter", tmp_path / "lora", uniform=True)
+    assert set(report.ranks.values()) == {max(model.peft_config["default"].ranks.values())}
+    loaded = PeftModel.from_pretrained(model_of("llama"), tmp_path / "lora").eval()
+    assert torch.allclose(logits(loaded), logits(model), atol=2e-5)
+
+
+def test_cutting_the_rank_states_its_error(tmp_path):
+    model = trained(SorsaConfig(r=4))
+    model.save_pretrained(tmp_path / "adapter")
+    report = export_lora(tmp_path / "adapter", tmp_path / "lora", rank=3)
+    assert set(report.ranks.values()) == {3}
+    tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
+    for layer, error in report.errors.items():
+        delta = model.base_model.model.get_submodule(layer).get_delta_weight("default").double()
+        A, B = (tensors[f"base_model.model.{layer}.lora_{part}.weight"].double() for part in "AB")
+        assert float((B @ A - delta).norm() / delta.norm()) == pytest.approx(error, rel=1e-4)
+        best = torch.linalg.svdvals(delta)[3:].norm() / delta.norm()
+        assert error == pytest.approx(float(best), rel=1e-4)
+    assert f"{max(report.errors.values()):.2e}" in (tmp_path / "lora/README.md").read_text()
+
+
+def test_a_rank_that_cuts_nothing_loses_nothing(tmp_path):
+    trained(SaraConfig(r=3)).save_pretrained(tmp_path / "adapter")
+    assert not export_lora(tmp_path / "adapter", tmp_path / "lora", rank=3).errors
+
+
+def test_truncating_a_zero_pair():
+    A, B, error = truncated(torch.zeros(5, 4), torch.zeros(6, 4), 2)
+    assert (A.shape, B.shape, error) == ((5, 2), (6, 2), 0.0)
+
+
+def test_a_rank_vllm_does_not_serve_is_noted(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300))
+    get_peft_model(model, SorsaConfig(r=260, target_modules=["0"])).save_pretrained(tmp_path / "adapter")
+    notes = export_lora(tmp_path / "adapter", tmp_path / "lora").notes
+    assert any("up to 512; this one has 520" in note for note in notes)
+
+
+def test_several_heads_are_refused_and_nothing_is_written(tmp_path):
+    trained(MoSaraConfig(r=5, num_heads=3)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SvdtuneError, match="3 heads, which cannot be merged or exported: its router mixes"):
+        export_lora(tmp_path / "adapter", tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_other_folders_are_refused(tmp_path):
+    with pytest.raises(SvdtuneError, match="that folder does not exist"):
+        export_lora(tmp_path / "none", tmp_path / "lora")
+    trained(SaraConfig(r=3)).save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    with pytest.raises(SvdtuneError, match="adapter of type LORA; expected one of"):
+        export_lora(tmp_path / "lora", tmp_path / "again")
+    with pytest.raises(SvdtuneError, match="not empty"):
+        export_lora(tmp_path / "adapter", tmp_path / "lora")
+    with pytest.raises(SvdtuneError, match="at least 1; got 0"):
+        export_lora(tmp_path / "adapter", tmp_path / "again", rank=0)
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(SvdtuneError, match=r"has no adapter_model\.safetensors"):
+        export_lora(tmp_path / "adapter", tmp_path / "again")
