@@ -16,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.methods.bank import FactorBank, Pieces
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.lowrank import compute_dtype, paired_linear
 
 
 class SvdLayer(nn.Module, BaseTunerLayer):
@@ -36,13 +38,14 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.adapter_layer_names = cls.trained
-        cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs")
+        cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs", "banks")
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.configs: dict[str, SvdConfig] = {}
+        self.banks: dict[str, FactorBank] = {}
         for name in (*self.trained, *self.frozen):
             setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.method}_dropout", nn.ModuleDict())
@@ -95,6 +98,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         Raises:
             SvdtuneError: the adapter is no matrix.
         """
+
+    def pieces(self, adapter: str) -> Pieces | None:
+        """U, s, V, P₀ and V₀ where the method is the low-rank addition of `lowrank.py`, for `FactorBank`; else None."""
+        return None
 
     # An adapter's beginning and end
 
@@ -205,6 +212,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             weight = base.weight.mT if self._is_conv1d else base.weight
             dropout = getattr(self, f"{self.method}_dropout")[adapter]
             x_adapter = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
+            bank = self.banks.get(adapter)
+            pair = None if bank is None else bank.pair(self, compute_dtype(x))
+            if pair is not None:
+                return paired_linear(x, weight, base.bias, *pair, x_adapter)
             return self.fused(x, weight, base.bias, x_adapter, adapter)
         y = self.base_output(x, active, *args, **kwargs)
         for adapter in active:

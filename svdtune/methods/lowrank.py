@@ -43,7 +43,7 @@ def stacked(
     parts = ([V], [P]) if P0 is None else ([V, V - V0], [P - P0, P0])
     if fill:
         parts = tuple([F.pad(factor, (0, fill)) for factor in side] for side in parts)
-    A, B = (side[0] if len(side) == 1 else torch.cat(side, 1) for side in parts)
+    A, B = (side[0] if len(side) == 1 else torch.cat(side, -1) for side in parts)
     return A.to(dtype), B.to(dtype)
 
 
@@ -144,3 +144,14 @@ def add_low_rank(
 ) -> Tensor:
     """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be read directly."""
     return LowRankLinear.apply(x, None, y, None, U, s, V, P0, V0)
+
+
+def paired_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, x_adapter: Tensor | None = None
+) -> Tensor:
+    """x Wᵀ + b + (x A) Bᵀ from plain PyTorch operations, for a pair [in, w], [out, w] that a `FactorBank` made."""
+    dtype = A.dtype
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))
+    z = (flat if x_adapter is None else x_adapter.reshape(flat.shape).to(dtype)) @ A
+    return y.addmm_(z, B.mT).view(*x.shape[:-1], -1)

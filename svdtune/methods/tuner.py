@@ -17,7 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.methods.bank import FactorBank
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.integrity import check_base, check_same_layers, check_tensors, fingerprint
 from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
 
 
@@ -39,12 +41,20 @@ class SvdTuner(BaseTuner):
     ) -> None:
         """As PEFT's, with every rank and factor settled first; see the head of this file."""
         config: SvdConfig = self.peft_config[adapter_name]
+        self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
         self._ranks: dict[str, int] = {}
+        self._fingerprints: dict[str, str] = {}
         self._factors: dict[str, Factors] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             config.ranks = {name: self._ranks[name] for name in sorted(self._ranks)}
+            if not config.initialized:
+                config.base_fingerprint = {name: self._fingerprints[name] for name in sorted(self._fingerprints)}
+            layers = [layer for layer in self.adapted_layers() if adapter_name in layer.r]
+            bank = FactorBank(layers, adapter_name)
+            for layer in layers:
+                layer.banks[adapter_name] = bank
         finally:
             self._factors.clear()
 
@@ -52,6 +62,9 @@ class SvdTuner(BaseTuner):
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
         targets = dict(self._targets(peft_config, model))
+        if peft_config.initialized:
+            check_same_layers(peft_config.ranks, targets)
+            check_base(peft_config.base_fingerprint, targets)
         self._settle(peft_config, targets)
 
     def _targets(self, config: SvdConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -77,6 +90,9 @@ class SvdTuner(BaseTuner):
         for name, rank in given.items():
             check_rank(name, rank, targets[name])
         self._ranks |= given
+        if not config.initialized:
+            found = {name: fingerprint(module) for name, module in targets.items()}
+            self._fingerprints |= {name: value for name, value in found.items() if value is not None}
         if config.needs_factors and not self._load_only:
             self._factors |= dict(spectra.factors(weights, given))
 
@@ -156,11 +172,33 @@ class SvdTuner(BaseTuner):
         cls, model: nn.Module, config: SvdConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        given: dict[str, tuple[SvdLayer, dict[str, Tensor]]] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
                 keys = {part: f"{name}.{part}.{adapter_name}" for part in (*layer.trained, *layer.frozen)}
-                layer.before_load(adapter_name, {part: remapped[key] for part, key in keys.items() if key in remapped})
+                given[name] = layer, {part: remapped[key] for part, key in keys.items() if key in remapped}
+        try:
+            for name, (layer, tensors) in given.items():
+                check_tensors(name.removeprefix("base_model.model."), layer.adapter_tensors(adapter_name), tensors)
+        except SvdtuneError:
+            cls._take_back(model, adapter_name)
+            raise
+        for layer, tensors in given.values():
+            layer.before_load(adapter_name, tensors)
         return remapped
+
+    @staticmethod
+    def _take_back(model: nn.Module, adapter_name: str) -> None:
+        """Remove an adapter that was put on a model in order to be loaded, so that the model is as it was."""
+        tuner = getattr(model, "base_model", None)
+        if not isinstance(tuner, SvdTuner) or all(adapter_name not in layer._awaited for layer in tuner.adapted_layers()):
+            return
+        if len(tuner.peft_config) > 1:
+            model.delete_adapter(adapter_name)
+            return
+        tuner.unload()
+        for parameter in tuner._trained_before:
+            parameter.requires_grad_(True)
 
 
 def check_supported(name: str, module: nn.Module) -> None:

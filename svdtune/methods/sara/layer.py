@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
+from svdtune.methods.bank import Pieces
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import scaled
 from svdtune.methods.sara.config import SaraConfig
@@ -31,6 +32,9 @@ class SaraLinear(SvdLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor | None, Tensor]:
         return self.sara_U[adapter], self.adapter_tensor("sara_lambda", adapter), self.sara_V[adapter]
+
+    def pieces(self, adapter: str) -> Pieces:
+        return (*self._factors(adapter), None, None)
 
     def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
         return sara_linear(x, weight, bias, *self._factors(adapter), x_adapter)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.linalg import Factors
+from svdtune.methods.bank import Pieces
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import add_low_rank, scaled
 from svdtune.methods.sara.math import kaiming_factors
@@ -117,6 +118,11 @@ class SorsaLinear(SvdLayer):
     def _tensors(self, adapter: str) -> tuple[Tensor | None, ...]:
         frozen = (None, None) if adapter in self._subtracted else (self.frozen_P0[adapter], self.frozen_V0[adapter])
         return (self.sorsa_U[adapter], self.sorsa_s[adapter], self.sorsa_V[adapter], *frozen)
+
+    def pieces(self, adapter: str) -> Pieces | None:
+        if self._subtracted.difference((adapter,)):
+            return None  # another adapter's principal part must be added back too
+        return self._tensors(adapter)
 
     def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
         y = sorsa_linear(x, weight, bias, *self._tensors(adapter), x_adapter)

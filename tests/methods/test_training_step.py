@@ -1,0 +1,186 @@
+"""The training step under everything loops do to it: accumulation, checkpointing, autocast, compilation, several losses.
+
+Each with the factor bank (small models) and without it (large ones); both must give the literal form's gradients.
+"""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from test_peft_verbs import CONFIGS, TOKENS, adapted, config_of, layers, logits, model_of, move
+from torch.nn import functional as F
+
+from svdtune.methods.mosara import reference as mosara_reference
+from svdtune.methods.sara import reference as sara_reference
+from svdtune.methods.sorsa import reference as sorsa_reference
+
+LABELS = TOKENS.flip(1)
+
+
+@pytest.fixture(params=["bank", "no bank"])
+def bank(request, monkeypatch):
+    """Run a test with the factor bank and again without it."""
+    if request.param == "no bank":
+        monkeypatch.setattr("svdtune.methods.bank.TRAINING_ELEMENTS", 0)
+    return request.param
+
+
+def literal(model):
+    """The same model computing the papers' equations as written."""
+    for layer in layers(model):
+
+        def forward(x, layer=layer):
+            base = layer.get_base_layer()
+            flat = x.reshape(-1, x.shape[-1])
+            weight = base.weight.mT if layer._is_conv1d else base.weight
+            if layer.method == "mosara":
+                y = mosara_reference.mosara_linear(flat, weight, base.bias, *layer._tensors("default"))
+            elif layer.method == "sara":
+                y = sara_reference.sara_linear(flat, weight, base.bias, *layer._factors("default"))
+            else:
+                y = sorsa_reference.sorsa_linear(flat, weight, base.bias, *layer._tensors("default"))
+            return y.view(*x.shape[:-1], -1)
+
+        layer.forward = forward
+    return model
+
+
+def gradients(model, tokens=TOKENS, labels=LABELS, parts=1):
+    model.zero_grad()
+    for some, wanted in zip(tokens.chunk(parts), labels.chunk(parts), strict=True):
+        (model(input_ids=some, labels=wanted).loss / parts).backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(got, want, tolerance=1e-5):
+    assert got.keys() == want.keys()
+    for key, value in want.items():
+        assert torch.allclose(got[key], value, atol=tolerance * float(value.abs().max() + 1e-3)), key
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gradients_are_the_literal_forms(name, family, bank):
+    model = adapted(name, family, moved=0.1)
+    want = gradients(literal(copy.deepcopy(model)))
+    assert_same(gradients(model), want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+class TestLoops:
+    def test_accumulation(self, name, bank):
+        model = adapted(name, moved=0.1)
+        assert_same(gradients(model, parts=2), gradients(model))
+
+    @pytest.mark.parametrize("use_reentrant", [False, True])
+    def test_checkpointing(self, name, bank, use_reentrant):
+        model = adapted(name, moved=0.1).train()
+        want = gradients(model)
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        if use_reentrant:
+            model.enable_input_require_grads()
+        assert_same(gradients(model), want)
+
+    def test_two_forwards_before_two_backwards(self, name, bank):
+        model = adapted(name, moved=0.1)
+        want = gradients(model, parts=2)
+        model.zero_grad()
+        losses = [model(input_ids=t, labels=y).loss / 2 for t, y in zip(TOKENS.chunk(2), LABELS.chunk(2), strict=True)]
+        for loss in losses:
+            loss.backward()
+        assert_same({k: p.grad for k, p in model.named_parameters() if p.requires_grad}, want)
+
+    def test_evaluation_between_steps(self, name, bank):
+        model = adapted(name, moved=0.1)
+        want = gradients(model)
+        before = logits(model)
+        assert_same(gradients(model), want)
+        move(model, 0.1, seed=5)
+        assert not torch.equal(logits(model), before)
+        assert torch.allclose(logits(model), literal_logits(model), atol=1e-4)
+
+    def test_bf16_autocast(self, name, bank):
+        model = adapted(name, moved=0.05)
+        want = gradients(literal(copy.deepcopy(model)))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=TOKENS, labels=LABELS).loss
+        loss.backward()
+        for key, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.dtype == torch.float32
+                difference = float((parameter.grad - want[key]).norm())
+                assert difference <= 0.1 * float(want[key].norm()) + 2e-3, key
+
+    def test_pure_bf16(self, name, bank):
+        model = adapted(name, dtype=torch.bfloat16, moved=0.05)
+        model(input_ids=TOKENS, labels=LABELS).loss.backward()
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                assert parameter.grad.dtype == torch.float32
+                assert torch.isfinite(parameter.grad).all()
+
+    def test_a_frozen_factor_gets_no_gradient(self, name, bank):
+        model = adapted(name, moved=0.1)
+        want = gradients(model)
+        frozen = next(key for key, p in model.named_parameters() if p.requires_grad)
+        model.get_parameter(frozen).requires_grad_(False)
+        model.zero_grad()
+        model(input_ids=TOKENS, labels=LABELS).loss.backward()
+        assert model.get_parameter(frozen).grad is None
+        got = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+        assert_same(got, {key: value for key, value in want.items() if key != frozen})
+
+    def test_full_graph_compilation(self, name, bank):
+        """No graph break in our layers, and the same gradients."""
+        model = adapted(name, moved=0.1)
+        want = gradients(model)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        model.zero_grad()
+        F.cross_entropy(compiled(input_ids=TOKENS).logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten()).backward()
+        assert_same({k: p.grad for k, p in model.named_parameters() if p.requires_grad}, want, 1e-4)
+        torch._dynamo.reset()
+
+
+def literal_logits(model):
+    return logits(literal(copy.deepcopy(model)))
+
+
+def test_changing_factors_between_forward_and_backward_is_an_error():
+    model = adapted("sorsa", moved=0.1)
+    loss = model(input_ids=TOKENS, labels=LABELS).loss
+    move(model, 0.1)
+    with pytest.raises(RuntimeError, match="changed between the forward pass and its backward pass"):
+        loss.backward()
+
+
+def test_adapters_of_one_model_have_banks_of_their_own():
+    model = adapted("sorsa", moved=0.1)
+    model.add_adapter("second", config_of("sorsa"))
+    model.set_adapter("second")
+    move(model, 0.2, seed=3)
+    second = gradients(model)
+    model.set_adapter("default")
+    gradients(model)
+    model.set_adapter("second")
+    assert_same(gradients(model), second)
+    banks = {id(layer.banks[name]) for layer in layers(model) for name in ("default", "second")}
+    assert len(banks) == 2
+
+
+def test_a_model_in_inference_keeps_its_pairs(monkeypatch):
+    """Generating tokens forms no factors anew."""
+    model = adapted("sorsa", moved=0.1)
+    logits(model)
+    monkeypatch.setattr("svdtune.methods.bank.stack_all", None)
+    monkeypatch.setattr("svdtune.methods.lowrank.stacked", None)
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_layers_alone_work_too():
+    """`inject_adapter_in_model` and modules taken out of their model go the same way."""
+    model = get_peft_model(model_of("llama"), config_of("sorsa"))
+    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    x = torch.randn(3, layer.in_features)
+    assert torch.equal(layer(x), layer.base_layer(x))
