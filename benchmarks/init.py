@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from svdtune.linalg import orthonormality_error, rank_at_threshold, safe_rank, spectrum, top_factors
+from svdtune.linalg import orthonormality_error, rank_at_threshold, safe_rank, settled_spectrum, spectrum, top_factors
 from svdtune.spectra import factors, ranks
 
 THRESHOLDS = (0.01, 0.09, 0.5)
@@ -218,11 +218,12 @@ def bench_real_model(bench: Bench, folder: Path) -> None:
             bench.report(what="start", model=folder.name, weights=len(weights), start=start, **measured)
         wrong = 0
         thresholds = (0.005, *(t / 100 for t in range(1, 96)))
-        for name, weight in weights.items():
+        for weight in weights.values():
             reference = torch.linalg.svdvals(weight.double().cpu())
-            one = {name: weight}
+            known = spectrum(weight)
             for threshold in thresholds:
-                wrong += ranks(one, threshold, progress=False)[name] != rank_at_threshold(reference, threshold)
+                known, k = settled_spectrum(weight, threshold, known)
+                wrong += k != rank_at_threshold(reference, threshold)
         bench.report(
             what="ranks equal to float64 svdvals",
             model=folder.name,
