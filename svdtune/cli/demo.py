@@ -97,6 +97,7 @@ def demo(
     svdtune demo --output runs/mine
     """
     from svdtune.export import Source
+    from svdtune.export.folder import explain_write_errors
     from svdtune.models import SMOLLM2
     from svdtune.models.loading import locate
 
@@ -131,7 +132,8 @@ def demo(
         "versions": {name: metadata.version(name) for name in ("svdtune", "torch", "transformers", "peft")},
         "rows": [asdict(row) for row in rows],
     }
-    (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    with explain_write_errors(output):
+        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     console.print(table(rows, name, quick, seconds))
     console.print(
         f'results: {output / "results.json"}; try: svdtune generate {output / "sorsa"} "..."', highlight=False

@@ -86,11 +86,10 @@ def evaluate(
     output = Path(output).expanduser()
     if batch_size < 1:
         raise SvdtuneError(f"batch_size must be at least 1, got {batch_size}")
-    model, tokenizer = loaded.model.eval(), loaded.tokenizer
+    model = loaded.model.eval()
     check_items(items, max_new_tokens, context_length(model))
     for item in items:
         task.grade(item.reference, item.reference)  # a reference without an answer shows now, not after an hour
-    ends = end_token_ids(model, tokenizer)
     identity = {
         **(settings or {}),
         "model": loaded.name,
@@ -98,31 +97,44 @@ def evaluate(
         "items": items_fingerprint(items),
         "task": task.name,
         "max_new_tokens": max_new_tokens,
-        "end_token_ids": ends,
+        "end_token_ids": end_token_ids(model, loaded.tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     started = time.perf_counter()
     with explain_write_errors(output):
         store = PredictionStore(output, identity, restart)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-        if on_progress:
-            on_progress(len(store.done), len(items))
-        for batch in plan_batches([item.tokens for item in items], batch_size):
-            missing = [index for index in batch if index not in store.done]
-            if not missing:
-                continue
-            completions = greedy_batch(model, [items[index].tokens for index in missing], max_new_tokens, ends, pad)
-            texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-            store.append(
-                _grade(index, items[index], text, task, len(completion.tokens), completion.ended)
-                for index, text, completion in zip(missing, texts, completions, strict=True)
-            )
-            if on_progress:
-                on_progress(len(store.done), len(items))
+        _generate_missing(loaded, items, task, store, max_new_tokens, batch_size, on_progress or (lambda *_: None))
         how = {"batch_size": batch_size, "device": str(model.device), **_versions()}
         result = _summarize(store, task, time.perf_counter() - started, identity | how)
         store.finish(_as_json(result))
     return result
+
+
+def _generate_missing(
+    loaded: LoadedModel,
+    items: Sequence[Item],
+    task: Task,
+    store: PredictionStore,
+    max_new_tokens: int,
+    batch_size: int,
+    on_progress: Callable[[int, int], None],
+) -> None:
+    """Complete, grade and store every item that the store lacks; each batch is stored before the next one starts."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ends = end_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    on_progress(len(store.done), len(items))
+    for batch in plan_batches([item.tokens for item in items], batch_size):
+        missing = [index for index in batch if index not in store.done]
+        if not missing:
+            continue
+        completions = greedy_batch(model, [items[index].tokens for index in missing], max_new_tokens, ends, pad)
+        texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+        store.append(
+            _grade(index, items[index], text, task, len(completion.tokens), completion.ended)
+            for index, text, completion in zip(missing, texts, completions, strict=True)
+        )
+        on_progress(len(store.done), len(items))
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
