@@ -236,6 +236,9 @@ def test_products_with_dropout_share_one_mask(T, d, w, p, dtype):
     close(z, (keep * x.double()) @ A.double(), TOLERANCE[dtype])
     same_op("dropout_mm", x, A, p, seed)
 
+    if p == 0:
+        assert torch.equal(z, kernels.dropout_mm(x, A, p, None))
+
     M = kernels.dropout_mm_transposed(x, Q, p, seed)
     assert M.dtype == torch.float32
     close(M, (keep * x.double()).mT @ Q.double(), 1e-5)
@@ -266,7 +269,7 @@ def test_a_compiled_graph_holds_the_kernels_without_a_break():
     def step(x, U, s, V, P0, V0):
         A, B = kernels.stack_factors(U, s, V, P0, V0, x.dtype, 8)
         z = kernels.dropout_mm(x, A, 0.1, seed)
-        dU, ds = kernels.factor_gradients(kernels.dropout_mm_transposed(z @ B.mT, z[:, :32], 0.0, seed), U, s)
+        dU, ds = kernels.factor_gradients(kernels.dropout_mm_transposed(z @ B.mT, z[:, :32], 0.0, None), U, s)
         return kernels.add_dropout_mm_(x.clone(), z, A, 0.1, seed), dU, ds
 
     U, s, V, P0, V0 = factors(64, 96, 32)

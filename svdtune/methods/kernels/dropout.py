@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svdtune.methods.kernels import mask
-from svdtune.methods.kernels.launch import dot_precision, multiprocessors, on_device
+from svdtune.methods.kernels.launch import dot_precision, multiprocessors, on_device, stages
 
 MIX_1, MIX_2 = tl.constexpr(mask.MIX_1), tl.constexpr(mask.MIX_2)
 GOLDEN, WORD = tl.constexpr(mask.GOLDEN), tl.constexpr(mask.WORD)
@@ -55,8 +55,9 @@ def _dropout_mm(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(2)
-    row_key, column_key = _keys(seed)
-    row_hash = _hashed(rows, row_key)
+    if THRESHOLD > 0:
+        row_key, column_key = _keys(seed)
+        row_hash = _hashed(rows, row_key)
     x_at = x + rows[:, None].to(tl.int64) * x_stride
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, d), INNER):
@@ -80,8 +81,9 @@ def _dropout_mm_transposed(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of the result: columns of x
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(2)
-    row_key, column_key = _keys(seed)
-    column_hash = _hashed(rows, column_key)
+    if THRESHOLD > 0:
+        row_key, column_key = _keys(seed)
+        column_hash = _hashed(rows, column_key)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, T), INNER):
         inner = start + tl.arange(0, INNER)
@@ -107,6 +109,9 @@ def _add_dropout_mm(
     rows = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
     columns = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     at = rows[:, None].to(tl.int64)
+    inside = (rows < T)[:, None] & (columns < d)[None, :]
+    to = dx + at * dx_stride + columns[None, :]
+    old = tl.load(to, inside, 0.0)  # on its way while the product is computed
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, w, INNER):
         inner = start + tl.arange(0, INNER)
@@ -119,9 +124,7 @@ def _add_dropout_mm(
         row_key, column_key = _keys(seed)
         kept = _kept(_hashed(rows, row_key)[:, None], _hashed(columns, column_key)[None, :], THRESHOLD)
         total = tl.where(kept, total, 0.0)
-    inside = (rows < T)[:, None] & (columns < d)[None, :]
-    to = dx + at * dx_stride + columns[None, :]
-    tl.store(to, (tl.load(to, inside, 0.0).to(tl.float32) + total).to(dx.dtype.element_ty), inside)
+    tl.store(to, (old.to(tl.float32) + total).to(dx.dtype.element_ty), inside)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -144,11 +147,13 @@ def _chunk(length: int, parts: int, step: int) -> tuple[int, int]:
     return chunk, triton.cdiv(length, chunk)
 
 
-def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     (T, d), w = x.shape, A.shape[1]
     x, A = _matrix(x), A.contiguous()
     wide = x.element_size() > 2
-    columns, rows, inner = _columns(w), 64, 32 if wide else 64
+    columns, inner = _columns(w), 32 if wide else 64
+    # Each program reads all of its columns of A: with many columns, more rows share that.
+    rows, warps, deep = (128, 8, 3) if columns > 128 else (64, 4, 4)
     blocks = triton.cdiv(T, rows) * triton.cdiv(w, columns)
     if T == 0:
         return x.new_empty(T, w)
@@ -157,12 +162,12 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
     with on_device(x):
         _dropout_mm[(triton.cdiv(T, rows), triton.cdiv(w, columns), parts)](
             x, A, z, seed, T, d, w, x.stride(0), chunk, **_constants(x, p),
-            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=4, num_stages=3,
+            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=warps, num_stages=stages(x, (rows + columns) * inner, deep),
         )  # fmt: skip
     return z[0] if parts == 1 else z.sum(0).to(x.dtype)
 
 
-def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
     (T, d), w = x.shape, Q.shape[1]
     x, Q = _matrix(x), _matrix(Q)
     wide = x.element_size() > 2
@@ -173,20 +178,20 @@ def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tenso
     with on_device(x):
         _dropout_mm_transposed[(triton.cdiv(d, rows), triton.cdiv(w, columns), parts)](
             x, Q, out, seed, T, d, w, x.stride(0), Q.stride(0), chunk, **_constants(x, p),
-            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=8, num_stages=3,
+            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=8, num_stages=stages(x, (rows + columns) * inner, 3),
         )  # fmt: skip
     return out[0] if parts == 1 else out.sum(0)
 
 
-def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor) -> None:
+def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> None:
     (T, d), w = dx.shape, A.shape[1]
     Q, A = _matrix(Q), A.contiguous()
     wide = Q.element_size() > 2
-    rows, columns, inner = 128, 128, 32 if wide else 64
+    rows, columns, inner = 64, 128, 32 if wide else 64
     if T == 0:
         return
     with on_device(dx):
         _add_dropout_mm[(triton.cdiv(T, rows) * triton.cdiv(d, columns),)](
             dx, Q, A, seed, T, d, w, dx.stride(0), Q.stride(0), **_constants(Q, p),
-            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=8, num_stages=3,
+            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=4, num_stages=stages(Q, (rows + columns) * inner, 3),
         )  # fmt: skip

@@ -67,30 +67,31 @@ def stack_factors(
 
 @triton.jit
 def _factor_gradients(
-    M, U, s, dU, partial, parts, out, r, part_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    M, U, s, dU, partial, out, r, part_stride, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (rows < out)[:, None] & (columns < r)[None, :]
     at = rows[:, None].to(tl.int64) * r + columns[None, :]
-    m = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for part in range(parts):
-        m += tl.load(M + part * part_stride + at, inside, 0.0).to(tl.float32)
-    scale = tl.load(s + columns, columns < r, 0.0).to(tl.float32)
-    tl.store(dU + at, (m * scale[None, :]).to(dU.dtype.element_ty), inside)
     u = tl.load(U + at, inside, 0.0).to(tl.float32)
+    scale = tl.load(s + columns, columns < r, 0.0).to(tl.float32)
+    m = tl.load(M + at, inside, 0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        m += tl.load(M + part * part_stride + at, inside, 0.0).to(tl.float32)
+    tl.store(dU + at, (m * scale[None, :]).to(dU.dtype.element_ty), inside)
     tl.store(partial + tl.program_id(0) * r + columns, tl.sum(u * m, 0), columns < r)
 
 
 def factor_gradients(M: Tensor, U: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     out, r = U.shape
-    M, U = M.reshape(-1, out, r).contiguous(), U.contiguous()
+    parts = 1 if M.dim() == 2 else len(M)
+    M, U = M.contiguous(), U.contiguous()
     dU = torch.empty_like(U)
-    rows = 32
+    rows = 16
     blocks = triton.cdiv(out, rows)
     partial = U.new_empty(blocks, r, dtype=torch.float32)
     with on_device(U):
         _factor_gradients[(blocks, triton.cdiv(r, COLUMNS))](
-            M, U, s.contiguous(), dU, partial, len(M), out, r, out * r, ROWS=rows, COLUMNS=COLUMNS
+            M, U, s.contiguous(), dU, partial, out, r, out * r, PARTS=parts, ROWS=rows, COLUMNS=COLUMNS
         )
     return dU, partial.sum(0).to(s.dtype)

@@ -1,5 +1,6 @@
-"""What every launch needs: the tensor's device made current, and how many programs fill it."""
+"""What every launch needs: the tensor's device made current, and how many programs and tiles it holds."""
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,9 +12,26 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+@functools.cache
+def _device(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+
+
 def multiprocessors(x: Tensor) -> int:
     """How many programs run side by side on the device of `x`; 2 for Triton's interpreter, which runs on the CPU."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return _device(x.get_device())[0] if x.is_cuda else 2
+
+
+def stages(x: Tensor, elements: int, at_most: int) -> int:
+    """How many tiles of so many elements a program may have in flight: what shared memory holds, at most `at_most`.
+
+    An fp32 product keeps one more tile's worth, for the parts that it is split into.
+    """
+    if not x.is_cuda:
+        return 1
+    room = _device(x.get_device())[1] // (elements * x.element_size()) - (x.element_size() > 2)
+    return max(1, min(at_most, room))
 
 
 def dot_precision(x: Tensor) -> str:

@@ -63,14 +63,14 @@ def factor_gradients(M: Tensor, U: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return factors.factor_gradients(M, U, s)
 
 
-def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """z = (keep ∘ x) A / (1 − p), with keep = `dropout_mask(x.shape, p, seed)`.
 
     Args:
         x: [T, d]; rows may lie apart.
         A: [d, w], the dtype of x.
         p: 0 ≤ p < 1.
-        seed: See `dropout_seed`; on the device of x.
+        seed: See `dropout_seed`; on the device of x. None will do where p = 0, here and in the two functions below.
 
     Returns:
         [T, w] in the dtype of x.
@@ -82,7 +82,7 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
     return dropout.dropout_mm(x, A, p, seed)
 
 
-def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype; p = 0 is a plain split product."""
     if torch.compiler.is_compiling():
         return _dropout_mm_transposed(x, Q, p, seed)
@@ -91,7 +91,7 @@ def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tenso
     return dropout.dropout_mm_transposed(x, Q, p, seed)
 
 
-def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
+def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """dx += keep ∘ (Q Aᵀ) / (1 − p), in place, for dx [T, d], Q [T, w] and A [d, w]; added in fp32, rounded once."""
     if torch.compiler.is_compiling():
         _add_dropout_mm_(dx, Q, A, p, seed)
@@ -124,7 +124,7 @@ def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor,
 def mix_backward(
     dt: Tensor, z: Tensor, gate: Tensor, a: Tensor, lam: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `mix` from dt [T, width] and what it returned, dt and z read once.
+    """Gradients of `mix` from dt [T, width] and what it returned; dt and z are read twice, the second time for the sums.
 
     Returns:
         dz [T, width] in the dtype of z, zero from column k on; dλ, dw₁ and dw₂ in the dtypes and shapes of λ, w₁ and w₂.
@@ -164,7 +164,7 @@ def _(M, U, s):
 
 
 @custom_op("svdtune::dropout_mm", mutates_args=())
-def _dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
+def _dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     from svdtune.methods.kernels import dropout
 
     return dropout.dropout_mm(x, A, p, seed)
@@ -176,7 +176,7 @@ def _(x, A, p, seed):
 
 
 @custom_op("svdtune::dropout_mm_transposed", mutates_args=())
-def _dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tensor:
+def _dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
     from svdtune.methods.kernels import dropout
 
     return dropout.dropout_mm_transposed(x, Q, p, seed)
@@ -188,7 +188,7 @@ def _(x, Q, p, seed):
 
 
 @custom_op("svdtune::add_dropout_mm_", mutates_args={"dx"})
-def _add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor) -> None:
+def _add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> None:
     from svdtune.methods.kernels import dropout
 
     dropout.add_dropout_mm_(dx, Q, A, p, seed)

@@ -1,13 +1,11 @@
-"""Triton: Mo-SARA's router and mixing, t = z ∘ (softmax((z·w₁) w₂) λ), forward and backward with each tensor read once."""
+"""Triton: Mo-SARA's router and mixing, t = z ∘ (softmax((z·w₁) w₂) λ), forward and backward."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from svdtune.methods.kernels.launch import on_device
-
-TILE = 8192  # elements of z that one program holds in registers
+from svdtune.methods.kernels.launch import multiprocessors, on_device
 
 
 @triton.jit
@@ -44,41 +42,64 @@ def _mix(
 
 
 @triton.jit
-def _mix_backward(
-    dt, z, gate, a, lam, w1, w2, dz, partial, T, k, width, dt_stride, z_stride, partial_stride,
+def _mix_backward_rows(
+    dt, z, gate, lam, w1, w2, dz, dlogits, T, k, width, dt_stride, z_stride,
     HEADS: tl.constexpr, HEADS_UP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0)
-    rows = program * ROWS + tl.arange(0, ROWS)
+    """dz and the gradient of the gate's logits: what needs whole rows."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns, heads = tl.arange(0, COLUMNS), tl.arange(0, HEADS_UP)
     real_row, real, real_head = rows < T, columns < k, heads < HEADS
     inside = real_row[:, None] & real[None, :]
     at = rows[:, None].to(tl.int64)
-    zs = tl.load(z + at * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
     dts = tl.load(dt + at * dt_stride + columns[None, :], inside, 0.0).to(tl.float32)
+    dvalues = dts * tl.load(z + at * z_stride + columns[None, :], inside, 0.0).to(tl.float32)
     weights = tl.load(gate + at * HEADS + heads[None, :], real_row[:, None] & real_head[None, :], 0.0)
-    partial += program.to(tl.int64) * partial_stride
-
-    dvalues = zs * dts
     dweights = tl.zeros((ROWS, HEADS_UP), tl.float32)
     values = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(HEADS):
-        row = tl.load(lam + i * k + columns, real, 0.0).to(tl.float32)
-        weight = _head(weights, heads, i)[:, None]
-        dweights += tl.where(heads[None, :] == i, tl.sum(dvalues * row[None, :], 1)[:, None], 0.0)
-        values += weight * row[None, :]
-        tl.store(partial + i * k + columns, tl.sum(weight * dvalues, 0), real)
-
-    dlogits = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
-    projected = tl.load(a + rows, real_row, 0.0)
-    tl.store(partial + (HEADS + 1) * k + heads, tl.sum(projected[:, None] * dlogits, 0), real_head)
-    da = tl.sum(dlogits * tl.load(w2 + heads, real_head, 0.0).to(tl.float32)[None, :], 1)
-    tl.store(partial + HEADS * k + columns, tl.sum(da[:, None] * zs, 0), real)
+        row = tl.load(lam + i * k + columns, real, 0.0).to(tl.float32)[None, :]
+        dweights += tl.where(heads[None, :] == i, tl.sum(dvalues * row, 1)[:, None], 0.0)
+        values += _head(weights, heads, i)[:, None] * row
+    slopes = weights * (dweights - tl.sum(weights * dweights, 1)[:, None])
+    tl.store(dlogits + at * HEADS + heads[None, :], slopes, real_row[:, None] & real_head[None, :])
+    da = tl.sum(slopes * tl.load(w2 + heads, real_head, 0.0).to(tl.float32)[None, :], 1)
     router = tl.load(w1 + columns, real, 0.0).to(tl.float32)
     tl.store(
         dz + at * width + columns[None, :], (dts * values + da[:, None] * router[None, :]).to(dz.dtype.element_ty),
         real_row[:, None] & (columns < width)[None, :],
     )  # fmt: skip
+
+
+@triton.jit
+def _mix_backward_columns(
+    dt, z, gate, a, w2, dlogits, partial, T, k, dt_stride, z_stride, partial_stride, chunk,
+    HEADS: tl.constexpr, HEADS_UP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dλ, dw₁ and dw₂ of one chunk of rows: sums over rows."""
+    columns, heads = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, HEADS_UP)
+    part = tl.program_id(1)
+    real, real_head = columns < k, heads < HEADS
+    w = tl.load(w2 + heads, real_head, 0.0).to(tl.float32)
+    dlam = tl.zeros((HEADS_UP, COLUMNS), tl.float32)
+    dw1 = tl.zeros((ROWS, COLUMNS), tl.float32)
+    dw2 = tl.zeros((ROWS, HEADS_UP), tl.float32)
+    for start in range(part * chunk, tl.minimum((part + 1) * chunk, T), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        real_row = (rows < T)[:, None]
+        at = rows[:, None].to(tl.int64)
+        zs = tl.load(z + at * z_stride + columns[None, :], real_row & real[None, :], 0.0).to(tl.float32)
+        dts = tl.load(dt + at * dt_stride + columns[None, :], real_row & real[None, :], 0.0).to(tl.float32)
+        by_head = at * HEADS + heads[None, :]
+        weights = tl.load(gate + by_head, real_row & real_head[None, :], 0.0)
+        slopes = tl.load(dlogits + by_head, real_row & real_head[None, :], 0.0)
+        dlam = tl.dot(tl.trans(weights), zs * dts, dlam, input_precision="tf32x3")
+        dw1 += tl.sum(slopes * w[None, :], 1)[:, None] * zs
+        dw2 += slopes * tl.load(a + rows, rows < T, 0.0)[:, None]
+    partial += part.to(tl.int64) * partial_stride
+    tl.store(partial + heads[:, None] * k + columns[None, :], dlam, real_head[:, None] & real[None, :])
+    tl.store(partial + HEADS * k + columns, tl.sum(dw1, 0), real)
+    tl.store(partial + (HEADS + 1) * k + heads, tl.sum(dw2, 0), real_head & (tl.program_id(0) == 0))
 
 
 @triton.jit
@@ -98,12 +119,12 @@ def _sum_partials(partial, dlam, dw1, dw2, programs, k, HEADS: tl.constexpr, ROW
 
 
 def _tile(width: int, heads: int) -> dict[str, int]:
-    """Sizes of a program's tile: whole rows, as many as fit."""
+    """Sizes of a program's tile: whole rows, at least four, since each program reads all of λ."""
     columns = triton.next_power_of_2(width)
     return {
         "HEADS": heads,
         "HEADS_UP": max(2, triton.next_power_of_2(heads)),
-        "ROWS": max(1, TILE // columns),
+        "ROWS": max(4, 4096 // columns),
         "COLUMNS": columns,
     }
 
@@ -122,7 +143,7 @@ def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor,
     if T:
         with on_device(z):
             _mix[(triton.cdiv(T, tile["ROWS"]),)](
-                z, w1, w2, lam, t, gate, a, T, k, width, z.stride(0), **tile, num_warps=8
+                z, w1, w2, lam, t, gate, a, T, k, width, z.stride(0), **tile, num_warps=4
             )
     return t, gate, a
 
@@ -133,31 +154,23 @@ def mix_backward(
     (T, width), (heads, k) = z.shape, lam.shape
     dt, z, gate, a = _rows_apart(dt), _rows_apart(z), gate.contiguous(), a.contiguous()
     lam, w1, w2 = lam.contiguous(), w1.contiguous(), w2.contiguous()
-    dz = z.new_empty(T, width)
+    dz, dlogits = z.new_empty(T, width), torch.empty_like(gate)
     dlam, dw1, dw2 = (torch.empty_like(t) for t in (lam, w1, w2))
     tile = _tile(width, heads)
-    programs, total = triton.cdiv(T, tile["ROWS"]), (heads + 1) * k + heads
-    partial = z.new_empty(programs, total, dtype=torch.float32)
+    blocks, step = triton.cdiv(k, 64), 32
+    chunk = triton.cdiv(T * blocks, 8 * multiprocessors(z) * step) * step or step
+    parts, total = triton.cdiv(T, chunk), (heads + 1) * k + heads
+    partial = z.new_empty(parts, total, dtype=torch.float32)
+    strides = dt.stride(0), z.stride(0)
     with on_device(z):
         if T:
-            _mix_backward[(programs,)](
-                dt,
-                z,
-                gate,
-                a,
-                lam,
-                w1,
-                w2,
-                dz,
-                partial,
-                T,
-                k,
-                width,
-                dt.stride(0),
-                z.stride(0),
-                total,
-                **tile,
-                num_warps=8,
-            )
-        _sum_partials[(triton.cdiv(total, 64),)](partial, dlam, dw1, dw2, programs, k, HEADS=heads, ROWS=64, COLUMNS=64)
+            _mix_backward_rows[(triton.cdiv(T, tile["ROWS"]),)](
+                dt, z, gate, lam, w1, w2, dz, dlogits, T, k, width, *strides,
+                **tile, num_warps=4 if tile["COLUMNS"] <= 1024 else 8,
+            )  # fmt: skip
+            _mix_backward_columns[(blocks, parts)](
+                dt, z, gate, a, w2, dlogits, partial, T, k, *strides, total, chunk,
+                HEADS=heads, HEADS_UP=max(16, tile["HEADS_UP"]), ROWS=step, COLUMNS=64, num_warps=4,
+            )  # fmt: skip
+        _sum_partials[(triton.cdiv(total, 128),)](partial, dlam, dw1, dw2, parts, k, HEADS=heads, ROWS=16, COLUMNS=128)
     return dz, dlam, dw1, dw2
