@@ -136,8 +136,7 @@ def _group_gradients(pieces: list[Pieces], gradients: tuple, group: list[int]) -
     dB = torch.stack([gradients[2 * i + 1] for i in group])
     dV = dA[..., :r].to(V.dtype)
     if P0 is not None:
-        half = dA.shape[-1] // 2
-        dV += dA[..., half : half + r]
+        dV += dA[..., r : 2 * r]
     dP = dB[..., :r].to(U.dtype)
     if s is None:
         return [(u, None, v) for u, v in zip(dP.unbind(0), dV.unbind(0), strict=True)]

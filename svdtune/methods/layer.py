@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.methods import kernels
 from svdtune.methods.bank import FactorBank, Pieces
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.lowrank import compute_dtype, paired_linear
@@ -34,6 +35,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     method: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
     frozen: ClassVar[tuple[str, ...]]
+    draws_masks: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -71,8 +73,14 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         """
 
     @abstractmethod
-    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
-        """Base layer and adapter in one autograd node, for a weight [out, in] that may be read directly."""
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        """Base layer and adapter in one autograd node, for a weight [out, in] that may be read directly.
+
+        `x_adapter` is the adapter's input where dropout made it another one than x. `p` > 0 instead asks a method that
+        `draws_masks` to apply dropout inside its kernels.
+        """
 
     @abstractmethod
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
@@ -210,13 +218,21 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         if len(active) == 1 and not args and not kwargs and self._may_read_weight():
             base, adapter = self.base_layer, active[0]
             weight = base.weight.mT if self._is_conv1d else base.weight
-            dropout = getattr(self, f"{self.method}_dropout")[adapter]
-            x_adapter = dropout(x) if self.training and isinstance(dropout, nn.Dropout) else None
             bank = self.banks.get(adapter)
             pair = None if bank is None else bank.pair(self, compute_dtype(x))
+            dropout = getattr(self, f"{self.method}_dropout")[adapter]
+            p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+            in_kernel = (
+                p > 0
+                and pair is None
+                and self.draws_masks
+                and kernels.available(x)
+                and not torch.compiler.is_compiling()
+            )
+            x_adapter = dropout(x) if p > 0 and not in_kernel else None
             if pair is not None:
                 return paired_linear(x, weight, base.bias, *pair, x_adapter)
-            return self.fused(x, weight, base.bias, x_adapter, adapter)
+            return self.fused(x, weight, base.bias, x_adapter, p if in_kernel else 0.0, adapter)
         y = self.base_output(x, active, *args, **kwargs)
         for adapter in active:
             x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.layer import SvdLayer
+from svdtune.methods.lowrank import compute_dtype
 from svdtune.methods.mosara.config import MoSaraConfig
-from svdtune.methods.mosara.math import add_mosara, mosara_delta, mosara_linear, random_start, scaled_rows
+from svdtune.methods.mosara.math import add_mosara, mosara_delta, mosara_linear, random_start, ready, scaled_rows
 
 
 class MoSaraLinear(SvdLayer):
@@ -22,6 +23,14 @@ class MoSaraLinear(SvdLayer):
     method = "mosara"
     trained = ("mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
     frozen = ("frozen_U", "frozen_V")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self._ready: dict[str, tuple[tuple, Tensor]] = {}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._ready.pop(adapter_name, None)
 
     def new_tensors(self, r: int, config: MoSaraConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         lam, w1, w2 = random_start(r, config.num_heads)
@@ -44,11 +53,24 @@ class MoSaraLinear(SvdLayer):
         names = ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
         return (*(self.adapter_tensor(name, adapter) for name in names), self._front(adapter))
 
+    def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
+        """V in the dtype of the products, kept from one step to the next where that is not V itself."""
+        V, dtype = self.frozen_V[adapter], compute_dtype(x)
+        if self._front(adapter) or dtype == V.dtype or torch.compiler.is_compiling():
+            return None
+        key = (dtype, V.device, id(V), V._version)
+        known = self._ready.get(adapter)
+        if known is None or known[0] != key:
+            self._ready[adapter] = known = (key, ready(V.detach(), dtype))
+        return known[1]
+
     def _front(self, adapter: str) -> bool:
         return self.configs[adapter].v_position == "front"
 
-    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
-        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter)
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, self._ready_V(x, adapter))
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         return add_mosara(y, x, *self._tensors(adapter))
@@ -78,8 +100,9 @@ class MoSaraLinear(SvdLayer):
 def check_one_head(num_heads: int, adapter: str = "") -> None:
     """Raise `SvdtuneError` for an adapter with more than one head: it is no matrix."""
     if num_heads > 1:
+        name = f" {adapter!r}" if adapter else ""
         raise SvdtuneError(
-            f"the adapter{f' {adapter!r}' if adapter else ''} is Mo-SARA with {num_heads} heads, which cannot be merged or exported: its router mixes "
-            "the heads anew for every token, so no single weight equals it. Keep it as an adapter (PeftModel), or train "
-            "with num_heads=1, which merges exactly"
+            f"the adapter{name} is Mo-SARA with {num_heads} heads, which cannot be merged or exported: its router mixes the "
+            "heads anew for every token, so no single weight equals it. Keep it as an adapter (PeftModel), or train with "
+            "num_heads=1, which merges exactly"
         )

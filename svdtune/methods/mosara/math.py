@@ -20,35 +20,42 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from svdtune.methods.lowrank import compute_dtype
+from svdtune.methods import kernels
+from svdtune.methods.lowrank import compute_dtype, filled
+
+# k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes three times as long.
+COLUMNS = 64
 
 
 class MoSaraLinear(torch.autograd.Function):
     """Eq. 5 and 6 with the base layer: `weight` and `bias`, or None and an output to add to in place.
 
     Saves x V [T, k], the gate [T, m] and, only where v stands in front, x. The frozen U, V and W get no gradient.
+    `V_ready` is V as `ready` gives it, where the caller keeps that. k is filled up with zero columns to what tensor cores
+    read; they add nothing and are cut off the gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias_or_output, x_adapter, U, V, lam, v, w1, w2, front):
+    def forward(ctx, x, weight, bias_or_output, x_adapter, U, V, lam, v, w1, w2, front, V_ready):
         dtype = compute_dtype(x)
         inputs = (x if x_adapter is None else x_adapter).to(dtype)
         flat = inputs.reshape(-1, inputs.shape[-1])
-        z = flat @ (scaled_rows(V, v) if front else V).to(dtype)
-        a = gate = None
-        if w1 is not None:
-            a = flat @ (V @ w1).to(dtype) if front else z @ w1.to(dtype)
-            gate = torch.softmax(torch.outer(a.to(w2.dtype), w2), 1)
-        values = mixed_values(gate, lam).to(dtype)
+        A, B = projections(U, V, v, front, dtype, V_ready)
+        z = flat @ A
+        if front and w1 is not None:  # the gate reads x V without v
+            gate_input = flat @ (V @ w1).to(dtype)
+            gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
+            t = z * filled(gate @ lam, COLUMNS if z.is_cuda else 1).to(dtype)
+        else:
+            t, gate, gate_input = mix(z, w1, w2, lam)
         if weight is None:
             y = bias_or_output
             ctx.mark_dirty(y)
         else:
             bias = None if bias_or_output is None else bias_or_output.to(dtype)
             y = F.linear(x.to(dtype), weight.to(dtype), bias)
-        B = (U if front else scaled_rows(U, v)).to(y.dtype)
-        y.view(-1, y.shape[-1]).addmm_((z * values).to(y.dtype), B.mT)
-        ctx.save_for_backward(flat if front else None, z, a, gate, weight, U, V, lam, v, w1, w2)
+        y.view(-1, y.shape[-1]).addmm_(t.to(y.dtype), B.to(y.dtype).mT)
+        ctx.save_for_backward(flat if front else None, z, gate_input, gate, weight, U, V, lam, v, w1, w2, V_ready)
         ctx.front, ctx.shape = front, x.shape
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
         return y
@@ -56,52 +63,83 @@ class MoSaraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        flat, z, a, gate, weight, U, V, lam, v, w1, w2 = ctx.saved_tensors
-        front, dtype = ctx.front, z.dtype
+        flat, z, gate_input, gate, weight, U, V, lam, v, w1, w2, V_ready = ctx.saved_tensors
+        front, dtype, k = ctx.front, z.dtype, lam.shape[1]
         needs_x, _, needs_base, needs_adapter, *_ = ctx.needs_input_grad
         dY = grad.to(dtype).reshape(-1, grad.shape[-1])
-        values = mixed_values(gate, lam).to(dtype)
-        dt = dY @ (U if front else scaled_rows(U, v)).to(dtype)
-
-        dlam = dw1 = dw2 = dv = da = None
-        dz = dt * values
-        if gate is None:
-            dlam = (dt * z).sum(0, dtype=lam.dtype)[None]
-        else:
-            dvalues = (dt * z).to(lam.dtype)
-            dlam = gate.mT @ dvalues
-            dgate = dvalues @ lam.mT
-            dlogits = gate * (dgate - (gate * dgate).sum(1, keepdim=True))
-            dw2 = a.to(w2.dtype) @ dlogits
-            da = dlogits @ w2
-            if front:
-                dw1 = V.mT.to(w1.dtype) @ (flat.mT.to(w1.dtype) @ da)
-            else:
-                dw1 = da @ z.to(da.dtype)
-                dz = dz.addr_(da.to(dtype), w1.to(dtype))
+        A, B = projections(U, V, v, front, dtype, V_ready)
+        dz, dlam, dw1, dw2, da = mix_backward(dY @ B, z, gate, gate_input, lam, None if front else w1, w2)
+        if da is not None and front:
+            dw1 = V.mT.to(w1.dtype) @ (flat.mT.to(w1.dtype) @ da)
+        dv = None
         if v is not None:
-            M = flat.mT @ dz if front else dY.mT @ (z * values)
-            dv = (M.to(v.dtype) * (V if front else U)).sum(1, dtype=v.dtype)
+            values = mixed_values(gate, lam)
+            M = flat.mT @ dz if front else dY.mT @ (z * filled(values, z.shape[1]).to(dtype))
+            dv = (M[:, :k].to(v.dtype) * (V if front else U)).sum(1, dtype=v.dtype)
 
         dx = dx_adapter = None
+        x_dtype, adapter_dtype = ctx.dtypes
         if needs_x and weight is not None:
             dx = dY @ weight.to(dtype)
         if needs_x or needs_adapter:
-            A = (scaled_rows(V, v) if front else V).to(dtype)
-            target = None if needs_adapter else dx
-            target = dz @ A.mT if target is None else target.addmm_(dz, A.mT)
+            own = dz @ A.mT if needs_adapter or dx is None else dx.addmm_(dz, A.mT)
             if front and da is not None:
-                target = target.addr_(da.to(dtype), (V @ w1).to(dtype))
-            x_dtype, adapter_dtype = ctx.dtypes
+                own = own.addr_(da.to(dtype), (V @ w1).to(dtype))
             if needs_adapter:
-                dx_adapter = target.view(ctx.shape).to(adapter_dtype)
+                dx_adapter = own.view(ctx.shape).to(adapter_dtype)
             elif adapter_dtype is None:
-                dx = target
-            dx = None if dx is None else dx.view(ctx.shape).to(x_dtype)
+                dx = own
+        dx = dx.view(ctx.shape).to(x_dtype) if needs_x and dx is not None else None
         dbase = None
         if needs_base:
             dbase = grad if weight is None else dY.sum(0)
-        return dx, None, dbase, dx_adapter, None, None, dlam, dv, dw1, dw2, None
+        return dx, None, dbase, dx_adapter, None, None, dlam, dv, dw1, dw2, None, None
+
+
+def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
+    """A frozen factor [n, k] as the products take it: in `dtype`, on a GPU filled up to whole blocks of columns."""
+    return filled(V, COLUMNS if V.is_cuda and dtype.itemsize == 2 else 1).to(dtype)
+
+
+def projections(
+    U: Tensor, V: Tensor, v: Tensor | None, front: bool, dtype: torch.dtype, V_ready: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """A [in, k'] and B [out, k'], the frozen factors with v folded into the one it stands beside."""
+    if front:
+        return ready(scaled_rows(V, v), dtype), ready(U, dtype)
+    return ready(V, dtype) if V_ready is None else V_ready, ready(scaled_rows(U, v), dtype)
+
+
+def mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Eq. 6 and the inner part of Eq. 5: t = z ∘ (g λ) [T, k'], g [T, m] and the gate's input z w₁ [T] (None for one head)."""
+    if w1 is None:
+        return z * filled(lam, z.shape[1]).to(z.dtype), None, None
+    if kernels.available(z, w1, w2, lam) and not torch.compiler.is_compiling():
+        return kernels.mix(z, w1, w2, lam)
+    a = z @ filled(w1[None], z.shape[1])[0].to(z.dtype)
+    gate = torch.softmax(torch.outer(a.to(w2.dtype), w2), 1)
+    return z * filled(gate @ lam, z.shape[1]).to(z.dtype), gate, a
+
+
+def mix_backward(
+    dt: Tensor, z: Tensor, gate: Tensor | None, a: Tensor | None, lam: Tensor, w1: Tensor | None, w2: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of `mix`: dz [T, k'], dλ, dw₁, dw₂ and da [T]; without w1 the gate's input came from elsewhere."""
+    k = lam.shape[1]
+    if gate is None:
+        return dt * filled(lam, z.shape[1]).to(z.dtype), (dt * z)[:, :k].sum(0, dtype=lam.dtype)[None], None, None, None
+    if w1 is not None and kernels.available(dt, z, gate, a, lam, w1, w2) and not torch.compiler.is_compiling():
+        return (*kernels.mix_backward(dt, z, gate, a, lam, w1, w2), None)
+    dvalues = (dt * z)[:, :k].to(lam.dtype)
+    dgate = dvalues @ lam.mT
+    dlogits = gate * (dgate - (gate * dgate).sum(1, keepdim=True))
+    da = dlogits @ w2
+    dz = dt * filled(gate @ lam, z.shape[1]).to(z.dtype)
+    dw1 = None
+    if w1 is not None:
+        dw1 = da @ z[:, :k].to(da.dtype)
+        dz = dz.addr_(da.to(z.dtype), filled(w1[None], z.shape[1])[0].to(z.dtype))
+    return dz, gate.mT @ dvalues, dw1, a.to(w2.dtype) @ dlogits, da
 
 
 def scaled_rows(factor: Tensor, v: Tensor | None) -> Tensor:
@@ -126,9 +164,13 @@ def mosara_linear(
     w2: Tensor | None,
     front: bool = False,
     x_adapter: Tensor | None = None,
+    V_ready: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the ablation without it."""
-    return MoSaraLinear.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front)
+    """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the ablation without it.
+
+    `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
+    """
+    return MoSaraLinear.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
 
 
 def add_mosara(
@@ -143,7 +185,7 @@ def add_mosara(
     front: bool = False,
 ) -> Tensor:
     """Eq. 5's second term, added to y [..., out] in place."""
-    return MoSaraLinear.apply(x, None, y, None, U, V, lam, v, w1, w2, front)
+    return MoSaraLinear.apply(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
 def mosara_delta(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool = False) -> Tensor:

@@ -19,6 +19,7 @@ class SaraLinear(SvdLayer):
     method = "sara"
     trained = ("sara_U", "sara_lambda", "sara_V")
     frozen = ()
+    draws_masks = True
 
     def new_tensors(self, r: int, config: SaraConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         if factors is not None:
@@ -36,8 +37,10 @@ class SaraLinear(SvdLayer):
     def pieces(self, adapter: str) -> Pieces:
         return (*self._factors(adapter), None, None)
 
-    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
-        return sara_linear(x, weight, bias, *self._factors(adapter), x_adapter)
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        return sara_linear(x, weight, bias, *self._factors(adapter), x_adapter, p)
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         return add_sara(y, x, *self._factors(adapter))

@@ -26,9 +26,10 @@ def sara_linear(
     lam: Tensor | None,
     V: Tensor,
     x_adapter: Tensor | None = None,
+    p: float = 0.0,
 ) -> Tensor:
-    """Eq. 3: x [..., in] → [..., out]; `x_adapter` is x after dropout, for the adapter's path alone."""
-    return low_rank_linear(x, weight, bias, U, lam, V, x_adapter=x_adapter)
+    """Eq. 3: x [..., in] → [..., out]; `x_adapter` or `p`: dropout on the adapter's path, see `low_rank_linear`."""
+    return low_rank_linear(x, weight, bias, U, lam, V, x_adapter=x_adapter, p=p)
 
 
 def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:

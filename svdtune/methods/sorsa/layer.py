@@ -29,6 +29,7 @@ class SorsaLinear(SvdLayer):
     method = "sorsa"
     trained = ("sorsa_U", "sorsa_s", "sorsa_V")
     frozen = ("frozen_P0", "frozen_V0")
+    draws_masks = True
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -124,8 +125,10 @@ class SorsaLinear(SvdLayer):
             return None  # another adapter's principal part must be added back too
         return self._tensors(adapter)
 
-    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, adapter: str) -> Tensor:
-        y = sorsa_linear(x, weight, bias, *self._tensors(adapter), x_adapter)
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        y = sorsa_linear(x, weight, bias, *self._tensors(adapter), x_adapter, p)
         return self._add_principal(y, x, self._subtracted - {adapter})
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:

@@ -33,9 +33,10 @@ def sorsa_linear(
     P0: Tensor | None = None,
     V0: Tensor | None = None,
     x_adapter: Tensor | None = None,
+    p: float = 0.0,
 ) -> Tensor:
     """Eq. 3: x [..., in] → [..., out]. With P0 and V0 `weight` is W (delta), without them it is W_r (residual)."""
-    return low_rank_linear(x, weight, bias, U, s, V, P0, V0, x_adapter)
+    return low_rank_linear(x, weight, bias, U, s, V, P0, V0, x_adapter, p)
 
 
 def add_sorsa(

@@ -1,0 +1,92 @@
+"""The training step on a GPU, where the kernels and the aligned shapes are: against the literal forms. Skips without CUDA."""
+
+import copy
+
+import pytest
+import torch
+from peft import get_peft_model
+from test_peft_verbs import CONFIGS, config_of, layers, move
+from test_training_step import literal
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from svdtune.methods import kernels
+from svdtune.methods.lowrank import low_rank_linear
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+TOKENS = torch.arange(0, 240).view(4, 60)
+
+
+def adapted(name: str, dtype=torch.float32, **settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256)).to(dtype)
+    return move(get_peft_model(model, config_of(name, **settings)), 0.05).cuda()
+
+
+def gradients(model, autocast=False):
+    model.zero_grad()
+    tokens = TOKENS.cuda()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    loss.backward()
+    return {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(params=["bank", "no bank"], autouse=True)
+def bank(request, monkeypatch):
+    if request.param == "no bank":
+        monkeypatch.setattr("svdtune.methods.bank.TRAINING_ELEMENTS", 0)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fp32(name):
+    model = adapted(name)
+    want = gradients(literal(copy.deepcopy(model)))
+    for key, gradient in gradients(model).items():
+        assert float((gradient - want[key]).norm()) <= 1e-3 * float(want[key].norm()) + 1e-5, key
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_bf16_autocast_is_no_worse_than_the_literal_form(name):
+    model = adapted(name)
+    truth = gradients(literal(copy.deepcopy(model)))
+    rough = gradients(literal(copy.deepcopy(model)), autocast=True)
+    for key, gradient in gradients(model, autocast=True).items():
+        allowed = max(3 * float((rough[key] - truth[key]).norm()), 0.05 * float(truth[key].norm()))
+        assert float((gradient - truth[key]).norm()) <= allowed + 1e-4, key
+
+
+@pytest.mark.parametrize("name", ["sara", "sorsa", "sorsa-residual"])
+@pytest.mark.parametrize("r", [7, 16])
+def test_dropout_in_the_kernels(name, r, monkeypatch):
+    """The same outputs and gradients as dropout on a stored input with the same mask."""
+    seed = torch.tensor(1234567, device="cuda")
+    monkeypatch.setattr("svdtune.methods.kernels.dropout_seed", lambda device: seed)
+    p, torch_seed = 0.3, torch.Generator("cuda").manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(*shape, device="cuda", generator=torch_seed)
+
+    x, weight, bias = random(70, 96), random(80, 96), random(80)
+    U, s, V = random(80, r), random(r), random(96, r)
+    frozen = (random(80, r), random(96, r)) if name == "sorsa" else (None, None)
+    leaves = [t.clone().requires_grad_() for t in (x, U, s, V)]
+    mine, U1, s1, V1 = leaves
+    got = low_rank_linear(mine, weight, bias, U1, s1, V1, *frozen, p=p)
+    upstream = random(70, 80)
+    got.backward(upstream)
+    twins = [t.clone().requires_grad_() for t in (x, U, s, V)]
+    plain, U2, s2, V2 = twins
+    mask = kernels.dropout_mask(x.shape, p, seed, "cuda")
+    want = low_rank_linear(plain, weight, bias, U2, s2, V2, *frozen, x_adapter=plain * mask / (1 - p))
+    want.backward(upstream)
+    assert float((got - want).norm() / want.norm()) < 2e-3
+    for one, other in zip(leaves, twins, strict=True):
+        assert float((one.grad - other.grad).norm() / other.grad.norm()) < 2e-3
+
+
+def test_dropout_in_a_model_trains():
+    model = adapted("sorsa", dtype=torch.bfloat16, dropout=0.1).train()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model, autocast=True).values())
+    assert any(layer.training for layer in layers(model))
