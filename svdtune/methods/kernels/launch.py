@@ -4,6 +4,7 @@ import functools
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -14,8 +15,8 @@ def on_device(x: Tensor) -> AbstractContextManager:
 
 @functools.cache
 def _device(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
 
 
 def multiprocessors(x: Tensor) -> int:
