@@ -2,12 +2,16 @@
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
 
+from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
+from svdtune.methods.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest
 
 
 def _help(text: str) -> dict[str, str]:
@@ -29,6 +33,10 @@ class SvdConfig(PeftConfig):
             outputs from the start: for tests.
         ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading reads ranks from here.
         initialized: True in a saved adapter's configuration: factors are loaded, nothing is decomposed.
+        base_fingerprint: of each adapted layer's base weight, by module name. Written by svdtune; loading onto another base
+            is refused. {} does not look.
+        weights_sha256: of the saved weights file. Written by svdtune; a file that was altered since is refused.
+        svdtune_version: that saved the adapter.
 
     Raises:
         SvdtuneError: a value outside its range, or settings that exclude each other; all of them in one message.
@@ -65,6 +73,13 @@ class SvdConfig(PeftConfig):
     initialized: bool = field(
         default=False, metadata=_help("True in a saved adapter: its factors are loaded, nothing is decomposed.")
     )
+    base_fingerprint: dict[str, str] = field(
+        default_factory=dict, metadata=_help("Fingerprint of each adapted layer's base weight; written by svdtune.")
+    )
+    weights_sha256: str | None = field(
+        default=None, metadata=_help("SHA-256 of the saved weights file; written by svdtune.")
+    )
+    svdtune_version: str | None = field(default=None, metadata=_help("Version of svdtune that saved the adapter."))
 
     method: ClassVar[str]
 
@@ -108,8 +123,37 @@ class SvdConfig(PeftConfig):
         return self.init_weights
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json. The file says that the factors exist; this configuration can start anew."""
-        dataclasses.replace(self, initialized=True)._write(save_directory, **kwargs)
+        """Write adapter_config.json beside the weights. The file says that they exist; this configuration can start anew."""
+        weights = Path(save_directory) / ADAPTER_WEIGHTS
+        digest = file_digest(weights) if weights.is_file() else None
+        saved = dataclasses.replace(self, initialized=True, weights_sha256=digest, svdtune_version=__version__)
+        saved._write(save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "SvdConfig":
+        """As PEFT's; also makes sure that the weights beside it are whole, before any model is touched.
+
+        Raises:
+            SvdtuneError: the adapter's files are damaged, or a later version of svdtune wrote them.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        for warning in caught:
+            if str(warning.message).startswith("Unexpected keyword arguments"):
+                by = getattr(config, "svdtune_version", None) or "another version"
+                raise SvdtuneError(
+                    f"{pretrained_model_name_or_path}: the configuration has settings that this svdtune {__version__} does not "
+                    f"know ({str(warning.message).split(' for class')[0].removeprefix('Unexpected keyword arguments ')}); "
+                    f"it was saved by svdtune {by}. Upgrade svdtune, or remove them if they are a mistake"
+                )
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if isinstance(config, SvdConfig) and folder.is_dir():
+            check_weights_file(folder, config.weights_sha256)
+        return config
 
     def _write(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.methods.layer import SvdLayer
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."
 
 

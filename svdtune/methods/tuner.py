@@ -191,7 +191,9 @@ class SvdTuner(BaseTuner):
     def _take_back(model: nn.Module, adapter_name: str) -> None:
         """Remove an adapter that was put on a model in order to be loaded, so that the model is as it was."""
         tuner = getattr(model, "base_model", None)
-        if not isinstance(tuner, SvdTuner) or all(adapter_name not in layer._awaited for layer in tuner.adapted_layers()):
+        if not isinstance(tuner, SvdTuner) or all(
+            adapter_name not in layer._awaited for layer in tuner.adapted_layers()
+        ):
             return
         if len(tuner.peft_config) > 1:
             model.delete_adapter(adapter_name)

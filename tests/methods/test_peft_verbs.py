@@ -359,9 +359,13 @@ class TestClearErrors:
     def test_a_saved_configuration_for_another_model(self, tmp_path):
         adapted("sara").save_pretrained(tmp_path)
         config = SaraConfig.from_pretrained(tmp_path)
-        config.target_modules = {"o_proj"}
-        with pytest.raises(SvdtuneError, match=r"no rank for 'model.layers.0.self_attn.o_proj' \(2 layers in all\)"):
-            get_peft_model(model_of("llama"), config)
+        for targets, message in (
+            ({"o_proj"}, r"no layer 'model.layers.0.self_attn.q_proj' to adapt \(4 of the adapter's 4 layers are missing\)"),
+            ({"q_proj", "v_proj", "o_proj"}, r"no rank for 'model.layers.0.self_attn.o_proj' \(2 layers in all\)"),
+        ):
+            config.target_modules = targets
+            with pytest.raises(SvdtuneError, match=message):
+                get_peft_model(model_of("llama"), config)
 
     def test_a_merge_that_is_not_finite(self):
         model = adapted("sorsa")
