@@ -1,7 +1,7 @@
 """Each Triton kernel beside its plain PyTorch form and beside the floor that bytes and arithmetic set; CUDA only.
 
-    python benchmarks/kernels.py                    # all groups, at LLaMA-7B shapes
-    python benchmarks/kernels.py dropout products   # some: factors, dropout, router, products, transposed
+    python benchmarks/kernel_times.py                    # all groups, at LLaMA-7B shapes
+    python benchmarks/kernel_times.py dropout products   # some: factors, dropout, router, products, transposed
 
 JSON lines, times in microseconds, medians with a cold L2 cache. `floor` is the larger of the bytes that must move over the
 bandwidth of a large copy and of the operations over the rate of a large bf16 product, both measured at the start of the run.
