@@ -60,12 +60,24 @@ class SvdTuner(BaseTuner):
 
     def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
-        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        peft_config = self._named_layers(peft_config, model)
         targets = dict(self._targets(peft_config, model))
         if peft_config.initialized:
             check_same_layers(peft_config.ranks, targets)
             check_base(peft_config.base_fingerprint, targets)
         self._settle(peft_config, targets)
+
+    def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
+        """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name, which `layers_to_transform`
+        does not look into, so that is applied here."""
+        shorthand = config.target_modules
+        config = _maybe_include_all_linear_layers(config, model)
+        if isinstance(shorthand, str) and not isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+            names = config.target_modules
+            config.target_modules = {name.rpartition(".")[2] for name in names}
+            chosen = {name for name in names if self._check_target_module_exists(config, name)}
+            config.target_modules = chosen or names
+        return config
 
     def _targets(self, config: SvdConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside: list[str] = []

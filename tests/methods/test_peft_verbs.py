@@ -270,6 +270,9 @@ def test_default_targets_are_the_papers():
         ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, 1),
         ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, 12),
         ({"target_modules": r".*\.1\..*_proj"}, 7),
+        ({"layers_to_transform": [0]}, 7),
+        ({"target_modules": "all-linear", "layers_to_transform": 1, "layers_pattern": "layers"}, 7),
+        ({"target_modules": "all-linear", "layers_to_transform": [0, 1], "exclude_modules": ["up_proj"]}, 12),
     ],
 )
 def test_targeting(settings, count):
