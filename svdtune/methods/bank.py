@@ -77,8 +77,10 @@ class FactorBank:
 
 
 def versions_of(pieces: Pieces) -> tuple:
-    """What changes when a factor is written to, replaced, or frozen."""
-    return tuple(None if t is None else (id(t), t._version, t.requires_grad) for t in pieces)
+    """What changes when a trained factor is written to, replaced, or frozen. (Frozen ones change with them, by loading.)"""
+    U, s, V, _, _ = pieces
+    middle = None if s is None else (id(s), s._version, s.requires_grad)
+    return id(U), U._version, U.requires_grad, middle, id(V), V._version, V.requires_grad
 
 
 def stack_all(members: dict[int, Pieces], dtype: torch.dtype) -> dict[int, Pair]:

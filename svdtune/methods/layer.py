@@ -152,13 +152,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
-        tensors: nn.ParameterDict = getattr(self, name)
-        return tensors.get(adapter)
-
-    def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
-        """Every tensor that an adapter has, by name in `trained` and `frozen`."""
-        found = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
-        return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+        return self._modules[name]._parameters.get(adapter)  # every step reads these: nn.Module's own look-up is slow
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -249,13 +243,14 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         Not so for other classes (quantized, already adapted), for weights that Accelerate brings in on the call, for
         sharded ones, for one that is itself trained, and where anybody hooked the layer.
         """
-        base = self.base_layer
+        base = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
         return (
             type(base) in (nn.Linear, Conv1D)
-            and type(base.weight) is nn.Parameter
-            and not base.weight.is_meta
-            and not base.weight.requires_grad
-            and base.weight.is_floating_point()
+            and type(weight) is nn.Parameter
+            and not weight.is_meta
+            and not weight.requires_grad
+            and weight.is_floating_point()
             and "forward" not in base.__dict__
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )

@@ -72,7 +72,11 @@ class SvdTuner(BaseTuner):
         does not look into, so that is applied here."""
         shorthand = config.target_modules
         config = _maybe_include_all_linear_layers(config, model)
-        if isinstance(shorthand, str) and not isinstance(config.target_modules, str) and config.layers_to_transform is not None:
+        if (
+            isinstance(shorthand, str)
+            and not isinstance(config.target_modules, str)
+            and config.layers_to_transform is not None
+        ):
             names = config.target_modules
             config.target_modules = {name.rpartition(".")[2] for name in names}
             chosen = {name for name in names if self._check_target_module_exists(config, name)}

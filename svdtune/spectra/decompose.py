@@ -1,5 +1,6 @@
 """Spectra, ranks and factors of many weights: one at a time, with progress, looked up on disk before they are computed."""
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +20,8 @@ Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 Result = TypeVar("Result")
 # Weights of a GPU in work at once.
 _AT_ONCE = 4
+# Each worker thread's stream, by device.
+_thread = threading.local()
 
 
 def spectra(weights: Weights, *, progress: bool | None = None) -> Iterator[tuple[str, Spectrum]]:
@@ -130,14 +133,19 @@ def _each(
     finally:
         if pool is not None:
             pool.shutdown(cancel_futures=True)
+            # cuBLAS keeps some 32 MiB of workspace for each stream that it ever ran on; ours are done.
+            torch._C._cuda_clearCublasWorkspaces()
         store.trim()
 
 
 def _on_own_stream(
     compute: Callable[[str, Tensor], Result], name: str, weight: Tensor, caller: torch.cuda.Stream
 ) -> Result:
-    """compute(name, weight) on a new stream that starts after what `caller` has queued and is finished on return."""
-    stream = torch.cuda.Stream(weight.device)
+    """compute(name, weight) on this thread's stream, started after what `caller` has queued and finished on return."""
+    streams = _thread.__dict__.setdefault("streams", {})
+    if weight.device not in streams:
+        streams[weight.device] = torch.cuda.Stream(weight.device)
+    stream = streams[weight.device]
     stream.wait_stream(caller)
     with torch.cuda.device(weight.device), torch.cuda.stream(stream):
         result = compute(name, weight)

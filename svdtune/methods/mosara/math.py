@@ -45,7 +45,7 @@ class MoSaraLinear(torch.autograd.Function):
         if front and w1 is not None:  # the gate reads x V without v
             gate_input = flat @ (V @ w1).to(dtype)
             gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
-            t = z * filled(gate @ lam, COLUMNS if z.is_cuda else 1).to(dtype)
+            t = z * filled(gate @ lam, z.shape[1]).to(dtype)
         else:
             t, gate, gate_input = mix(z, w1, w2, lam)
         if weight is None:

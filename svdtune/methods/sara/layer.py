@@ -32,7 +32,7 @@ class SaraLinear(SvdLayer):
         return {"sara_U": U, "sara_lambda": lam if config.use_lambda else None, "sara_V": V}
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        return self.sara_U[adapter], self.adapter_tensor("sara_lambda", adapter), self.sara_V[adapter]
+        return tuple(self.adapter_tensor(name, adapter) for name in self.trained)
 
     def pieces(self, adapter: str) -> Pieces:
         return (*self._factors(adapter), None, None)

@@ -117,8 +117,9 @@ class SorsaLinear(SvdLayer):
         return y
 
     def _tensors(self, adapter: str) -> tuple[Tensor | None, ...]:
-        frozen = (None, None) if adapter in self._subtracted else (self.frozen_P0[adapter], self.frozen_V0[adapter])
-        return (self.sorsa_U[adapter], self.sorsa_s[adapter], self.sorsa_V[adapter], *frozen)
+        names = self.trained if adapter in self._subtracted else (*self.trained, *self.frozen)
+        tensors = tuple(self.adapter_tensor(name, adapter) for name in names)
+        return tensors if len(tensors) == 5 else (*tensors, None, None)
 
     def pieces(self, adapter: str) -> Pieces | None:
         if self._subtracted.difference((adapter,)):

@@ -58,8 +58,8 @@ def sorsa_pair(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> tuple
     return torch.cat([V, V - V0], 1), torch.cat([P - P0, P0], 1)
 
 
-def penalty(factors: Tensor, smooth_eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """‖MᵀM − I‖_F and its gradient for a batch of factors [n, d, r], long dimension first: [n] and [n, d, r].
+def penalty(factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """‖MᵀM − I‖_F and its gradient, times `weight`, for factors [n, d, r], long dimension first: [n] and [n, d, r].
 
     The gradient has norm close to 2 however small the error is, and jumps at 0. `smooth_eps` > 0 divides by
     √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with autocast and TF32 off.
@@ -71,7 +71,7 @@ def penalty(factors: Tensor, smooth_eps: float = 0.0) -> tuple[Tensor, Tensor]:
         E.diagonal(dim1=-2, dim2=-1).sub_(1)
         norms = torch.linalg.matrix_norm(E)
         length = norms if smooth_eps == 0 else torch.sqrt(norms.square() + smooth_eps**2)
-        slope = torch.where(length > 0, 2 / length, 0)
+        slope = torch.where(length > 0, 2 / length, 0) * weight
         return norms, torch.bmm(factors, E * slope[:, None, None])
 
 

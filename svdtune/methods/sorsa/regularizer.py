@@ -29,19 +29,24 @@ from svdtune.methods.sorsa.math import penalty
 CHUNK_ELEMENTS = 1 << 26
 
 
-def trained_factors(model: nn.Module) -> Iterator[tuple[nn.Parameter, SorsaConfig]]:
+def sorsa_layers(model: nn.Module) -> list[SorsaLinear]:
+    """The layers of a model that SORSA adapts."""
+    return [layer for layer in model.modules() if isinstance(layer, SorsaLinear)]
+
+
+def trained_factors(layers: nn.Module | list[SorsaLinear]) -> Iterator[tuple[nn.Parameter, SorsaConfig]]:
     """Every U and V of a SORSA adapter that is being trained, with its adapter's configuration."""
-    for layer in model.modules():
-        if isinstance(layer, SorsaLinear):
-            for adapter, config in layer.configs.items():
-                for factors in (layer.sorsa_U, layer.sorsa_V):
-                    if factors[adapter].requires_grad:
-                        yield factors[adapter], config
+    for layer in sorsa_layers(layers) if isinstance(layers, nn.Module) else layers:
+        for adapter, config in layer.configs.items():
+            for name in ("sorsa_U", "sorsa_V"):
+                factor = layer.adapter_tensor(name, adapter)
+                if factor.requires_grad:
+                    yield factor, config
 
 
 @torch.no_grad()
 def add_regularizer_gradients(
-    model: nn.Module, max_learning_rate: float, *, grad_scale: Tensor | float = 1.0
+    model: nn.Module | list[SorsaLinear], max_learning_rate: float, *, grad_scale: Tensor | float = 1.0
 ) -> Tensor | None:
     """Add (γ / η_d) ∇L_reg (Eq. 6) to the gradients of every trained SORSA factor of a model.
 
@@ -49,7 +54,7 @@ def add_regularizer_gradients(
     gradient gets one. Equal shapes are treated together in fp32; nothing here waits for the device.
 
     Args:
-        model: with SORSA adapters; a model without any is left alone.
+        model: with SORSA adapters, or its `sorsa_layers`; a model without any is left alone.
         max_learning_rate: η_d, the largest learning rate of the schedule.
         grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler).
 
@@ -73,11 +78,11 @@ def add_regularizer_gradients(
         weight = share * gamma / max_learning_rate
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
         for chunk in _chunks(group):
-            norms, gradients = penalty(torch.stack([factor.detach() for factor in chunk]), smooth_eps)
+            norms, gradients = penalty(torch.stack([factor.detach() for factor in chunk]), smooth_eps, weight * scale)
             part = norms.sum() * share
             total = part if total is None else total + part.to(total.device)
             if gamma > 0:
-                _accumulate(chunk, gradients.mul_(weight * scale))
+                _accumulate(chunk, gradients)
     return total
 
 
@@ -100,7 +105,7 @@ class RegularizerHook:
     """What `regularize` returns: `last` is L_reg at the latest step (0-d tensor or None), `remove()` takes the hook away."""
 
     def __init__(self, model: nn.Module, max_learning_rate: float):
-        self.model, self.max_learning_rate = model, max_learning_rate
+        self.layers, self.max_learning_rate = sorsa_layers(model), max_learning_rate
         self.last: Tensor | None = None
         self._handle: RemovableHandle | None = None
 
@@ -108,7 +113,7 @@ class RegularizerHook:
         # A fused optimizer divides by GradScaler's scale inside its own kernel, so here the gradients still carry it.
         scale = getattr(optimizer, "grad_scale", None)
         self.last = add_regularizer_gradients(
-            self.model, self.max_learning_rate, grad_scale=1.0 if scale is None else scale
+            self.layers, self.max_learning_rate, grad_scale=1.0 if scale is None else scale
         )
 
     def remove(self) -> None:
@@ -124,7 +129,7 @@ def regularize(
 
     Args:
         optimizer: any torch optimizer.
-        model: the model with SORSA adapters.
+        model: the model with SORSA adapters; layers adapted later are not seen.
         max_learning_rate: η_d. By default the largest `initial_lr` of the optimizer's groups, which schedulers set to
             the rate they start from or rise to, or `lr` where there is no scheduler yet.
     """
