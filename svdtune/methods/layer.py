@@ -154,6 +154,11 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         """One tensor of an adapter, None where its settings leave it out."""
         return self._modules[name]._parameters.get(adapter)  # every step reads these: nn.Module's own look-up is slow
 
+    def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Every tensor that an adapter has, by name in `trained` and `frozen`."""
+        found = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
+        return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
