@@ -55,7 +55,7 @@ class Size:
 
 
 # An untrained model talks at length: the limit must let it come to its answer, or "before" would be the limit's fault.
-FULL, QUICK = Size(steps=80, items=100, max_new_tokens=160), Size(steps=10, items=16, max_new_tokens=64)
+FULL, QUICK = Size(steps=50, items=96, max_new_tokens=160), Size(steps=10, items=16, max_new_tokens=64)
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def score(source: "Source", recipe: "Recipe", size: Size, output: Path, console:
             get_task("number"),
             output,
             max_new_tokens=size.max_new_tokens,
-            batch_size=16,
+            batch_size=32,
             settings={"data": data.eval.model_dump(), "template": data.template},
             on_progress=on_progress,
         )
