@@ -2,6 +2,7 @@
 #
 #   make demo                    train, score and merge all three methods on a small real model (DEMO="--quick" shortens it)
 #   make test                    run the tests (PYTEST="-m slow" for the long ones)
+#   make conformance             run PEFT's own tests on our methods (CONFORMANCE="--fast" shortens it)
 #   make lint / make format      check / apply the code style
 #   make clean                   remove what make and Python made; runs/ stays
 #
@@ -14,10 +15,11 @@ BIN := $(VENV)/bin
 TORCH ?=
 DEMO ?=
 PYTEST ?=
+CONFORMANCE ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format clean
+.PHONY: help demo test conformance lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -27,6 +29,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST)
+
+conformance: $(VENV)/.conformance
+	$(BIN)/python -m conformance $(CONFORMANCE)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -46,7 +51,7 @@ $(VENV)/.torch: | $(BIN)/python
 		$(BIN)/python -m pip install $(or $(TORCH),torch==2.13.0); fi
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
 	$(BIN)/python -m pip install --editable ".[$*]"
 	@touch $@
 

@@ -6,10 +6,12 @@
 
 import os
 import sys
+from collections import Counter
+from importlib.metadata import version
 
 import pytest
 
-from conformance import plugin
+from conformance import cases, plugin
 from conformance.fetch import fetch_tests
 from conformance.models import build_models
 
@@ -33,11 +35,18 @@ def main() -> int:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
     # PEFT's tests name models of the hub. A folder of that name below the working folder goes before the hub.
-    os.environ |= {"HF_HUB_OFFLINE": "1", "SVDTUNE_CACHE": "off"}
     os.chdir(build_models())
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--rootdir", str(tests), "-c", os.devnull]
     options += ["-W", "ignore", "--timeout=300"]
-    return pytest.main([*options, *arguments, *(str(tests / name) for name in FILES)], plugins=[plugin.Plugin(fast)])
+    sessions = [plugin.Plugin(fast), *(plugin.Plugin(fast, method) for method in cases.METHODS)]
+    codes = [
+        pytest.main([*options, *arguments, *(str(tests / file) for file in FILES)], [session]) for session in sessions
+    ]
+    counts = sum((session.counts for session in sessions), Counter())
+    print(f"\nconformance to PEFT {version('peft')}: " + plugin.totals(counts))
+    return next(
+        (int(code) for code in codes if code not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)), 0
+    )
 
 
 if __name__ == "__main__":

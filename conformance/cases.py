@@ -63,10 +63,13 @@ def _chosen(fast: bool) -> list[tuple[str, tuple[type, dict[str, Any]]]]:
     return list(VARIANTS.items())[: FAST_VARIANTS if fast else None]
 
 
+# Names of LoRA's that a test may use and still be about any method: `like_lora` turns them into ours.
+ONLY_LORAS = {"LoraConfig", "lora_alpha", "lora_dropout", "init_lora_weights", "lora_only", "lora_config", "lora_path"}
+
+
 def like_lora(cls: type, **settings: Any):
     """Our configuration for what a test asks of LoRA; what only LoRA has is left out."""
-    for only_lora in ("lora_alpha", "alpha_pattern", "ensure_weight_tying"):
-        settings.pop(only_lora, None)
+    settings = {name: value for name, value in settings.items() if name not in ("lora_alpha", "alpha_pattern")}
     settings["r"] = min(settings.get("r", 2), 2)  # the layers of these tests are that small
     settings["dropout"] = settings.pop("lora_dropout", 0.0)
     settings["init_weights"] = settings.pop("init_lora_weights", True) is not False
@@ -78,6 +81,8 @@ def like_lora(cls: type, **settings: Any):
 
 
 # What is skipped, by a regular expression on "file::test[parameters]", and why. The first match counts.
+_FROZEN = "takes every parameter named after the adapter for a trained one; these have frozen factors beside them"
+_LORA = "about what LoRA alone has: its variants, scaling, initialisations, own layers or parameter counts"
 _LOUD_START = "expects no change at the start; SARA's own start is random (its start from the spectrum is tested)"
 SKIPPED: list[tuple[str, str]] = [
     (r"test_disable_adapters(_with_merging)?\[.* SARA(-| threshold)", _LOUD_START),
@@ -85,6 +90,19 @@ SKIPPED: list[tuple[str, str]] = [
         r"test_parameters_after_loading_model\[MLP 3",
         "its learning rate of 0.5 (lowered for PEFT's own methods) gives NaN",
     ),
+    (r"test_loading_model_(with_modules_to_save_)?requires_grad_set_correctly.*(MoSara|Sorsa)", _FROZEN),
+    (r"[Mm]ixed", "PeftMixedModel is closed to methods from outside PEFT; adapters exported to LoRA do mix"),
+    (
+        r"trainable_?tokens|trainble_tokens|target_param|TestTargetedParameter|inside_auxiliary",
+        "trainable_token_indices and target_parameters are settings of LoRA",
+    ),
+    (r"TestKasa|dora|TestCorda|TestEva|TestLora|TestLily|TestHotSwapping|TestScaling|TestWeightTying", _LORA),
+    (r"TestLoadPeftKeyMapping|TestDynamicDispatch|alpha_pattern|test_module_matching_lora|test_nb_params", _LORA),
+    (
+        r"TestRankAndAlphaPattern",
+        "its layers are 1×1, so no rank but 1 exists; rank_pattern is tested in our own tests",
+    ),
+    (r"large_model|_large|_irregular", "targets Conv2d and Embedding layers, which the three methods do not adapt"),
     (r"test_disable_adapter_with_bias_warns", "for LoRA and BOFT only, says the test"),
 ]
 

@@ -56,7 +56,7 @@ _MODELS: dict[str, Callable[[], tf.PreTrainedModel]] = {
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": _bart,
     "peft-internal-testing/tiny-random-BertModel": lambda: tf.BertModel(tf.BertConfig(**_SIZES)),
     "peft-internal-testing/tiny-random-BloomForCausalLM": lambda: tf.BloomForCausalLM(
-        tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4, **_ENDS)
+        tf.BloomConfig(vocab_size=99, hidden_size=32, n_layer=5, n_head=4, **_ENDS)
     ),
     "peft-internal-testing/tiny-random-GPT2LMHeadModel": _gpt2,
     "peft-internal-testing/tiny-random-GPTJForCausalLM": _gptj,

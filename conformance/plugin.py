@@ -2,13 +2,14 @@
 
 PEFT's tests take their configurations from lists that `parametrize` keeps by reference, so filling the lists with ours after a
 test file was imported and before its tests are made is enough. Tests that build a `LoraConfig` themselves get ours under
-that name, once for each method.
+that name, in a session for each method.
 """
 
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
 from inspect import getmodule, isfunction
-from types import ModuleType, SimpleNamespace
+from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
@@ -18,8 +19,6 @@ from svdtune import MoSaraConfig
 
 _FILLED = {"TEST_CASES": cases.custom_models, "ALL_CONFIGS": cases.decoders}
 _FILLED |= {"MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": cases.active_adapters}
-_NO_CALL = SimpleNamespace(params={})
-_OTHER = "about another method of PEFT's: takes no configuration that could be replaced"
 
 
 class Plugin:
@@ -27,10 +26,12 @@ class Plugin:
 
     Args:
         fast: one configuration of each method and one decoder.
+        method: run the tests that make a LoraConfig themselves, with this method in its place; None: all those that take their
+            configurations from lists.
     """
 
-    def __init__(self, fast: bool):
-        self.fast = fast
+    def __init__(self, fast: bool, method: str | None = None):
+        self.fast, self.method = fast, method
         self.counts: Counter[str] = Counter()
         self.reasons: Counter[str] = Counter()
 
@@ -42,6 +43,9 @@ class Plugin:
         yield
 
     def _replace(self, module: ModuleType) -> None:
+        if self.method is not None:
+            cls = cases.METHODS[self.method]
+            module.LoraConfig = lambda **settings: cases.like_lora(cls, **settings)
         for name, rows in _FILLED.items():
             if hasattr(module, name):
                 getattr(module, name)[:] = rows(self.fast)
@@ -50,6 +54,8 @@ class Plugin:
         if self.fast and hasattr(module, "PEFT_DECODER_MODELS_TO_TEST"):
             del module.PEFT_DECODER_MODELS_TO_TEST[:-1]
         for holder in (module, getmodule(getattr(module, "PeftCommonTester", None))):
+            if hasattr(holder, "hub_online_once"):
+                holder.hub_online_once = nullcontext  # it would go online for the first use of each model
             for name in ("_skip_if_conv1d_not_supported", "_skip_if_not_conv1d_supported"):
                 if hasattr(holder, name):
                     setattr(holder, name, lambda *_, **__: None)  # ours adapt Conv1D
@@ -57,28 +63,25 @@ class Plugin:
                 holder._skip_if_merging_not_supported = _skip_several_heads
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        if _uses_our_lists(metafunc.definition) or not _names(metafunc, "LoraConfig"):
-            return
-        metafunc.fixturenames.append("method_like_lora")
-        metafunc.parametrize("method_like_lora", cases.METHODS, indirect=True, scope="class")
-
-    @pytest.fixture(scope="class")
-    def method_like_lora(self, request: pytest.FixtureRequest) -> Any:
-        module, cls = request.node.getparent(pytest.Module).obj, cases.METHODS[request.param]
-        before = module.LoraConfig
-        module.LoraConfig = lambda **settings: cases.like_lora(cls, **settings)
-        yield
-        module.LoraConfig = before
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        for item in items:
-            name = f"{item.path.name}::{item.nodeid.split('::', 1)[1]}"
-            ours = _uses_our_lists(item) or "method_like_lora" in getattr(item, "callspec", _NO_CALL).params
-            reason = cases.reason_to_skip(name) or (None if ours else _OTHER)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item], config: pytest.Config) -> None:
+        listed = [item for item in items if _uses_our_lists(item)]
+        chosen = listed if self.method is None else [item for item in items if item not in listed and _of_lora(item)]
+        for item in chosen:
+            reason = cases.reason_to_skip(f"{item.path.name}::{item.nodeid.split('::', 1)[1]}")
+            if self.method is not None and any("lora" in text.lower() for text in _texts(item.function.__code__)):
+                reason = reason or "looks for LoRA's own tensors or settings by name"
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
+        items[:] = chosen
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Any:
+        report = (yield).get_result()
+        if report.failed and "outgoing traffic has been disabled" in _chain(call.excinfo.value):
+            report.outcome, report.longrepr = (
+                "skipped",
+                (str(item.path), 0, "Skipped: asks the hub for a model or adapter"),
+            )
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
@@ -88,11 +91,15 @@ class Plugin:
             self.reasons[text.removeprefix("Skipped: ")] += 1
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.section("conformance to PEFT")
+        terminalreporter.section(f"conformance to PEFT: {self.method or 'our configurations in its tables'}")
         for reason, count in self.reasons.most_common():
             terminalreporter.line(f"skipped {count:5}  {reason}")
-        totals = ", ".join(f"{self.counts[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
-        terminalreporter.line(totals)
+        terminalreporter.line(totals(self.counts))
+
+
+def totals(counts: Counter[str]) -> str:
+    """How many tests passed, were skipped and failed, in words."""
+    return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("passed", "skipped", "failed"))
 
 
 def _uses_our_lists(item: Any) -> bool:
@@ -106,16 +113,28 @@ def _uses_our_lists(item: Any) -> bool:
     )
 
 
-def _names(metafunc: pytest.Metafunc, word: str) -> bool:
-    """Whether the code of a test, or of what its class has besides tests (fixtures, helpers), speaks of `word`."""
-    if not hasattr(metafunc.module, word):
-        return False
-    own = vars(metafunc.cls) if metafunc.cls else {}
+def _of_lora(item: Any) -> bool:
+    """Whether a test, or what its class has besides tests (fixtures, helpers), makes a LoraConfig by that name."""
+    own = vars(item.cls) if item.cls else {}
     helpers = (part for name, part in own.items() if not name.startswith("test"))
     functions = (getattr(part, "_get_wrapped_function", lambda part=part: part)() for part in helpers)
-    return any(
-        word in function.__code__.co_names for function in (metafunc.function, *functions) if isfunction(function)
-    )
+    return any("LoraConfig" in code.__code__.co_names for code in (item.function, *functions) if isfunction(code))
+
+
+def _texts(code: CodeType) -> Iterator[str]:
+    """The strings, names and attributes in a function and in those inside it, but for the configuration's name."""
+    comment = next(iter(code.co_consts), None)
+    for part in (*code.co_consts, *code.co_names):
+        if isinstance(part, CodeType):
+            yield from _texts(part)
+        elif isinstance(part, str) and part not in cases.ONLY_LORAS and part != comment:
+            yield part
+        elif isinstance(part, tuple):
+            yield from (text for text in part if isinstance(text, str) and text not in cases.ONLY_LORAS)
+
+
+def _chain(error: BaseException | None) -> str:
+    return "" if error is None else f"{error} {_chain(error.__cause__ or error.__context__)}"
 
 
 def _skip_several_heads(model_id: str, config_cls: type, config_kwargs: dict[str, Any]) -> None:
