@@ -7,8 +7,10 @@ and multiplies by alpha / rank, so alpha = rank. Nothing is lost: SORSA's change
 Only the adapter's own files are read; no base model is needed.
 """
 
+import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from svdtune.export.folder import check_new_folder, new_folder
 from svdtune.export.merging import probe_logits
 from svdtune.export.opening import attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.saved import ADAPTER_WEIGHTS, layer_class, read_adapter
+from svdtune.methods.saved import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -64,12 +66,70 @@ def export_lora(
     Raises:
         SvdtuneError: the adapter is damaged or another method's, has several heads, or `output` cannot be written.
     """
+    check_new_folder(output.expanduser())
+    saved = read_adapter(adapter)
+    return _write(saved.config, _pairs(saved), saved.others, output, rank, uniform)
+
+
+def combine(
+    weights: Mapping[Path, float], output: Path, *, rank: int | None = None, uniform: bool = False
+) -> LoraReport:
+    """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of the methods alone can be.
+
+    Exact by stacking, so the rank of a layer is the sum of the adapters' ranks there; or cut to `rank`, stating the error. The
+    methods may differ; a layer that an adapter leaves alone counts as zero.
+
+    Args:
+        weights: folder of each adapter → its weight, which may be negative.
+        output: folder to create.
+        rank, uniform: as for `export_lora`.
+
+    Raises:
+        SvdtuneError: as `export_lora`; also where the adapters were made from different bases or train whole modules or biases.
+    """
+    check_new_folder(output.expanduser())
+    if not weights:
+        raise SvdtuneError("there are no adapters to combine; name at least one with its weight")
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    bases: dict[str, str] = {}
+    for folder, weight in weights.items():
+        saved = read_adapter(folder)
+        if saved.others:
+            raise SvdtuneError(
+                f"the adapter {folder} also trains {min(saved.others)}, which has no weighted sum; combine adapters without "
+                "modules_to_save and biases"
+            )
+        for layer, (A, B) in _pairs(saved).items():
+            mark = saved.config.base_fingerprint.get(layer)
+            if mark is not None and bases.setdefault(layer, mark) != mark:
+                raise SvdtuneError(f"the adapter {folder} was made from another base model: layer {layer!r} differs")
+            pairs.setdefault(layer, []).append((A, weight * B))
+    stacked = {
+        layer: (torch.cat([A for A, _ in parts], 1), torch.cat([B for _, B in parts], 1))
+        for layer, parts in pairs.items()
+    }
+    everything = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "dropout": 0.0}
+    config = dataclasses.replace(saved.config, target_modules=sorted(stacked), **everything)
+    return _write(config, stacked, {}, output, rank, uniform)
+
+
+def _pairs(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    method = layer_class(saved.config)
+    return {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}
+
+
+def _write(
+    adapter: SvdConfig,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    others: dict[str, Tensor],
+    output: Path,
+    rank: int | None,
+    uniform: bool,
+) -> LoraReport:
+    """Write pairs as a LoRA adapter, cut or padded as asked for."""
     output = output.expanduser()
-    check_new_folder(output)
     if rank is not None and rank < 1:
         raise SvdtuneError(f"the rank to export to must be at least 1; got {rank}")
-    saved = read_adapter(adapter)
-    pairs = {layer: layer_class(saved.config).low_rank_pair(t, saved.config) for layer, t in saved.layers.items()}
     errors = {}
     if rank is not None:
         for layer, pair in pairs.items():
@@ -80,15 +140,15 @@ def export_lora(
         most = max(ranks.values())
         pairs = {layer: tuple(F.pad(part, (0, most - ranks[layer])) for part in pair) for layer, pair in pairs.items()}
         ranks = dict.fromkeys(ranks, most)
-    config = lora_config(saved.config, ranks)
-    tensors = dict(saved.others)
+    config = lora_config(adapter, ranks)
+    tensors = dict(others)
     for layer, (A, B) in pairs.items():
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A.mT.contiguous()
         tensors[f"base_model.model.{layer}.lora_B.weight"] = B.contiguous()
     with new_folder(output) as work:
         config.save_pretrained(work)
         save_file(tensors, work / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (work / "README.md").write_text(_card(saved.config, ranks, errors), encoding="utf-8")
+        (work / "README.md").write_text(_card(adapter, ranks, errors), encoding="utf-8")
     return LoraReport(output, ranks, errors, notes_for_servers(config, ranks))
 
 

@@ -177,6 +177,17 @@ class SvdTuner(BaseTuner):
                         tensors[adapter_name].detach().to(dtype), requires_grad=tensors[adapter_name].requires_grad
                     )
 
+    def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
+        """Not there: a weighted sum of adapters is in general no adapter of these methods.
+
+        Raises:
+            SvdtuneError: always, with the way round.
+        """
+        raise SvdtuneError(
+            "a weighted sum of SARA, Mo-SARA or SORSA adapters is no such adapter again. Save them and combine them into one "
+            "LoRA, exactly or cut to a rank: svdtune.export.lora.combine({'first': 0.7, 'second': 0.3}, 'combined')"
+        )
+
     def adapted_layers(self) -> Iterator[SvdLayer]:
         """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute the tuner lacks does.)"""
         return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))

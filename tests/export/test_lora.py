@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
-from svdtune.export.lora import VLLM_RANKS, export_lora, truncated
+from svdtune.export.lora import VLLM_RANKS, combine, export_lora, truncated
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 EXACT = {
@@ -157,6 +157,67 @@ def test_cutting_the_rank_states_its_error(tmp_path):
         best = torch.linalg.svdvals(delta)[3:].norm() / delta.norm()
         assert error == pytest.approx(float(best), rel=1e-4)
     assert f"{max(report.errors.values()):.2e}" in (tmp_path / "lora/README.md").read_text()
+
+
+def change_by_layer(lora):
+    tensors = load_file(lora / "adapter_model.safetensors")
+    ends = ".lora_A.weight", ".lora_B.weight"
+    layers = [key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
+    return {layer: tensors[layer + ends[1]].double() @ tensors[layer + ends[0]].double() for layer in layers}
+
+
+class TestCombining:
+    def saved(self, folder, config):
+        trained(config).save_pretrained(folder)
+
+    def test_different_methods_by_weight(self, tmp_path):
+        self.saved(tmp_path / "first", SaraConfig(r=3))
+        self.saved(tmp_path / "second", SorsaConfig(r=2, layout="residual"))
+        report = combine({tmp_path / "first": 0.7, tmp_path / "second": -0.2}, tmp_path / "lora")
+        assert report.ranks["model.layers.0.self_attn.q_proj"] == 3 + 4
+        assert report.ranks["model.layers.0.mlp.up_proj"] == 4
+        for name in ("first", "second"):
+            export_lora(tmp_path / name, tmp_path / f"{name}-lora")
+        first, second = (change_by_layer(tmp_path / f"{name}-lora") for name in ("first", "second"))
+        got = change_by_layer(tmp_path / "lora")
+        assert set(got) == set(first) | set(second)
+        for layer, change in got.items():
+            assert torch.allclose(change, 0.7 * first.get(layer, 0) - 0.2 * second[layer], atol=1e-6)
+
+    def test_cut_to_a_rank(self, tmp_path):
+        for name in ("first", "second"):
+            self.saved(tmp_path / name, SaraConfig(r=3))
+        report = combine({tmp_path / "first": 1.0, tmp_path / "second": 1.0}, tmp_path / "lora", rank=4)
+        assert set(report.ranks.values()) == {4}
+        assert all(0 < error < 1 for error in report.errors.values())
+
+    def test_outputs_are_those_of_both_adapters_active(self, tmp_path):
+        self.saved(tmp_path / "first", SorsaConfig(r=3))
+        self.saved(tmp_path / "second", SorsaConfig(r=2, target_modules=["up_proj"]))
+        model = PeftModel.from_pretrained(model_of("llama"), tmp_path / "first", adapter_name="first").eval()
+        model.load_adapter(tmp_path / "second", "second")
+        model.base_model.set_adapter(["first", "second"])
+        combine({tmp_path / "first": 1.0, tmp_path / "second": 1.0}, tmp_path / "lora")
+        got = logits(PeftModel.from_pretrained(model_of("llama"), tmp_path / "lora").eval())
+        assert torch.allclose(got, logits(model), atol=2e-5)
+
+    def test_what_cannot_be_combined(self, tmp_path):
+        self.saved(tmp_path / "first", SorsaConfig(r=3))
+        trained(SaraConfig(r=3, modules_to_save=["norm"])).save_pretrained(tmp_path / "saves")
+        config = json.loads((tmp_path / "first/adapter_config.json").read_text())
+        with pytest.raises(SvdtuneError, match=r"also trains \S+norm\.weight, which has no weighted sum"):
+            combine({tmp_path / "first": 1.0, tmp_path / "saves": 1.0}, tmp_path / "lora")
+        self.saved(tmp_path / "second", SorsaConfig(r=3))
+        config["base_fingerprint"]["model.layers.1.mlp.up_proj"] = "0" * 16
+        config["weights_sha256"] = None
+        (tmp_path / "second/adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(SvdtuneError, match=r"another base model: layer 'model\.layers\.1\.mlp\.up_proj' differs"):
+            combine({tmp_path / "first": 1.0, tmp_path / "second": 1.0}, tmp_path / "lora")
+        with pytest.raises(SvdtuneError, match="no adapters to combine"):
+            combine({}, tmp_path / "lora")
+        with pytest.raises(SvdtuneError, match="combine them into one LoRA"):
+            trained(SaraConfig(r=3)).add_weighted_adapter(["default"], [1.0], "sum")
+        assert not (tmp_path / "lora").exists()
 
 
 def test_a_rank_that_cuts_nothing_loses_nothing(tmp_path):
