@@ -67,7 +67,8 @@ class Plugin:
         listed = [item for item in items if _uses_our_lists(item)]
         chosen = listed if self.method is None else [item for item in items if item not in listed and _of_lora(item)]
         for item in chosen:
-            reason = cases.reason_to_skip(f"{item.path.name}::{item.nodeid.split('::', 1)[1]}")
+            name = f"{item.path.name}::{item.nodeid.split('::', 1)[1]}"
+            reason = cases.reason_to_skip(name if self.method is None else f"{name} as {self.method}")
             if self.method is not None and any("lora" in text.lower() for text in _texts(item.function.__code__)):
                 reason = reason or "looks for LoRA's own tensors or settings by name"
             if reason:
@@ -77,11 +78,10 @@ class Plugin:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo) -> Any:
         report = (yield).get_result()
-        if report.failed and "outgoing traffic has been disabled" in _chain(call.excinfo.value):
-            report.outcome, report.longrepr = (
-                "skipped",
-                (str(item.path), 0, "Skipped: asks the hub for a model or adapter"),
-            )
+        text = _chain(call.excinfo.value) if report.failed and call.excinfo else ""
+        reason = next((reason for part, reason in cases.EXCUSES.items() if part in text), None)
+        if reason is not None:
+            report.outcome, report.longrepr = "skipped", (str(item.path), 0, f"Skipped: {reason}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or not report.passed:
