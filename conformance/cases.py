@@ -104,7 +104,10 @@ SKIPPED: list[tuple[str, str]] = [
         r"trainable_?tokens|trainble_tokens|target_param|TestTargetedParameter|inside_auxiliary",
         _LORA_SETTINGS,
     ),
-    (r"TestKasa|dora|TestCorda|TestEva|TestLora|TestLily|TestHotSwapping|TestScaling|TestWeightTying", _LORA),
+    (
+        r"TestKasa|dora|lora_embed_scale|TestCorda|TestEva|TestLora|TestLily|TestHotSwapping|TestScaling|TestWeightTying",
+        _LORA,
+    ),
     (r"TestLoadPeftKeyMapping|TestDynamicDispatch|alpha_pattern|test_module_matching_lora|test_nb_params", _LORA),
     (
         r"TestRankAndAlphaPattern",
