@@ -96,9 +96,8 @@ def literal(model: nn.Module) -> nn.Module:
         if isinstance(layer, SorsaLinear):
 
             def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: SorsaLinear = layer) -> Tensor:
-                return sorsa_reference.sorsa_linear(x, weight, bias, *layer.pieces("default"))
+                return sorsa_reference.sorsa_linear(x, weight, bias, *layer._tensors("default"))
 
-            layer.banks.clear()
             layer.fused = fused
     return model
 

@@ -17,9 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods import kernels
-from svdtune.methods.bank import FactorBank, Pieces
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.lowrank import compute_dtype, paired_linear
 
 
 class SvdLayer(nn.Module, BaseTunerLayer):
@@ -40,14 +38,13 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         cls.adapter_layer_names = cls.trained
-        cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs", "banks")
+        cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs")
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.configs: dict[str, SvdConfig] = {}
-        self.banks: dict[str, FactorBank] = {}
         for name in (*self.trained, *self.frozen):
             setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.method}_dropout", nn.ModuleDict())
@@ -106,10 +103,6 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         Raises:
             SvdtuneError: the adapter is no matrix.
         """
-
-    def pieces(self, adapter: str) -> Pieces | None:
-        """U, s, V, P₀ and V₀ where the method is the low-rank addition of `lowrank.py`, for `FactorBank`; else None."""
-        return None
 
     # An adapter's beginning and end
 
@@ -217,20 +210,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         if len(active) == 1 and not args and not kwargs and self._may_read_weight():
             base, adapter = self.base_layer, active[0]
             weight = base.weight.mT if self._is_conv1d else base.weight
-            bank = self.banks.get(adapter)
-            pair = None if bank is None else bank.pair(self, compute_dtype(x))
             dropout = getattr(self, f"{self.method}_dropout")[adapter]
             p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-            in_kernel = (
-                p > 0
-                and pair is None
-                and self.draws_masks
-                and kernels.available(x)
-                and not torch.compiler.is_compiling()
-            )
+            in_kernel = p > 0 and self.draws_masks and kernels.available(x) and not torch.compiler.is_compiling()
             x_adapter = dropout(x) if p > 0 and not in_kernel else None
-            if pair is not None:
-                return paired_linear(x, weight, base.bias, *pair, x_adapter)
             return self.fused(x, weight, base.bias, x_adapter, p if in_kernel else 0.0, adapter)
         y = self.base_output(x, active, *args, **kwargs)
         for adapter in active:

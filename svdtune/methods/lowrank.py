@@ -38,10 +38,9 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """The pair A [in, w], B [out, w] with A Bᵀ = (P Vᵀ − P₀ V₀ᵀ)ᵀ, rounded to `dtype` last.
 
-    w is r, or 2r where a principal part is taken away, filled up with zero columns to a multiple of `pad`. Factors may have
-    leading dimensions, as a `FactorBank` stacks them.
+    w is r, or 2r where a principal part is taken away, filled up with zero columns to a multiple of `pad`.
     """
-    if U.ndim == 2 and kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
+    if kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
         return kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
     P = scaled(U, s)
     A, B = (V, P) if P0 is None else (torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1))
@@ -196,14 +195,3 @@ def add_low_rank(
 ) -> Tensor:
     """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be read directly."""
     return LowRankLinear.apply(x, None, y, None, U, s, V, P0, V0, 0.0)
-
-
-def paired_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, x_adapter: Tensor | None = None
-) -> Tensor:
-    """x Wᵀ + b + (x A) Bᵀ from plain PyTorch operations, for a pair [in, w], [out, w] that a `FactorBank` made."""
-    dtype = A.dtype
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    y = F.linear(flat, weight.to(dtype), None if bias is None else bias.to(dtype))
-    z = (flat if x_adapter is None else x_adapter.reshape(flat.shape).to(dtype)) @ A
-    return y.addmm_(z, B.mT).view(*x.shape[:-1], -1)

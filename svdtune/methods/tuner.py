@@ -17,7 +17,6 @@ from transformers.pytorch_utils import Conv1D
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
-from svdtune.methods.bank import FactorBank
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.integrity import check_base, check_same_layers, check_tensors, fingerprint
 from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
@@ -51,10 +50,6 @@ class SvdTuner(BaseTuner):
             config.ranks = {name: self._ranks[name] for name in sorted(self._ranks)}
             if not config.initialized:
                 config.base_fingerprint = {name: self._fingerprints[name] for name in sorted(self._fingerprints)}
-            layers = [layer for layer in self.adapted_layers() if adapter_name in layer.r]
-            bank = FactorBank(layers, adapter_name)
-            for layer in layers:
-                layer.banks[adapter_name] = bank
         finally:
             self._factors.clear()
 

@@ -33,12 +33,6 @@ def gradients(model, autocast=False):
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.fixture(params=["bank", "no bank"], autouse=True)
-def bank(request, monkeypatch):
-    if request.param == "no bank":
-        monkeypatch.setattr("svdtune.methods.bank.TRAINING_ELEMENTS", 0)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fp32(name):
     model = adapted(name)

@@ -363,7 +363,10 @@ class TestClearErrors:
         adapted("sara").save_pretrained(tmp_path)
         config = SaraConfig.from_pretrained(tmp_path)
         for targets, message in (
-            ({"o_proj"}, r"no layer 'model.layers.0.self_attn.q_proj' to adapt \(4 of the adapter's 4 layers are missing\)"),
+            (
+                {"o_proj"},
+                r"no layer 'model.layers.0.self_attn.q_proj' to adapt \(4 of the adapter's 4 layers are missing\)",
+            ),
             ({"q_proj", "v_proj", "o_proj"}, r"no rank for 'model.layers.0.self_attn.o_proj' \(2 layers in all\)"),
         ):
             config.target_modules = targets

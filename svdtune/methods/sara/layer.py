@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
-from svdtune.methods.bank import Pieces
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import scaled
 from svdtune.methods.sara.config import SaraConfig
@@ -33,9 +32,6 @@ class SaraLinear(SvdLayer):
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor | None, Tensor]:
         return tuple(self.adapter_tensor(name, adapter) for name in self.trained)
-
-    def pieces(self, adapter: str) -> Pieces:
-        return (*self._factors(adapter), None, None)
 
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str

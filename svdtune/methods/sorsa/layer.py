@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.linalg import Factors
-from svdtune.methods.bank import Pieces
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import add_low_rank, scaled
 from svdtune.methods.sara.math import kaiming_factors
@@ -120,11 +119,6 @@ class SorsaLinear(SvdLayer):
         names = self.trained if adapter in self._subtracted else (*self.trained, *self.frozen)
         tensors = tuple(self.adapter_tensor(name, adapter) for name in names)
         return tensors if len(tensors) == 5 else (*tensors, None, None)
-
-    def pieces(self, adapter: str) -> Pieces | None:
-        if self._subtracted.difference((adapter,)):
-            return None  # another adapter's principal part must be added back too
-        return self._tensors(adapter)
 
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
