@@ -55,7 +55,7 @@ class Size:
 
 
 # An untrained model talks at length: the limit must let it come to its answer, or "before" would be the limit's fault.
-FULL, QUICK = Size(steps=50, items=96, max_new_tokens=160), Size(steps=10, items=16, max_new_tokens=64)
+FULL, QUICK = Size(steps=50, items=64, max_new_tokens=128), Size(steps=10, items=16, max_new_tokens=64)
 
 
 @dataclass(frozen=True)
