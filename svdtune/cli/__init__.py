@@ -10,6 +10,7 @@ to go on, exit code 130. Anything else is a fault of svdtune and keeps its trace
 
 import importlib
 import pkgutil
+import warnings
 from typing import Any
 
 import typer
@@ -74,4 +75,6 @@ def _svdtune(
 
 def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
+    # PEFT still reads the name that transformers renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     app()

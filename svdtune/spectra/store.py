@@ -49,6 +49,11 @@ def cache_dir() -> Path | None:
         return None
     if chosen:
         return Path(chosen).expanduser()
+    return default_dir()
+
+
+def default_dir() -> Path:
+    """$XDG_CACHE_HOME/svdtune, else ~/.cache/svdtune."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "svdtune"
 
 

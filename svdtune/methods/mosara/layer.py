@@ -10,7 +10,7 @@ from svdtune.linalg import Factors
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import compute_dtype
 from svdtune.methods.mosara.config import MoSaraConfig
-from svdtune.methods.mosara.math import add_mosara, mosara_delta, mosara_linear, random_start, ready, scaled_rows
+from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start, ready, scaled_rows
 
 
 class MoSaraLinear(SvdLayer):
@@ -82,16 +82,6 @@ class MoSaraLinear(SvdLayer):
         if config.v_position == "front":
             return scaled_rows(V, v), U * lam
         return V, scaled_rows(U, v) * lam
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """The one head's ΔW.
-
-        Raises:
-            SvdtuneError: several heads.
-        """
-        check_one_head(self.mosara_lambda[adapter].shape[0], adapter)
-        U, V, lam, v, _, _, front = self._tensors(adapter)
-        return mosara_delta(U, V, lam, v, front).detach()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return self.configs[adapter_name].num_heads == 1

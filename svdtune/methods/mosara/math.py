@@ -43,7 +43,7 @@ class MoSaraLinear(torch.autograd.Function):
         A, B = projections(U, V, v, front, dtype, V_ready)
         z = flat @ A
         if front and w1 is not None:  # the gate reads x V without v
-            gate_input = flat @ (V @ w1).to(dtype)
+            gate_input = flat @ (V @ w1.to(V.dtype)).to(dtype)
             gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
             t = z * filled(gate @ lam, z.shape[1]).to(dtype)
         else:
@@ -84,7 +84,7 @@ class MoSaraLinear(torch.autograd.Function):
         if needs_x or needs_adapter:
             own = dz @ A.mT if needs_adapter or dx is None else dx.addmm_(dz, A.mT)
             if front and da is not None:
-                own = own.addr_(da.to(dtype), (V @ w1).to(dtype))
+                own = own.addr_(da.to(dtype), (V @ w1.to(V.dtype)).to(dtype))
             if needs_adapter:
                 dx_adapter = own.view(ctx.shape).to(adapter_dtype)
             elif adapter_dtype is None:

@@ -9,7 +9,7 @@ from svdtune.linalg import Factors
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import scaled
 from svdtune.methods.sara.config import SaraConfig
-from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_delta, sara_linear
+from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_linear
 
 
 class SaraLinear(SvdLayer):
@@ -44,7 +44,3 @@ class SaraLinear(SvdLayer):
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:
         return tensors["sara_V"], scaled(tensors["sara_U"], tensors.get("sara_lambda"))
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Eq. 4: U diag(λ) Vᵀ."""
-        return sara_delta(*self._factors(adapter)).detach()

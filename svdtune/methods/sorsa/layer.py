@@ -11,7 +11,7 @@ from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import add_low_rank, scaled
 from svdtune.methods.sara.math import kaiming_factors
 from svdtune.methods.sorsa.config import SorsaConfig
-from svdtune.methods.sorsa.math import add_sorsa, sorsa_delta, sorsa_linear, sorsa_pair
+from svdtune.methods.sorsa.math import add_sorsa, sorsa_linear, sorsa_pair
 
 
 class SorsaLinear(SvdLayer):
@@ -133,8 +133,9 @@ class SorsaLinear(SvdLayer):
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:
         return sorsa_pair(*(tensors[name] for name in (*SorsaLinear.trained, *SorsaLinear.frozen)))
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
+    def merge_delta(self, adapter: str) -> Tensor:
         """W_p − P₀ V₀ᵀ, or W_p alone where the base weight is the residual already."""
-        U, s, V, P0, V0 = self._tensors(adapter)
-        delta = scaled(U, s) @ V.mT if P0 is None else sorsa_delta(U, s, V, P0, V0)
-        return delta.detach()
+        if adapter not in self._subtracted:
+            return self.delta(adapter)
+        U, s, V = (self.adapter_tensors(adapter)[name] for name in self.trained)
+        return scaled(U, s) @ V.mT
