@@ -151,7 +151,7 @@ def test_cutting_the_rank_states_its_error(tmp_path):
     assert set(report.ranks.values()) == {3}
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     for layer, error in report.errors.items():
-        delta = model.base_model.model.get_submodule(layer).get_delta_weight("default").double()
+        delta = model.base_model.model.get_submodule(layer).delta("default").double()
         A, B = (tensors[f"base_model.model.{layer}.lora_{part}.weight"].double() for part in "AB")
         assert float((B @ A - delta).norm() / delta.norm()) == pytest.approx(error, rel=1e-4)
         best = torch.linalg.svdvals(delta)[3:].norm() / delta.norm()

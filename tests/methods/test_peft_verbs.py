@@ -4,7 +4,13 @@ import copy
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -237,6 +243,25 @@ def test_factors_in_the_base_dtype_compute_and_merge(name, dtype):
     before = logits(move(model.eval(), 0.01))
     got = logits(model.merge_and_unload())
     assert float((got - before).float().norm() / before.float().norm()) < 0.02
+
+
+@pytest.mark.parametrize("name", ["mosara", "mosara-front", "sara", "sorsa", "sorsa-residual"])
+def test_factors_in_the_base_dtype_train(name):
+    model = get_peft_model(model_of("llama", torch.bfloat16), config_of(name), autocast_adapter_dtype=False)
+    move(model, 0.01)(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad.dtype == torch.bfloat16 for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", sorted(MERGEABLE))
+def test_pefts_own_conversion_to_lora(name, family):
+    """It decomposes `get_delta_weight`, which must lie as the base layer stores it, against the base's own weight."""
+    model = adapted(name, family, moved=0.1)
+    config, tensors = convert_to_lora(model, rank=16)
+    config.fan_in_fan_out = family == "gpt2"
+    converted = get_peft_model(model_of(family), config).eval()
+    set_peft_model_state_dict(converted, tensors)
+    assert torch.allclose(logits(converted), logits(model), atol=1e-3)
 
 
 def test_attributes_of_the_base_model_are_reached_through_the_tuner():
