@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from svdtune.evaluation import Evaluation
+    from svdtune.evaluation import Evaluation, Score
 
 app = typer.Typer()
 
@@ -92,14 +92,23 @@ def evaluate(
 
 def summary(result: "Evaluation") -> str:
     """What the terminal shows of a result: the score first, then what to look at."""
-    low, high = result.interval
     lines = [
-        f"accuracy {result.accuracy:.1%}, 95 % interval {low:.1%} to {high:.1%}; {result.correct} of {result.n} correct"
+        _score_line(mode, score, result.n)
+        for mode, score in (("strict", result.strict), ("paper", result.paper))
+        if score
     ]
+    lines += [f"{name} {value:.4f}" for name, value in result.metrics.items()]
     if result.unended:
         limit = result.settings["max_new_tokens"]
         lines.append(f"{result.unended} answers were cut at {limit} tokens; --max-new-tokens raises the limit")
     return "\n".join([*lines, f"predictions and settings: {result.folder}"])
+
+
+def _score_line(mode: str, score: "Score", n: int) -> str:
+    low, high = score.interval
+    return (
+        f"accuracy ({mode}) {score.accuracy:.1%}, 95 % interval {low:.1%} to {high:.1%}; {score.correct} of {n} correct"
+    )
 
 
 def _default_output(run: Path | None, source: str, data: str, task: str) -> Path:

@@ -2,14 +2,17 @@
 
 from svdtune.evaluation.interval import Interval, wilson_interval
 from svdtune.evaluation.items import Item, to_items
-from svdtune.evaluation.scoring import Evaluation, evaluate
-from svdtune.evaluation.tasks import Grade, Task, get_task, task_names
+from svdtune.evaluation.scoring import Evaluation, Score, evaluate
+from svdtune.evaluation.tasks import Grade, Grades, Reference, Task, get_task, task_names
 
 __all__ = [
     "Evaluation",
     "Grade",
+    "Grades",
     "Interval",
     "Item",
+    "Reference",
+    "Score",
     "Task",
     "evaluate",
     "get_task",

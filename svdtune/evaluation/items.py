@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data import Example, prompt_ids
 from svdtune.data.examples import check_fields
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.tasks import Reference
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,13 @@ class Item:
         id: Its name in reports and error messages.
         prompt: The text, as the model reads it: its tokens in words.
         tokens: The same in token ids, whatever the tokenizer puts in front included.
-        reference: The text to grade a completion against.
+        reference: What to grade a completion against.
     """
 
     id: str
     prompt: str
     tokens: tuple[int, ...]
-    reference: str
+    reference: Reference
 
 
 def to_items(

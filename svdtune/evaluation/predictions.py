@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.tasks import Reference
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,10 @@ class Prediction:
         prompt: The text the model was given.
         completion: The text it answered, special tokens left out.
         reference: The text to grade against.
-        extracted: The answer read out of the completion, None where it holds none.
-        correct: Whether that answer is right.
+        extracted: The answer that strict grading read out of the completion, None where it holds none.
+        correct: Whether that answer is right; None where the task grades no single completions.
+        paper_extracted: The answer that the paper's grading read out.
+        paper_correct: Whether the paper's grading accepts it; None where no paper graded such items.
         tokens: Number of new tokens, the end token not counted.
         ended: Whether the model ended by itself; False where it was cut at the length limit.
     """
@@ -30,9 +33,11 @@ class Prediction:
     id: str
     prompt: str
     completion: str
-    reference: str
+    reference: Reference
     extracted: str | None
-    correct: bool
+    correct: bool | None
+    paper_extracted: str | None
+    paper_correct: bool | None
     tokens: int
     ended: bool
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -25,6 +25,14 @@ from svdtune.export.folder import explain_write_errors
 from svdtune.models import LoadedModel
 
 
+class Score(NamedTuple):
+    """How many items are right, which share of all that is, and Wilson's 95 % interval of the share."""
+
+    correct: int
+    accuracy: float
+    interval: Interval
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The outcome of an evaluation, as `result.json` has it.
@@ -32,9 +40,9 @@ class Evaluation:
     Attributes:
         task: Name of the task that graded.
         n: Number of items.
-        correct: How many of them were right.
-        accuracy: correct / n.
-        interval: Wilson's 95 % interval of the accuracy.
+        strict: The score of strict grading; None where the task grades no single completions.
+        paper: The score of the paper's grading; None where no paper graded such items.
+        metrics: Scores of all completions together, such as BLEU.
         unended: How many completions were cut at the length limit; where it is large, so should the limit be.
         seconds: Time this call spent generating; less than the whole where it continued an earlier one.
         settings: Everything the predictions depend on, and how they were made.
@@ -43,13 +51,18 @@ class Evaluation:
 
     task: str
     n: int
-    correct: int
-    accuracy: float
-    interval: Interval
+    strict: Score | None
+    paper: Score | None
+    metrics: dict[str, float]
     unended: int
     seconds: float
     settings: dict[str, Any]
     folder: Path
+
+    @property
+    def accuracy(self) -> float | None:
+        """The share of right answers, strictly graded."""
+        return self.strict and self.strict.accuracy
 
 
 def evaluate(
@@ -89,7 +102,7 @@ def evaluate(
     model = loaded.model.eval()
     check_items(items, max_new_tokens, context_length(model))
     for item in items:
-        task.grade(item.reference, item.reference)  # a reference without an answer shows now, not after an hour
+        task.check(item.reference)  # a reference without an answer shows now, not after an hour
     identity = {
         **(settings or {}),
         "model": loaded.name,
@@ -160,29 +173,31 @@ def items_fingerprint(items: Sequence[Item]) -> str:
 
 
 def _grade(index: int, item: Item, completion: str, task: Task, tokens: int, ended: bool) -> Prediction:
-    grade = task.grade(completion, item.reference)
+    strict, paper = task.grade(completion, item.reference)
     return Prediction(
         index=index,
         id=item.id,
         prompt=item.prompt,
         completion=completion,
         reference=item.reference,
-        extracted=grade.extracted,
-        correct=grade.correct,
+        extracted=strict and strict.extracted,
+        correct=strict and strict.correct,
+        paper_extracted=paper and paper.extracted,
+        paper_correct=paper and paper.correct,
         tokens=tokens,
         ended=ended,
     )
 
 
 def _summarize(store: PredictionStore, task: Task, seconds: float, settings: dict[str, Any]) -> Evaluation:
-    done = list(store.done.values())
-    correct = sum(prediction.correct for prediction in done)
+    done = [store.done[index] for index in sorted(store.done)]
+    metrics = task.metrics([p.completion for p in done], [p.reference for p in done]) if task.metrics else {}
     return Evaluation(
         task=task.name,
         n=len(done),
-        correct=correct,
-        accuracy=correct / len(done),
-        interval=wilson_interval(correct, len(done)),
+        strict=_score([p.correct for p in done]) if task.strict else None,
+        paper=_score([p.paper_correct for p in done]) if task.paper else None,
+        metrics=dict(metrics),
         unended=sum(not prediction.ended for prediction in done),
         seconds=round(seconds, 3),
         settings=settings,
@@ -190,9 +205,20 @@ def _summarize(store: PredictionStore, task: Task, seconds: float, settings: dic
     )
 
 
+def _score(verdicts: list[bool | None]) -> Score:
+    correct = sum(map(bool, verdicts))
+    return Score(correct, correct / len(verdicts), wilson_interval(correct, len(verdicts)))
+
+
 def _as_json(result: Evaluation) -> dict[str, Any]:
-    interval = {"method": "wilson", "level": 0.95, **result.interval._asdict()}
-    return asdict(result) | {"interval": interval, "folder": str(result.folder)}
+    scores = {"strict": _score_json(result.strict), "paper": _score_json(result.paper)}
+    return asdict(result) | scores | {"folder": str(result.folder)}
+
+
+def _score_json(score: Score | None) -> dict[str, Any] | None:
+    if score is None:
+        return None
+    return score._asdict() | {"interval": {"method": "wilson", "level": 0.95, **score.interval._asdict()}}
 
 
 def _versions() -> dict[str, str]:

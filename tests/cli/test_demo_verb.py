@@ -39,8 +39,8 @@ def test_trains_scores_and_merges_all_three(tiny_demo: tuple[Path, Result], tiny
         assert 0 < row["trained_parameters"] < row["total_parameters"]
         assert row["total_parameters"] >= base
         score = json.loads((run / "evaluations" / "arithmetic-number" / "result.json").read_text())
-        assert (score["n"], score["accuracy"]) == (3, row["after"])
-        assert row["after_interval"] == [score["interval"]["low"], score["interval"]["high"]]
+        assert (score["n"], score["strict"]["accuracy"]) == (3, row["after"])
+        assert row["after_interval"] == [score["strict"]["interval"][end] for end in ("low", "high")]
         assert len((run / "train_log.jsonl").read_text().splitlines()) >= 1
         merges = row["settings"]["name"] != "mosara"
         assert (run / "merged").exists() is merges

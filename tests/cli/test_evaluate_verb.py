@@ -46,7 +46,7 @@ def run(tiny_folder: Path, tmp_path: Path) -> Path:
 def test_a_run_is_asked_its_own_held_out_rows_in_its_own_form(run: Path) -> None:
     result = svdtune(run, "--max-new-tokens", "3")
     assert result.exit_code == 0, result.output
-    assert "accuracy 0.0%, 95 % interval 0.0% to 65.8%; 0 of 2 correct" in result.stdout
+    assert "accuracy (strict) 0.0%, 95 % interval 0.0% to 65.8%; 0 of 2 correct" in result.stdout
     folder = run / "evaluations" / "held-out-number"
     lines = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["Q: 1+1 A:", "Q: 2+2 A:"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import Item, evaluate, get_task, scoring
+from svdtune.evaluation import Grade, Item, Task, evaluate, get_task, scoring
 from svdtune.models import LoadedModel, load
 
 TEXTS = ["2+2=", "a longer question than the others?", "hi", "what is it", "one more"]
@@ -51,14 +51,14 @@ def test_result_and_predictions(loaded: LoadedModel, tmp_path: Path) -> None:
         settings={"data": "here"},
         on_progress=lambda done, total: seen.append((done, total)),
     )
-    assert (result.n, result.correct, result.accuracy) == (5, 1, 0.2)
+    assert (result.n, result.strict.correct, result.accuracy, result.paper) == (5, 1, 0.2, None)
     assert seen == [(0, 5), (2, 5), (4, 5), (5, 5)]
     lines = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
     assert [line["id"] for line in lines] == ["q0", "q1", "q2", "q3", "q4"]
     assert [line["correct"] for line in lines] == [False, False, True, False, False]
     assert lines[2]["extracted"] == lines[2]["completion"] == lines[2]["reference"] == right
     stored = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert stored["interval"] == {"method": "wilson", "level": 0.95, **result.interval._asdict()}
+    assert stored["strict"]["interval"] == {"method": "wilson", "level": 0.95, **result.strict.interval._asdict()}
     assert stored["settings"].items() >= {"data": "here", "max_new_tokens": 6, "batch_size": 2, "task": "exact"}.items()
 
 
@@ -80,7 +80,7 @@ def test_resumes_after_an_interruption_with_the_same_predictions(
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     again = evaluate(loaded, items, task, tmp_path / "cut", max_new_tokens=6, batch_size=2)
     assert len(asked) == 3
-    assert again.correct == result.correct
+    assert again.strict == result.strict
 
 
 def test_predictions_of_other_weights_are_never_reused(loaded: LoadedModel, tmp_path: Path) -> None:
@@ -119,3 +119,24 @@ def test_a_full_disk_is_one_clear_error(loaded: LoadedModel, tmp_path: Path, mon
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SvdtuneError, match=f"cannot write {tmp_path}: the disk is full"):
         evaluate(loaded, make_items(loaded), get_task("number"), tmp_path, max_new_tokens=2)
+
+
+def test_both_modes_and_metrics_of_the_whole_are_reported(loaded: LoadedModel, tmp_path: Path) -> None:
+    task = Task(
+        "both",
+        "right strictly, wrong in the paper's way",
+        strict=lambda completion, reference: Grade("s", True),
+        paper=lambda completion, reference: Grade(None, False),
+        metrics=lambda completions, references: {"count": float(len(completions) + len(references))},
+    )
+    result = evaluate(loaded, make_items(loaded), task, tmp_path, max_new_tokens=2)
+    assert (result.strict.correct, result.paper.correct, result.metrics) == (5, 0, {"count": 10.0})
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert (stored["strict"]["accuracy"], stored["paper"]["accuracy"], stored["metrics"]) == (1.0, 0.0, {"count": 10.0})
+    line = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
+    assert (line["extracted"], line["correct"], line["paper_extracted"], line["paper_correct"]) == (
+        "s",
+        True,
+        None,
+        False,
+    )

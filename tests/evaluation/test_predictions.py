@@ -10,7 +10,7 @@ from svdtune.evaluation.predictions import Prediction, PredictionStore
 
 
 def prediction(index: int, completion: str = "4") -> Prediction:
-    return Prediction(index, f"q{index}", "2+2=", completion, "4", "4", True, 1, True)
+    return Prediction(index, f"q{index}", "2+2=", completion, "4", "4", True, None, None, 1, True)
 
 
 def test_lines_survive_and_come_back(tmp_path: Path) -> None:

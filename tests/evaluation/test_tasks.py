@@ -3,7 +3,7 @@
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import get_task, task_names
+from svdtune.evaluation import Grade, Task, get_task, task_names
 from svdtune.evaluation.tasks.number import last_number
 
 
@@ -38,12 +38,12 @@ def test_last_number(text: str, number: str | None) -> None:
     ],
 )
 def test_number_compares_as_exact_decimals(completion: str, reference: str, correct: bool) -> None:
-    assert get_task("number").grade(completion, reference).correct is correct
+    assert get_task("number").grade(completion, reference).strict.correct is correct
 
 
 def test_number_refuses_a_reference_without_one() -> None:
     with pytest.raises(SvdtuneError, match=r"needs a number in every reference.*'none here'"):
-        get_task("number").grade("4", "none here")
+        get_task("number").check("none here")
 
 
 @pytest.mark.parametrize(
@@ -51,9 +51,15 @@ def test_number_refuses_a_reference_without_one() -> None:
     [(" yes\n", "yes", True), ("Yes", "yes", False), ("yes.", "yes", False), ("a  b", "a b", False)],
 )
 def test_exact_forgives_outer_white_space_only(completion: str, reference: str, correct: bool) -> None:
-    assert get_task("exact").grade(completion, reference).correct is correct
+    assert get_task("exact").grade(completion, reference).strict.correct is correct
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
     with pytest.raises(SvdtuneError, match=", ".join(task_names())):
         get_task("nubmer")
+
+
+def test_a_task_grades_in_both_modes() -> None:
+    task = Task("a", "b", strict=lambda c, r: Grade(c, c == r), paper=lambda c, r: Grade(c[:1], True))
+    assert task.grade("xy", "x") == (Grade("xy", False), Grade("x", True))
+    assert Task("a", "b", strict=None).grade("xy", "x") == (None, None)

@@ -6,7 +6,7 @@ To add a family, write a file that builds its `Task`s and list them in `_TASKS` 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.exact import EXACT
 from svdtune.evaluation.tasks.number import NUMBER
-from svdtune.evaluation.tasks.task import Grade, Task
+from svdtune.evaluation.tasks.task import Grade, Grades, Reference, Task
 
 _TASKS = {task.name: task for task in (NUMBER, EXACT)}
 
@@ -27,4 +27,4 @@ def get_task(name: str) -> Task:
     return _TASKS[name]
 
 
-__all__ = ["Grade", "Task", "get_task", "task_names"]
+__all__ = ["Grade", "Grades", "Reference", "Task", "get_task", "task_names"]

@@ -1,7 +1,11 @@
-"""What a task is: a name, and a function that grades one completion."""
+"""What a task is: a name, how one completion is graded (strictly, and as the paper did), and metrics of the whole."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# What a completion is graded against, as JSON has it: a text, several texts, or a row's fields.
+Reference = str | list[str] | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,21 @@ class Grade:
     correct: bool
 
 
+class Grades(NamedTuple):
+    """Both verdicts on one completion; None where the task has no such grader."""
+
+    strict: Grade | None
+    paper: Grade | None
+
+
+Grader = Callable[[str, Reference], Grade]
+Metrics = Callable[[Sequence[str], Sequence[Reference]], Mapping[str, float]]
+
+
+def _any_reference(_: Reference) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Task:
     """How a family of items is scored.
@@ -24,10 +43,22 @@ class Task:
     Attributes:
         name: What `--task` calls it.
         description: One line for help texts.
-        grade: Takes a completion and its reference. Raises SvdtuneError where the *reference* holds no answer: that is
-            a fault of the data, not of the model.
+        strict: Grades a completion against its reference as is right. None where single completions are neither right nor
+            wrong, and only `metrics` counts.
+        paper: Grades as the paper's published code does, its faults included, so that scores can be compared with the
+            paper's. None where no paper graded such items.
+        metrics: Scores all completions against all references, both in the order of the items: BLEU, pass@k.
+        check: Raises SvdtuneError where a *reference* holds no answer: that is a fault of the data, not of the model. It
+            is asked about every reference before anything is generated.
     """
 
     name: str
     description: str
-    grade: Callable[[str, str], Grade]
+    strict: Grader | None
+    paper: Grader | None = None
+    metrics: Metrics | None = None
+    check: Callable[[Reference], None] = _any_reference
+
+    def grade(self, completion: str, reference: Reference) -> Grades:
+        """Grade in both modes."""
+        return Grades(*(grader and grader(completion, reference) for grader in (self.strict, self.paper)))
