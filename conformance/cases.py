@@ -84,7 +84,7 @@ def like_lora(cls: type, **settings: Any):
 EXCUSES = {
     "low_cpu_mem_usage=True reads no weights": "starts an adapter without reading weights, which a threshold needs",
     "outgoing traffic has been disabled": "asks the hub for a model or adapter",
-    "adapt torch.nn.Linear and transformers' Conv1D": "targets layers that the three methods do not adapt, and refuse",
+    "adapt torch.nn.Linear, transformers' Conv1D": "targets layers that the three methods do not adapt, and refuse",
 }
 
 # What is skipped, by a regular expression on "file::test[parameters] as METHOD", and why. The first match counts.

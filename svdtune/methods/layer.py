@@ -14,20 +14,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods import kernels
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.convolution import add_convolved
 
 
 class SvdLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with adapters of one method around it.
+    """A linear layer or a convolution with adapters of one method around it.
 
     Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter name.
 
     Attributes:
         r: rank by adapter name.
-        in_features, out_features: of the base layer's matrix [out, in].
+        in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
     """
 
     method: ClassVar[str]
@@ -54,10 +56,8 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self._weight_before_merge: Tensor | None = None
         base = self.get_base_layer()
         self._is_conv1d = isinstance(base, Conv1D)
-        if self._is_conv1d:
-            self.in_features, self.out_features = base.weight.shape
-        else:
-            self.in_features, self.out_features = base.in_features, base.out_features
+        self._is_convolution = isinstance(base, spectra.CONVOLUTIONS)
+        self.out_features, self.in_features = spectra.matrix_shape(base)
         self.register_load_state_dict_post_hook(SvdLayer._after_load)
 
     # What a method says of itself
@@ -83,6 +83,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The base layer's output y with the adapter's addition for its input x added in place."""
 
+    def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The same for a convolution, x [N, in, ...] and y [N, out, ...], not in place."""
+        return add_convolved(self.get_base_layer(), y, x, *self.current_pair(adapter))
+
     @staticmethod
     @abstractmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SvdConfig) -> tuple[Tensor, Tensor]:
@@ -107,12 +111,19 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's LoRA conversion asks for."""
-        delta = self.delta(adapter)
-        return delta.mT if self._is_conv1d else delta
+        return spectra.as_stored(self.get_base_layer(), self.delta(adapter))
 
+    def current_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """`low_rank_pair` against the weight as it is now, with gradients to the trained tensors."""
+        tensors = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return self.low_rank_pair(present, self.configs[adapter])
+
+    @torch.no_grad()
     def merge_delta(self, adapter: str) -> Tensor:
         """What merging adds to the weight [out, in] as it is now."""
-        return self.delta(adapter)
+        A, B = self.current_pair(adapter)
+        return B @ A.mT
 
     # An adapter's beginning and end
 
@@ -228,8 +239,12 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         y = self.base_output(x, active, *args, **kwargs)
         for adapter in active:
             x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)
-            y = self.add_to(y.contiguous(), x_adapter, adapter)
+            y = self.add(y, x_adapter, adapter)
         return y
+
+    def add(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """`add_to` or `add_convolved`, as the base layer needs it."""
+        return self.add_convolved(y, x, adapter) if self._is_convolution else self.add_to(y.contiguous(), x, adapter)
 
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, to which the adapters in `present` are added (or whose weight holds them already)."""
@@ -278,7 +293,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         before = self.get_base_weight()
         merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for delta in deltas:
-            merged += (delta.mT if self._is_conv1d else delta).to(merged)
+            merged += spectra.as_stored(self.get_base_layer(), delta).to(merged)
         merged = merged.to(before.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise SvdtuneError(

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from svdtune import spectra
@@ -226,19 +227,24 @@ class SvdTuner(BaseTuner):
 
 
 def check_supported(name: str, module: nn.Module) -> None:
-    """Raise `SvdtuneError` unless the layer is linear: nn.Linear, a subclass of it (quantized layers), or Conv1D."""
+    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass (quantized layers), Conv1D, or a convolution."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(base, nn.Linear | Conv1D):
+    if not isinstance(base, (nn.Linear, Conv1D, *spectra.CONVOLUTIONS)):
         raise SvdtuneError(
-            f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear and "
-            "transformers' Conv1D. Narrow `target_modules`, or name it in `exclude_modules`"
+            f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear, transformers' "
+            "Conv1D, and torch.nn.Conv1d, Conv2d and Conv3d. Narrow `target_modules`, or name it in `exclude_modules`"
+        )
+    if is_parametrized(base, "weight"):
+        raise SvdtuneError(
+            f"the weight of {name!r} is computed by a parametrization (such as weight_norm) at every use, so there is none to "
+            "decompose or to merge into. Take it off with torch.nn.utils.parametrize.remove_parametrizations, or name the "
+            "layer in `exclude_modules`"
         )
 
 
 def check_rank(name: str, rank: int, module: nn.Module) -> None:
     """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    shape = tuple(base.weight.shape) if isinstance(base, Conv1D) else (base.out_features, base.in_features)
+    shape = spectra.matrix_shape(module)
     if rank > min(shape):
         raise SvdtuneError(
             f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "

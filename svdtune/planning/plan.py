@@ -188,7 +188,5 @@ def make_plan(
 
 def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     """(in_features, out_features) of a module."""
-    module = checkpoint.model.get_submodule(name)
-    if hasattr(module, "in_features"):
-        return module.in_features, module.out_features
-    return tuple(module.weight.shape)  # Conv1D stores [in, out]
+    rows, columns = spectra.matrix_shape(checkpoint.model.get_submodule(name))
+    return columns, rows

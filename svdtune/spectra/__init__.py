@@ -1,6 +1,15 @@
 """Spectra, ranks and factors of many weights of every kind, remembered on disk."""
 
 from svdtune.spectra.decompose import Weights, factors, ranks, spectra
-from svdtune.spectra.weights import base_weight
+from svdtune.spectra.weights import CONVOLUTIONS, as_stored, base_weight, matrix_shape
 
-__all__ = ["Weights", "base_weight", "factors", "ranks", "spectra"]
+__all__ = [
+    "CONVOLUTIONS",
+    "Weights",
+    "as_stored",
+    "base_weight",
+    "factors",
+    "matrix_shape",
+    "ranks",
+    "spectra",
+]

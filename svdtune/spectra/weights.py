@@ -1,6 +1,11 @@
-"""The matrix [out, in] behind a layer, whichever kind of layer stores it."""
+"""The matrix [out, in] behind a layer, whichever kind of layer stores it.
+
+Linear stores it as it is, transformers' Conv1D transposed, and a convolution as its kernel [out, in / groups, k, ...], which
+is the matrix [out, in / groups · k ...] that multiplies each patch of the input.
+"""
 
 from contextlib import nullcontext
+from math import prod
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,12 +15,33 @@ from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneError
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's matrix, without reading it."""
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, CONVOLUTIONS):
+        return module.out_channels, module.in_channels // module.groups * prod(module.kernel_size)
+    if isinstance(module, Conv1D):
+        rows, columns = module.weight.shape
+        return columns, rows
+    return module.out_features, module.in_features
+
+
+def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
+    """A matrix [out, in] in the shape in which a layer of this kind stores it."""
+    if isinstance(module, CONVOLUTIONS):
+        return matrix.reshape(module.weight.shape)
+    return matrix.mT if isinstance(module, Conv1D) else matrix
+
 
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a layer as a matrix [out, in], in its stored dtype, or dequantized.
 
-    Linear as it is, transformers' Conv1D transposed, Conv2d flattened to [out, in·kh·kw], 8-bit and 4-bit layers
-    dequantized by PEFT. Weights that Accelerate offloaded are read from where they wait; ZeRO-3 and tensor-parallel
+    Linear as it is, transformers' Conv1D transposed, kernels flattened to [out, in / groups · kh · kw], 8-bit and 4-bit
+    layers dequantized by PEFT. Weights that Accelerate offloaded are read from where they wait; ZeRO-3 and tensor-parallel
     shards are gathered.
 
     Raises:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.methods.convolution import as_channels, expand, per_position, project
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import compute_dtype
 from svdtune.methods.mosara.config import MoSaraConfig
@@ -14,7 +15,7 @@ from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start,
 
 
 class MoSaraLinear(SvdLayer):
-    """A linear layer with Mo-SARA adapters.
+    """A layer with Mo-SARA adapters.
 
     Trained: mosara_lambda [m, k], mosara_v [out] (or [in] in front), mosara_w1 [k], mosara_w2 [m].
     Frozen: frozen_U [out, k], frozen_V [in, k], the weight's leading singular vectors in fp32.
@@ -74,6 +75,23 @@ class MoSaraLinear(SvdLayer):
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         return add_mosara(y, x, *self._tensors(adapter))
+
+    def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the kernel looks at there."""
+        U, V, lam, v, w1, w2, front = self._tensors(adapter)
+        if w1 is None:
+            return super().add_convolved(y, x, adapter)
+        base = self.get_base_layer()
+        positions, groups = len(base.kernel_size), base.groups
+        z = per_position(project(base, x, scaled_rows(V, v) if front else V), groups, positions)
+        rows = z.reshape(-1, z.shape[-1])
+        if front:
+            gate_input = per_position(project(base, x, V @ w1[:, None].to(V.dtype)), groups, positions).reshape(-1)
+        else:
+            gate_input = rows @ w1.to(rows.dtype)
+        gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
+        t = as_channels((rows * (gate @ lam).to(rows.dtype)).view(z.shape), positions)
+        return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_linear
 
 
 class SaraLinear(SvdLayer):
-    """A linear layer with SARA adapters: sara_U [out, k], sara_lambda [k], sara_V [in, k], all trained."""
+    """A layer with SARA adapters: sara_U [out, k], sara_lambda [k], sara_V [in, k], all trained."""
 
     method = "sara"
     trained = ("sara_U", "sara_lambda", "sara_V")

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from svdtune import spectra
 from svdtune.linalg import Factors
+from svdtune.methods.convolution import add_convolved
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import add_low_rank, scaled
 from svdtune.methods.sara.math import kaiming_factors
@@ -15,7 +17,7 @@ from svdtune.methods.sorsa.math import add_sorsa, sorsa_linear, sorsa_pair
 
 
 class SorsaLinear(SvdLayer):
-    """A linear layer with SORSA adapters.
+    """A layer with SORSA adapters.
 
     Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading singular triplets.
     Frozen: frozen_P0 = U₀ diag(s₀) [out, r] and frozen_V0 [in, r], the principal part at the start.
@@ -57,7 +59,7 @@ class SorsaLinear(SvdLayer):
         weight = self.get_base_weight()
         exact = torch.promote_types(weight.dtype, torch.float32)
         principal = self.frozen_P0[adapter].to(exact) @ self.frozen_V0[adapter].to(exact).mT
-        changed = weight.to(exact) + sign * (principal.mT if self._is_conv1d else principal).to(weight.device)
+        changed = weight.to(exact) + sign * spectra.as_stored(self.get_base_layer(), principal).to(weight.device)
         self.set_base_weight(changed.to(weight.dtype))
 
     def _subtract(self, adapter: str) -> None:
@@ -72,8 +74,7 @@ class SorsaLinear(SvdLayer):
 
     def full_weight(self) -> Tensor:
         """The base model's own weight [out, in] in fp32 or better, whatever the layouts of the adapters on it."""
-        weight = self.get_base_weight().detach()
-        weight = weight.mT if self._is_conv1d else weight
+        weight = spectra.base_weight(self)
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         for adapter in sorted(self._subtracted):
             weight += (self.frozen_P0[adapter] @ self.frozen_V0[adapter].mT).to(weight)
@@ -112,7 +113,11 @@ class SorsaLinear(SvdLayer):
 
     def _add_principal(self, y: Tensor, x: Tensor, adapters: set[str]) -> Tensor:
         for adapter in sorted(adapters):
-            y = add_low_rank(y.contiguous(), x, self.frozen_P0[adapter], None, self.frozen_V0[adapter])
+            P0, V0 = self.frozen_P0[adapter], self.frozen_V0[adapter]
+            if self._is_convolution:
+                y = add_convolved(self.get_base_layer(), y, x, V0, P0)
+            else:
+                y = add_low_rank(y.contiguous(), x, P0, None, V0)
         return y
 
     def _tensors(self, adapter: str) -> tuple[Tensor | None, ...]:
@@ -133,9 +138,9 @@ class SorsaLinear(SvdLayer):
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:
         return sorsa_pair(*(tensors[name] for name in (*SorsaLinear.trained, *SorsaLinear.frozen)))
 
-    def merge_delta(self, adapter: str) -> Tensor:
+    def current_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
         """W_p − P₀ V₀ᵀ, or W_p alone where the base weight is the residual already."""
         if adapter not in self._subtracted:
-            return self.delta(adapter)
-        U, s, V = (self.adapter_tensors(adapter)[name] for name in self.trained)
-        return scaled(U, s) @ V.mT
+            return super().current_pair(adapter)
+        U, s, V = (self.adapter_tensor(name, adapter) for name in self.trained)
+        return V, scaled(U, s)
