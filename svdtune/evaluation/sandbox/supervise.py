@@ -1,0 +1,243 @@
+"""Run foreign code and its tests in two confined processes, watch over both, and say whether the tests passed."""
+
+import contextlib
+import functools
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from svdtune.errors import SvdtuneError
+
+_INSIDE = Path(__file__).parent / "inside"
+_PASSED = b'["passed", ""]\n'
+_LOOK = 0.05  # seconds between looks at the clock and the scratch folder
+_MAX_FILES = 256
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a program may use.
+
+    Attributes:
+        wall_seconds: From its start to the last test.
+        cpu_seconds: Of the program, and as much again of its tests.
+        memory_bytes: Address space.
+        output_bytes: Of what it prints.
+        scratch_bytes: Of all its files together.
+    """
+
+    wall_seconds: float = 15.0
+    cpu_seconds: int = 5
+    memory_bytes: int = 1 << 30
+    output_bytes: int = 1 << 16
+    scratch_bytes: int = 1 << 24
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the tests passed; if not, why not; and what the program printed."""
+
+    passed: bool
+    reason: str
+    output: str
+
+
+@functools.cache
+def missing_protections() -> tuple[str, ...]:
+    """What this system lacks for a whole sandbox, in words; empty where nothing is missing."""
+    with tempfile.TemporaryDirectory(prefix="svdtune-") as scratch:
+        settings = _settings(scratch, Limits())
+        done = subprocess.run(_command("probe", settings), cwd=scratch, env=_environment(scratch), capture_output=True)
+    if done.returncode:
+        raise SvdtuneError(f"the sandbox does not start: {done.stderr.decode(errors='replace').strip()[-300:]}")
+    return tuple(json.loads(done.stdout))
+
+
+def require_protections() -> None:
+    """Refuse to run foreign code in less than a whole sandbox.
+
+    Raises:
+        SvdtuneError: If a protection is missing.
+    """
+    if missing := missing_protections():
+        raise SvdtuneError(
+            f"this system cannot confine programs that a model wrote; it lacks {'; '.join(missing)}. Score on Linux "
+            "5.13 or later, x86-64 or ARM64; or, inside a machine or container you can lose, accept a weaker sandbox"
+        )
+
+
+def check_function(
+    program: str,
+    function: str,
+    tests: str,
+    setup: str = "",
+    limits: Limits | None = None,
+    allow_weaker: bool = False,
+) -> Verdict:
+    """Execute a program and say whether a function of it passes the tests.
+
+    The program and the tests run in two processes that exchange plain data alone, each confined: no network, no new
+    process or thread, no file outside its scratch folder but the interpreter's and the system's libraries, and `limits`.
+
+    Args:
+        program: Source of the foreign code.
+        function: The name in it to test.
+        tests: Source that defines `check(candidate)`, as HumanEval has it.
+        setup: Source that the tests need; not the program's.
+        limits: None for the defaults.
+        allow_weaker: Run even where the system lacks a protection.
+
+    Raises:
+        SvdtuneError: If it does, and `allow_weaker` is not set.
+    """
+    if not allow_weaker:
+        require_protections()
+    limits = limits or Limits()
+    with tempfile.TemporaryDirectory(prefix="svdtune-") as folder, contextlib.ExitStack() as stack:
+        scratches = Path(folder, "program"), Path(folder, "tests")
+        for scratch in scratches:
+            scratch.mkdir()
+        _write(scratches[0] / "program.py", program)
+        _write(scratches[1] / "setup.py", setup)
+        _write(scratches[1] / "tests.py", tests)
+        processes, verdict = _start(function, scratches, limits, allow_weaker, stack)
+        return _watch(processes, verdict, scratches, limits)
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="replace")
+
+
+def _start(
+    function: str, scratches: tuple[Path, Path], limits: Limits, allow_weaker: bool, stack: contextlib.ExitStack
+) -> tuple[list[subprocess.Popen[bytes]], IO[bytes]]:
+    """Start the program and its tests, each reading what the other writes; both are ended when `stack` closes."""
+    calls_out, calls_in = os.pipe()
+    answers_out, answers_in = os.pipe()
+    verdict_out, verdict_in = os.pipe()
+    verdict = stack.enter_context(os.fdopen(verdict_out, "rb"))
+    processes = []
+    try:
+        for role, scratch, read, write in (
+            ("program", scratches[0], calls_out, answers_in),
+            ("tests", scratches[1], answers_out, calls_in),
+        ):
+            extra = {"function": function, "allow_weaker": allow_weaker}
+            keep = (verdict_in,) if role == "tests" else ()
+            process = subprocess.Popen(
+                _command(role, _settings(str(scratch), limits) | extra | {"verdict": verdict_in}),
+                stdin=read,
+                stdout=write,
+                stderr=subprocess.PIPE,
+                cwd=scratch,
+                env=_environment(str(scratch)),
+                pass_fds=keep,
+                start_new_session=True,
+            )
+            stack.callback(_end, process)
+            processes.append(process)
+    finally:
+        for end in (calls_out, calls_in, answers_out, answers_in, verdict_in):
+            os.close(end)
+    return processes, verdict
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process, which has no children: it may not start any."""
+    process.kill()
+    process.wait()
+    assert process.stderr is not None
+    process.stderr.close()
+
+
+def _watch(
+    processes: list[subprocess.Popen[bytes]], verdict: IO[bytes], scratches: tuple[Path, Path], limits: Limits
+) -> Verdict:
+    """Read along until the tests have ended or a limit is broken."""
+    program, tests = processes
+    printed, said, broken = bytearray(), bytearray(), ""
+    deadline = time.monotonic() + limits.wall_seconds
+    with selectors.DefaultSelector() as selector:
+        for stream, into in ((program.stderr, printed), (tests.stderr, bytearray()), (verdict, said)):
+            selector.register(stream, selectors.EVENT_READ, into)  # type: ignore[arg-type]
+        while not broken and verdict in (key.fileobj for key in selector.get_map().values()):
+            for key, _ in selector.select(_LOOK):
+                chunk = os.read(key.fd, 1 << 16)
+                key.data.extend(chunk)
+                if not chunk:
+                    selector.unregister(key.fileobj)
+            broken = _broken(len(printed), deadline, scratches, limits)
+    output = printed[: limits.output_bytes].decode(errors="replace")
+    if broken:
+        return Verdict(False, broken, output)
+    if said == _PASSED and tests.wait() == 0:
+        return Verdict(True, "", output)
+    return Verdict(False, _reason(program, said), output)
+
+
+def _broken(printed: int, deadline: float, scratches: tuple[Path, Path], limits: Limits) -> str:
+    """Which of the limits that no kernel keeps for us is exceeded; empty where none is."""
+    if time.monotonic() > deadline:
+        return f"not done after {limits.wall_seconds:g} s"
+    if printed > limits.output_bytes:
+        return f"printed more than {limits.output_bytes} bytes"
+    for scratch in scratches:
+        sizes = []
+        for entry in os.scandir(scratch):
+            with contextlib.suppress(FileNotFoundError):
+                sizes.append(entry.stat(follow_symlinks=False).st_size)
+        if sum(sizes) > limits.scratch_bytes or len(sizes) > _MAX_FILES:
+            return f"wrote more than {limits.scratch_bytes} bytes or {_MAX_FILES} files"
+    return ""
+
+
+def _reason(program: subprocess.Popen[bytes], said: bytes) -> str:
+    """The tests' own words; where those are that the program ended, how it did."""
+    try:
+        reason = str(json.loads(said)[1])
+    except (ValueError, IndexError):
+        reason = ""
+    if reason and not reason.startswith("EOFError: the program ended"):
+        return reason
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        program.wait(_LOOK)  # the tests can notice its end before it is over
+    if program.returncode == -signal.SIGKILL:
+        return "killed at its limit of CPU time"
+    if program.returncode is not None:
+        died = program.returncode
+        return f"the program died of {signal.Signals(-died).name}" if died < 0 else f"the program exited with {died}"
+    return reason or "the tests ended without a verdict"
+
+
+def _settings(scratch: str, limits: Limits) -> dict[str, Any]:
+    kept = {
+        "cpu_seconds": limits.cpu_seconds,
+        "memory_bytes": limits.memory_bytes,
+        "file_bytes": limits.scratch_bytes,
+    }
+    return {"scratch": scratch, "limits": kept, "parent": os.getpid()}
+
+
+def _command(role: str, settings: dict[str, Any]) -> list[str]:
+    return [sys.executable, "-s", "-P", "-B", str(_INSIDE), role, json.dumps(settings)]
+
+
+def _environment(scratch: str) -> dict[str, str]:
+    """Nothing of the user's, so no token or key; sets are ordered the same in every run; one thread for every BLAS."""
+    environment = {
+        "HOME": scratch,
+        "TMPDIR": scratch,
+        "LANG": "C.UTF-8",
+        "PYTHONHASHSEED": "0",
+        "PYTHONUNBUFFERED": "1",
+    }
+    environment |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return environment | {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
