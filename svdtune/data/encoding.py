@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.examples import Example
+from svdtune.data.prompts import TEMPLATES
 from svdtune.errors import SvdtuneError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -23,8 +24,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
     Args:
         example: messages always go through the chat template.
         tokenizer: with a chat template if that is asked for.
-        template: "plain" (the prompt as it is), "chat" (as the user's message in the tokenizer's chat template), or a
-            text with "{prompt}" in it.
+        template: "plain" (the prompt as it is), "chat" (as the user's message in the tokenizer's chat template), a name in
+            `svdtune.data.prompts`, or a text with "{prompt}" in it, and perhaps "{eos}" for the end token.
 
     Raises:
         SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template has no "{prompt}".
@@ -37,12 +38,12 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
         turns = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return tokenizer.encode(text, add_special_tokens=False)
-    if template == PLAIN:
-        text = example.prompt
-    elif "{prompt}" in template:
-        text = template.replace("{prompt}", example.prompt)
-    else:
-        raise SvdtuneError(f"the template {template!r} has no {{prompt}} in it; expected plain, chat or such a text")
+    form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
+    if "{prompt}" not in form:
+        raise SvdtuneError(
+            f"the template {template!r} has no {{prompt}} in it; expected such a text, plain, chat or {', '.join(TEMPLATES)}"
+        )
+    text = form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt)
     ids = tokenizer.encode(text)
     ended = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if ended else ids  # some tokenizers close every text; the response is still to come

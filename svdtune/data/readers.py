@@ -1,21 +1,18 @@
-"""Rows from JSON, JSONL, CSV or Parquet files (also .gz), a data set's name on the hub, or an offline generator."""
+"""Rows by the name of their source: a file, an offline generator, a data set of the papers, or one on the hub."""
 
-import csv
-import gzip
-import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from svdtune.data import arithmetic, gsm_symbolic
+from svdtune.data.catalogue import CATALOGUE, data_folder
 from svdtune.data.examples import check_fields
+from svdtune.data.files import FILES, kind, read_file
 from svdtune.errors import SvdtuneError
 
 Rows = list[dict[str, Any]]
 
 GENERATORS = {"arithmetic": arithmetic.rows, "gsm_symbolic": gsm_symbolic.rows}
-_FILES = (".json", ".jsonl", ".csv", ".parquet")
 _GENERATED = 1000  # rows of a generator when no limit is given
 
 
@@ -31,9 +28,10 @@ def read_rows(
     """Read all rows, or the first `limit`.
 
     Args:
-        source: a path ending in .json, .jsonl, .csv or .parquet (.gz may follow), the name of an offline generator
-            ("arithmetic", "gsm_symbolic"), or a data set's name on the hub.
-        split: of a generator or a hub data set, "train" by default; files have none.
+        source: a path ending in .json, .jsonl, .csv, .parquet or .txt (.gz may follow), the name of an offline generator
+            ("arithmetic", "gsm_symbolic") or of a data set of the papers ("svamp"; see `svdtune.data.catalogue`), or a
+            data set's name on the hub.
+        split: of anything but a file, "train" by default; files have none.
         config: the configuration of a hub data set ("main" of openai/gsm8k).
         limit: how many rows; a generator makes 1000 by default.
         seed: of a generator.
@@ -48,10 +46,12 @@ def read_rows(
         raise SvdtuneError(f"limit is {limit}; expected at least 1 row of {name}")
     if name in GENERATORS:
         rows = GENERATORS[name](split or "train", limit or _GENERATED, seed)
-    elif (path := Path(name).expanduser()).exists() or _kind(path) in _FILES:
+    elif name in CATALOGUE:
+        rows = _read_named(name, split or "train")
+    elif (path := Path(name).expanduser()).exists() or kind(path) in FILES:
         if split is not None or config is not None:
             raise SvdtuneError(f"{name} is a file, which has no split or config; remove them, or name another file")
-        rows = _read_file(path)
+        rows = read_file(path)
     else:
         rows = _read_hub(name, config, split or "train")
     if not rows:
@@ -62,87 +62,20 @@ def read_rows(
     return rows
 
 
-def _kind(path: Path) -> str:
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
-def _read_file(path: Path) -> Rows:
-    if not path.is_file():
-        raise SvdtuneError(f"there is no file {path}")
-    kind = _kind(path)
-    if kind == ".parquet":
-        return _read_parquet(path)
-    if kind not in _FILES:
+def _read_named(name: str, split: str) -> Rows:
+    dataset = CATALOGUE[name]
+    rows = dataset.read(split)
+    if rows is not None:
+        return rows
+    assert dataset.hub is not None
+    try:
+        rows = _read_hub(*dataset.hub, split)
+    except SvdtuneError as error:
         raise SvdtuneError(
-            f"{path}: cannot tell its format; expected a name ending in {', '.join(_FILES)} or one with .gz"
-        )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError) as error:
-        raise SvdtuneError(f"{path} is not a whole gzip file: {error}") from error
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise SvdtuneError(f"{path} line {line} is not UTF-8; convert the file to UTF-8") from error
-    if kind == ".json":
-        return _read_json(text, path)
-    return list(_read_jsonl(text, path) if kind == ".jsonl" else _read_csv(text, path))
-
-
-def _read_json(text: str, path: Path) -> Rows:
-    try:
-        found = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        hint = "; one object a line is JSONL: rename it to .jsonl" if error.msg == "Extra data" else ""
-        raise SvdtuneError(f"{path} line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
-    if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else found
-    if not isinstance(found, list):
-        raise SvdtuneError(f"{path} holds one JSON {type(found).__name__}; expected a list of objects")
-    for i, row in enumerate(found, 1):
-        if not isinstance(row, dict):
-            raise SvdtuneError(f"{path} row {i} is {row!r:.60}; expected an object with named fields")
-    return found
-
-
-def _read_jsonl(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SvdtuneError(
-                f"{path} line {number} is not valid JSON: {error.msg} at column {error.colno}"
-            ) from error
-        if not isinstance(row, dict):
-            raise SvdtuneError(f"{path} line {number} is {row!r:.60}; expected an object with named fields")
-        yield row
-
-
-def _read_csv(text: str, path: Path) -> Iterator[dict[str, Any]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise SvdtuneError(
-                    f"{path} line {reader.line_num} does not have the {len(reader.fieldnames or ())} columns of the header"
-                )
-            yield row
-    except csv.Error as error:
-        raise SvdtuneError(f"{path} is not valid CSV after line {reader.line_num}: {error}") from error
-
-
-def _read_parquet(path: Path) -> Rows:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise SvdtuneError(f"reading {path} needs pyarrow: pip install 'svdtune[parquet]'") from error
-    try:
-        return parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise SvdtuneError(f"{path} is not a readable Parquet file: {error}") from error
+            f"{name} ({split}) is not in the data folder {data_folder()}, which would have it as {dataset.files[split][0]}, "
+            f"and the hub does not give it: {error}"
+        ) from error
+    return dataset.convert(rows, split) if dataset.convert else rows
 
 
 def _read_hub(name: str, config: str | None, split: str) -> Rows:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from svdtune.data.prompts import TEMPLATES, is_template
 from svdtune.errors import SvdtuneError
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
@@ -68,7 +69,7 @@ class Data(_Section):
     prompt: str = Field("prompt", description="Field of the prompt, or a text with fields in braces.")
     completion: str | None = Field("completion", description="Likewise; null if prompts are messages with an answer.")
     answer: str | None = Field(None, description="Field of the reference answer, for evaluation.")
-    template: str = Field("plain", description="plain, chat, or a text with {prompt} in it.")
+    template: str = Field("plain", description="plain, chat, a paper's prompt, or a text with {prompt}.")
     max_length: int = Field(1024, ge=2, description="Longest sequence in tokens.")
     loss_on: Literal["response", "all"] = Field("response", description="What is trained on.")
     overlong: Literal["error", "drop"] = Field("error", description="What to do with rows longer than max_length.")
@@ -76,8 +77,9 @@ class Data(_Section):
     @field_validator("template")
     @classmethod
     def _has_prompt(cls, template: str) -> str:
-        if template not in ("plain", "chat") and "{prompt}" not in template:
-            raise ValueError(f"expected plain, chat, or a text with {{prompt}} in it; got {template!r}")
+        if not is_template(template):
+            names = ", ".join(TEMPLATES)
+            raise ValueError(f"expected plain, chat, {names}, or a text with {{prompt}} in it; got {template!r}")
         return template
 
 

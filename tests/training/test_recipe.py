@@ -73,7 +73,7 @@ def test_all_problems_come_at_once_each_with_path_and_nearest_name() -> None:
         ({"training__learning_rate": True}, "training.learning_rate: expected a valid number; got True"),
         ({"training__learning_rate": float("inf")}, "training.learning_rate: expected a finite number; got inf"),
         ({"training__eval_steps": 5}, "training.eval_steps: needs data.eval"),
-        ({"data__template": "Q:"}, "data.template: expected plain, chat, or a text with {prompt} in it"),
+        ({"data__template": "Q:"}, "data.template: expected plain, chat, llm_adapters, "),
         ({"data__max_len": 5}, "data.max_len: unknown setting; did you mean max_length?"),
         ({"data__loss": "all"}, "data.loss: unknown setting; did you mean loss_on?"),
         ({"training__dir": "x"}, "training.dir: unknown setting; did you mean output.dir?"),

@@ -1,0 +1,268 @@
+"""The papers' data sets by name: the files they come in, their splits, and how a row is asked and answered.
+
+A name such as `svamp` or `gsm8k` stands for its files in the data folder: `data`, or what SVDTUNE_DATA names. They lie there as
+their publishers have them (`LLM-Adapters/dataset/SVAMP/test.json`) or under a short name (`sara_math/SVAMP_test.json`);
+`.gz` may follow. Data sets that are on the hub come from there where the folder lacks them.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdtune.data import e2e
+from svdtune.data.files import read_file
+from svdtune.data.leaks import leaks
+from svdtune.errors import SvdtuneError
+
+Rows = list[dict[str, Any]]
+
+_LLM_ADAPTERS = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters (math_data.json: at 816657208a)"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of the papers.
+
+    Attributes:
+        name: What recipes and `--data` call it.
+        files: For each split that is read from a file, where that may lie in the data folder.
+        where: How to get the files.
+        hub: Name and configuration on the hub, None where it is not there in this form.
+        prompt: The field that is asked; `data.prompt` of a recipe.
+        completion: The field that is trained on.
+        answer: The field that answers are graded against.
+        task: Name of the task that grades it.
+        template: Name of the prompt that the paper's evaluation puts around it.
+        max_new_tokens: Length limit of the paper's evaluation.
+        test: The split that scores are made on.
+        made: Splits that are made of others, by functions of this data set.
+        convert: What to make of the rows of a split.
+    """
+
+    name: str
+    files: Mapping[str, tuple[str, ...]]
+    where: str
+    hub: tuple[str, str | None] | None = None
+    prompt: str = "instruction"
+    completion: str = "output"
+    answer: str = "answer"
+    task: str | None = None
+    template: str = "plain"
+    max_new_tokens: int = 256
+    test: str = "test"
+    made: Mapping[str, Callable[["DataSet"], Rows]] = field(default_factory=dict)
+    convert: Callable[[Rows, str], Rows] | None = None
+
+    @property
+    def splits(self) -> list[str]:
+        """Every split there is."""
+        return [*self.files, *self.made]
+
+    def find(self, split: str) -> Path | None:
+        """The file of a split, None where the data folder has none."""
+        candidates = [data_folder() / name for name in self.files[split]]
+        candidates += [path.with_name(f"{path.name}.gz") for path in candidates]
+        return next((path for path in candidates if path.is_file()), None)
+
+    def read(self, split: str) -> Rows | None:
+        """The rows of a split; None where the data folder lacks its file, but the hub has it.
+
+        Raises:
+            SvdtuneError: if there is no such split, its file is malformed, or it is nowhere to be had.
+        """
+        if split in self.made:
+            return self.made[split](self)
+        if split not in self.files:
+            raise SvdtuneError(f"{self.name} has no split {split!r}: expected one of {', '.join(self.splits)}")
+        path = self.find(split)
+        if path is None and self.hub is not None:
+            return None
+        if path is None:
+            raise SvdtuneError(
+                f"{self.name} ({split}) is not in the data folder {data_folder()}: expected {self.files[split][0]} there; "
+                f"get it ({self.where}), or name the data folder in SVDTUNE_DATA"
+            )
+        rows = read_file(path)
+        return self.convert(rows, split) if self.convert else rows
+
+
+def data_folder() -> Path:
+    """Where the papers' data sets lie."""
+    return Path(os.environ.get("SVDTUNE_DATA", "data")).expanduser()
+
+
+def _heldout(dataset: DataSet) -> Rows:
+    """SARA's held-out rows: those of the test file that its training file, drawn from the same rows, does not have."""
+    fields = ("instruction", "output", "answer")
+    trained = {tuple(row[name] for name in fields) for row in CATALOGUE["sara_math"].read("train") or []}
+    return [row for row in dataset.read("all") or [] if tuple(row[name] for name in fields) not in trained]
+
+
+def _unseen(dataset: DataSet) -> Rows:
+    """The held-out rows whose question is not in the training file in other punctuation either."""
+    rows = _heldout(dataset)
+    trained = [row["instruction"] for row in CATALOGUE["sara_math"].read("train") or []]
+    leaked = {at for at, _ in leaks([row["instruction"] for row in rows], trained)}
+    return [row for at, row in enumerate(rows) if at not in leaked]
+
+
+def _adapters(name: str, folder: str, task: str, short: str, **changes: Any) -> DataSet:
+    """A test set of LLM-Adapters: its folder there, and `short` for the short path."""
+    settings: dict[str, Any] = {
+        "files": {"test": (f"LLM-Adapters/dataset/{folder}/test.json", f"{short}/{folder}_test.json")},
+        "where": _LLM_ADAPTERS,
+        "task": task,
+        "template": "llm_adapters_test",
+    }
+    return DataSet(name, **settings | changes)
+
+
+def _sara(name: str, folder: str, task: str = "number") -> DataSet:
+    files = {"all": (f"LLM-Adapters/dataset/{folder}/test.json", f"sara_math/{folder}_test.json")}
+    made = {"heldout": _heldout, "unseen": _unseen}
+    return _adapters(name, folder, task, "sara_math", files=files, made=made, test="heldout")
+
+
+def _commonsense(name: str, folder: str) -> DataSet:
+    files = {
+        split: (f"LLM-Adapters/dataset/{folder}/{split}.json", f"commonsense/{folder}_{split}.json")
+        for split in ("train", "test")
+    }
+    return _adapters(name, folder, "choice", "commonsense", files=files, max_new_tokens=32)
+
+
+def _e2e(rows: Rows, split: str) -> Rows:
+    """Pairs for training; for testing, one row a meaning with all its references."""
+    return e2e.group(e2e.to_pairs(rows)) if split == "test" else e2e.to_pairs(rows)
+
+
+def _human_eval(rows: Rows, _: str) -> Rows:
+    """Put what a completion is graded against into one field."""
+    return [
+        row | {"reference": {key: row[key] for key in ("task_id", "prompt", "entry_point", "test")}} for row in rows
+    ]
+
+
+_LORA_E2E = "LoRA/examples/NLG/data/e2e/"
+_DATA_SETS = (
+    DataSet(
+        "sara_math",
+        {"train": ("LLM-Adapters/ft-training_set/math_data.json", "sara_math/math_data.json")},
+        _LLM_ADAPTERS,
+    ),
+    _sara("svamp", "SVAMP"),
+    _sara("aqua", "AQuA", "letter"),
+    _sara("addsub", "AddSub"),
+    _sara("multiarith", "MultiArith"),
+    _sara("singleeq", "SingleEq"),
+    _sara("gsm8k_sara", "gsm8k"),
+    DataSet(
+        "commonsense_170k",
+        {"train": ("LLM-Adapters/ft-training_set/commonsense_170k.json", "commonsense/commonsense_170k.json")},
+        _LLM_ADAPTERS,
+    ),
+    _commonsense("arc_challenge", "ARC-Challenge"),
+    _commonsense("arc_easy", "ARC-Easy"),
+    _commonsense("boolq", "boolq"),
+    _commonsense("winogrande", "winogrande"),
+    _commonsense("piqa", "piqa"),
+    _commonsense("siqa", "social_i_qa"),
+    _commonsense("openbookqa", "openbookqa"),
+    _commonsense("hellaswag", "hellaswag"),
+    DataSet(
+        "gsm8k",
+        {
+            split: (f"grade-school-math/grade_school_math/data/{split}.jsonl", f"gsm8k/{split}.jsonl")
+            for split in ("train", "test")
+        },
+        "git clone https://github.com/openai/grade-school-math",
+        hub=("openai/gsm8k", "main"),
+        prompt="question",
+        completion="answer",
+        task="gsm8k",
+        template="sorsa_math",
+        max_new_tokens=1024,
+    ),
+    DataSet(
+        "math",
+        {"test": ("MATH_test.jsonl", "math/MATH_test.jsonl")},
+        "one JSON object a line with problem and solution, made of https://github.com/hendrycks/math",
+        prompt="problem",
+        completion="solution",
+        answer="solution",
+        task="math",
+        template="sorsa_math",
+        max_new_tokens=2048,
+    ),
+    DataSet(
+        "math500",
+        {"test": ("MATH500.jsonl", "math/MATH500.jsonl")},
+        "MATH-500, from the hub: HuggingFaceH4/MATH-500",
+        hub=("HuggingFaceH4/MATH-500", None),
+        prompt="problem",
+        completion="solution",
+        answer="solution",
+        task="math",
+        template="sorsa_math",
+        max_new_tokens=2048,
+    ),
+    DataSet(
+        "metamathqa",
+        {"train": ("MetaMathQA-395K.json", "metamathqa/MetaMathQA-395K.json")},
+        "MetaMathQA-395K.json of meta-math/MetaMathQA on the hub",
+        hub=("meta-math/MetaMathQA", None),
+        prompt="query",
+        completion="response",
+    ),
+    DataSet(
+        "codefeedback",
+        {"train": ("CodeFeedback-Filtered-Instruction.jsonl", "codefeedback/CodeFeedback-Filtered-Instruction.jsonl")},
+        "CodeFeedback-Filtered-Instruction.jsonl of m-a-p/CodeFeedback-Filtered-Instruction on the hub",
+        hub=("m-a-p/CodeFeedback-Filtered-Instruction", None),
+        prompt="query",
+        completion="answer",
+    ),
+    DataSet(
+        "humaneval",
+        {"test": ("human-eval/data/HumanEval.jsonl", "humaneval/HumanEval.jsonl")},
+        "git clone https://github.com/openai/human-eval",
+        hub=("openai/openai_humaneval", None),
+        prompt="prompt",
+        completion="canonical_solution",
+        answer="reference",
+        task="humaneval",
+        template="sorsa_humaneval",
+        max_new_tokens=2048,
+        convert=_human_eval,
+    ),
+    DataSet(
+        "e2e",
+        {
+            "train": (f"{_LORA_E2E}train.txt", "e2e/lora_train.txt", "e2e-dataset/trainset.csv", "e2e/trainset.csv"),
+            "valid": (f"{_LORA_E2E}valid.txt", "e2e/lora_valid.txt", "e2e-dataset/devset.csv", "e2e/devset.csv"),
+            "test": (
+                f"{_LORA_E2E}test.txt",
+                "e2e/lora_test.txt",
+                "e2e-dataset/testset_w_refs.csv",
+                "e2e/testset_w_refs.csv",
+            ),
+        },
+        "git clone https://github.com/microsoft/LoRA",
+        prompt="context",
+        completion=" {completion}",
+        answer="references",
+        task="e2e",
+        template="lora_e2e",
+        max_new_tokens=64,
+        convert=_e2e,
+    ),
+)
+CATALOGUE = {dataset.name: dataset for dataset in _DATA_SETS}
+
+# What a table of a paper is scored on, in the order of its columns.
+GROUPS = {
+    "sara_math": ("svamp", "aqua", "addsub", "multiarith", "singleeq", "gsm8k_sara"),
+    "commonsense": ("arc_challenge", "arc_easy", "boolq", "winogrande", "piqa", "siqa", "openbookqa", "hellaswag"),
+}

@@ -1,0 +1,151 @@
+"""Files of rows: JSON, JSONL, CSV, Parquet and E2E's text form (also .gz), read row by row, each with its line.
+
+A row that is malformed comes out as a `Fault` instead of a row, so that one reader serves training, which refuses the first
+fault, and `svdtune data check`, which lists them all.
+"""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from svdtune.errors import SvdtuneError
+
+FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+SEPARATOR = "||"  # between meaning and sentence in the text form of E2E
+
+
+class Located(NamedTuple):
+    """A row and where it stands: "line 3", or "row 3" where a format has no lines."""
+
+    place: str
+    row: dict[str, Any]
+
+
+class Fault(NamedTuple):
+    """A row that cannot be used: where it stands and why."""
+
+    place: str
+    reason: str
+
+
+def kind(path: Path) -> str:
+    """The file's ending, .gz aside."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def scan(path: Path) -> Iterator[Located | Fault]:
+    """Yield every row of a file, or what is wrong with it.
+
+    Raises:
+        SvdtuneError: if the file as a whole cannot be read: it is missing, of an unknown format, not text, or so damaged
+            that no further row can be told apart.
+    """
+    if not path.is_file():
+        raise SvdtuneError(f"there is no file {path}")
+    if kind(path) not in FILES:
+        raise SvdtuneError(
+            f"{path}: cannot tell its format; expected a name ending in {', '.join(FILES)} or one with .gz"
+        )
+    if kind(path) == ".parquet":
+        return _scan_parquet(path)
+    scanners = {".json": _scan_json, ".jsonl": _scan_jsonl, ".csv": _scan_csv, ".txt": _scan_text}
+    return scanners[kind(path)](_read_text(path), path)
+
+
+def read_file(path: Path) -> list[dict[str, Any]]:
+    """All rows of a file.
+
+    Raises:
+        SvdtuneError: as `scan`, and at the first malformed row.
+    """
+    rows = []
+    for found in scan(path):
+        if isinstance(found, Fault):
+            raise SvdtuneError(f"{path} {found.place} {found.reason}")
+        rows.append(found.row)
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise SvdtuneError(f"{path} is not a whole gzip file: {error}") from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise SvdtuneError(f"{path} line {line} is not UTF-8; convert the file to UTF-8") from error
+
+
+def _scan_json(text: str, path: Path) -> Iterator[Located | Fault]:
+    try:
+        found = json.loads(text) if text.strip() else []
+    except json.JSONDecodeError as error:
+        hint = "; one object a line is JSONL: rename it to .jsonl" if error.msg == "Extra data" else ""
+        raise SvdtuneError(f"{path} line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
+    if isinstance(found, dict):
+        lists = [value for value in found.values() if isinstance(value, list)]
+        found = lists[0] if len(lists) == 1 else found
+    if not isinstance(found, list):
+        raise SvdtuneError(f"{path} holds one JSON {type(found).__name__}; expected a list of objects")
+    for i, row in enumerate(found, 1):
+        yield _object(row, f"row {i}")
+
+
+def _scan_jsonl(text: str, path: Path) -> Iterator[Located | Fault]:
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            yield Fault(f"line {number}", f"is not valid JSON: {error.msg} at column {error.colno}")
+        else:
+            yield _object(row, f"line {number}")
+
+
+def _object(row: Any, place: str) -> Located | Fault:
+    if isinstance(row, dict):
+        return Located(place, row)
+    return Fault(place, f"is {row!r:.60}; expected an object with named fields")
+
+
+def _scan_csv(text: str, path: Path) -> Iterator[Located | Fault]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for row in reader:
+            place = f"line {reader.line_num}"
+            if None in row or None in row.values():
+                yield Fault(place, f"does not have the {len(reader.fieldnames or ())} columns of the header")
+            else:
+                yield Located(place, row)
+    except csv.Error as error:
+        raise SvdtuneError(f"{path} is not valid CSV after line {reader.line_num}: {error}") from error
+
+
+def _scan_text(text: str, path: Path) -> Iterator[Located | Fault]:
+    """E2E as LoRA's experiments have it: `context||completion`, one a line."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        context, *completions = line.split(SEPARATOR)
+        if len(completions) == 1:
+            yield Located(f"line {number}", {"context": context.strip(), "completion": completions[0].strip()})
+        else:
+            yield Fault(f"line {number}", f"is {line!r:.60}; expected a meaning, {SEPARATOR} and one sentence")
+
+
+def _scan_parquet(path: Path) -> Iterator[Located]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise SvdtuneError(f"reading {path} needs pyarrow: pip install 'svdtune[parquet]'") from error
+    try:
+        rows = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise SvdtuneError(f"{path} is not a readable Parquet file: {error}") from error
+    return (Located(f"row {i}", row) for i, row in enumerate(rows, 1))
