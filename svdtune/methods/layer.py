@@ -20,6 +20,7 @@ from svdtune.linalg import Factors
 from svdtune.methods import kernels
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.convolution import add_convolved
+from svdtune.methods.quantized import check_mergeable, device_and_dtype, kept, put_back
 
 
 class SvdLayer(nn.Module, BaseTunerLayer):
@@ -53,7 +54,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._awaited: set[str] = set()
-        self._weight_before_merge: Tensor | None = None
+        self._before_merge: Any = None
         base = self.get_base_layer()
         self._is_conv1d = isinstance(base, Conv1D)
         self._is_convolution = isinstance(base, spectra.CONVOLUTIONS)
@@ -179,7 +180,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to its base layer's device. PEFT's own version also rounds the factors to the base dtype."""
-        device = device or self.get_base_layer().weight.device
+        device = device or device_and_dtype(self.get_base_layer())[0]
         if device.type == "meta":
             return
         for name in (*self.trained, *self.frozen):
@@ -219,6 +220,12 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with every active adapter's addition."""
+        sole = None if args or kwargs else self.sole_adapter()
+        if sole is not None:
+            p, in_kernel = self.dropout_p(sole), self.draws_masks and kernels.available(x)
+            in_kernel = p > 0 and in_kernel and not torch.compiler.is_compiling()
+            x_adapter = getattr(self, f"{self.method}_dropout")[sole](x) if p > 0 and not in_kernel else None
+            return self.fused(x, *self.readable(), x_adapter, p if in_kernel else 0.0, sole)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -228,23 +235,41 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.r]
         if self._awaited:
             self._check_loaded(active)
-        if len(active) == 1 and not args and not kwargs and self._may_read_weight():
-            base, adapter = self.base_layer, active[0]
-            weight = base.weight.mT if self._is_conv1d else base.weight
-            dropout = getattr(self, f"{self.method}_dropout")[adapter]
-            p = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
-            in_kernel = p > 0 and self.draws_masks and kernels.available(x) and not torch.compiler.is_compiling()
-            x_adapter = dropout(x) if p > 0 and not in_kernel else None
-            return self.fused(x, weight, base.bias, x_adapter, p if in_kernel else 0.0, adapter)
         y = self.base_output(x, active, *args, **kwargs)
+        if self.quantization_backend is not None and active:
+            y = self.quantization_backend.maybe_clone_base_result(y)
         for adapter in active:
             x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)
             y = self.add(y, x_adapter, adapter)
         return y
 
+    def sole_adapter(self) -> str | None:
+        """The adapter that `forward` computes in one node with the base layer; None where it goes another way."""
+        if self._disable_adapters or self.merged_adapters or self._awaited:
+            return None
+        active = [name for name in self.active_adapters if name in self.r]
+        return active[0] if len(active) == 1 and self._may_read_weight() else None
+
+    def readable(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight [out, in] and bias."""
+        base = self._modules["base_layer"]
+        return base.weight.mT if self._is_conv1d else base.weight, base.bias
+
+    def dropout_p(self, adapter: str) -> float:
+        """The probability with which an entry of the adapter's input is zeroed now."""
+        dropout = self._modules[f"{self.method}_dropout"]._modules[adapter]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
     def add(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """`add_to` or `add_convolved`, as the base layer needs it."""
         return self.add_convolved(y, x, adapter) if self._is_convolution else self.add_to(y.contiguous(), x, adapter)
+
+    @property
+    def silent(self) -> bool:
+        """Whether `forward` does nothing but call the base layer."""
+        if self.disable_adapters:
+            return not self.merged
+        return self.merged or not any(name in self.r for name in self.active_adapters)
 
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, to which the adapters in `present` are added (or whose weight holds them already)."""
@@ -289,6 +314,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self._check_loaded(names)
+        check_mergeable(self.quantization_backend)
         deltas = [self.merge_delta(name) for name in names]
         before = self.get_base_weight()
         merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
@@ -300,17 +326,33 @@ class SvdLayer(nn.Module, BaseTunerLayer):
                 f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: its factors hold "
                 "NaN or infinity, or the merged weight overflows its dtype"
             )
-        if self._weight_before_merge is None:
-            self._weight_before_merge = before.to("cpu", copy=True) if before.is_cuda else before.clone()
+        if self._before_merge is None:
+            self._before_merge = self._kept(before)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the weight from before merging back, bit for bit."""
-        if self._weight_before_merge is not None:
-            self.set_base_weight(self._weight_before_merge.to(self.get_base_layer().weight.device))
-            self._weight_before_merge = None
+        if self._before_merge is not None:
+            if self.quantization_backend is None:
+                self.set_base_weight(self._before_merge.to(self.get_base_layer().weight.device))
+            else:
+                put_back(self, self._before_merge)
+            self._before_merge = None
         self.merged_adapters.clear()
+
+    def _kept(self, weight: Tensor) -> Any:
+        if self.quantization_backend is not None:
+            return kept(self.get_base_layer())
+        return weight.to("cpu", copy=True) if weight.is_cuda else weight.clone()
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """As PEFT's; a slice of a fused weight writes into its own rows."""
+        base = self.get_base_layer()
+        if hasattr(base, "write"):
+            base.write(weight_data)
+        else:
+            super().set_base_weight(weight_data)
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

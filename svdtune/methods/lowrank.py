@@ -14,6 +14,9 @@ Against autograd's own bookkeeping the node saves x and x V alone, adds into the
 pass over a [T, in] or [T, out] tensor that is not a matrix product.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -64,76 +67,163 @@ def tall_product(X: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
     return (X.mT @ Q).to(dtype)
 
 
-class LowRankLinear(torch.autograd.Function):
-    """A linear layer and its low-rank addition in one node.
+class Part(NamedTuple):
+    """One linear layer and its addition, as `LowRankLinear` takes them; the shapes are those at the head of this file.
 
-    What the addition is added to is either the pair (weight, bias), then the node computes x Wᵀ + b itself, or (None, y),
+    A and B are the stacked factors, where they are formed already; beside them P may stand for U, without s.
+    """
+
+    weight: Tensor | None
+    bias_or_output: Tensor | None
+    U: Tensor
+    s: Tensor | None
+    V: Tensor
+    P0: Tensor | None = None
+    V0: Tensor | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+
+
+class LowRankLinear(torch.autograd.Function):
+    """Linear layers that read one input, each with its low-rank addition, in one node; most often it is a single layer.
+
+    What an addition is added to is either the pair (weight, bias), then the node computes x Wᵀ + b itself, or (None, y),
     then it adds to y in place. For dropout on the low-rank path's input, either `x_adapter` is that input, or `p` > 0 draws
     the mask inside the kernels (CUDA), where neither the mask nor the masked input is ever stored.
-    The base weight gets no gradient. Differentiating twice is refused by PyTorch with an error.
+    Several layers share the products with x, the mask, and the sum of their input gradients. Base weights, A and B get no
+    gradient. Differentiating twice is refused by PyTorch with an error.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias_or_output, x_adapter, U, s, V, P0, V0, p):
+    def forward(ctx, x, x_adapter, p, *tensors):
+        parts = as_parts(tensors)
         dtype = compute_dtype(x)
         pad = alignment(dtype, x.device)
-        A, B = stacked(U, s, V, P0, V0, dtype, pad)
+        As, Bs = stacked_parts(parts, dtype, pad)
+        A = beside(As)
         inputs = (x if x_adapter is None else x_adapter).to(dtype)
         flat = inputs.reshape(-1, inputs.shape[-1])
         seed = kernels.dropout_seed(x.device) if p > 0 else None
         z = flat @ A if seed is None else kernels.dropout_mm(flat, A, p, seed)
-        if weight is None:
-            y = bias_or_output
-            ctx.mark_dirty(y)
-            y.view(-1, y.shape[-1]).addmm_(z.to(y.dtype), B.to(y.dtype).mT)
-        else:
-            bias = None if bias_or_output is None else bias_or_output.to(dtype)
-            y = linear_plus(x.to(dtype), weight.to(dtype), bias, z, B)
-        r = V.shape[1]
-        # x V without x (V − V₀), up to the next full column block: what is too much is cut off the product
-        projected = z if P0 is None else z[:, : min(z.shape[1], r + -r % pad)].contiguous()
-        # The stacked pair is worth keeping where it is small beside x; for long factors forming it again costs less memory.
-        kept = (A, B) if A.numel() + B.numel() <= flat.numel() // 8 else (None, None)
-        ctx.save_for_backward(flat, projected, weight, U, s, V, P0, V0, seed, *kept)
+        outputs, projected = [], []
+        for part, B, own in zip(parts, Bs, apart(z, Bs), strict=True):
+            if part.weight is None:
+                y = part.bias_or_output
+                ctx.mark_dirty(y)
+                y.view(-1, y.shape[-1]).addmm_(own.to(y.dtype), B.to(y.dtype).mT)
+            else:
+                bias = None if part.bias_or_output is None else part.bias_or_output.to(dtype)
+                y = linear_plus(x.to(dtype), part.weight.to(dtype), bias, own, B)
+            outputs.append(y)
+            if part.P0 is not None:
+                # x V without x (V − V₀), up to the next full column block: what is too much is cut off the product
+                r = part.V.shape[1]
+                own = own[:, : min(own.shape[1], r + -r % pad)]
+            projected.append(own.contiguous() if z.numel() > WORTH_A_COPY else own)
+        saved = list(tensors)
+        saved[1::FIELDS] = [None] * len(parts)
+        # Pairs formed here are worth keeping where they are small beside x; else forming them again costs less memory.
+        if A.numel() + sum([B.numel() for B in Bs]) <= flat.numel() // 8:
+            saved[7::FIELDS], saved[8::FIELDS] = As, Bs
+        ctx.save_for_backward(flat, seed, *projected, *saved)
         ctx.shape, ctx.p = x.shape, p
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
-        return y
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        flat, z, weight, U, s, V, P0, V0, seed, A, B = ctx.saved_tensors
-        dtype, r = flat.dtype, V.shape[1]
+    def backward(ctx, *grads):
+        flat, seed, *saved = ctx.saved_tensors
+        projected, parts = saved[: len(grads)], as_parts(saved[len(grads) :])
+        dtype = flat.dtype
         pad = alignment(dtype, flat.device)
-        if A is None:
-            A, B = stacked(U, s, V, P0, V0, dtype, pad)
-        needs_x, _, needs_base, needs_adapter, needs_U, needs_s, needs_V, *_ = ctx.needs_input_grad
-        dY = grad.to(dtype).reshape(-1, grad.shape[-1])
-        Q = dY @ B
+        As, Bs = stacked_parts(parts, dtype, pad)
+        needs_x, needs_adapter, _, *needs = ctx.needs_input_grad
+        dYs = [grad.to(dtype).reshape(-1, grad.shape[-1]) for grad in grads]
+        A, Q = beside(As), products_beside(dYs, Bs)
 
         dx = dx_adapter = None
         x_dtype, adapter_dtype = ctx.dtypes
         if needs_adapter:
             dx_adapter = (Q @ A.mT).view(ctx.shape).to(adapter_dtype)
         if needs_x:
-            dx = input_gradient(dY, weight, None if adapter_dtype is not None else Q, A, ctx.p, seed)
+            weights = [part.weight for part in parts]
+            dx = input_gradient(dYs, weights, None if adapter_dtype is not None else Q, A, ctx.p, seed)
             dx = None if dx is None else dx.view(ctx.shape).to(x_dtype)
 
-        dU = ds = dV = None
-        if needs_V:
-            QP = Q if P0 is None else filled(Q[:, :r] + Q[:, r : 2 * r], pad)
-            if seed is None:
-                dV = tall_product(flat, QP, V.dtype)[:, :r]
-            else:
-                dV = kernels.dropout_mm_transposed(flat, QP, ctx.p, seed)[:, :r].to(V.dtype)
-        if needs_U or needs_s:
-            M = tall_product(dY, z, U.dtype)[:, :r]
-            ds = None if s is None else (M * U).sum(0).to(s.dtype)
-            dU = scaled(M, s)
-        dbase = None
-        if needs_base:
-            dbase = grad if weight is None else dY.sum(0)
-        return dx, None, dbase, dx_adapter, dU, ds, dV, None, None, None
+        dVs = V_gradients(flat, Q, parts, Bs, pad, ctx.p, seed) if any(needs[4::FIELDS]) else [None] * len(parts)
+        gradients = []
+        for i, (part, z, dY, dV) in enumerate(zip(parts, projected, dYs, dVs, strict=True)):
+            _, needs_base, needs_U, needs_s, *_ = needs[i * FIELDS : (i + 1) * FIELDS]
+            dU = ds = dbase = None
+            if needs_U or needs_s:
+                M = tall_product(dY, z, part.U.dtype)
+                M = M if M.shape[1] == part.V.shape[1] else M[:, : part.V.shape[1]]
+                ds = None if part.s is None else (M * part.U).sum(0).to(part.s.dtype)
+                dU = scaled(M, part.s)
+            if needs_base:
+                dbase = grads[i] if part.weight is None else dY.sum(0)
+            gradients += (None, dbase, dU, ds, dV, None, None, None, None)
+        return dx, dx_adapter, None, *gradients
+
+
+FIELDS = len(Part._fields)
+
+WORTH_A_COPY = 2**21
+"""Elements of x A from which on saving only a part of it repays the copy: a view would keep the whole."""
+
+
+def as_parts(flat: Sequence) -> list[Part]:
+    """`Part`s from the flat arguments of an autograd function."""
+    return [Part(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
+
+
+def stacked_parts(parts: list[Part], dtype: torch.dtype, pad: int) -> tuple[list[Tensor], list[Tensor]]:
+    """A and B of every part, formed where it has none."""
+    As, Bs = [], []
+    for part in parts:
+        A, B = part.A, part.B
+        if A is None:
+            A, B = stacked(part.U, part.s, part.V, part.P0, part.V0, dtype, pad)
+        As.append(A)
+        Bs.append(B)
+    return As, Bs
+
+
+def beside(matrices: list[Tensor]) -> Tensor:
+    """Matrices [n, ...] side by side; a single one as it is."""
+    return matrices[0] if len(matrices) == 1 else torch.cat(matrices, 1)
+
+
+def apart(matrix: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
+    """Views of the columns of `matrix`, as many each as the matrices in `like` have."""
+    return [matrix] if len(like) == 1 else matrix.split([one.shape[1] for one in like], 1)
+
+
+def products_beside(dYs: list[Tensor], Bs: list[Tensor]) -> Tensor:
+    """The products dY B side by side, each written where it belongs."""
+    if len(dYs) == 1:
+        return dYs[0] @ Bs[0]
+    Q = dYs[0].new_empty(len(dYs[0]), sum(B.shape[1] for B in Bs))
+    for dY, B, own in zip(dYs, Bs, apart(Q, Bs), strict=True):
+        torch.mm(dY, B, out=own)
+    return Q
+
+
+def V_gradients(
+    flat: Tensor, Q: Tensor, parts: list[Part], Bs: list[Tensor], pad: int, p: float, seed: Tensor | None
+) -> list[Tensor]:
+    """dV = xᵀ Q of each part; where A = [V, V − V₀] both halves of Q belong to V."""
+    halves = []
+    for part, q in zip(parts, apart(Q, Bs), strict=True):
+        r = part.V.shape[1]
+        halves.append(q if part.P0 is None else filled(q[:, :r] + q[:, r : 2 * r], pad))
+    Q, dtype = Q if parts[0].P0 is None else beside(halves), parts[0].V.dtype
+    dV = tall_product(flat, Q, dtype) if seed is None else kernels.dropout_mm_transposed(flat, Q, p, seed).to(dtype)
+    return [
+        own if own.shape[1] == part.V.shape[1] else own[:, : part.V.shape[1]]
+        for part, own in zip(parts, apart(dV, halves), strict=True)
+    ]
 
 
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Tensor) -> Tensor:
@@ -149,20 +239,19 @@ def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Te
 
 
 def input_gradient(
-    dY: Tensor, weight: Tensor | None, Q: Tensor | None, A: Tensor, p: float, seed: Tensor | None
+    dYs: list[Tensor], weights: list[Tensor | None], Q: Tensor | None, A: Tensor, p: float, seed: Tensor | None
 ) -> Tensor | None:
-    """dY W + Q Aᵀ [T, in], either term left out where its factor is None, the second one masked where there is a seed."""
-    weight = None if weight is None else weight.to(dY.dtype)
-    if seed is not None:
-        dx = dY @ weight if weight is not None else torch.zeros_like(dY[:, :1]).expand(-1, len(A)).contiguous()
+    """Σ dY W + Q Aᵀ [T, in], a term left out where its factor is None, the last one masked where there is a seed."""
+    large = [(dY, W.to(dY.dtype)) for dY, W in zip(dYs, weights, strict=True) if W is not None]
+    dx = None
+    if Q is not None and seed is None and (A.is_cuda or not large):  # the small product first, as in `linear_plus`
+        dx, Q = Q @ A.mT, None
+    for dY, W in large:
+        dx = dY @ W if dx is None else dx.addmm_(dY, W)
+    if Q is not None and seed is not None:
+        dx = A.new_zeros(len(Q), len(A)) if dx is None else dx
         return kernels.add_dropout_mm_(dx, Q, A, p, seed)
-    if weight is None:
-        return None if Q is None else Q @ A.mT
-    if Q is None:
-        return dY @ weight
-    if dY.is_cuda:  # the small product first, as in `linear_plus`
-        return (Q @ A.mT).addmm_(dY, weight)
-    return (dY @ weight).addmm_(Q, A.mT)
+    return dx if Q is None else dx.addmm_(Q, A.mT)
 
 
 def low_rank_linear(
@@ -181,7 +270,7 @@ def low_rank_linear(
 
     Dropout on the input of the second term: give that input as `x_adapter`, or on CUDA its probability as `p`.
     """
-    return LowRankLinear.apply(x, weight, bias, x_adapter, U, s, V, P0, V0, p)
+    return LowRankLinear.apply(x, x_adapter, p, *Part(weight, bias, U, s, V, P0, V0))
 
 
 def add_low_rank(
@@ -194,4 +283,4 @@ def add_low_rank(
     V0: Tensor | None = None,
 ) -> Tensor:
     """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be read directly."""
-    return LowRankLinear.apply(x, None, y, None, U, s, V, P0, V0, 0.0)
+    return LowRankLinear.apply(x, None, 0.0, *Part(None, y, U, s, V, P0, V0))
