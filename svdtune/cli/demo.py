@@ -222,8 +222,12 @@ def merge_or_reason(source: "Source", method: Method, console: Console) -> str:
             raise
         console.print(f"not merged: {refusal}", highlight=False)
         return "no: token-level routing"
-    console.print(f"merged into {report.output}: relative logit difference {report.relative:.1e}", highlight=False)
-    return f"yes, logits within {report.relative:.0e}"
+    if report.comparison is None:
+        console.print(f"merged into {report.output}; logits not compared: {report.unchecked}", highlight=False)
+        return "yes, not compared"
+    relative = report.comparison.relative
+    console.print(f"merged into {report.output}: relative logit difference {relative:.1e}", highlight=False)
+    return f"yes, logits within {relative:.0e}"
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svdtune.errors import SvdtuneError
+from svdtune.export.checking import probe_logits
 from svdtune.export.folder import check_new_folder, new_folder
-from svdtune.export.merging import probe_logits
 from svdtune.export.opening import attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.saved import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter

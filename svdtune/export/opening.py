@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, load
+from svdtune.models.loading import locate
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
 
@@ -33,6 +36,11 @@ class Source:
     adapter: Path | None = None
     run: Path | None = None
     recipe: Recipe | None = None
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether the run was allowed to run code from the model's repository."""
+        return self.recipe is not None and self.recipe.model.trust_remote_code
 
 
 def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
@@ -78,6 +86,24 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
         return LoadedModel(loaded.model, loaded.tokenizer, str(source.run or source.base))
     model = attach_adapter(loaded.model, source.adapter)
     return LoadedModel(model, loaded.tokenizer, str(source.run or source.adapter))
+
+
+def base_folder(source: Source) -> Path:
+    """Where the base lies on this disk: its folder or GGUF file, fetched from the hub if it has to be.
+
+    Raises:
+        SvdtuneError: it does not exist, or cannot be fetched.
+    """
+    found = locate(source.base)
+    if isinstance(found, Path):
+        return found
+    revision = source.recipe.model.revision if source.recipe else None
+    # Weights in other formats than safetensors are left where they are.
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(found, revision=revision, allow_patterns=kinds))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise SvdtuneError(f"the model {found!r} cannot be fetched: {_shortened(error)}") from error
 
 
 def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:

@@ -1,0 +1,178 @@
+"""Merge one layer at a time: PEFT's own merge, on a model that consists of that layer alone.
+
+So every method, layer kind and check is the same as in memory: nothing is written a second time for merging from disk.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_same_layers
+
+_ROOT = "base_model.model."
+# Settings that choose layers among many, or train something beside them: a model of one layer has neither.
+_ONE_LAYER = {
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "modules_to_save": None,
+    "bias": "none",
+    "base_model_name_or_path": None,
+    "task_type": None,
+    "inference_mode": True,
+}
+
+
+class LayerwiseAdapter:
+    """An adapter on disk, merged layer by layer.
+
+    Attributes:
+        layers: the modules it adapts, each with the keys of its tensors in the file.
+        replaced: parameters of the base model that it replaces as they are (biases, modules_to_save), by name, each with
+            its key in the file.
+    """
+
+    def __init__(self, folder: Path, skeleton: nn.Module):
+        """Read the adapter's configuration and the names in its file.
+
+        Args:
+            folder: of a saved adapter of any PEFT method that merges.
+            skeleton: the base model; its parameters may be on the meta device.
+
+        Raises:
+            SvdtuneError: the adapter is damaged, or was made for another model.
+        """
+        self.folder, self.path = folder, folder / ADAPTER_WEIGHTS
+        self.config = read_peft_config(folder)
+        self.layers: dict[str, list[str]] = {}
+        self.replaced: dict[str, str] = {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                keys = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise SvdtuneError(
+                f"{self.path} is missing, cut short or damaged ({error}); copy the adapter again"
+            ) from error
+        modules = dict(skeleton.named_modules())
+        for key in keys:
+            layer, rest = _split(key.removeprefix(_ROOT), modules)
+            if "weight" not in modules[layer]._parameters and rest not in modules[layer]._parameters:
+                raise SvdtuneError(
+                    f"the adapter {folder} was made for another model: this one has no module for {key!r}. Name the base "
+                    "model that it was trained on"
+                )
+            parameter = f"{layer}.{rest.removeprefix('base_layer.')}"
+            if parameter.removeprefix(f"{layer}.") in modules[layer]._parameters:
+                self.replaced[parameter] = key
+            else:
+                self.layers.setdefault(layer, []).append(key)
+        for layer in self.layers:  # adapted embeddings are saved with the base's own weight
+            self.replaced.pop(f"{layer}.weight", None)
+        if isinstance(self.config, SvdConfig):
+            check_same_layers(self.config.ranks, self.layers)
+        self._modules = {layer: modules[layer] for layer in self.layers}
+
+    def read(self, parameter: str) -> Tensor:
+        """The tensor that takes the place of one of `replaced`."""
+        return self._read([self.replaced[parameter]])[self.replaced[parameter]]
+
+    def merged(self, layer: str, weight: Tensor) -> Tensor:
+        """The weight of one layer with the adapter in it, rounded once to fp32 (fp64 for fp64).
+
+        Args:
+            layer: its name in the base model.
+            weight: the base model's, as its checkpoint stores it.
+
+        Raises:
+            SvdtuneError: another base model's weight, an adapter that is no matrix (Mo-SARA with several heads) or one with
+                NaN or infinity.
+        """
+        module = copy.deepcopy(self._modules[layer])
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        if getattr(module, "bias", None) is not None:
+            module.bias = nn.Parameter(torch.zeros(module.bias.shape), requires_grad=False)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # what PEFT says of a model without a configuration
+                model = PeftModel(_holding(layer, module), self._config_of(layer))
+                loaded = set_peft_model_state_dict(model, self._read(self.layers[layer]))
+                self._check_loaded(layer, model, loaded)
+                model.merge_adapter(safe_merge=True)
+        except SvdtuneError:
+            raise
+        except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
+            raise SvdtuneError(f"the adapter {self.folder} cannot be merged into {layer!r}: {error}") from error
+        return model.base_model.model.get_submodule(layer).get_base_layer().weight.detach()
+
+    def _config_of(self, layer: str) -> PeftConfig:
+        """The configuration of an adapter that has this layer alone."""
+        config = copy.deepcopy(self.config)
+        for name, value in ({"target_modules": [layer]} | _ONE_LAYER).items():
+            if hasattr(config, name):
+                setattr(config, name, value)
+        if isinstance(config, SvdConfig):
+            config.ranks = {layer: config.ranks[layer]}
+            if hasattr(config, "layout"):
+                config.layout = "delta"  # the same function; the weight is rounded once instead of twice
+        return config
+
+    def _check_loaded(self, layer: str, model: PeftModel, loaded: Any) -> None:
+        lacking = [key for key in loaded.missing_keys if model.base_model.prefix in key]
+        if lacking or loaded.unexpected_keys:
+            first = f"the file lacks {lacking[0]}" if lacking else f"there is no place for {loaded.unexpected_keys[0]}"
+            raise SvdtuneError(f"the adapter {self.folder} does not fit layer {layer!r}: {first}")
+
+    def _read(self, keys: list[str]) -> dict[str, Tensor]:
+        with safe_open(self.path, framework="pt") as file:
+            return {key: file.get_tensor(key).clone() for key in keys}
+
+
+def read_peft_config(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter of any method that changes weights.
+
+    Raises:
+        SvdtuneError: it is damaged, or its method changes no weight.
+    """
+    try:
+        peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
+    except SvdtuneError:
+        raise
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise SvdtuneError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
+    if config.is_prompt_learning:
+        raise SvdtuneError(f"the adapter {folder} is {peft_type}, which changes no weight and cannot be merged")
+    return config
+
+
+def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
+    """The module that a key lies in, as deep as there is one, and the rest of the key."""
+    parts = key.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        if (name := ".".join(parts[:length])) in modules:
+            return name, ".".join(parts[length:])
+    return "", key
+
+
+def _holding(path: str, module: nn.Module) -> nn.Module:
+    """A model with one module, under its path."""
+    *parents, last = path.split(".")
+    root = node = nn.Module()
+    for name in parents:
+        child = nn.Module()
+        node.add_module(name, child)
+        node = child
+    node.add_module(last, module)
+    return root
