@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import warnings
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -31,7 +32,13 @@ class SvdConfig(PeftConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in LoRA.
         init_weights: True decomposes the weights. False fills the factors at random, so that the adapter changes the
             outputs from the start: for tests.
+        fused_slices: what to adapt of projections that hold several matrices in one weight. None: the whole weight, as LoRA
+            does. {"c_attn": ["q", "v"]}: these slices of modules of that name, each with a rank and factors of its own;
+            for a model that svdtune does not know, {"in_proj": {"q": [groups, width, start, stop]}}, see
+            `svdtune.methods.rows`. "auto": of every projection known to be fused, the slices that the paper adapts.
         ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading reads ranks from here.
+        slices: [groups, width, start, stop] of every adapted slice, by its name. Written by svdtune.
+        kernels: [groups, in / groups, k, ...] of every adapted convolution. Written by svdtune.
         initialized: True in a saved adapter's configuration: factors are loaded, nothing is decomposed.
         base_fingerprint: of each adapted layer's base weight, by module name. Written by svdtune; loading onto another base
             is refused. {} does not look.
@@ -67,8 +74,17 @@ class SvdConfig(PeftConfig):
     init_weights: bool = field(
         default=True, metadata=_help("Decompose the weights (True), or fill the factors at random (False, for tests).")
     )
+    fused_slices: dict[str, Any] | str | None = field(
+        default=None, metadata=_help("Slices of fused projections to adapt: module name to slices, or 'auto'.")
+    )
     ranks: dict[str, int] = field(
         default_factory=dict, metadata=_help("Resolved rank of every adapted layer; written by svdtune.")
+    )
+    slices: dict[str, list[int]] = field(
+        default_factory=dict, metadata=_help("Rows of every adapted slice of a fused weight; written by svdtune.")
+    )
+    kernels: dict[str, list[int]] = field(
+        default_factory=dict, metadata=_help("Kernel shape of every adapted convolution; written by svdtune.")
     )
     initialized: bool = field(
         default=False, metadata=_help("True in a saved adapter: its factors are loaded, nothing is decomposed.")
@@ -82,6 +98,7 @@ class SvdConfig(PeftConfig):
     svdtune_version: str | None = field(default=None, metadata=_help("Version of svdtune that saved the adapter."))
 
     method: ClassVar[str]
+    paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,8 +131,29 @@ class SvdConfig(PeftConfig):
                 yield "`layers_to_transform` cannot be used when `target_modules` is a regular expression"
             if self.layers_pattern is not None:
                 yield "`layers_pattern` cannot be used when `target_modules` is a regular expression"
+        yield from self._problems_with_slices()
         if self.layers_pattern and self.layers_to_transform is None:
             yield "`layers_pattern` needs `layers_to_transform`, the indices it counts"
+
+    def _problems_with_slices(self) -> Iterator[str]:
+        asked = self.fused_slices
+        if asked is None or asked == "auto":
+            return
+        if not isinstance(asked, Mapping) or not all(isinstance(parts, Collection) for parts in asked.values()):
+            yield f"`fused_slices` must be 'auto' or a dict of module names to lists of slices; got {asked!r}"
+            return
+        for name, parts in asked.items():
+            if isinstance(parts, str) or not parts or not all(str(part).isidentifier() for part in parts):
+                yield f"`fused_slices[{name!r}]` must list slices by name, such as ['q', 'v']; got {parts!r}"
+            elif isinstance(parts, Mapping) and not all(_is_rows(rows) for rows in parts.values()):
+                yield f"`fused_slices[{name!r}]` must give [groups, width, start, stop] for each slice; got {parts!r}"
+
+    def check_base_layer(self, name: str, base: Any) -> None:
+        """Raise `SvdtuneError` for a base layer that these settings cannot work with; called before anything is changed."""
+
+    def module_of(self, layer: str) -> str:
+        """The base model's module that an adapted layer belongs to: itself, or for a slice the fused projection."""
+        return layer.rpartition(".")[0] if layer in self.slices else layer
 
     @property
     def needs_factors(self) -> bool:
@@ -157,6 +195,10 @@ class SvdConfig(PeftConfig):
 
     def _write(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _is_rows(rows: Any) -> bool:
+    return isinstance(rows, list | tuple) and len(rows) == 4 and all(isinstance(n, int) and n >= 0 for n in rows)
 
 
 def is_number_in(value: Any, low: float, high: float, low_open: bool = False, high_open: bool = False) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
+from svdtune.methods.quantized import is_quantized
 from svdtune.spectra.content import content_key
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (
@@ -68,9 +69,7 @@ def fingerprint(module: nn.Module) -> str | None:
     weight: Tensor | None = getattr(base, "weight", None)
     changed = isinstance(module, BaseTunerLayer) and (module.merged or getattr(module, "_subtracted", False))
     offloaded = hasattr(base, "_hf_hook")
-    if changed or weight is None or not weight.is_floating_point() or (weight.is_meta and not offloaded):
-        return None
-    if type(base).__module__.split(".")[0] not in ("torch", "transformers"):
+    if changed or is_quantized(getattr(base, "whole", base)) or (weight.is_meta and not offloaded):
         return None
     return content_key(spectra.base_weight(base).to(torch.bfloat16))[:16]
 

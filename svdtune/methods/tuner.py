@@ -5,6 +5,7 @@ decomposed leaves the model as it was, and the disk cache and the progress bar s
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -19,14 +20,19 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.fused import FusedLinear, RowSlice
 from svdtune.methods.integrity import check_base, check_same_layers, check_tensors, fingerprint
 from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
+from svdtune.methods.quantized import backend_of, device_and_dtype
+from svdtune.methods.rows import Parts, Rows, check_rows, chosen_parts
+from svdtune.methods.together import Together
 
 
 class SvdTuner(BaseTuner):
     """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and `PeftModel.from_pretrained`."""
 
     tuner_layer_cls: ClassVar[type[SvdLayer]]
+    together: Together | None = None
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # Before injection: which layers, which ranks, which factors
@@ -46,18 +52,43 @@ class SvdTuner(BaseTuner):
         self._ranks: dict[str, int] = {}
         self._fingerprints: dict[str, str] = {}
         self._factors: dict[str, Factors] = {}
+        self._parts: dict[str, Parts] = {}
+        self._kernels: dict[str, list[int]] = {}
+        if state_dict is not None:  # PEFT takes the modules' names from the keys, and a slice is no module yet
+            keys = {key: key.rpartition(".") for key in state_dict}
+            state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
         try:
-            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            with warnings.catch_warnings():  # PEFT looks at modules alone; `_warn_of_patterns` at slices too
+                warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
+                super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            self._watch(model)
+            self._warn_of_patterns(config)
             config.ranks = {name: self._ranks[name] for name in sorted(self._ranks)}
+            config.kernels = {name: self._kernels[name] for name in sorted(self._kernels)}
+            config.slices = {
+                f"{name}.{part}": rows.as_list()
+                for name in sorted(self._parts)
+                for part, rows in self._parts[name].items()
+            }
             if not config.initialized:
                 config.base_fingerprint = {name: self._fingerprints[name] for name in sorted(self._fingerprints)}
         finally:
             self._factors.clear()
 
+    def _watch(self, model: nn.Module) -> None:
+        self.together = self.together or Together()
+        self.together.watch(model)
+        for layer in self.adapted_layers():
+            layer.together = self.together
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        self.together.leave()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
     def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
         peft_config = self._named_layers(peft_config, model)
-        targets = dict(self._targets(peft_config, model))
+        targets = dict(self._layers(peft_config, model))
         if peft_config.initialized:
             check_same_layers(peft_config.ranks, targets)
             check_base(peft_config.base_fingerprint, targets)
@@ -90,9 +121,51 @@ class SvdTuner(BaseTuner):
             if matched and not isinstance(matched, _ExcludedModule):
                 yield name, module
 
+    def _layers(self, config: SvdConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The layers to adapt: the target modules, or the slices of those that are adapted by slice."""
+        if isinstance(config.fused_slices, dict) and not config.initialized:
+            names = [name for name, _ in self._targets(config, model)]
+            for key in config.fused_slices:
+                if names and not any(f".{name}".endswith(f".{key}") for name in names):
+                    raise SvdtuneError(
+                        f"`fused_slices` names {key!r}, but no target module is called that; the targets are "
+                        f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
+                    )
+        for name, module in self._targets(config, model):
+            parts = self._parts_of(config, model, name, module)
+            if not parts:
+                yield name, module
+                continue
+            self._parts[name] = parts
+            fused = isinstance(module, FusedLinear)
+            for part, rows in parts.items():
+                adapted = module.slice(part) if fused else None
+                yield f"{name}.{part}", adapted or RowSlice(module.get_base_layer() if fused else module, rows)
+
+    @staticmethod
+    def _parts_of(config: SvdConfig, model: nn.Module, name: str, module: nn.Module) -> Parts:
+        check_supported(name, module)
+        if config.initialized:
+            stored = {key: rows for key, rows in config.slices.items() if key.rpartition(".")[0] == name}
+            parts = {key.rpartition(".")[2]: Rows(*rows) for key, rows in stored.items()}
+            check_rows(name, parts, spectra.matrix_shape(module)[0])
+        else:
+            out = spectra.matrix_shape(module)[0]
+            parts = chosen_parts(config.fused_slices, config.paper_slices, model, name, out)
+        if isinstance(module, BaseTunerLayer) and bool(parts) != isinstance(module, FusedLinear):
+            raise SvdtuneError(
+                f"{name!r} has an adapter already that adapts it {'as a whole' if parts else 'by slices'}, so another one "
+                f"cannot adapt it {'by slices' if parts else 'as a whole'}. Give both the same `fused_slices`"
+            )
+        return parts
+
     def _settle(self, config: SvdConfig, targets: dict[str, nn.Module]) -> None:
         for name, module in targets.items():
             check_supported(name, module)
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            config.check_base_layer(name, base)
+            if isinstance(base, spectra.CONVOLUTIONS):
+                self._kernels[name] = [base.groups, *base.weight.shape[1:]]
         given = {name: self._given_rank(config, name) for name in targets}
         measured = [name for name, rank in given.items() if rank is None]
         weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
@@ -108,12 +181,25 @@ class SvdTuner(BaseTuner):
         if config.needs_factors and not self._load_only:
             self._factors |= dict(spectra.factors(weights, given))
 
-    @staticmethod
-    def _given_rank(config: SvdConfig, name: str) -> int | None:
+    def _given_rank(self, config: SvdConfig, name: str) -> int | None:
         """The rank of one layer as the configuration gives it, None where its spectrum decides."""
         if config.initialized and name in config.ranks:
             return config.ranks[name]
-        return config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+        patterns = config.rank_pattern
+        module = name.rpartition(".")[0]
+        names = (name, module) if module in self._parts else (name,)  # a slice, then what it is a slice of
+        matched = (patterns.get(get_pattern_key(patterns.keys(), name)) for name in names)
+        return next((rank for rank in matched if rank is not None), config.r)
+
+    def _warn_of_patterns(self, config: SvdConfig) -> None:
+        layers = {*self._ranks, *self._parts}
+        unused = [key for key in config.rank_pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers)]
+        if unused:
+            warnings.warn(
+                f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(unused)}.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
     def _check_readable(self, config: SvdConfig, names: list[str], targets: dict[str, nn.Module]) -> None:
         if config.initialized:
@@ -140,22 +226,44 @@ class SvdTuner(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
+        if current_key in self._parts:
+            self._adapt_slices(peft_config, adapter_name, target, target_name, parent, current_key)
+            return
         if current_key not in self._ranks:  # PEFT found the layer in a state dict, not by the configuration
             self._settle(peft_config, {current_key: target})
+        layer = self._adapted(peft_config, adapter_name, target, current_key)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _adapt_slices(
+        self,
+        config: SvdConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+    ) -> None:
+        fused = target if isinstance(target, FusedLinear) else FusedLinear(target)
+        for part, rows in self._parts[current_key].items():
+            before = fused.slice(part) or RowSlice(fused.get_base_layer(), rows)
+            layer = self._adapted(config, adapter_name, before, f"{current_key}.{part}")
+            if layer is not before:
+                fused.add_module(part, layer)
+        if fused is not target:
+            self._replace_module(parent, target_name, fused, target)
+
+    def _adapted(self, config: SvdConfig, adapter_name: str, target: nn.Module, name: str) -> SvdLayer:
+        """The layer `target` with one more adapter; a new layer around it where it has none yet."""
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         if layer is not target:
             layer._active_adapter = adapter_name
-        layer.update_layer(
-            adapter_name,
-            self._ranks[current_key],
-            peft_config,
-            self._factors.pop(current_key, None),
-            load_only=self._load_only,
-        )
-        if layer is not target:
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, target_name, layer, target)
+            layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
+        factors = self._factors.pop(name, None)
+        layer.update_layer(adapter_name, self._ranks[name], config, factors, load_only=self._load_only)
+        if layer is not target and adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        return layer
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32 factors whatever the base dtype, unless `autocast_adapter_dtype=False` asks for the base's own.
@@ -165,7 +273,7 @@ class SvdTuner(BaseTuner):
         if autocast_adapter_dtype:
             return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.adapted_layers():
-            dtype = layer.get_base_layer().weight.dtype
+            dtype = device_and_dtype(layer.get_base_layer())[1]
             for name in layer.trained:
                 tensors = getattr(layer, name)
                 if adapter_name in tensors and dtype.is_floating_point:
@@ -227,9 +335,9 @@ class SvdTuner(BaseTuner):
 
 
 def check_supported(name: str, module: nn.Module) -> None:
-    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass (quantized layers), Conv1D, or a convolution."""
+    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass, Conv1D, a convolution, or quantized."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not isinstance(base, (nn.Linear, Conv1D, *spectra.CONVOLUTIONS)):
+    if not (isinstance(base, (nn.Linear, Conv1D, RowSlice, *spectra.CONVOLUTIONS)) or hasattr(base, "W_q")):
         raise SvdtuneError(
             f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear, transformers' "
             "Conv1D, and torch.nn.Conv1d, Conv2d and Conv3d. Narrow `target_modules`, or name it in `exclude_modules`"

@@ -24,6 +24,7 @@ class MoSaraConfig(SvdConfig):
     """
 
     method: ClassVar[str] = "mosara"
+    paper_slices: ClassVar[tuple[str, ...] | None] = ("q", "v")
 
     num_heads: int = field(default=5, metadata={"help": "Parallel sets of singular values."})
     use_v: bool = field(default=True, metadata={"help": "Train the diagonal v."})

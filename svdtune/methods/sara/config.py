@@ -24,6 +24,7 @@ class SaraConfig(SvdConfig):
     """
 
     method: ClassVar[str] = "sara"
+    paper_slices: ClassVar[tuple[str, ...] | None] = ("q", "v")
 
     init: str = field(default="kaiming", metadata={"help": "Start of the factors: kaiming, zero_v or spectral."})
     use_lambda: bool = field(default=True, metadata={"help": "Train the diagonal λ between the factors."})

@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig, is_number_in, one_of
+from svdtune.methods.quantized import is_quantized
 
 DEFAULT_R = 64
 
@@ -45,3 +47,12 @@ class SorsaConfig(SvdConfig):
         for name in ("gamma", "smooth_eps"):
             if not is_number_in(getattr(self, name), 0, math.inf):
                 yield f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}"
+
+    def check_base_layer(self, name: str, base: Any) -> None:
+        """The residual layout changes the weight in place, which would round a quantized one a second time."""
+        if self.layout == "residual" and is_quantized(getattr(base, "whole", base)):
+            raise SvdtuneError(
+                f"layout='residual' subtracts from the weight, but {name!r} is quantized. Use layout='delta', which leaves the "
+                "weight alone, or split the unquantized model first and quantize its residual: "
+                "svdtune.export.splitting.split_checkpoint"
+            )

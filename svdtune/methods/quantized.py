@@ -1,0 +1,70 @@
+"""Base layers whose weight is quantized: found by what they are, merged by PEFT's backend for them, put back exactly."""
+
+from typing import Any
+
+import torch
+from peft.utils.quantization_utils import (
+    ForwardOnlyQuantizationBackend,
+    QuantizationBackend,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import nn
+
+from svdtune.errors import SvdtuneError
+
+
+def is_quantized(base: nn.Module) -> bool:
+    """Whether a base layer stores something else than the numbers of its matrix; its weight may look floating all the same."""
+    weight = getattr(base, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return True
+    return type(weight).__module__.startswith("torchao.") or type(weight).__name__ in ("Params4bit", "Int8Params")
+
+
+def backend_of(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's way to read and write a quantized weight, None for a layer that is not quantized.
+
+    Args:
+        base: the layer.
+        model: that it belongs to; torchao's way to quantize again is found in its configuration.
+    """
+    if not is_quantized(base):
+        return None
+    try:
+        backend = resolve_quantization_backend(base, **get_quantization_kwargs(model))
+    except ValueError:  # torchao without a configuration that says how to quantize again
+        backend = None
+    return backend or ForwardOnlyQuantizationBackend(type(base).__name__)
+
+
+def check_mergeable(backend: QuantizationBackend | None) -> None:
+    """Raise `SvdtuneError` for a quantized layer that nothing can be merged into."""
+    if backend is not None and not backend.supports_merge:
+        raise SvdtuneError(
+            f"the weight is quantized ({backend.backend_name}) in a way that cannot be written again, so no adapter can be "
+            "merged into it. Load the base model without quantization and merge there"
+        )
+
+
+def kept(base: nn.Module) -> Any:
+    """What a quantized layer stores, to be put back as it is."""
+    return base if hasattr(base, "W_q") else base.weight
+
+
+def put_back(layer: Any, stored: Any) -> None:
+    """Give an adapted layer's base what `kept` returned: the very same codes and scales."""
+    if isinstance(stored, nn.Module):  # HQQ: PEFT replaces the whole layer when it merges
+        layer.base_layer = stored
+        return
+    base = layer.get_base_layer()
+    base.weight = stored
+    if getattr(base, "state", None) is not None:  # bitsandbytes int8 keeps what it derived from the weight
+        base.state.reset_grads()
+
+
+def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a base layer's weight lies, and its dtype; HQQ, which has no such weight, says what it computes in."""
+    if hasattr(base, "W_q"):
+        return base.W_q.device, base.compute_dtype
+    return base.weight.device, base.weight.dtype
