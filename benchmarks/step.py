@@ -96,7 +96,7 @@ def literal(model: nn.Module) -> nn.Module:
         if isinstance(layer, SorsaLinear):
 
             def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: SorsaLinear = layer) -> Tensor:
-                return sorsa_reference.sorsa_linear(x, weight, bias, *layer._tensors("default"))
+                return sorsa_reference.sorsa_linear(x, weight, bias, *layer.product("default"))
 
             layer.fused = fused
     return model

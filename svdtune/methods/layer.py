@@ -21,6 +21,7 @@ from svdtune.methods import kernels
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.convolution import add_convolved
 from svdtune.methods.quantized import check_mergeable, device_and_dtype, kept, put_back
+from svdtune.methods.together import Together
 
 
 class SvdLayer(nn.Module, BaseTunerLayer):
@@ -30,6 +31,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         r: rank by adapter name.
+        together: what the layers of a model share during a forward pass; the tuner sets it.
         in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
     """
 
@@ -37,9 +39,12 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     trained: ClassVar[tuple[str, ...]]
     frozen: ClassVar[tuple[str, ...]]
     draws_masks: ClassVar[bool] = False
+    together: Together | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        if not hasattr(cls, "method"):
+            return
         cls.adapter_layer_names = cls.trained
         cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs")
 

@@ -128,13 +128,19 @@ class LowRankLinear(torch.autograd.Function):
         ctx.save_for_backward(flat, seed, *projected, *saved)
         ctx.shape, ctx.p = x.shape, p
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
-        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+        if len(outputs) == 1:
+            return outputs[0]
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
         flat, seed, *saved = ctx.saved_tensors
         projected, parts = saved[: len(grads)], as_parts(saved[len(grads) :])
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        if len(used) < len(grads):
+            projected, parts, grads = ([them[i] for i in used] for them in (projected, parts, grads))
         dtype = flat.dtype
         pad = alignment(dtype, flat.device)
         As, Bs = stacked_parts(parts, dtype, pad)
@@ -152,9 +158,9 @@ class LowRankLinear(torch.autograd.Function):
             dx = None if dx is None else dx.view(ctx.shape).to(x_dtype)
 
         dVs = V_gradients(flat, Q, parts, Bs, pad, ctx.p, seed) if any(needs[4::FIELDS]) else [None] * len(parts)
-        gradients = []
-        for i, (part, z, dY, dV) in enumerate(zip(parts, projected, dYs, dVs, strict=True)):
-            _, needs_base, needs_U, needs_s, *_ = needs[i * FIELDS : (i + 1) * FIELDS]
+        gradients = [None] * len(needs)
+        for i, part, z, dY, dV, grad in zip(used, parts, projected, dYs, dVs, grads, strict=True):
+            needs_base, needs_U, needs_s = needs[i * FIELDS + 1 : i * FIELDS + 4]
             dU = ds = dbase = None
             if needs_U or needs_s:
                 M = tall_product(dY, z, part.U.dtype)
@@ -162,8 +168,8 @@ class LowRankLinear(torch.autograd.Function):
                 ds = None if part.s is None else (M * part.U).sum(0).to(part.s.dtype)
                 dU = scaled(M, part.s)
             if needs_base:
-                dbase = grads[i] if part.weight is None else dY.sum(0)
-            gradients += (None, dbase, dU, ds, dV, None, None, None, None)
+                dbase = grad if part.weight is None else dY.sum(0)
+            gradients[i * FIELDS + 1 : i * FIELDS + 5] = dbase, dU, ds, dV
         return dx, dx_adapter, None, *gradients
 
 

@@ -30,9 +30,9 @@ def literal(model):
             if layer.method == "mosara":
                 y = mosara_reference.mosara_linear(flat, weight, base.bias, *layer._tensors("default"))
             elif layer.method == "sara":
-                y = sara_reference.sara_linear(flat, weight, base.bias, *layer._factors("default"))
+                y = sara_reference.sara_linear(flat, weight, base.bias, *layer.product("default")[:3])
             else:
-                y = sorsa_reference.sorsa_linear(flat, weight, base.bias, *layer._tensors("default"))
+                y = sorsa_reference.sorsa_linear(flat, weight, base.bias, *layer.product("default"))
             return y.view(*x.shape[:-1], -1)
 
         layer.forward = forward

@@ -6,19 +6,18 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
-from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import scaled
+from svdtune.methods.lowranklayer import LowRankLayer
 from svdtune.methods.sara.config import SaraConfig
-from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_linear
+from svdtune.methods.sara.math import kaiming_factors
 
 
-class SaraLinear(SvdLayer):
+class SaraLinear(LowRankLayer):
     """A layer with SARA adapters: sara_U [out, k], sara_lambda [k], sara_V [in, k], all trained."""
 
     method = "sara"
     trained = ("sara_U", "sara_lambda", "sara_V")
     frozen = ()
-    draws_masks = True
 
     def new_tensors(self, r: int, config: SaraConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         if factors is not None:
@@ -30,16 +29,8 @@ class SaraLinear(SvdLayer):
                 U = torch.zeros_like(U)
         return {"sara_U": U, "sara_lambda": lam if config.use_lambda else None, "sara_V": V}
 
-    def _factors(self, adapter: str) -> tuple[Tensor, Tensor | None, Tensor]:
-        return tuple(self.adapter_tensor(name, adapter) for name in self.trained)
-
-    def fused(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
-    ) -> Tensor:
-        return sara_linear(x, weight, bias, *self._factors(adapter), x_adapter, p)
-
-    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_sara(y, x, *self._factors(adapter))
+    def product(self, adapter: str) -> tuple[Tensor | None, ...]:
+        return *(self.adapter_tensor(name, adapter) for name in self.trained), None, None
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from svdtune import spectra
 from svdtune.linalg import Factors
 from svdtune.methods.convolution import add_convolved
-from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import add_low_rank, scaled
+from svdtune.methods.lowranklayer import LowRankLayer
 from svdtune.methods.sara.math import kaiming_factors
 from svdtune.methods.sorsa.config import SorsaConfig
-from svdtune.methods.sorsa.math import add_sorsa, sorsa_linear, sorsa_pair
+from svdtune.methods.sorsa.math import sorsa_pair
 
 
-class SorsaLinear(SvdLayer):
+class SorsaLinear(LowRankLayer):
     """A layer with SORSA adapters.
 
     Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading singular triplets.
@@ -30,7 +30,6 @@ class SorsaLinear(SvdLayer):
     method = "sorsa"
     trained = ("sorsa_U", "sorsa_s", "sorsa_V")
     frozen = ("frozen_P0", "frozen_V0")
-    draws_masks = True
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -108,6 +107,10 @@ class SorsaLinear(SvdLayer):
 
     # Forward
 
+    @property
+    def silent(self) -> bool:
+        return super().silent and not self._subtracted
+
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
         return self._add_principal(self.base_layer(x, *args, **kwargs), x, self._subtracted.difference(present))
 
@@ -120,19 +123,17 @@ class SorsaLinear(SvdLayer):
                 y = add_low_rank(y.contiguous(), x, P0, None, V0)
         return y
 
-    def _tensors(self, adapter: str) -> tuple[Tensor | None, ...]:
-        names = self.trained if adapter in self._subtracted else (*self.trained, *self.frozen)
-        tensors = tuple(self.adapter_tensor(name, adapter) for name in names)
-        return tensors if len(tensors) == 5 else (*tensors, None, None)
+    def product(self, adapter: str) -> tuple[Tensor | None, ...]:
+        trained = (self.adapter_tensor(name, adapter) for name in self.trained)
+        if adapter in self._subtracted:
+            return *trained, None, None
+        return *trained, *(self.adapter_tensor(name, adapter) for name in self.frozen)
 
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
-        y = sorsa_linear(x, weight, bias, *self._tensors(adapter), x_adapter, p)
+        y = super().fused(x, weight, bias, x_adapter, p, adapter)
         return self._add_principal(y, x, self._subtracted - {adapter})
-
-    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_sorsa(y, x, *self._tensors(adapter))
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,211 @@
+"""What the layers of one model do together during a forward pass of it, where that is cheaper than each by itself.
+
+Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product with x, one sum of input
+gradients. And on small models, where launches cost more than arithmetic, the stacked factors of all layers are formed at
+once, in some ten kernels for each shape instead of some in each layer.
+
+Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the last one showed. What
+was done ahead is used only if layer, tensors and input are the very same objects, and forgotten when the pass ends, so a
+step of an optimizer can never lie between. Otherwise a layer computes for itself, as it does
+
+- outside a pass of the whole model, when one of its blocks is called or recomputed under gradient checkpointing,
+- while saved tensors are packed by hooks (checkpointing, offloading), since a recomputation must save the same ones,
+- under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run shall repeat every bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from svdtune.methods.lowrank import LowRankLinear, Part, compute_dtype
+from svdtune.methods.pairs import Stacked, stacked_at_once
+
+ELEMENTS_AT_ONCE = 2**25
+"""Elements of U and V in a model up to which all pairs are formed at once; above, arithmetic outweighs the launches."""
+
+
+class Turn(NamedTuple):
+    """What one layer did in a pass: for which adapter, with which tensors (U, s, V, P₀, V₀), in which dtype.
+
+    `input` numbers the inputs of a pass: layers with one number read one tensor.
+    """
+
+    layer: nn.Module
+    adapter: str
+    tensors: tuple[Tensor | None, ...]
+    dtype: torch.dtype
+    input: int
+
+
+class Ahead(NamedTuple):
+    """An output that was computed before its layer was called, with what it is the answer to."""
+
+    x: Tensor
+    p: float
+    tensors: tuple[Tensor | None, ...]
+    y: Tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass: what was done ahead, and how far it goes as the one before."""
+
+    pairs: dict[nn.Module, Stacked]
+    turns: list[Turn] = field(default_factory=list)
+    as_planned: bool = True
+    ahead: dict[nn.Module, Ahead] = field(default_factory=dict)
+    x: Tensor | None = None
+
+
+class Together:
+    """Watches the passes of one model and does ahead what its layers can share.
+
+    Attributes:
+        enabled: True or False; None for on with CUDA tensors alone.
+    """
+
+    def __init__(self) -> None:
+        self.enabled: bool | None = None
+        self._plan: list[Turn] = []
+        self._followers: dict[nn.Module, list[Turn]] = {}
+        self._apart: set[nn.Module] = set()
+        self._few_elements = False
+        self._pass: Pass | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def __reduce__(self) -> tuple:
+        """A copy of a model is watched anew."""
+        return Together, ()
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin a pass whenever `model` is called."""
+        if not self._handles:
+            self._handles = [
+                model.register_forward_pre_hook(self._begin),
+                model.register_forward_hook(self._end, always_call=True),
+            ]
+
+    def leave(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pass = None
+        self._follow([])
+
+    def _begin(self, *_: Any) -> None:
+        self._pass = None
+        on = torch.cuda.is_available() if self.enabled is None else self.enabled
+        if not on or torch.compiler.is_compiling():
+            return
+        jobs = [(turn.tensors, turn.dtype) for turn in self._plan] if self._few_elements else []
+        pairs = zip(self._plan, stacked_at_once(jobs), strict=False)
+        self._pass = Pass({turn.layer: stacked for turn, stacked in pairs if stacked is not None})
+
+    def _end(self, *_: Any) -> None:
+        now, self._pass = self._pass, None
+        if now is None:
+            return
+        self._apart.update(now.ahead)  # never called with that input, so they do not belong to their group
+        if now.ahead or not now.as_planned or len(now.turns) != len(self._plan):
+            repeated = len({turn.layer for turn in now.turns}) < len(now.turns)
+            self._follow([] if repeated else now.turns)
+
+    def _follow(self, turns: list[Turn]) -> None:
+        """Make the turns of a pass the plan of the next."""
+        self._plan = turns
+        self._few_elements = sum(t.tensors[0].numel() + t.tensors[2].numel() for t in turns) <= ELEMENTS_AT_ONCE
+        by_input: dict[int, list[Turn]] = {}
+        for turn in turns:
+            if turn.layer not in self._apart:
+                by_input.setdefault(turn.input, []).append(turn)
+        self._followers = {group[0].layer: group[1:] for group in by_input.values() if len(group) > 1}
+
+    def linear(
+        self, layer: nn.Module, adapter: str, x: Tensor, part: Part, x_adapter: Tensor | None, p: float
+    ) -> Tensor:
+        """`LowRankLinear` for one layer, with what of it was or can be done for several.
+
+        Args:
+            layer: a `LowRankLayer`.
+            adapter: its sole adapter.
+            x: [..., in].
+            part: what the layer computes.
+            x_adapter, p: dropout, as `LowRankLinear` takes it.
+        """
+        now = self._pass
+        if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
+            return LowRankLinear.apply(x, x_adapter, p, *part)
+        tensors, dtype = part[2:7], compute_dtype(x)
+        self._note(now, layer, adapter, x, tensors, dtype)
+        ahead = now.ahead.pop(layer, None)
+        if ahead is not None:
+            if ahead.x is x and ahead.p == p and x_adapter is None and _same(ahead.tensors, tensors):
+                return ahead.y
+            self._apart.add(layer)
+        first = _with_pair(now, layer, part, dtype)
+        followers = self._followers.get(layer) if torch.is_grad_enabled() and x_adapter is None else None
+        ready = [turn for turn in followers or () if turn.layer not in self._apart and _would_repeat(turn, p)]
+        if not ready:
+            return LowRankLinear.apply(x, x_adapter, p, *first)
+        flat = list(first)
+        for turn in ready:
+            flat += _with_pair(now, turn.layer, Part(*turn.layer.readable(), *turn.tensors), dtype)
+        y, *others = LowRankLinear.apply(x, None, p, *flat)
+        for turn, other in zip(ready, others, strict=True):
+            now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
+        return y
+
+    def _note(
+        self, now: Pass, layer: nn.Module, adapter: str, x: Tensor, tensors: Sequence, dtype: torch.dtype
+    ) -> None:
+        """Add a layer's turn to the pass: the planned one, where it is the same."""
+        turns = now.turns
+        number = 0 if not turns else turns[-1].input + (now.x is not x)
+        now.x = x
+        planned = self._plan[len(turns)] if len(turns) < len(self._plan) else None
+        if (
+            planned is not None
+            and planned.layer is layer
+            and planned.adapter == adapter
+            and planned.dtype is dtype
+            and planned.input == number
+            and _same(planned.tensors, tensors)
+        ):
+            turns.append(planned)
+        else:
+            now.as_planned = False
+            turns.append(Turn(layer, adapter, tensors, dtype, number))
+
+
+def _with_pair(now: Pass, layer: nn.Module, part: Part, dtype: torch.dtype) -> Part:
+    """The part with the pair that was formed for it in this pass, if it was formed of the same tensors."""
+    stacked = now.pairs.get(layer)
+    if stacked is None or stacked.A.dtype != dtype or not _same(stacked.tensors, part[2:7]):
+        return part
+    return part._replace(U=stacked.P, s=None, A=stacked.A, B=stacked.B)
+
+
+def _would_repeat(turn: Turn, p: float) -> bool:
+    """Whether a layer would now do what it was seen to do."""
+    layer = turn.layer
+    return (
+        layer.sole_adapter() == turn.adapter
+        and layer.dropout_p(turn.adapter) == p
+        and _same(layer.product(turn.adapter), turn.tensors)
+    )
+
+
+def _same(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return all(map(is_, some, others))
+
+
+def _packs_saved_tensors() -> bool:
+    """Whether hooks on saved tensors are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
