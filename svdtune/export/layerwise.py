@@ -80,7 +80,9 @@ class LayerwiseAdapter:
         for layer in self.layers:  # adapted embeddings are saved with the base's own weight
             self.replaced.pop(f"{layer}.weight", None)
         if isinstance(self.config, SvdConfig):
-            check_same_layers(self.config.ranks, self.layers)
+            check_same_layers(
+                {self.config.module_of(name): rank for name, rank in self.config.ranks.items()}, self.layers
+            )
         self._modules = {layer: modules[layer] for layer in self.layers}
 
     def read(self, parameter: str) -> Tensor:
@@ -123,7 +125,7 @@ class LayerwiseAdapter:
             if hasattr(config, name):
                 setattr(config, name, value)
         if isinstance(config, SvdConfig):
-            config.ranks = {layer: config.ranks[layer]}
+            config.ranks = {name: rank for name, rank in config.ranks.items() if config.module_of(name) == layer}
             if hasattr(config, "layout"):
                 config.layout = "delta"  # the same function; the weight is rounded once instead of twice
         return config

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig
@@ -23,8 +24,10 @@ from torch.nn import functional as F
 from svdtune.errors import SvdtuneError
 from svdtune.export.checking import probe_logits
 from svdtune.export.folder import check_new_folder, new_folder
+from svdtune.export.kernels import as_lora, check_kernels
 from svdtune.export.opening import attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.fused import whole_pairs
 from svdtune.methods.saved import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
@@ -92,6 +95,7 @@ def combine(
         raise SvdtuneError("there are no adapters to combine; name at least one with its weight")
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     bases: dict[str, str] = {}
+    kernels: dict[str, dict[str, Any]] = {}
     for folder, weight in weights.items():
         saved = read_adapter(folder)
         if saved.others:
@@ -99,23 +103,26 @@ def combine(
                 f"the adapter {folder} also trains {min(saved.others)}, which has no weighted sum; combine adapters without "
                 "modules_to_save and biases"
             )
-        for layer, (A, B) in _pairs(saved).items():
-            mark = saved.config.base_fingerprint.get(layer)
-            if mark is not None and bases.setdefault(layer, mark) != mark:
+        for layer, mark in saved.config.base_fingerprint.items():
+            if bases.setdefault(layer, mark) != mark:
                 raise SvdtuneError(f"the adapter {folder} was made from another base model: layer {layer!r} differs")
+        for layer, (A, B) in _pairs(saved).items():
             pairs.setdefault(layer, []).append((A, weight * B))
+        kernels |= saved.config.kernels
     stacked = {
         layer: (torch.cat([A for A, _ in parts], 1), torch.cat([B for _, B in parts], 1))
         for layer, parts in pairs.items()
     }
     everything = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "dropout": 0.0}
-    config = dataclasses.replace(saved.config, target_modules=sorted(stacked), **everything)
+    config = dataclasses.replace(saved.config, target_modules=sorted(stacked), kernels=kernels, **everything)
     return _write(config, stacked, {}, output, rank, uniform)
 
 
 def _pairs(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
+    """The pair of each module of the base model; the slices of a fused one are put together."""
     method = layer_class(saved.config)
-    return {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}
+    pairs = {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}
+    return whole_pairs(saved.config.slices, pairs)
 
 
 def _write(
@@ -130,6 +137,7 @@ def _write(
     output = output.expanduser()
     if rank is not None and rank < 1:
         raise SvdtuneError(f"the rank to export to must be at least 1; got {rank}")
+    check_kernels(adapter.kernels)
     errors = {}
     if rank is not None:
         for layer, pair in pairs.items():
@@ -140,11 +148,14 @@ def _write(
         most = max(ranks.values())
         pairs = {layer: tuple(F.pad(part, (0, most - ranks[layer])) for part in pair) for layer, pair in pairs.items()}
         ranks = dict.fromkeys(ranks, most)
-    config = lora_config(adapter, ranks)
     tensors = dict(others)
     for layer, (A, B) in pairs.items():
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = A.mT.contiguous()
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = B.contiguous()
+        kernel = adapter.kernels.get(layer)
+        down, up = (A.mT.contiguous(), B.contiguous()) if kernel is None else as_lora(A, B, kernel)
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = down
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = up
+        ranks[layer] = len(down)
+    config = lora_config(adapter, ranks)
     with new_folder(output) as work:
         config.save_pretrained(work)
         save_file(tensors, work / ADAPTER_WEIGHTS, metadata={"format": "pt"})

@@ -38,7 +38,8 @@ class SvdConfig(PeftConfig):
             `svdtune.methods.rows`. "auto": of every projection known to be fused, the slices that the paper adapts.
         ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading reads ranks from here.
         slices: [groups, width, start, stop] of every adapted slice, by its name. Written by svdtune.
-        kernels: [groups, in / groups, k, ...] of every adapted convolution. Written by svdtune.
+        kernels: groups, shape [in / groups, k, ...], dilation and padding mode of every adapted convolution. Written by
+            svdtune.
         initialized: True in a saved adapter's configuration: factors are loaded, nothing is decomposed.
         base_fingerprint: of each adapted layer's base weight, by module name. Written by svdtune; loading onto another base
             is refused. {} does not look.
@@ -83,8 +84,8 @@ class SvdConfig(PeftConfig):
     slices: dict[str, list[int]] = field(
         default_factory=dict, metadata=_help("Rows of every adapted slice of a fused weight; written by svdtune.")
     )
-    kernels: dict[str, list[int]] = field(
-        default_factory=dict, metadata=_help("Kernel shape of every adapted convolution; written by svdtune.")
+    kernels: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata=_help("What every adapted convolution looks at; written by svdtune.")
     )
     initialized: bool = field(
         default=False, metadata=_help("True in a saved adapter: its factors are loaded, nothing is decomposed.")

@@ -9,6 +9,8 @@ and no patch is ever copied out. Stride, padding and dilation are the base layer
 group of channels goes through A by itself and meets its own rows of B.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +18,16 @@ from torch.nn import functional as F
 from svdtune.methods.lowrank import compute_dtype
 
 _CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def kernel_of(base: nn.Module) -> dict[str, Any]:
+    """What a convolution's kernel looks at, as a configuration records it."""
+    return {
+        "groups": base.groups,
+        "shape": list(base.weight.shape[1:]),
+        "dilation": list(base.dilation),
+        "padding_mode": base.padding_mode,
+    }
 
 
 def project(base: nn.Module, x: Tensor, A: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.convolution import kernel_of
 from svdtune.methods.fused import FusedLinear, RowSlice
 from svdtune.methods.integrity import check_base, check_same_layers, check_tensors, fingerprint
 from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
@@ -53,7 +54,7 @@ class SvdTuner(BaseTuner):
         self._fingerprints: dict[str, str] = {}
         self._factors: dict[str, Factors] = {}
         self._parts: dict[str, Parts] = {}
-        self._kernels: dict[str, list[int]] = {}
+        self._kernels: dict[str, dict[str, Any]] = {}
         if state_dict is not None:  # PEFT takes the modules' names from the keys, and a slice is no module yet
             keys = {key: key.rpartition(".") for key in state_dict}
             state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
@@ -165,7 +166,7 @@ class SvdTuner(BaseTuner):
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             config.check_base_layer(name, base)
             if isinstance(base, spectra.CONVOLUTIONS):
-                self._kernels[name] = [base.groups, *base.weight.shape[1:]]
+                self._kernels[name] = kernel_of(base)
         given = {name: self._given_rank(config, name) for name in targets}
         measured = [name for name, rank in given.items() if rank is None]
         weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
