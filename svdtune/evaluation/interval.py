@@ -1,4 +1,4 @@
-"""The 95 % interval that goes with every accuracy: Wilson's score interval."""
+"""The 95 % interval that goes with every score; for an accuracy, Wilson's score interval."""
 
 import math
 from typing import NamedTuple
@@ -7,10 +7,17 @@ Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
 class Interval(NamedTuple):
-    """A confidence interval for a proportion, both ends within [0, 1]."""
+    """A confidence interval; of a proportion, both ends lie within [0, 1]."""
 
     low: float
     high: float
+
+
+class Metric(NamedTuple):
+    """A score of a whole set of items, and its 95 % interval; both in the score's own unit."""
+
+    value: float
+    interval: Interval
 
 
 def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
