@@ -14,6 +14,7 @@ from svdtune.linalg.orthonormal import fixed_signs, polish
 # error of a Ritz value is of the order of its residual squared, 2.5e-7.
 _ACCURACY = 1e-5
 _RESIDUAL = 5e-4
+_EXACT = 1e-9
 
 
 class Factors(NamedTuple):
@@ -24,7 +25,7 @@ class Factors(NamedTuple):
     Vh: Tensor
 
 
-def top_factors(weight: Tensor, r: int) -> Factors:
+def top_factors(weight: Tensor, r: int, *, exact: bool = False) -> Factors:
     """The r leading singular triplets of a weight [out, in], on its device.
 
     Three routes, each taken where the one before would not do:
@@ -38,6 +39,12 @@ def top_factors(weight: Tensor, r: int) -> Factors:
     within 10 % of its largest positive. Nothing is drawn from the global random state. Repeated calls agree bit for bit on
     one machine; other devices and thread counts agree up to rounding (within repeated singular values any basis is right).
 
+    Args:
+        weight: a matrix [out, in].
+        r: how many triplets.
+        exact: leave out the first route, and the second unless it gives σ_r to 1e-9: vectors to fp32's rounding wherever two
+            singular values do not nearly agree, hence the same on every machine.
+
     Raises:
         SvdtuneError: r outside 1 … min(out, in), or `weight` is not a finite matrix.
     """
@@ -47,9 +54,10 @@ def top_factors(weight: Tensor, r: int) -> Factors:
     with full_precision(weight.device):
         found = None
         if largest > 0:
-            found = _by_krylov(weight, r, scale, torch.float32)
-            found = found or _by_krylov(weight, r, scale, torch.float64)
-            found = found or _by_gram(weight, r, scale)
+            if not exact:
+                found = _by_krylov(weight, r, scale, torch.float32)
+                found = found or _by_krylov(weight, r, scale, torch.float64)
+            found = found or _by_gram(weight, r, scale, _EXACT if exact else _ACCURACY)
         U, s, V = found or _by_lapack(weight, r, scale)
         signs = fixed_signs(V)
         long, short = (U * signs).float(), (V * signs).float()
@@ -97,11 +105,11 @@ def _triplets(W: Tensor, V: Tensor) -> Triplets:
     return polish(US @ Y / s), s, V @ Y
 
 
-def _by_gram(weight: Tensor, r: int, scale: float) -> Triplets | None:
+def _by_gram(weight: Tensor, r: int, scale: float, accuracy: float) -> Triplets | None:
     """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where σ_r is too small."""
     squared, V = torch.linalg.eigh(gram(weight, scale, torch.float64))
     squared, V = squared[-r:].flip(0), V[:, -r:].flip(1)
-    if not noise(float(squared[0]), len(V), torch.float64) <= _ACCURACY * float(squared[-1]):
+    if not noise(float(squared[0]), len(V), torch.float64) <= accuracy * float(squared[-1]):
         return None
     US = tall(working_copy(weight, scale, torch.float64)) @ V
     s = torch.linalg.vector_norm(US, dim=0)

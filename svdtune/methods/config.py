@@ -32,6 +32,8 @@ class SvdConfig(PeftConfig):
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in LoRA.
         init_weights: True decomposes the weights. False fills the factors at random, so that the adapter changes the
             outputs from the start: for tests.
+        compact: save without the frozen factors (SORSA's P₀ and V₀, Mo-SARA's U and V) and recompute them on loading; see
+            `svdtune.methods.compact`. Set it when the adapter is made: its factors are then computed in float64.
         fused_slices: what to adapt of projections that hold several matrices in one weight. None: the whole weight, as LoRA
             does. {"c_attn": ["q", "v"]}: these slices of modules of that name, each with a rank and factors of its own;
             for a model that svdtune does not know, {"in_proj": {"q": [groups, width, start, stop]}}, see
@@ -77,6 +79,9 @@ class SvdConfig(PeftConfig):
     )
     fused_slices: dict[str, Any] | str | None = field(
         default=None, metadata=_help("Slices of fused projections to adapt: module name to slices, or 'auto'.")
+    )
+    compact: bool = field(
+        default=False, metadata=_help("Save without the frozen factors and recompute them on loading.")
     )
     ranks: dict[str, int] = field(
         default_factory=dict, metadata=_help("Resolved rank of every adapted layer; written by svdtune.")
@@ -132,6 +137,8 @@ class SvdConfig(PeftConfig):
                 yield "`layers_to_transform` cannot be used when `target_modules` is a regular expression"
             if self.layers_pattern is not None:
                 yield "`layers_pattern` cannot be used when `target_modules` is a regular expression"
+        if self.compact and not self.init_weights:
+            yield "`compact` needs `init_weights=True`: factors filled at random cannot be recomputed"
         yield from self._problems_with_slices()
         if self.layers_pattern and self.layers_to_transform is None:
             yield "`layers_pattern` needs `layers_to_transform`, the indices it counts"

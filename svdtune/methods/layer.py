@@ -31,6 +31,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
     Attributes:
         r: rank by adapter name.
+        recomputable: adapters whose frozen tensors come out the same when they are computed from the base weight again.
         together: what the layers of a model share during a forward pass; the tuner sets it.
         in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
     """
@@ -59,6 +60,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._awaited: set[str] = set()
+        self.recomputable: set[str] = set()
         self._before_merge: Any = None
         base = self.get_base_layer()
         self._is_conv1d = isinstance(base, Conv1D)
@@ -74,6 +76,11 @@ class SvdLayer(nn.Module, BaseTunerLayer):
 
         With `factors` None the values are those of a random start; the shapes are the same either way.
         """
+
+    @staticmethod
+    def frozen_from(factors: Factors) -> dict[str, Tensor]:
+        """The tensors in `frozen`, by name, that a weight's factors give."""
+        return {}
 
     @abstractmethod
     def fused(
@@ -182,6 +189,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
+        self.recomputable.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to its base layer's device. PEFT's own version also rounds the factors to the base dtype."""
@@ -194,6 +202,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
                 getattr(self, name)[adapter_name] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
 
     # Loading
+
+    def awaits(self, adapter: str) -> bool:
+        """Whether an adapter's values are still to come from a checkpoint."""
+        return adapter in self._awaited
 
     def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         """Called with an adapter's tensors from a checkpoint, by name in `trained` and `frozen`, before they are copied."""

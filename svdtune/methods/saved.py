@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdtune.errors import SvdtuneError
+from svdtune.methods.compact import PROBE
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.methods.layer import SvdLayer
@@ -23,7 +24,8 @@ class SavedAdapter:
 
     Attributes:
         config: its configuration.
-        layers: by module name, the layer's tensors by their names in `trained` and `frozen`.
+        layers: by module name, the layer's tensors by their names in `trained` and `frozen`; of a compact adapter, probes in
+            the place of frozen ones.
         others: the rest of the file under its own names: biases and modules_to_save.
     """
 
@@ -52,7 +54,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     others = {}
     for key, tensor in tensors.items():
         layer, _, part = key.removeprefix(_ROOT).rpartition(".")
-        if part in (*cls.trained, *cls.frozen):
+        if part.removesuffix(PROBE) in (*cls.trained, *cls.frozen):
             layers.setdefault(layer, {})[part] = tensor
         else:
             others[key] = tensor

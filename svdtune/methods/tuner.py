@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.methods.compact import leave_out, restore
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.convolution import kernel_of
 from svdtune.methods.fused import FusedLinear, RowSlice
@@ -180,7 +181,7 @@ class SvdTuner(BaseTuner):
             found = {name: fingerprint(module) for name, module in targets.items()}
             self._fingerprints |= {name: value for name, value in found.items() if value is not None}
         if config.needs_factors and not self._load_only:
-            self._factors |= dict(spectra.factors(weights, given))
+            self._factors |= dict(spectra.factors(weights, given, exact=config.compact))
 
     def _given_rank(self, config: SvdConfig, name: str) -> int | None:
         """The rank of one layer as the configuration gives it, None where its spectrum decides."""
@@ -262,6 +263,8 @@ class SvdTuner(BaseTuner):
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
         factors = self._factors.pop(name, None)
         layer.update_layer(adapter_name, self._ranks[name], config, factors, load_only=self._load_only)
+        if config.compact and factors is not None:
+            layer.recomputable.add(adapter_name)
         if layer is not target and adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         return layer
@@ -297,7 +300,24 @@ class SvdTuner(BaseTuner):
         """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute the tuner lacks does.)"""
         return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
 
-    # Loading
+    # Saving and loading
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SvdConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        if config.compact:
+            for name, layer in model.named_modules():
+                if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
+                    leave_out(found, name, layer, adapter_name)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -310,6 +330,7 @@ class SvdTuner(BaseTuner):
                 keys = {part: f"{name}.{part}.{adapter_name}" for part in (*layer.trained, *layer.frozen)}
                 given[name] = layer, {part: remapped[key] for part, key in keys.items() if key in remapped}
         try:
+            restore(remapped, given, adapter_name, original_weight)
             for name, (layer, tensors) in given.items():
                 check_tensors(name.removeprefix("base_model.model."), layer.adapter_tensors(adapter_name), tensors)
         except SvdtuneError:

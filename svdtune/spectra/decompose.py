@@ -70,13 +70,19 @@ def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -
 
 
 def factors(
-    weights: Weights, ranks: Mapping[str, int], *, remember: bool = False, progress: bool | None = None
+    weights: Weights,
+    ranks: Mapping[str, int],
+    *,
+    exact: bool = False,
+    remember: bool = False,
+    progress: bool | None = None,
 ) -> Iterator[tuple[str, Factors]]:
     """Yield (name, leading factors) of each weight in `ranks`, in the order of `ranks`.
 
     Args:
         weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
         ranks: how many triplets, by name.
+        exact: in float64, so that they come out the same on every machine; see `svdtune.linalg.top_factors`.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
@@ -90,12 +96,12 @@ def factors(
     def one(name: str, weight: Tensor) -> Factors:
         r = ranks[name]
         if not remember or store.cache_dir() is None:
-            return _named(name, lambda: top_factors(weight, r))
-        key = f"{content_key(weight)}-{r}"
+            return _named(name, lambda: top_factors(weight, r, exact=exact))
+        key = f"{content_key(weight)}-{r}{'-exact' if exact else ''}"
         found = store.load("factors", key)
         if found is not None:
             return Factors(*(found[0][part].to(weight.device) for part in Factors._fields))
-        result = _named(name, lambda: top_factors(weight, r))
+        result = _named(name, lambda: top_factors(weight, r, exact=exact))
         store.store("factors", key, result._asdict(), {})
         return result
 

@@ -38,17 +38,21 @@ class MoSaraLinear(SvdLayer):
         length = self.in_features if config.v_position == "front" else self.out_features
         v = torch.zeros(length) if config.init_weights else torch.rand(length)
         if factors is not None:
-            U, V = factors.U, factors.Vh.mT.contiguous()
+            frozen = self.frozen_from(factors)
         else:
-            U, V = (torch.randn(n, r) / n**0.5 for n in (self.out_features, self.in_features))
+            sizes = {"frozen_U": self.out_features, "frozen_V": self.in_features}
+            frozen = {name: torch.randn(n, r) / n**0.5 for name, n in sizes.items()}
         return {
             "mosara_lambda": lam,
             "mosara_v": v if config.use_v else None,
             "mosara_w1": w1,
             "mosara_w2": w2,
-            "frozen_U": U,
-            "frozen_V": V,
+            **frozen,
         }
+
+    @staticmethod
+    def frozen_from(factors: Factors) -> dict[str, Tensor]:
+        return {"frozen_U": factors.U, "frozen_V": factors.Vh.mT.contiguous()}
 
     def _tensors(self, adapter: str) -> tuple:
         names = ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")

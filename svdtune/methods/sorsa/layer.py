@@ -38,11 +38,18 @@ class SorsaLinear(LowRankLayer):
     def new_tensors(self, r: int, config: SorsaConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         if factors is not None:
             U, s, V = factors.U, factors.s, factors.Vh.mT.contiguous()
-            P0, V0 = scaled(U, s), V.clone()
+            frozen = self.frozen_from(factors)
         else:
             U, s, V = kaiming_factors(self.out_features, self.in_features, r)
-            P0, V0 = torch.zeros_like(U), torch.zeros_like(V)
-        return {"sorsa_U": U, "sorsa_s": s, "sorsa_V": V, "frozen_P0": P0, "frozen_V0": V0}
+            frozen = {"frozen_P0": torch.zeros_like(U), "frozen_V0": torch.zeros_like(V)}
+        return {"sorsa_U": U, "sorsa_s": s, "sorsa_V": V, **frozen}
+
+    @staticmethod
+    def frozen_from(factors: Factors) -> dict[str, Tensor]:
+        return {
+            "frozen_P0": scaled(factors.U, factors.s),
+            "frozen_V0": factors.Vh.mT.clone(memory_format=torch.contiguous_format),
+        }
 
     def update_layer(
         self, adapter_name: str, r: int, config: SorsaConfig, factors: Factors | None = None, load_only: bool = False
