@@ -12,6 +12,7 @@ from peft import PeftConfig
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
+from svdtune.methods.card import write_card
 from svdtune.methods.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest
 
 
@@ -169,11 +170,16 @@ class SvdConfig(PeftConfig):
         return self.init_weights
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write adapter_config.json beside the weights. The file says that they exist; this configuration can start anew."""
+        """Write adapter_config.json beside the weights, and the model card.
+
+        The file says that the weights exist; this configuration can start anew.
+        """
         weights = Path(save_directory) / ADAPTER_WEIGHTS
         digest = file_digest(weights) if weights.is_file() else None
         saved = dataclasses.replace(self, initialized=True, weights_sha256=digest, svdtune_version=__version__)
         saved._write(save_directory, **kwargs)
+        if digest is not None:
+            write_card(Path(save_directory), saved, weights)
 
     @classmethod
     def from_pretrained(

@@ -16,9 +16,11 @@ from svdtune._version import __version__
 from svdtune.data import Collator, Example, encode_all, read_rows, to_examples
 from svdtune.data.examples import fields_of
 from svdtune.errors import SvdtuneError
+from svdtune.methods.card import add_section
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
+from svdtune.training.card import training_section
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, latest_checkpoint, start_run, write_summary
 from svdtune.training.method import FULL, adapt, adapted_modules
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
@@ -124,6 +126,8 @@ def train(
         model.save_pretrained(result)
         loaded.tokenizer.save_pretrained(result)
         summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
+        if recipe.method.name != FULL:
+            add_section(result, "Training", training_section(recipe, summary))
         write_summary(folder, summary)
     return RunResult(folder, result, summary)
 

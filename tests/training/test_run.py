@@ -73,6 +73,8 @@ def test_a_run_writes_what_it_should(recipe: dict[str, Any], method: str) -> Non
     assert summary["adapted_modules"] == 4
     assert summary["steps"] == 8
     assert summary["saved_bytes"] > 0
+    card = (folder / "adapter" / "README.md").read_text()
+    assert f"| data | `arithmetic`, {summary['rows']} rows |" in card.replace(", split train", "")
     assert "adapted   4 modules: self_attn.q_proj ×2, self_attn.v_proj ×2" in shown
     assert f"trained   {summary['trained_parameters']:,} of {summary['total_parameters']:,} parameters" in shown
     assert "▶ #### " in shown

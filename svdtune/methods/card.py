@@ -1,0 +1,159 @@
+"""The model card of a saved adapter: README.md, with what the Hub reads in its head and what a person needs below it.
+
+PEFT writes a card of its own first, an empty form. The form is replaced; a text that somebody wrote is kept, and only the
+sections that are named here are brought up to date.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from safetensors import safe_open
+
+from svdtune._version import __version__
+
+if TYPE_CHECKING:
+    from svdtune.methods.config import SvdConfig
+
+CARD = "README.md"
+TITLES = {"sara": "SARA", "mosara": "Mo-SARA", "sorsa": "SORSA"}
+_VERSIONS = "### Framework versions"
+_AUTO = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+# Of a configuration, what PEFT or svdtune keep account with, and what has a line of its own.
+_NO_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
+_NO_SETTINGS |= {"inference_mode", "ranks", "slices", "kernels", "base_fingerprint", "initialized", "weights_sha256"}
+_NO_SETTINGS |= {"svdtune_version"}
+
+
+def write_card(folder: Path, config: "SvdConfig", weights: Path) -> None:
+    """Write or bring up to date the card of an adapter that was just saved.
+
+    Args:
+        folder: of the adapter.
+        config: its configuration.
+        weights: its safetensors file.
+    """
+    card = _load(folder)
+    title = f"{TITLES[config.method]} adapter"
+    base = config.base_model_name_or_path
+    if base:
+        title += f" for {base}"
+        card.data["base_model"] = base
+    card.data["library_name"] = "peft"
+    card.data["tags"] = sorted({*(card.data.tags or []), "svdtune", config.method})
+    if not card.text.partition(_VERSIONS)[0].strip():
+        card.text = f"# {title}\n\n{card.text.lstrip()}"
+    card.text = with_section(card.text, "Adapter", _table(config, weights))
+    card.text = with_section(card.text, "How to load", _how_to_load(config))
+    if f"- svdtune {__version__}" not in card.text.splitlines():
+        heading = "" if _VERSIONS in card.text else f"\n{_VERSIONS}\n\n"
+        card.text = f"{card.text.rstrip()}\n{heading}- svdtune {__version__}\n"
+    card.save(folder / CARD)
+
+
+def add_section(folder: Path, title: str, body: str) -> None:
+    """Put a section into the card of a saved adapter, in the place of an earlier one of that title."""
+    card = _load(folder)
+    card.text = with_section(card.text, title, body)
+    card.save(folder / CARD)
+
+
+def with_section(text: str, title: str, body: str) -> str:
+    """The text with a section `## title`, in the place of the one it has, else before the list of versions, else at the end."""
+    section = f"## {title}\n\n{body.strip()}\n\n"
+    found = re.search(rf"^## {re.escape(title)}\n.*?(?=^#{{1,3}} |\Z)", text, re.MULTILINE | re.DOTALL)
+    if found:
+        return text[: found.start()] + section + text[found.end() :]
+    before, mark, after = text.partition(_VERSIONS)
+    return f"{before.rstrip()}\n\n{section}{mark}{after}".lstrip("\n")
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Two columns in Markdown, without a head."""
+    lines = [f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def front(data: Mapping[str, Any]) -> str:
+    """The head of a card, as YAML between two lines of dashes."""
+    return f"---\n{ModelCardData(**data).to_yaml()}\n---\n"
+
+
+def ranks_in_words(ranks: Mapping[str, int]) -> str:
+    """How large the ranks are."""
+    values = sorted(ranks.values())
+    if values[0] == values[-1]:
+        return str(values[0])
+    return f"{values[0]} to {values[-1]}, {mean(values):.1f} on average"
+
+
+def _load(folder: Path) -> ModelCard:
+    """The card in a folder, without text where that is PEFT's empty form; a new one where there is none."""
+    path = folder / CARD
+    if not path.is_file():
+        return ModelCard(front({"library_name": "peft"}))
+    card = ModelCard.load(path)
+    form = ModelCard.from_template(ModelCardData()).text.partition(_VERSIONS)[0].strip()
+    text, mark, versions = card.text.partition(_VERSIONS)
+    if text.strip() == form:
+        card.text = mark + versions
+    return card
+
+
+def _table(config: "SvdConfig", weights: Path) -> str:
+    stored = trained = 0
+    with safe_open(weights, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            shape = file.get_slice(key).get_shape()
+            elements = 1
+            for size in shape:
+                elements *= size
+            stored += elements
+            if not key.rpartition(".")[2].startswith("frozen_"):
+                trained += elements
+    rows = {
+        "method": TITLES[config.method],
+        "base model": f"`{config.base_model_name_or_path}`" if config.base_model_name_or_path else "not named",
+        "adapted layers": len(config.ranks),
+        "rank": ranks_in_words(config.ranks),
+        "trained parameters": f"{trained:,}",
+        "in the file": f"{stored:,} numbers, {weights.stat().st_size:,} bytes",
+        "settings": ", ".join(f"`{name}={value}`" for name, value in _settings(config).items()) or "the defaults",
+    }
+    return table(rows)
+
+
+def _settings(config: "SvdConfig") -> dict[str, Any]:
+    """What differs from the defaults."""
+    chosen = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name not in _NO_SETTINGS and value != default:
+            chosen[field.name] = sorted(value) if isinstance(value, set) else value
+    return chosen
+
+
+def _how_to_load(config: "SvdConfig") -> str:
+    auto = _AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
+    lines = ["import svdtune  # makes PEFT know the method: pip install svdtune"]
+    if auto and config.base_model_name_or_path:
+        lines += [f"from peft import {auto}", "", f'model = {auto}.from_pretrained("this-folder-or-repository")']
+    else:
+        lines += ["from peft import PeftModel", ""]
+        lines += ['model = PeftModel.from_pretrained(base_model, "this-folder-or-repository")']
+    code = "\n".join(["```python", *lines, "```"])
+    return (
+        f"{code}\n\nThe base must be the very checkpoint that the adapter was made from; svdtune compares fingerprints."
+    )
