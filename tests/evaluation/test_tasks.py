@@ -1,49 +1,10 @@
-"""What each task reads out of a text, and what it takes for the same answer."""
+"""Tasks: both modes, exact match, and the list of names."""
 
 import pytest
 
+from svdtune.data.catalogue import CATALOGUE
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Grade, Task, get_task, task_names
-from svdtune.evaluation.tasks.number import last_number
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("43 + 28 = 71\n71 - 16 = 55\n#### 55", "55"),
-        ("She pays $1,234,567.50 in all.", "1234567.50"),
-        ("The answer is -3.", "-3"),
-        ("9-4", "4"),
-        ("9 - 4 = 5", "5"),
-        ("minus (-7)", "-7"),
-        ("Version 2.", "2"),
-        ("half of it", None),
-        ("", None),
-    ],
-)
-def test_last_number(text: str, number: str | None) -> None:
-    assert last_number(text) == number
-
-
-@pytest.mark.parametrize(
-    ("completion", "reference", "correct"),
-    [
-        ("so 18.0", "#### 18", True),
-        ("$1,000", "1000", True),
-        ("0.1", "0.10", True),
-        ("18.5", "18", False),
-        ("-18", "18", False),
-        ("I do not know", "18", False),
-        ("18 apples, of which 3 are red", "18", False),
-    ],
-)
-def test_number_compares_as_exact_decimals(completion: str, reference: str, correct: bool) -> None:
-    assert get_task("number").grade(completion, reference).strict.correct is correct
-
-
-def test_number_refuses_a_reference_without_one() -> None:
-    with pytest.raises(SvdtuneError, match=r"needs a number in every reference.*'none here'"):
-        get_task("number").check("none here")
 
 
 @pytest.mark.parametrize(
@@ -63,3 +24,23 @@ def test_a_task_grades_in_both_modes() -> None:
     task = Task("a", "b", strict=lambda c, r: Grade(c, c == r), paper=lambda c, r: Grade(c[:1], True))
     assert task.grade("xy", "x") == (Grade("xy", False), Grade("x", True))
     assert Task("a", "b", strict=None).grade("xy", "x") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("task", "reference", "message"),
+    [
+        ("number", "none here", "task 'number' needs a number in every reference.*'none here'"),
+        ("letter", "F", "task 'letter' needs a letter from A to E"),
+        ("choice", "answer6", "task 'choice' needs one of true, solution1"),
+        ("gsm8k", "It is 4.", "task 'gsm8k' needs '#### ' and a number"),
+        ("math", "It is 4.", r"task 'math' needs a solution with a \\boxed answer"),
+    ],
+)
+def test_a_reference_without_an_answer_is_refused(task: str, reference: str, message: str) -> None:
+    with pytest.raises(SvdtuneError, match=message):
+        get_task(task).check(reference)
+
+
+def test_every_set_that_is_scored_names_a_task() -> None:
+    named = {dataset.task for dataset in CATALOGUE.values() if dataset.task}
+    assert named - {"e2e", "humaneval"} <= set(task_names())

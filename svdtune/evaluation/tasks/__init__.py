@@ -4,11 +4,14 @@ To add a family, write a file that builds its `Task`s and list them in `_TASKS` 
 """
 
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.tasks.choice import CHOICE, LETTER
 from svdtune.evaluation.tasks.exact import EXACT
+from svdtune.evaluation.tasks.gsm8k import GSM8K
+from svdtune.evaluation.tasks.math import MATH
 from svdtune.evaluation.tasks.number import NUMBER
 from svdtune.evaluation.tasks.task import Grade, Grades, Reference, Task
 
-_TASKS = {task.name: task for task in (NUMBER, EXACT)}
+_TASKS = {task.name: task for task in (NUMBER, LETTER, CHOICE, GSM8K, MATH, EXACT)}
 
 
 def task_names() -> list[str]:

@@ -1,0 +1,101 @@
+"""The process that compares formulas; run as a script, it imports nothing of svdtune. See `symbolic`.
+
+It writes one line when it is ready, then for every line {"kind", "answer", "expected"} on its input one line {"equal"}.
+"""
+
+import json
+import logging
+import re
+import sys
+from math import isclose
+from typing import Any
+
+# What SORSA's grader may evaluate: no attribute, no text, no item access, no comparison, no assignment.
+_HARMLESS = re.compile(r"(?!.*(?:__|\.\s*[A-Za-z_]))[\w+\-*/(),.\s]{1,200}", re.DOTALL)
+_NAMES = (
+    "Symbol",
+    "Integer",
+    "Float",
+    "Rational",
+    "pi",
+    "E",
+    "I",
+    "sqrt",
+    "sin",
+    "cos",
+    "tan",
+    "log",
+    "ln",
+    "exp",
+    "Abs",
+)
+_MEMORY = 4 << 30
+
+
+def same_by_math_verify(answer: str, expected: str) -> bool:
+    """Whether two LaTeX formulas are equal, by math-verify."""
+    from math_verify import LatexExtractionConfig, parse, verify
+
+    rules = [LatexExtractionConfig()]
+    gold = parse(f"${expected}$", rules, parsing_timeout=None)
+    mine = parse(f"${answer}$", rules, parsing_timeout=None)
+    return bool(gold and mine) and verify(gold, mine, timeout_seconds=None)
+
+
+def same_by_sympy(answer: str, expected: str) -> bool:
+    """Whether two plain expressions are equal as SORSA's code says: symbolically, or numerically to a thousandth.
+
+    Where one is no harmless expression, the original's arithmetic on texts would end in an error, which it ignores.
+    """
+    import sympy
+
+    one, other = _parse(expected), _parse(answer)
+    try:
+        if sympy.simplify(one - other) == 0:
+            return True
+    except Exception:  # as the original: whatever sympy raises, try numerically
+        pass
+    return isclose(sympy.N(one), sympy.N(other), rel_tol=1e-3)
+
+
+def _parse(text: str) -> Any:
+    import sympy
+    from sympy.parsing.sympy_parser import parse_expr
+
+    if not _HARMLESS.fullmatch(text):
+        raise ValueError(f"{text!r} is not evaluated")
+    return parse_expr(text, global_dict={"__builtins__": {}, **{name: getattr(sympy, name) for name in _NAMES}})
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
+
+
+def main() -> None:
+    """Answer until the input ends."""
+    try:
+        import math_verify  # noqa: F401
+    except ImportError as error:
+        print(json.dumps({"missing": str(error)}), flush=True)
+        return
+    logging.disable(logging.CRITICAL)  # math-verify warns that its own time limits are off; ours is the process's end
+    sys.setrecursionlimit(2000)
+    _limit_memory()
+    kinds = {"math_verify": same_by_math_verify, "sympy": same_by_sympy}
+    replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
+    print(json.dumps({"ready": True}), file=replies, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            equal = bool(kinds[asked["kind"]](asked["answer"], asked["expected"]))
+        except Exception:  # what cannot be parsed or compared is not equal
+            equal = False
+        print(json.dumps({"equal": equal}), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()
