@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from svdtune.evaluation import Evaluation, Score
+    from svdtune.evaluation import Evaluation, Metric, Score
 
 app = typer.Typer()
 
@@ -93,22 +93,26 @@ def evaluate(
 def summary(result: "Evaluation") -> str:
     """What the terminal shows of a result: the score first, then what to look at."""
     lines = [
-        _score_line(mode, score, result.n)
+        _score_line(mode, score, result.n * result.settings.get("samples", 1))
         for mode, score in (("strict", result.strict), ("paper", result.paper))
         if score
     ]
-    lines += [f"{name} {value:.4f}" for name, value in result.metrics.items()]
+    lines += [_metric_line(name, metric) for name, metric in result.metrics.items()]
     if result.unended:
         limit = result.settings["max_new_tokens"]
         lines.append(f"{result.unended} answers were cut at {limit} tokens; --max-new-tokens raises the limit")
     return "\n".join([*lines, f"predictions and settings: {result.folder}"])
 
 
-def _score_line(mode: str, score: "Score", n: int) -> str:
+def _score_line(mode: str, score: "Score", total: int) -> str:
     low, high = score.interval
-    return (
-        f"accuracy ({mode}) {score.accuracy:.1%}, 95 % interval {low:.1%} to {high:.1%}; {score.correct} of {n} correct"
-    )
+    share = f"accuracy ({mode}) {score.accuracy:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+    return f"{share}; {score.correct} of {total} correct"
+
+
+def _metric_line(name: str, metric: "Metric") -> str:
+    low, high = metric.interval
+    return f"{name} {metric.value:.4f}, 95 % interval {low:.4f} to {high:.4f}"
 
 
 def _default_output(run: Path | None, source: str, data: str, task: str) -> Path:

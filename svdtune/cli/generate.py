@@ -32,7 +32,7 @@ def generate(
 
     from svdtune.cli.asking import choose_template, placement
     from svdtune.data import Example, prompt_ids
-    from svdtune.evaluation.decoding import context_length, end_token_ids, greedy_batch
+    from svdtune.evaluation.decoding import complete_batch, context_length, end_token_ids
     from svdtune.evaluation.items import Item, check_items
     from svdtune.export import find_source, open_source
 
@@ -43,4 +43,4 @@ def generate(
     check_items([Item("the prompt", prompt, tuple(tokens), "")], max_new_tokens, context_length(loaded.model))
     ends = end_token_ids(loaded.model, loaded.tokenizer)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    greedy_batch(loaded.model, [tokens], max_new_tokens, ends, ends[0], streamer)
+    complete_batch(loaded.model, [tokens], max_new_tokens, ends, ends[0], streamer)

@@ -1,21 +1,29 @@
-"""Score a model on held-out items: greedy decoding, a grader, and an accuracy with its interval."""
+"""Score a model on held-out items: batched decoding, graders in two modes, and scores with their intervals."""
 
-from svdtune.evaluation.interval import Interval, wilson_interval
+from svdtune.evaluation.decoding import GREEDY, Sampling
+from svdtune.evaluation.engines import Engine, TransformersEngine
+from svdtune.evaluation.interval import Interval, Metric, pass_at_k, wilson_interval
 from svdtune.evaluation.items import Item, to_items
 from svdtune.evaluation.scoring import Evaluation, Score, evaluate
 from svdtune.evaluation.tasks import Grade, Grades, Reference, Task, get_task, task_names
 
 __all__ = [
+    "GREEDY",
+    "Engine",
     "Evaluation",
     "Grade",
     "Grades",
     "Interval",
     "Item",
+    "Metric",
     "Reference",
+    "Sampling",
     "Score",
     "Task",
+    "TransformersEngine",
     "evaluate",
     "get_task",
+    "pass_at_k",
     "task_names",
     "to_items",
     "wilson_interval",

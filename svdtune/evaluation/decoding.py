@@ -1,7 +1,8 @@
-"""Greedy batched generation: prompts of similar length together, padded on the left, stopped at the end tokens."""
+"""Batched generation: prompts of similar length together, padded on the left, stopped at the end tokens."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,40 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from svdtune.errors import SvdtuneError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; the default is greedy, one completion a prompt.
+
+    Attributes:
+        samples: Completions of each prompt.
+        temperature: 0 takes the likeliest token.
+        top_p: Draw from the fewest likeliest tokens that have this probability together.
+        seed: A batch's random numbers depend on it and on nothing else that an interruption could change.
+
+    Raises:
+        SvdtuneError: If a value is out of its range, or several greedy completions, all the same, are asked for.
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise SvdtuneError(f"expected samples >= 1, temperature >= 0 and 0 < top_p <= 1, got {self}")
+        if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
+            raise SvdtuneError(f"got {self}: greedy completions are all the same; set a temperature above 0")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self.temperature == 0
+
+
+GREEDY = Sampling()
 
 
 class Completion(NamedTuple):
@@ -52,11 +87,11 @@ def plan_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list
 
 
 @contextmanager
-def greedy_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+def sole_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Make `config` the model's only generation settings for a while.
 
     `generate` fills whatever a given config leaves open from the model's own, so a checkpoint that asks for a
-    repetition penalty would get one, and the result would not be greedy.
+    repetition penalty would get one, and the result would not be greedy or a plain sample.
     """
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
     kept = [owner.generation_config for owner in owners]
@@ -70,15 +105,17 @@ def greedy_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[
 
 
 @torch.inference_mode()
-def greedy_batch(
+def complete_batch(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Sequence[int],
     pad: int,
     streamer: BaseStreamer | None = None,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
 ) -> list[Completion]:
-    """Continue each prompt with the likeliest token, until an end token or `max_new_tokens`.
+    """Continue each prompt, with the likeliest token or one that is drawn, until an end token or `max_new_tokens`.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -87,6 +124,8 @@ def greedy_batch(
         ends: Token ids that end a completion.
         pad: Token id to pad with; masked out, so any valid id does.
         streamer: Is given the tokens of a single prompt as they come.
+        sampling: How tokens are chosen.
+        seed: Of the tokens drawn for this batch; the caller's random numbers are left as they were.
 
     Returns:
         One completion a prompt, in the given order.
@@ -97,8 +136,11 @@ def greedy_batch(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
+    # top_k=0: no limit that was not asked for; Transformers' own default is the 50 likeliest.
+    drawing = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     config = GenerationConfig(
-        do_sample=False,
+        do_sample=not sampling.greedy,
+        **drawing,
         num_beams=1,
         use_cache=True,
         max_new_tokens=max_new_tokens,
@@ -106,14 +148,18 @@ def greedy_batch(
         pad_token_id=pad,
     )
     device = model.get_input_embeddings().weight.device
-    with greedy_config(model, config):
+    cuda = [device] if device.type == "cuda" else []
+    with sole_config(model, config), torch.random.fork_rng(cuda, enabled=not sampling.greedy):
+        if not sampling.greedy:
+            torch.manual_seed(seed)
         output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
         )
-    return [_until_end(row, set(ends)) for row in output[:, width:].tolist()]
+    return [until_end(row, set(ends)) for row in output[:, width:].tolist()]
 
 
-def _until_end(tokens: list[int], ends: set[int]) -> Completion:
+def until_end(tokens: list[int], ends: set[int]) -> Completion:
+    """Cut new tokens at the first end token."""
     for position, token in enumerate(tokens):
         if token in ends:
             return Completion(tokens[:position], ended=True)

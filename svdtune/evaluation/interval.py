@@ -1,8 +1,13 @@
-"""The 95 % interval that goes with every score; for an accuracy, Wilson's score interval."""
+"""The 95 % interval that goes with every score: Wilson's for an accuracy, a bootstrap interval for other means; pass@k."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
+RESAMPLES = 1000
+PASS_AT = (1, 10, 100)  # the k that are reported, as far as there are so many samples
 Z95 = 1.959963984540054  # the normal distribution's 97.5 % point
 
 
@@ -45,3 +50,48 @@ def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == total else centre + half
     return Interval(low, high)
+
+
+def bootstrap(counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> Metric:
+    """A score of all items, and its percentile interval over samples of them drawn with replacement.
+
+    Args:
+        counts: Shape (items, …), rows that may be summed.
+        score: Takes sums of rows, shape (..., …), to scores, shape (...).
+    """
+    items = len(counts)
+    drawn = np.random.default_rng(0).multinomial(items, np.full(items, 1 / items), size=RESAMPLES)
+    low, high = np.percentile(score(drawn @ counts), [2.5, 97.5])
+    return Metric(float(score(counts.sum(axis=0))), Interval(float(low), float(high)))
+
+
+def bootstrap_mean(values: Sequence[float]) -> Metric:
+    """The mean over items and its bootstrap interval."""
+    return bootstrap(np.array([[value, 1.0] for value in values]), lambda sums: sums[..., 0] / sums[..., 1])
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The chance that at least one of k samples is right, estimated without bias from `samples` of which `correct` are.
+
+    1 − C(samples − correct, k) / C(samples, k); the plain 1 − (1 − correct/samples)^k is too small.
+
+    Source: Chen et al., "Evaluating large language models trained on code" (2021), Eq. 1.
+    """
+    return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def pass_at(verdicts: Sequence[Sequence[bool]]) -> dict[str, Metric]:
+    """pass@1, pass@10 and pass@100 as far as there are so many samples, and pass@n of all n: means over the items.
+
+    Args:
+        verdicts: For each item, whether each of its n samples is right.
+    """
+    n = len(verdicts[0])
+    found = {}
+    for k in sorted({k for k in PASS_AT if k < n} | {n} | {1}):
+        values = [pass_at_k(n, sum(item), k) for item in verdicts]
+        found[f"pass@{k}"] = bootstrap_mean(values)
+    if n == 1:
+        right = sum(map(sum, verdicts))
+        found["pass@1"] = Metric(right / len(verdicts), wilson_interval(right, len(verdicts)))
+    return found

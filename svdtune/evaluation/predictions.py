@@ -27,6 +27,7 @@ class Prediction:
         paper_correct: Whether the paper's grading accepts it; None where no paper graded such items.
         tokens: Number of new tokens, the end token not counted.
         ended: Whether the model ended by itself; False where it was cut at the length limit.
+        sample: Which of several completions of the item, from 0.
     """
 
     index: int
@@ -40,6 +41,12 @@ class Prediction:
     paper_correct: bool | None
     tokens: int
     ended: bool
+    sample: int = 0
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Its place in the file."""
+        return self.index, self.sample
 
 
 class PredictionStore:
@@ -76,11 +83,11 @@ class PredictionStore:
             file.writelines(_line(prediction) for prediction in predictions)
             file.flush()
             os.fsync(file.fileno())
-        self.done.update((prediction.index, prediction) for prediction in predictions)
+        self.done.update((prediction.place, prediction) for prediction in predictions)
 
     def finish(self, result: dict[str, Any]) -> None:
         """Put the lines into the data's order and write `result.json`; each file is replaced whole or not at all."""
-        _replace(self._predictions, "".join(_line(self.done[index]) for index in sorted(self.done)))
+        _replace(self._predictions, "".join(_line(self.done[place]) for place in sorted(self.done)))
         _replace(self._result, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
@@ -100,7 +107,7 @@ class PredictionStore:
             differences = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
             raise SvdtuneError(f"{self.folder} holds predictions made with other settings ({differences}); {_WAY_OUT}")
 
-    def _read(self) -> dict[int, Prediction]:
+    def _read(self) -> dict[tuple[int, int], Prediction]:
         """Read what an earlier run wrote; the half line that a power cut can leave at the end is cut off."""
         if not self._predictions.exists():
             return {}
@@ -114,7 +121,7 @@ class PredictionStore:
                 prediction = Prediction(**json.loads(line))
             except (ValueError, TypeError) as error:
                 raise SvdtuneError(f"{self._predictions}, line {number} is damaged ({error}); {_WAY_OUT}") from error
-            done[prediction.index] = prediction
+            done[prediction.place] = prediction
         return done
 
 

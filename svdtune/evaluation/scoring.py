@@ -4,29 +4,32 @@ items → batches by length → completions → grades → predictions.jsonl →
 """
 
 import hashlib
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-import transformers
-from transformers import PreTrainedModel
-
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import context_length, end_token_ids, greedy_batch, plan_batches
-from svdtune.evaluation.interval import Interval, wilson_interval
+from svdtune.evaluation.decoding import GREEDY, Completion, Sampling, plan_batches
+from svdtune.evaluation.engines import Engine, TransformersEngine
+from svdtune.evaluation.interval import Interval, Metric, pass_at, wilson_interval
 from svdtune.evaluation.items import Item, check_items
 from svdtune.evaluation.predictions import Prediction, PredictionStore
-from svdtune.evaluation.tasks import Task
+from svdtune.evaluation.tasks import Grades, Reference, Task
 from svdtune.export.folder import explain_write_errors
 from svdtune.models import LoadedModel
 
 
 class Score(NamedTuple):
-    """How many items are right, which share of all that is, and Wilson's 95 % interval of the share."""
+    """How many completions are right, which share of all that is, and the share's 95 % interval.
+
+    The interval is Wilson's; with several samples an item, a bootstrap interval over the items.
+    """
 
     correct: int
     accuracy: float
@@ -42,7 +45,7 @@ class Evaluation:
         n: Number of items.
         strict: The score of strict grading; None where the task grades no single completions.
         paper: The score of the paper's grading; None where no paper graded such items.
-        metrics: Scores of all completions together, such as BLEU.
+        metrics: Scores of all completions together, such as BLEU, and pass@k of programs and of several samples an item.
         unended: How many completions were cut at the length limit; where it is large, so should the limit be.
         seconds: Time this call spent generating; less than the whole where it continued an earlier one.
         settings: Everything the predictions depend on, and how they were made.
@@ -53,7 +56,7 @@ class Evaluation:
     n: int
     strict: Score | None
     paper: Score | None
-    metrics: dict[str, float]
+    metrics: dict[str, Metric]
     unended: int
     seconds: float
     settings: dict[str, Any]
@@ -66,32 +69,34 @@ class Evaluation:
 
 
 def evaluate(
-    loaded: LoadedModel,
+    engine: Engine | LoadedModel,
     items: Sequence[Item],
     task: Task,
     output: str | Path,
     *,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    sampling: Sampling = GREEDY,
     settings: dict[str, Any] | None = None,
     restart: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate a model, with or without an adapter on it, by greedy decoding.
+    """Evaluate a model, with or without an adapter on it.
 
     Every batch is on disk before the next one starts. The same call after an interruption continues with the items that
     are missing; after a finished run it generates nothing.
 
     Args:
-        loaded: Model and tokenizer.
+        engine: What completes the prompts, or a loaded model, which then runs by Transformers.
         items: What to ask; their order is the order of `predictions.jsonl`.
         task: How to grade.
         output: Folder for `predictions.jsonl`, `settings.json` and `result.json`.
         max_new_tokens: Length limit of a completion.
-        batch_size: Items generated together.
+        batch_size: Completions generated together.
+        sampling: How completions are drawn, and how many of each item; greedy by default.
         settings: Further settings to record, such as the data's name; a rerun must bring the same.
         restart: Drop an earlier run's predictions in `output`.
-        on_progress: Called with (items done, items in all) at the start and after each batch.
+        on_progress: Called with (completions done, completions in all) at the start and after each batch.
 
     Raises:
         SvdtuneError: If the items, the end tokens or the output folder cannot be used.
@@ -99,69 +104,67 @@ def evaluate(
     output = Path(output).expanduser()
     if batch_size < 1:
         raise SvdtuneError(f"batch_size must be at least 1, got {batch_size}")
-    model = loaded.model.eval()
-    check_items(items, max_new_tokens, context_length(model))
+    engine = TransformersEngine(engine) if isinstance(engine, LoadedModel) else engine
+    check_items(items, max_new_tokens, engine.context)
     for item in items:
         task.check(item.reference)  # a reference without an answer shows now, not after an hour
     identity = {
         **(settings or {}),
-        "model": loaded.name,
-        "weights": weights_fingerprint(model),
+        "model": engine.name,
+        **engine.identity(),
         "items": items_fingerprint(items),
         "task": task.name,
         "max_new_tokens": max_new_tokens,
-        "end_token_ids": end_token_ids(model, loaded.tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        **({} if sampling.greedy else asdict(sampling)),
     }
     started = time.perf_counter()
     with explain_write_errors(output):
         store = PredictionStore(output, identity, restart)
-        _generate_missing(loaded, items, task, store, max_new_tokens, batch_size, on_progress or (lambda *_: None))
-        how = {"batch_size": batch_size, "device": str(model.device), **_versions()}
+        _generate_missing(engine, items, task, store, max_new_tokens, batch_size, sampling, on_progress)
+        how = {"batch_size": batch_size, "svdtune": __version__, **engine.details()}
         result = _summarize(store, task, time.perf_counter() - started, identity | how)
         store.finish(_as_json(result))
     return result
 
 
 def _generate_missing(
-    loaded: LoadedModel,
+    engine: Engine,
     items: Sequence[Item],
     task: Task,
     store: PredictionStore,
     max_new_tokens: int,
     batch_size: int,
-    on_progress: Callable[[int, int], None],
+    sampling: Sampling,
+    on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Complete, grade and store every item that the store lacks; each batch is stored before the next one starts."""
-    model, tokenizer = loaded.model, loaded.tokenizer
-    ends = end_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
-    on_progress(len(store.done), len(items))
-    for batch in plan_batches([item.tokens for item in items], batch_size):
-        missing = [index for index in batch if index not in store.done]
+    """Complete, grade and store what the store lacks; each batch is stored before the next one starts."""
+    wanted = [(index, sample) for index in range(len(items)) for sample in range(sampling.samples)]
+    tell = on_progress or (lambda *_: None)
+    tell(len(store.done), len(wanted))
+    for batch in plan_batches([items[index].tokens for index, _ in wanted], batch_size):
+        missing = [place for place in batch if wanted[place] not in store.done]
         if not missing:
             continue
-        completions = greedy_batch(model, [items[index].tokens for index in missing], max_new_tokens, ends, pad)
-        texts = tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
-        store.append(
-            _grade(index, items[index], text, task, len(completion.tokens), completion.ended)
-            for index, text, completion in zip(missing, texts, completions, strict=True)
+        prompts = [items[wanted[place][0]].tokens for place in missing]
+        seeds = [sampling.seed * len(wanted) + place for place in missing]
+        completions = engine.complete(prompts, max_new_tokens, sampling, seeds)
+        texts = engine.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+        graded = _grade_all(
+            task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]
         )
-        on_progress(len(store.done), len(items))
+        store.append(
+            _prediction(*wanted[place], items[wanted[place][0]], text, grades, completion)
+            for place, text, grades, completion in zip(missing, texts, graded, completions, strict=True)
+        )
+        tell(len(store.done), len(wanted))
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and up to 64 evenly spread values of every parameter and buffer that is saved.
-
-    Cheap enough for any model, and changed by any training step, which moves nearly every value.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, -(-flat.numel() // 64))].float().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
+def _grade_all(task: Task, pairs: Sequence[tuple[str, Reference]]) -> list[Grades]:
+    """Grade (completion, reference) pairs, side by side where each takes processes of its own."""
+    if not task.in_processes:
+        return [task.grade(*pair) for pair in pairs]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda pair: task.grade(*pair), pairs))
 
 
 def items_fingerprint(items: Sequence[Item]) -> str:
@@ -172,32 +175,39 @@ def items_fingerprint(items: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _grade(index: int, item: Item, completion: str, task: Task, tokens: int, ended: bool) -> Prediction:
-    strict, paper = task.grade(completion, item.reference)
+def _prediction(index: int, sample: int, item: Item, text: str, grades: Grades, completion: Completion) -> Prediction:
+    strict, paper = grades
     return Prediction(
         index=index,
+        sample=sample,
         id=item.id,
         prompt=item.prompt,
-        completion=completion,
+        completion=text,
         reference=item.reference,
         extracted=strict and strict.extracted,
         correct=strict and strict.correct,
         paper_extracted=paper and paper.extracted,
         paper_correct=paper and paper.correct,
-        tokens=tokens,
-        ended=ended,
+        tokens=len(completion.tokens),
+        ended=completion.ended,
     )
 
 
 def _summarize(store: PredictionStore, task: Task, seconds: float, settings: dict[str, Any]) -> Evaluation:
-    done = [store.done[index] for index in sorted(store.done)]
-    metrics = task.metrics([p.completion for p in done], [p.reference for p in done]) if task.metrics else {}
+    done = [store.done[place] for place in sorted(store.done)]
+    by_item = [list(group) for _, group in groupby(done, key=lambda prediction: prediction.index)]
+    metrics = dict(task.metrics([p.completion for p in done], [p.reference for p in done])) if task.metrics else {}
+    strict = [[bool(p.correct) for p in group] for group in by_item] if task.strict else None
+    paper = [[bool(p.paper_correct) for p in group] for group in by_item] if task.paper else None
+    for verdicts, mode in ((strict, ""), (paper, " (paper)")):
+        if verdicts and (task.programs or len(verdicts[0]) > 1):
+            metrics |= {f"{name}{mode}": metric for name, metric in pass_at(verdicts).items()}
     return Evaluation(
         task=task.name,
-        n=len(done),
-        strict=_score([p.correct for p in done]) if task.strict else None,
-        paper=_score([p.paper_correct for p in done]) if task.paper else None,
-        metrics=dict(metrics),
+        n=len(by_item),
+        strict=strict and _score(strict),
+        paper=paper and _score(paper),
+        metrics=metrics,
         unended=sum(not prediction.ended for prediction in done),
         seconds=round(seconds, 3),
         settings=settings,
@@ -205,21 +215,24 @@ def _summarize(store: PredictionStore, task: Task, seconds: float, settings: dic
     )
 
 
-def _score(verdicts: list[bool | None]) -> Score:
-    correct = sum(map(bool, verdicts))
-    return Score(correct, correct / len(verdicts), wilson_interval(correct, len(verdicts)))
+def _score(verdicts: list[list[bool]]) -> Score:
+    """The share of right completions; each item has as many as the others."""
+    correct, total = sum(map(sum, verdicts)), sum(map(len, verdicts))
+    # Completions of one item are no independent trials.
+    interval = wilson_interval(correct, total) if total == len(verdicts) else pass_at(verdicts)["pass@1"].interval
+    return Score(correct, correct / total, interval)
 
 
 def _as_json(result: Evaluation) -> dict[str, Any]:
     scores = {"strict": _score_json(result.strict), "paper": _score_json(result.paper)}
-    return asdict(result) | scores | {"folder": str(result.folder)}
+    metrics = {
+        name: {"value": metric.value, "interval": {"level": 0.95, **metric.interval._asdict()}}
+        for name, metric in result.metrics.items()
+    }
+    return asdict(result) | scores | {"metrics": metrics, "folder": str(result.folder)}
 
 
 def _score_json(score: Score | None) -> dict[str, Any] | None:
     if score is None:
         return None
-    return score._asdict() | {"interval": {"method": "wilson", "level": 0.95, **score.interval._asdict()}}
-
-
-def _versions() -> dict[str, str]:
-    return {"svdtune": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    return score._asdict() | {"interval": {"level": 0.95, **score.interval._asdict()}}

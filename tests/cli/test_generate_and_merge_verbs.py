@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.cli import app
-from svdtune.evaluation.decoding import greedy_batch
+from svdtune.evaluation.decoding import complete_batch
 from svdtune.export import find_source, open_source
 from svdtune.models import load
 
@@ -32,7 +32,7 @@ def save_adapter(config: PeftConfig, base: Path, folder: Path) -> Path:
 def test_generate_prints_what_greedy_decoding_gives(tiny_folder: Path) -> None:
     loaded = load(tiny_folder)
     tokens = loaded.tokenizer.encode("Hello")
-    expected = greedy_batch(loaded.model, [tokens], 8, [0], 1)[0].tokens
+    expected = complete_batch(loaded.model, [tokens], 8, [0], 1)[0].tokens
     result = svdtune("generate", tiny_folder, "Hello", "--max-new-tokens", "8")
     assert result.exit_code == 0, result.output
     assert result.stdout == loaded.tokenizer.decode(expected) + "\n"

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import end_token_ids, greedy_batch, plan_batches
+from svdtune.evaluation.decoding import complete_batch, end_token_ids, plan_batches
 from svdtune.models import LoadedModel, load
 
 PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
@@ -35,11 +35,11 @@ def test_equals_the_plain_loop_and_stops_at_end_tokens(loaded: LoadedModel) -> N
     plain = [plain_loop(loaded.model, prompt, 12) for prompt in PROMPTS]
     ends = [plain[1][4], plain[3][0]]
     assert len({token for tokens in plain for token in tokens}) > 6, "the model repeats itself: this would test nothing"
-    for tokens, completion in zip(plain, greedy_batch(loaded.model, PROMPTS, 12, ends, pad=1), strict=True):
+    for tokens, completion in zip(plain, complete_batch(loaded.model, PROMPTS, 12, ends, pad=1), strict=True):
         stop = next((position for position, token in enumerate(tokens) if token in ends), None)
         assert completion.tokens == tokens[:stop]
         assert completion.ended is (stop is not None)
-    assert greedy_batch(loaded.model, PROMPTS, 12, ends, pad=1)[3].tokens == []
+    assert complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)[3].tokens == []
 
 
 def test_the_checkpoints_own_generation_settings_do_not_leak_in(loaded: LoadedModel) -> None:
@@ -47,7 +47,7 @@ def test_the_checkpoints_own_generation_settings_do_not_leak_in(loaded: LoadedMo
     own = loaded.model.generation_config
     own.repetition_penalty, own.suppress_tokens = 5.0, [expected[0][0]]
     never = min(set(range(258)).difference(*expected))
-    found = greedy_batch(loaded.model, PROMPTS, 12, [never], pad=1)
+    found = complete_batch(loaded.model, PROMPTS, 12, [never], pad=1)
     assert [completion.tokens for completion in found] == expected
     assert loaded.model.generation_config is own
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import Grade, Item, Task, evaluate, get_task, scoring
+from svdtune.evaluation import Grade, Interval, Item, Metric, Task, TransformersEngine, evaluate, get_task
 from svdtune.models import LoadedModel, load
 
 TEXTS = ["2+2=", "a longer question than the others?", "hi", "what is it", "one more"]
@@ -58,7 +58,7 @@ def test_result_and_predictions(loaded: LoadedModel, tmp_path: Path) -> None:
     assert [line["correct"] for line in lines] == [False, False, True, False, False]
     assert lines[2]["extracted"] == lines[2]["completion"] == lines[2]["reference"] == right
     stored = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert stored["strict"]["interval"] == {"method": "wilson", "level": 0.95, **result.strict.interval._asdict()}
+    assert stored["strict"]["interval"] == {"level": 0.95, **result.strict.interval._asdict()}
     assert stored["settings"].items() >= {"data": "here", "max_new_tokens": 6, "batch_size": 2, "task": "exact"}.items()
 
 
@@ -71,8 +71,8 @@ def test_resumes_after_an_interruption_with_the_same_predictions(
         evaluate(loaded, items, task, tmp_path / "cut", max_new_tokens=6, batch_size=2, on_progress=interrupt_after(1))
     assert len((tmp_path / "cut" / "predictions.jsonl").read_text().splitlines()) == 2
     asked = []
-    generate = scoring.greedy_batch
-    monkeypatch.setattr(scoring, "greedy_batch", lambda *args: asked.extend(args[1]) or generate(*args))
+    complete = TransformersEngine.complete
+    monkeypatch.setattr(TransformersEngine, "complete", lambda *args: asked.extend(args[1]) or complete(*args))
     result = evaluate(loaded, items, task, tmp_path / "cut", max_new_tokens=6, batch_size=2)
     assert len(asked) == 3
     assert result.n == 5
@@ -127,12 +127,13 @@ def test_both_modes_and_metrics_of_the_whole_are_reported(loaded: LoadedModel, t
         "right strictly, wrong in the paper's way",
         strict=lambda completion, reference: Grade("s", True),
         paper=lambda completion, reference: Grade(None, False),
-        metrics=lambda completions, references: {"count": float(len(completions) + len(references))},
+        metrics=lambda completions, references: {"count": Metric(10.0, Interval(9.0, 11.0))},
     )
     result = evaluate(loaded, make_items(loaded), task, tmp_path, max_new_tokens=2)
-    assert (result.strict.correct, result.paper.correct, result.metrics) == (5, 0, {"count": 10.0})
+    assert (result.strict.correct, result.paper.correct, result.metrics["count"].value) == (5, 0, 10.0)
     stored = json.loads((tmp_path / "result.json").read_text())
-    assert (stored["strict"]["accuracy"], stored["paper"]["accuracy"], stored["metrics"]) == (1.0, 0.0, {"count": 10.0})
+    assert (stored["strict"]["accuracy"], stored["paper"]["accuracy"]) == (1.0, 0.0)
+    assert stored["metrics"] == {"count": {"value": 10.0, "interval": {"level": 0.95, "low": 9.0, "high": 11.0}}}
     line = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     assert (line["extracted"], line["correct"], line["paper_extracted"], line["paper_correct"]) == (
         "s",

@@ -17,7 +17,7 @@ def test_lines_survive_and_come_back(tmp_path: Path) -> None:
     store = PredictionStore(tmp_path / "new" / "out", {"model": "m"})
     store.append([prediction(2, "line\nbreak \u2028 and \x85"), prediction(0)])
     again = PredictionStore(tmp_path / "new" / "out", {"model": "m"})
-    assert again.done == {2: prediction(2, "line\nbreak \u2028 and \x85"), 0: prediction(0)}
+    assert again.done == {(2, 0): prediction(2, "line\nbreak \u2028 and \x85"), (0, 0): prediction(0)}
 
 
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "predictions.jsonl"
     path.write_bytes(path.read_bytes()[:-10])
     store = PredictionStore(tmp_path, {})
-    assert list(store.done) == [0]
+    assert list(store.done) == [(0, 0)]
     store.append([prediction(1)])
     assert [json.loads(line)["index"] for line in path.read_text().splitlines()] == [0, 1]
 

@@ -3,16 +3,12 @@
 BLEU and NIST count the texts as they are; METEOR, ROUGE-L and CIDEr those that Stanford's tokenizer makes of them.
 """
 
-from collections.abc import Callable, Sequence
-
-import numpy as np
+from collections.abc import Sequence
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.interval import Interval, Metric
+from svdtune.evaluation.interval import Metric, bootstrap, bootstrap_mean
 from svdtune.evaluation.nlg.java import meteor, meteor_counts, tokenize_ptb
 from svdtune.evaluation.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokenize_13a
-
-RESAMPLES = 1000
 
 
 def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
@@ -44,36 +40,18 @@ def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
         "BLEU": bootstrap(bleu_counts(words, reference_words), bleu),
         "NIST": bootstrap(nist_counts(words, reference_words), nist),
         "METEOR": bootstrap(meteor_counts(texts, reference_texts), meteor),
-        "ROUGE-L": bootstrap(rouge_l, _mean),
-        "CIDEr": bootstrap(cider, _mean),
+        "ROUGE-L": bootstrap_mean(rouge_l),
+        "CIDEr": bootstrap_mean(cider),
     }
 
 
-def bootstrap(counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> Metric:
-    """A score of all segments, and its percentile interval over samples of them drawn with replacement.
-
-    Args:
-        counts: Shape (segments, …), rows that may be summed.
-        score: Takes sums of rows, shape (..., …), to scores, shape (...).
-    """
-    segments = len(counts)
-    drawn = np.random.default_rng(0).multinomial(segments, np.full(segments, 1 / segments), size=RESAMPLES)
-    low, high = np.percentile(score(drawn @ counts), [2.5, 97.5])
-    return Metric(float(score(counts.sum(axis=0))), Interval(float(low), float(high)))
-
-
-def _mean(counts: np.ndarray) -> np.ndarray:
-    return counts[..., 0] / counts[..., 1]
-
-
-def _coco(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """ROUGE-L and CIDEr of each segment beside a 1, so that rows add up to a sum and a number: shapes (segments, 2)."""
+def _coco(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[list[float], list[float]]:
+    """ROUGE-L and CIDEr of each text."""
     from pycocoevalcap.cider.cider_scorer import CiderScorer
     from pycocoevalcap.rouge.rouge import Rouge
 
     rouge, cider = Rouge(), CiderScorer()
     for output, refs in zip(outputs, references, strict=True):
         cider += (output, list(refs))
-    ones = np.ones(len(outputs))
-    lcs = [rouge.calc_score([output], list(refs)) for output, refs in zip(outputs, references, strict=True)]
-    return np.stack([lcs, ones], axis=1), np.stack([cider.compute_score()[1], ones], axis=1)
+    rouge_l = [rouge.calc_score([output], list(refs)) for output, refs in zip(outputs, references, strict=True)]
+    return rouge_l, list(cider.compute_score()[1])

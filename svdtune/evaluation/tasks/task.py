@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from svdtune.evaluation.interval import Metric
+
 # What a completion is graded against, as JSON has it: a text, several texts, or a row's fields.
 Reference = str | list[str] | dict[str, Any]
 
@@ -29,7 +31,7 @@ class Grades(NamedTuple):
 
 
 Grader = Callable[[str, Reference], Grade]
-Metrics = Callable[[Sequence[str], Sequence[Reference]], Mapping[str, float]]
+Metrics = Callable[[Sequence[str], Sequence[Reference]], Mapping[str, Metric]]
 
 
 def _any_reference(_: Reference) -> None:
@@ -47,9 +49,11 @@ class Task:
             wrong, and only `metrics` counts.
         paper: Grades as the paper's published code does, its faults included, so that scores can be compared with the
             paper's. None where no paper graded such items.
-        metrics: Scores all completions against all references, both in the order of the items: BLEU, pass@k.
+        metrics: Scores all completions against all references, both in the order of the items: BLEU and its like.
         check: Raises SvdtuneError where a *reference* holds no answer: that is a fault of the data, not of the model. It
             is asked about every reference before anything is generated.
+        programs: Completions are programs, and the share of right ones is reported as pass@1.
+        in_processes: Grading starts processes and waits for them, so that completions are graded side by side in threads.
     """
 
     name: str
@@ -58,6 +62,8 @@ class Task:
     paper: Grader | None = None
     metrics: Metrics | None = None
     check: Callable[[Reference], None] = _any_reference
+    programs: bool = False
+    in_processes: bool = False
 
     def grade(self, completion: str, reference: Reference) -> Grades:
         """Grade in both modes."""
