@@ -239,8 +239,8 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         """The base layer's output with every active adapter's addition."""
         sole = None if args or kwargs else self.sole_adapter()
         if sole is not None:
-            p, in_kernel = self.dropout_p(sole), self.draws_masks and kernels.available(x)
-            in_kernel = p > 0 and in_kernel and not torch.compiler.is_compiling()
+            p = self.dropout_p(sole)
+            in_kernel = p > 0 and self.draws_masks and kernels.available(x) and not torch.compiler.is_compiling()
             x_adapter = getattr(self, f"{self.method}_dropout")[sole](x) if p > 0 and not in_kernel else None
             return self.fused(x, *self.readable(), x_adapter, p if in_kernel else 0.0, sole)
         if self.disable_adapters:
@@ -253,8 +253,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         if self._awaited:
             self._check_loaded(active)
         y = self.base_output(x, active, *args, **kwargs)
-        if self.quantization_backend is not None and active:
-            y = self.quantization_backend.maybe_clone_base_result(y)
+        if self.quantization_backend is not None and active and y.requires_grad:
+            y = (
+                y.clone()
+            )  # what quantized layers give may be a view through which no gradient of an addition finds back
         for adapter in active:
             x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)
             y = self.add(y, x_adapter, adapter)
@@ -333,7 +335,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self._check_loaded(names)
         check_mergeable(self.quantization_backend)
         deltas = [self.merge_delta(name) for name in names]
-        before = self.get_base_weight()
+        before = spectra.as_stored(self.get_base_layer(), spectra.base_weight(self))
         merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for delta in deltas:
             merged += spectra.as_stored(self.get_base_layer(), delta).to(merged)

@@ -49,7 +49,13 @@ def check_mergeable(backend: QuantizationBackend | None) -> None:
 
 def kept(base: nn.Module) -> Any:
     """What a quantized layer stores, to be put back as it is."""
-    return base if hasattr(base, "W_q") else base.weight
+    if hasattr(base, "W_q"):
+        return base
+    notes = dict(vars(base.weight))  # PEFT changes bitsandbytes' notes beside the codes when it merges
+    if type(base.weight).__name__ == "Int8Params":  # the first use hands them from the weight to the layer
+        scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
+        notes |= {"CB": base.weight.data, "SCB": scales}
+    return base.weight, notes
 
 
 def put_back(layer: Any, stored: Any) -> None:
@@ -58,7 +64,9 @@ def put_back(layer: Any, stored: Any) -> None:
         layer.base_layer = stored
         return
     base = layer.get_base_layer()
-    base.weight = stored
+    base.weight, notes = stored
+    vars(base.weight).clear()
+    vars(base.weight).update(notes)
     if getattr(base, "state", None) is not None:  # bitsandbytes int8 keeps what it derived from the weight
         base.state.reset_grads()
 

@@ -269,6 +269,13 @@ class SvdTuner(BaseTuner):
             layer.requires_grad_(False)
         return layer
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which on unloading expects every layer to have a weight; HQQ's have none."""
+        if hasattr(new_module, "W_q"):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """fp32 factors whatever the base dtype, unless `autocast_adapter_dtype=False` asks for the base's own.
 

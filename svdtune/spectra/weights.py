@@ -4,6 +4,7 @@ Linear stores it as it is, transformers' Conv1D transposed, and a convolution as
 is the matrix [out, in / groups · k ...] that multiplies each patch of the input.
 """
 
+import copy
 from contextlib import nullcontext
 from math import prod
 
@@ -51,8 +52,9 @@ def base_weight(module: nn.Module) -> Tensor:
         module = module.get_base_layer()
     if getattr(module, "weight", None) is None and not hasattr(module, "W_q"):
         raise SvdtuneError(f"{type(module).__name__} has no weight to decompose; leave it out of target_modules")
-    with _in_memory(module), gather_params_ctx(module.weight), torch.no_grad():
-        weight = dequantize_module_weight(module).detach()
+    stored = module.W_q if hasattr(module, "W_q") else module.weight
+    with _in_memory(module), gather_params_ctx(stored), torch.no_grad():
+        weight = _dequantized(module).detach()
         if hasattr(weight, "full_tensor"):
             weight = weight.full_tensor()
         if weight.is_meta:
@@ -63,6 +65,21 @@ def base_weight(module: nn.Module) -> Tensor:
         if isinstance(module, Conv1D):
             weight = weight.T
         return weight.flatten(1)
+
+
+def _dequantized(module: nn.Module) -> Tensor:
+    if type(stored := getattr(module, "weight", None)).__name__ == "Int8Params":
+        # The scales are with the weight until the first use, then with the layer. PEFT's function would take those of a
+        # weight before the last merge, and on CPUs lose them.
+        scales = module.state.SCB if stored.SCB is None else stored.SCB
+        return stored.data * (scales.to(stored.device)[:, None] / 127)
+    state = getattr(stored, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        # After inference on some CPUs, bitsandbytes keeps 4-bit codes in another order, which dequantizing does not know.
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
+
+        return dequantize_4bit(*_convert_weight_packed_for_cpu_inverse(stored.data, copy.deepcopy(state)))
+    return dequantize_module_weight(module)
 
 
 def _in_memory(module: nn.Module):
