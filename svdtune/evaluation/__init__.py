@@ -1,6 +1,6 @@
 """Score a model on held-out items: batched decoding, graders in two modes, and scores with their intervals."""
 
-from svdtune.evaluation.decoding import GREEDY, Sampling
+from svdtune.evaluation.decoding import GREEDY, Decoding
 from svdtune.evaluation.engines import Engine, TransformersEngine
 from svdtune.evaluation.interval import Interval, Metric, pass_at_k, wilson_interval
 from svdtune.evaluation.items import Item, to_items
@@ -9,6 +9,7 @@ from svdtune.evaluation.tasks import Grade, Grades, Reference, Task, get_task, t
 
 __all__ = [
     "GREEDY",
+    "Decoding",
     "Engine",
     "Evaluation",
     "Grade",
@@ -17,7 +18,6 @@ __all__ = [
     "Item",
     "Metric",
     "Reference",
-    "Sampling",
     "Score",
     "Task",
     "TransformersEngine",

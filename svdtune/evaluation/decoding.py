@@ -13,37 +13,44 @@ from svdtune.errors import SvdtuneError
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How completions are drawn; the default is greedy, one completion a prompt.
+class Decoding:
+    """How completions are found; the default is greedy, one completion a prompt.
 
     Attributes:
         samples: Completions of each prompt.
-        temperature: 0 takes the likeliest token.
+        temperature: Draw tokens at this temperature; 0 takes the likeliest.
         top_p: Draw from the fewest likeliest tokens that have this probability together.
         seed: A batch's random numbers depend on it and on nothing else that an interruption could change.
+        beams: Keep so many beginnings and take the likeliest whole, instead of the likeliest token at each step.
+        length_penalty: Of beam search: log-likelihoods are divided by length to this power.
+        no_repeat_ngram_size: No n-gram of this size occurs twice, prompt included; 0 for no such rule.
 
     Raises:
-        SvdtuneError: If a value is out of its range, or several greedy completions, all the same, are asked for.
+        SvdtuneError: If a value is out of its range, or two of them contradict each other.
     """
 
     samples: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise SvdtuneError(f"expected samples >= 1, temperature >= 0 and 0 < top_p <= 1, got {self}")
+        if min(self.samples, self.beams) < 1 or min(self.temperature, self.no_repeat_ngram_size, self.seed) < 0:
+            raise SvdtuneError(f"expected samples and beams of at least 1 and nothing below 0, got {self}")
+        if not 0 < self.top_p <= 1:
+            raise SvdtuneError(f"expected top_p above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and (self.samples > 1 or self.top_p < 1):
-            raise SvdtuneError(f"got {self}: greedy completions are all the same; set a temperature above 0")
+            raise SvdtuneError(f"got {self}: without a temperature above 0 all completions of a prompt are the same")
+        if self.beams > 1 and self.temperature > 0:
+            raise SvdtuneError(f"got {self}: beam search draws nothing; leave out the beams or the temperature")
+        if self.beams == 1 and self.length_penalty != 1:
+            raise SvdtuneError(f"got {self}: a length penalty is for beam search; set beams above 1")
 
-    @property
-    def greedy(self) -> bool:
-        """Whether nothing is left to chance."""
-        return self.temperature == 0
 
-
-GREEDY = Sampling()
+GREEDY = Decoding()
 
 
 class Completion(NamedTuple):
@@ -112,10 +119,10 @@ def complete_batch(
     ends: Sequence[int],
     pad: int,
     streamer: BaseStreamer | None = None,
-    sampling: Sampling = GREEDY,
+    decoding: Decoding = GREEDY,
     seed: int = 0,
 ) -> list[Completion]:
-    """Continue each prompt, with the likeliest token or one that is drawn, until an end token or `max_new_tokens`.
+    """Continue each prompt as `decoding` says, until an end token or `max_new_tokens`.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -124,7 +131,7 @@ def complete_batch(
         ends: Token ids that end a completion.
         pad: Token id to pad with; masked out, so any valid id does.
         streamer: Is given the tokens of a single prompt as they come.
-        sampling: How tokens are chosen.
+        decoding: How tokens are chosen.
         seed: Of the tokens drawn for this batch; the caller's random numbers are left as they were.
 
     Returns:
@@ -137,11 +144,14 @@ def complete_batch(
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
     # top_k=0: no limit that was not asked for; Transformers' own default is the 50 likeliest.
-    drawing = {} if sampling.greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    drawing = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.temperature else {}
+    beams = {"length_penalty": decoding.length_penalty} if decoding.beams > 1 else {}
     config = GenerationConfig(
-        do_sample=not sampling.greedy,
+        do_sample=bool(drawing),
         **drawing,
-        num_beams=1,
+        num_beams=decoding.beams,
+        **beams,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         use_cache=True,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(ends),
@@ -149,8 +159,8 @@ def complete_batch(
     )
     device = model.get_input_embeddings().weight.device
     cuda = [device] if device.type == "cuda" else []
-    with sole_config(model, config), torch.random.fork_rng(cuda, enabled=not sampling.greedy):
-        if not sampling.greedy:
+    with sole_config(model, config), torch.random.fork_rng(cuda, enabled=bool(drawing)):
+        if drawing:
             torch.manual_seed(seed)
         output = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer

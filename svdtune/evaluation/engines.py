@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svdtune.evaluation.decoding import Completion, Sampling, complete_batch, context_length, end_token_ids
+from svdtune.evaluation.decoding import Completion, Decoding, complete_batch, context_length, end_token_ids
 from svdtune.models import LoadedModel
 
 
@@ -34,7 +34,7 @@ class Engine(Protocol):
         ...
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
     ) -> list[Completion]:
         """Complete a batch: one completion for each prompt and its seed, in their order."""
         ...
@@ -66,11 +66,11 @@ class TransformersEngine:
         }
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, seeds: Sequence[int]
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
     ) -> list[Completion]:
         """Complete a batch, padded on the left; all of it is drawn with the first seed."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._ends[0]
-        return complete_batch(self._model, prompts, max_new_tokens, self._ends, pad, sampling=sampling, seed=seeds[0])
+        return complete_batch(self._model, prompts, max_new_tokens, self._ends, pad, decoding=decoding, seed=seeds[0])
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

@@ -46,8 +46,9 @@ def to_items(
     for example in examples:
         if answer is not None:
             check_fields(example.row, [answer], example.name)
-        reference = example.completion if answer is None else str(example.row[answer])
-        if not reference.strip():
+        found = example.completion if answer is None else example.row[answer]
+        reference: Reference = found if isinstance(found, list | dict) else str(found)
+        if not (reference.strip() if isinstance(reference, str) else reference):
             source = "completion" if answer is None else f"field {answer!r}"
             raise SvdtuneError(f"{example.name}: its {source} is empty, so there is nothing to grade against")
         tokens = prompt_ids(example, tokenizer, template)

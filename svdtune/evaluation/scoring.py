@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import GREEDY, Completion, Sampling, plan_batches
+from svdtune.evaluation.decoding import GREEDY, Completion, Decoding, plan_batches
 from svdtune.evaluation.engines import Engine, TransformersEngine
 from svdtune.evaluation.interval import Interval, Metric, pass_at, wilson_interval
 from svdtune.evaluation.items import Item, check_items
@@ -76,7 +76,7 @@ def evaluate(
     *,
     max_new_tokens: int = 256,
     batch_size: int = 16,
-    sampling: Sampling = GREEDY,
+    decoding: Decoding = GREEDY,
     settings: dict[str, Any] | None = None,
     restart: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
@@ -93,7 +93,7 @@ def evaluate(
         output: Folder for `predictions.jsonl`, `settings.json` and `result.json`.
         max_new_tokens: Length limit of a completion.
         batch_size: Completions generated together.
-        sampling: How completions are drawn, and how many of each item; greedy by default.
+        decoding: How completions are drawn, and how many of each item; greedy by default.
         settings: Further settings to record, such as the data's name; a rerun must bring the same.
         restart: Drop an earlier run's predictions in `output`.
         on_progress: Called with (completions done, completions in all) at the start and after each batch.
@@ -115,12 +115,12 @@ def evaluate(
         "items": items_fingerprint(items),
         "task": task.name,
         "max_new_tokens": max_new_tokens,
-        **({} if sampling.greedy else asdict(sampling)),
+        **({} if decoding == GREEDY else asdict(decoding)),
     }
     started = time.perf_counter()
     with explain_write_errors(output):
         store = PredictionStore(output, identity, restart)
-        _generate_missing(engine, items, task, store, max_new_tokens, batch_size, sampling, on_progress)
+        _generate_missing(engine, items, task, store, max_new_tokens, batch_size, decoding, on_progress)
         how = {"batch_size": batch_size, "svdtune": __version__, **engine.details()}
         result = _summarize(store, task, time.perf_counter() - started, identity | how)
         store.finish(_as_json(result))
@@ -134,11 +134,11 @@ def _generate_missing(
     store: PredictionStore,
     max_new_tokens: int,
     batch_size: int,
-    sampling: Sampling,
+    decoding: Decoding,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     """Complete, grade and store what the store lacks; each batch is stored before the next one starts."""
-    wanted = [(index, sample) for index in range(len(items)) for sample in range(sampling.samples)]
+    wanted = [(index, sample) for index in range(len(items)) for sample in range(decoding.samples)]
     tell = on_progress or (lambda *_: None)
     tell(len(store.done), len(wanted))
     for batch in plan_batches([items[index].tokens for index, _ in wanted], batch_size):
@@ -146,8 +146,8 @@ def _generate_missing(
         if not missing:
             continue
         prompts = [items[wanted[place][0]].tokens for place in missing]
-        seeds = [sampling.seed * len(wanted) + place for place in missing]
-        completions = engine.complete(prompts, max_new_tokens, sampling, seeds)
+        seeds = [decoding.seed * len(wanted) + place for place in missing]
+        completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
         texts = engine.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
         graded = _grade_all(
             task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]

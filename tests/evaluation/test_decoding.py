@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import complete_batch, end_token_ids, plan_batches
+from svdtune.evaluation.decoding import Decoding, complete_batch, end_token_ids, plan_batches
 from svdtune.models import LoadedModel, load
 
 PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
@@ -65,3 +65,58 @@ def test_end_tokens_are_the_models_and_the_tokenizers(loaded: LoadedModel) -> No
     loaded.tokenizer.eos_token = None
     with pytest.raises(SvdtuneError, match="names an end token"):
         end_token_ids(loaded.model, loaded.tokenizer)
+
+
+def test_drawn_tokens_depend_on_the_seed_alone_and_leave_the_callers_random_numbers(loaded: LoadedModel) -> None:
+    decoding = Decoding(samples=2, temperature=1.0)
+
+    def draw(seed: int) -> list[list[int]]:
+        return [c.tokens for c in complete_batch(loaded.model, PROMPTS, 8, [0], 1, decoding=decoding, seed=seed)]
+
+    before = torch.random.get_rng_state()
+    first = draw(3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(5)
+    assert draw(3) == first
+    assert draw(4) != first
+
+
+def test_drawing_from_the_likeliest_token_alone_is_greedy(loaded: LoadedModel) -> None:
+    greedy = complete_batch(loaded.model, PROMPTS, 8, [0], 1)
+    assert complete_batch(loaded.model, PROMPTS, 8, [0], 1, decoding=Decoding(temperature=1.0, top_p=1e-9)) == greedy
+
+
+def test_beam_search_over_all_first_tokens_finds_the_likeliest_pair(loaded: LoadedModel) -> None:
+    never = 2
+    found = complete_batch(loaded.model, PROMPTS[:1], 2, [never], 1, decoding=Decoding(beams=258))[0].tokens
+    with torch.no_grad():
+        first = loaded.model(torch.tensor(PROMPTS[:1])).logits[0, -1].log_softmax(-1)
+        second = (
+            loaded.model(torch.tensor([[*PROMPTS[0], token] for token in range(258)])).logits[:, -1].log_softmax(-1)
+        )
+        whole = first[:, None] + second
+        whole[never], whole[:, never] = -torch.inf, -torch.inf
+    assert found == list(divmod(int(whole.argmax()), 258))
+
+
+def test_no_ngram_is_repeated_where_that_is_asked_for(loaded: LoadedModel) -> None:
+    tokens = complete_batch(loaded.model, [[5, 5]], 40, [0], 1, decoding=Decoding(no_repeat_ngram_size=1))[0].tokens
+    assert len(set(tokens)) == len(tokens)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"samples": 0},
+        {"temperature": -1},
+        {"top_p": 0, "temperature": 1},
+        {"samples": 2},
+        {"top_p": 0.9},
+        {"beams": 2, "temperature": 1},
+        {"length_penalty": 0.8},
+        {"seed": -1},
+    ],
+)
+def test_contradictions_are_refused(values: dict) -> None:
+    with pytest.raises(SvdtuneError):
+        Decoding(**values)

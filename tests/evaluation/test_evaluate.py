@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import Grade, Interval, Item, Metric, Task, TransformersEngine, evaluate, get_task
+from svdtune.evaluation import Decoding, Grade, Interval, Item, Metric, Task, TransformersEngine, evaluate, get_task
 from svdtune.models import LoadedModel, load
 
 TEXTS = ["2+2=", "a longer question than the others?", "hi", "what is it", "one more"]
@@ -141,3 +142,40 @@ def test_both_modes_and_metrics_of_the_whole_are_reported(loaded: LoadedModel, t
         None,
         False,
     )
+
+
+def test_several_samples_an_item_are_resumed_alike_and_scored_by_pass_at_k(loaded: LoadedModel, tmp_path: Path) -> None:
+    with torch.no_grad():
+        loaded.model.model.embed_tokens.weight.mul_(0.1)  # a flatter choice
+    task = Task("even", "", strict=lambda completion, reference: Grade(completion, sum(completion.encode()) % 2 == 0))
+    how = {"max_new_tokens": 3, "batch_size": 4, "decoding": Decoding(samples=3, temperature=1.0, seed=1)}
+    items = make_items(loaded)
+    whole = evaluate(loaded, items, task, tmp_path / "whole", **how)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(loaded, items, task, tmp_path / "cut", **how, on_progress=interrupt_after(2))
+    evaluate(loaded, items, task, tmp_path / "cut", **how)
+    lines = (tmp_path / "whole" / "predictions.jsonl").read_text()
+    assert (tmp_path / "cut" / "predictions.jsonl").read_text() == lines
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [(row["index"], row["sample"]) for row in rows] == [(i, sample) for i in range(5) for sample in range(3)]
+    assert len({row["completion"] for row in rows}) > 5
+    right = [[row["correct"] for row in rows if row["index"] == index] for index in range(5)]
+    assert (whole.n, whole.strict.correct) == (5, sum(map(sum, right)))
+    assert whole.accuracy == pytest.approx(whole.metrics["pass@1"].value)
+    assert whole.metrics["pass@3"].value == pytest.approx(sum(map(any, right)) / 5)
+    with pytest.raises(SvdtuneError, match="other settings"):
+        evaluate(loaded, items, task, tmp_path / "cut", **how | {"decoding": Decoding(samples=3, temperature=0.5)})
+
+
+def test_graders_that_start_processes_run_side_by_side(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = threading.Barrier(5)  # breaks, and fails the test, unless all five are graded at once
+
+    def grade(completion: str, reference: str) -> Grade:
+        threads.wait(timeout=30)
+        return Grade(completion, True)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    task = Task("slow", "", strict=grade, in_processes=True)
+    assert evaluate(loaded, make_items(loaded), task, tmp_path, max_new_tokens=2).accuracy == 1
