@@ -1,0 +1,156 @@
+"""The same evaluation by vLLM: the adapter is exported to LoRA, which vLLM serves on the base model."""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig
+
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation.decoding import Completion, Decoding, until_end
+from svdtune.export.lora import VLLM_RANKS, export_lora
+from svdtune.export.opening import Source
+from svdtune.methods.saved import ADAPTER_WEIGHTS
+from svdtune.models import load_tokenizer, set_end_token
+from svdtune.models.loading import locate
+
+_CONFIG = "adapter_config.json"
+
+
+class VllmEngine:
+    """Completes prompts by vLLM; open one with `open_vllm`."""
+
+    def __init__(self, source: Source, lora: Path | None, dtype: str, options: dict[str, Any]) -> None:
+        vllm = _import_vllm()
+        recipe = source.recipe.model if source.recipe else None
+        base = locate(source.base)
+        if isinstance(base, Path) and base.suffix == ".gguf":
+            raise SvdtuneError(f"vLLM does not read {base} as svdtune does; name a Transformers folder or a hub name")
+        self.name = str(source.run or source.adapter or source.base)
+        self.tokenizer = load_tokenizer(source.base)
+        if recipe and recipe.end_token:
+            set_end_token(None, self.tokenizer, recipe.end_token)
+        config = AutoConfig.from_pretrained(base).get_text_config()
+        self.context = options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+        self._ends = _end_tokens(base, self.tokenizer.eos_token_id)
+        self._identity = {
+            "engine": "vllm",
+            "weights": _fingerprint(source.adapter),
+            "end_token_ids": self._ends,
+            "dtype": dtype,
+        }
+        serving = {"enable_lora": True, "max_lora_rank": _served_rank(lora)} if lora else {}
+        self._vllm, self._lora = vllm, lora
+        self._llm = vllm.LLM(model=str(base), dtype=dtype, **serving, **options)
+
+    def identity(self) -> dict[str, Any]:
+        """Engine, base, SHA-256 of the adapter's weights, end tokens, dtype."""
+        return self._identity
+
+    def details(self) -> dict[str, Any]:
+        """The version of vLLM."""
+        return {"vllm": self._vllm.__version__}
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Complete a batch; vLLM schedules it by itself.
+
+        Raises:
+            SvdtuneError: If beam search is asked for, which vLLM's fast path does not have.
+        """
+        if decoding.beams > 1 or decoding.no_repeat_ngram_size:
+            raise SvdtuneError("vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers")
+        parameters = [
+            self._vllm.SamplingParams(
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                seed=seed,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self._ends,
+                detokenize=False,
+            )
+            for seed in seeds
+        ]
+        request = None
+        if self._lora:
+            from vllm.lora.request import LoRARequest
+
+            request = LoRARequest("adapter", 1, str(self._lora))
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            parameters,
+            use_tqdm=False,
+            lora_request=request,
+        )
+        return [until_end(list(output.outputs[0].token_ids), set(self._ends)) for output in outputs]
+
+
+@contextlib.contextmanager
+def open_vllm(source: Source, dtype: str = "auto", **options: Any) -> Iterator[VllmEngine]:
+    """Start vLLM on a source's base model, with its adapter, exported to LoRA for as long as the engine is open.
+
+    Args:
+        source: What to evaluate.
+        dtype: Of the weights.
+        **options: Passed on to `vllm.LLM`, such as `gpu_memory_utilization` and `tensor_parallel_size`.
+
+    Raises:
+        SvdtuneError: If vLLM is not installed, or cannot serve the adapter as LoRA: its method is no LoRA, its rank is too
+            large, or it trains whole modules or biases.
+    """
+    _import_vllm()
+    with tempfile.TemporaryDirectory(prefix="svdtune-") as folder:
+        lora = _as_lora(source.adapter, Path(folder, "lora")) if source.adapter else None
+        yield VllmEngine(source, lora, dtype, options)
+
+
+def _as_lora(adapter: Path, output: Path) -> Path:
+    """A LoRA adapter is served as it is, one of our methods after its export."""
+    if json.loads((adapter / _CONFIG).read_text(encoding="utf-8")).get("peft_type") == "LORA":
+        return adapter
+    # Adapters with several heads depend on the token: the export refuses them.
+    notes = [note for note in export_lora(adapter, output).notes if note.startswith("vLLM")]
+    if notes:
+        raise SvdtuneError(f"{'; '.join(notes)}; or evaluate the merged model: svdtune merge")
+    return output
+
+
+def _served_rank(lora: Path) -> int:
+    """The smallest of vLLM's ranks that holds the adapter's."""
+    config = json.loads((lora / _CONFIG).read_text(encoding="utf-8"))
+    needed = max([config["r"], *config.get("rank_pattern", {}).values()])
+    return next((rank for rank in VLLM_RANKS if rank >= needed), needed)
+
+
+def _end_tokens(base: str | Path, end: int | None) -> list[int]:
+    """The tokenizer's end token and those of the generation config, as `end_token_ids` finds them."""
+    try:
+        configured = GenerationConfig.from_pretrained(base).eos_token_id
+    except OSError:
+        configured = None
+    ids = configured if isinstance(configured, list) else [configured]
+    ends = sorted({i for i in [*ids, end] if i is not None})
+    if not ends:
+        raise SvdtuneError(f"neither the tokenizer nor the generation config of {base} names an end token")
+    return ends
+
+
+def _fingerprint(adapter: Path | None) -> str:
+    """SHA-256 of an adapter's weights; a base model without one is known by its name."""
+    return hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter else "base"
+
+
+def _import_vllm() -> ModuleType:
+    try:
+        import vllm
+    except ImportError as error:
+        raise SvdtuneError(
+            "the engine vllm needs vLLM, which brings its own torch: pip install vllm (https://docs.vllm.ai)"
+        ) from error
+    return vllm
