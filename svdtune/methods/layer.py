@@ -33,6 +33,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         r: rank by adapter name.
         recomputable: adapters whose frozen tensors come out the same when they are computed from the base weight again.
         together: what the layers of a model share during a forward pass; the tuner sets it.
+        tied: whether other modules have the same weight, as an output head has the embeddings'; merging then unties.
         in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
     """
 
@@ -62,6 +63,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self._awaited: set[str] = set()
         self.recomputable: set[str] = set()
         self._before_merge: Any = None
+        self.tied = False
         base = self.get_base_layer()
         self._is_conv1d = isinstance(base, Conv1D)
         self._is_convolution = isinstance(base, spectra.CONVOLUTIONS)
@@ -347,13 +349,18 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             )
         if self._before_merge is None:
             self._before_merge = self._kept(before)
-        self.set_base_weight(merged)
+        if self.tied:  # the other modules with this weight keep it
+            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
+        else:
+            self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
         """Put the weight from before merging back, bit for bit."""
         if self._before_merge is not None:
-            if self.quantization_backend is None:
+            if self.tied:
+                self.get_base_layer().weight = self._before_merge
+            elif self.quantization_backend is None:
                 self.set_base_weight(self._before_merge.to(self.get_base_layer().weight.device))
             else:
                 put_back(self, self._before_merge)
@@ -361,6 +368,8 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def _kept(self, weight: Tensor) -> Any:
+        if self.tied:
+            return self.get_base_layer().weight
         if self.quantization_backend is not None:
             return kept(self.get_base_layer())
         return weight.to("cpu", copy=True) if weight.is_cuda else weight.clone()

@@ -55,6 +55,7 @@ class SvdTuner(BaseTuner):
         self._fingerprints: dict[str, str] = {}
         self._factors: dict[str, Factors] = {}
         self._parts: dict[str, Parts] = {}
+        self._shared = shared_weights(model)
         self._kernels: dict[str, dict[str, Any]] = {}
         if state_dict is not None:  # PEFT takes the modules' names from the keys, and a slice is no module yet
             keys = {key: key.rpartition(".") for key in state_dict}
@@ -165,7 +166,7 @@ class SvdTuner(BaseTuner):
         for name, module in targets.items():
             check_supported(name, module)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            config.check_base_layer(name, base)
+            config.check_base_layer(name, base, shared=id(getattr(base, "weight", None)) in self._shared)
             if isinstance(base, spectra.CONVOLUTIONS):
                 self._kernels[name] = kernel_of(base)
         given = {name: self._given_rank(config, name) for name in targets}
@@ -260,6 +261,7 @@ class SvdTuner(BaseTuner):
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         if layer is not target:
             layer._active_adapter = adapter_name
+            layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._shared
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
         factors = self._factors.pop(name, None)
         layer.update_layer(adapter_name, self._ranks[name], config, factors, load_only=self._load_only)
@@ -268,6 +270,9 @@ class SvdTuner(BaseTuner):
         if layer is not target and adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         return layer
+
+    def _check_merge_allowed(self) -> None:
+        """PEFT warns here of tied weights; merging one of ours leaves the other modules' weight alone."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As PEFT's, which on unloading expects every layer to have a weight; HQQ's have none."""
@@ -387,6 +392,17 @@ def check_rank(name: str, rank: int, module: nn.Module) -> None:
             f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "
             f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or name the layer in `exclude_modules`"
         )
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules hold."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        ids = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
+        shared |= seen & ids
+        seen |= ids
+    return shared
 
 
 def original_weight(module: nn.Module) -> Tensor:

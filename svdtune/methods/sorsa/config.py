@@ -48,11 +48,19 @@ class SorsaConfig(SvdConfig):
             if not is_number_in(getattr(self, name), 0, math.inf):
                 yield f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}"
 
-    def check_base_layer(self, name: str, base: Any) -> None:
-        """The residual layout changes the weight in place, which would round a quantized one a second time."""
-        if self.layout == "residual" and is_quantized(getattr(base, "whole", base)):
+    def check_base_layer(self, name: str, base: Any, shared: bool) -> None:
+        """The residual layout changes the weight in place: not one that is quantized, nor one that others use too."""
+        if self.layout != "residual":
+            return
+        if is_quantized(getattr(base, "whole", base)):
             raise SvdtuneError(
                 f"layout='residual' subtracts from the weight, but {name!r} is quantized. Use layout='delta', which leaves the "
                 "weight alone, or split the unquantized model first and quantize its residual: "
                 "svdtune.export.splitting.split_checkpoint"
+            )
+        if shared:
+            raise SvdtuneError(
+                f"layout='residual' subtracts from the weight of {name!r}, but other modules have the same weight (an output "
+                "head tied to the embeddings, for example) and would change too. Use layout='delta', which leaves the weight "
+                "alone, or name the layer in `exclude_modules`"
             )
