@@ -1,5 +1,6 @@
 """SARA, Mo-SARA and SORSA as PEFT methods; importing this package registers them with PEFT."""
 
+from svdtune.methods.closed import explain_refusals
 from svdtune.methods.mosara import MoSaraConfig, MoSaraModel
 from svdtune.methods.register import register
 from svdtune.methods.sara import SaraConfig, SaraModel
@@ -10,3 +11,4 @@ __all__ = ["MoSaraConfig", "MoSaraModel", "SaraConfig", "SaraModel", "SorsaConfi
 register(SaraConfig, SaraModel)
 register(MoSaraConfig, MoSaraModel)
 register(SorsaConfig, SorsaModel)
+explain_refusals()

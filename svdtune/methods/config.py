@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+from torch import Tensor
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.methods.card import write_card
-from svdtune.methods.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest
+from svdtune.methods.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest, holds
 
 
 def _help(text: str) -> dict[str, str]:
@@ -105,6 +106,9 @@ class SvdConfig(PeftConfig):
     svdtune_version: str | None = field(default=None, metadata=_help("Version of svdtune that saved the adapter."))
 
     method: ClassVar[str]
+    last_taken: ClassVar[
+        Mapping[str, Tensor]
+    ] = {}  # of an instance: some of the tensors that were last read to be saved
     paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
 
     def __post_init__(self) -> None:
@@ -178,7 +182,8 @@ class SvdConfig(PeftConfig):
         The file says that the weights exist; this configuration can start anew.
         """
         weights = Path(save_directory) / ADAPTER_WEIGHTS
-        digest = file_digest(weights) if weights.is_file() else None
+        # Transformers' own save_pretrained writes the configuration before the weights: then the file there is an older one.
+        digest = file_digest(weights) if weights.is_file() and holds(weights, self.last_taken) else None
         saved = dataclasses.replace(self, initialized=True, weights_sha256=digest, svdtune_version=__version__)
         saved._write(save_directory, **kwargs)
         if digest is not None:

@@ -21,11 +21,26 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (
     "adapter_model.bin",
 )
 
+_ROOT = "base_model.model."
+
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a safetensors file has these tensors, bit for bit; PEFT's prefix does not count."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = {key.removeprefix(_ROOT): key for key in file.keys()}  # noqa: SIM118
+            found = {name: keys.get(name.removeprefix(_ROOT)) for name in tensors}
+            return all(
+                key is not None and torch.equal(file.get_tensor(key), tensors[name]) for name, key in found.items()
+            )
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_weights_file(folder: Path, digest: str | None) -> None:

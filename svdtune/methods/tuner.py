@@ -7,6 +7,7 @@ decomposed leaves the model as it was, and the disk cache and the progress bar s
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
@@ -19,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.methods.card import TITLES
+from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compact import leave_out, restore
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.convolution import kernel_of
@@ -165,6 +168,7 @@ class SvdTuner(BaseTuner):
     def _settle(self, config: SvdConfig, targets: dict[str, nn.Module]) -> None:
         for name, module in targets.items():
             check_supported(name, module)
+            check_one_method(name, module, self.tuner_layer_cls)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             config.check_base_layer(name, base, shared=id(getattr(base, "weight", None)) in self._shared)
             if isinstance(base, spectra.CONVOLUTIONS):
@@ -305,8 +309,19 @@ class SvdTuner(BaseTuner):
         """
         raise SvdtuneError(
             "a weighted sum of SARA, Mo-SARA or SORSA adapters is no such adapter again. Save them and combine them into one "
-            "LoRA, exactly or cut to a rank: svdtune.export.lora.combine({'first': 0.7, 'second': 0.3}, 'combined')"
+            "LoRA, exactly or cut to a rank: `svdtune combine first=0.7 second=0.3 --output combined`, or in Python "
+            "svdtune.export.lora.combine({'first': 0.7, 'second': 0.3}, 'combined')"
         )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """What PEFT calls around a forward pass that may name an adapter for each sample, which it knows for LoRA alone."""
+        if kwargs.get("adapter_names") is not None:
+            raise SvdtuneError(
+                f"`adapter_names`, an adapter for each sample of a batch, is there for LoRA alone. {WAY_ROUND}; or call the "
+                "model once for each adapter, with set_adapter before"
+            )
+        yield
 
     def adapted_layers(self) -> Iterator[SvdLayer]:
         """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute the tuner lacks does.)"""
@@ -325,10 +340,24 @@ class SvdTuner(BaseTuner):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        config.last_taken = cls._some_of(found, model, adapter_name)
         if config.compact:
             for name, layer in model.named_modules():
                 if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
                     leave_out(found, name, layer, adapter_name)
+        return found
+
+    @classmethod
+    def _some_of(cls, state_dict: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, Tensor]:
+        """The smallest trained tensor of every layer, under the names that the file will have: training changes them all."""
+        found = {}
+        for name, layer in model.named_modules():
+            if isinstance(layer, cls.tuner_layer_cls) and adapter in layer.r:
+                keys = [key for part in layer.trained if (key := f"{name}.{part}.{adapter}") in state_dict]
+                smallest = min(keys, key=lambda key: state_dict[key].numel())
+                found[cls._remove_adapter_name_from_key(smallest, adapter)] = (
+                    state_dict[smallest].detach().cpu().clone()
+                )
         return found
 
     @classmethod
@@ -381,6 +410,17 @@ def check_supported(name: str, module: nn.Module) -> None:
             f"the weight of {name!r} is computed by a parametrization (such as weight_norm) at every use, so there is none to "
             "decompose or to merge into. Take it off with torch.nn.utils.parametrize.remove_parametrizations, or name the "
             "layer in `exclude_modules`"
+        )
+
+
+def check_one_method(name: str, module: nn.Module, method: type[SvdLayer]) -> None:
+    """Raise `SvdtuneError` for a layer that has an adapter of another method of ours."""
+    other = next((m for m in module.modules() if isinstance(m, SvdLayer) and not isinstance(m, method)), None)
+    if other is not None:
+        titles = TITLES[other.method], TITLES[method.method]
+        raise SvdtuneError(
+            f"layer {name!r} has a {titles[0]} adapter, and a {titles[1]} adapter cannot stand on the same layer. Adapt other "
+            f"layers, or unload the first. {WAY_ROUND}"
         )
 
 
