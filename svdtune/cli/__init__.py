@@ -20,7 +20,20 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 
 # In the order of use, which is the order in the help.
-VERBS = ("demo", "plan", "data", "train", "evaluate", "generate", "analyze", "merge", "export", "report", "cache")
+VERBS = (
+    "demo",
+    "plan",
+    "data",
+    "train",
+    "evaluate",
+    "generate",
+    "analyze",
+    "merge",
+    "export",
+    "combine",
+    "report",
+    "cache",
+)
 
 
 def verbs() -> list[str]:

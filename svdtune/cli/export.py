@@ -38,6 +38,8 @@ def export(
     svdtune export runs/sorsa --to lora --output lora
     svdtune export my-adapter --to lora --output lora --rank 64 --base my-model
     """
+    from dataclasses import replace
+
     from svdtune.errors import SvdtuneError
     from svdtune.export import find_source
     from svdtune.export.lora import compare, export_lora
@@ -45,7 +47,8 @@ def export(
     found = find_source(source)
     if found.adapter is None:
         raise SvdtuneError(f"{source} has no adapter to export; name a run or an adapter folder")
-    report = export_lora(found.adapter, output, rank=rank, uniform=uniform)
+    opened = found if base is None else replace(found, base=base)
+    report = export_lora(found.adapter, output, rank=rank, uniform=uniform, base=opened)
     typer.echo(summary(report))
     if base is not None:
         relative, effect = compare(base, found.adapter, report.output)

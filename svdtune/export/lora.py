@@ -4,12 +4,14 @@ A layer's addition to the base weight is ΔW = B Aᵀ with a pair A [in, w], B [
 Mo-SARA: w = k, SORSA: w = 2r, in both layouts against the base model's own weight). LoRA stores Aᵀ as lora_A and B as lora_B,
 and multiplies by alpha / rank, so alpha = rank. Nothing is lost: SORSA's change is not squeezed back into rank r.
 
-Only the adapter's own files are read; no base model is needed.
+Only the adapter's own files are read. A base model is needed for one that was saved with compact=True alone: what its file
+leaves out follows from the base's weights.
 """
 
 import dataclasses
 import json
 import re
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.export.checking import probe_logits
 from svdtune.export.folder import check_new_folder, new_folder
 from svdtune.export.kernels import as_lora, check_kernels
-from svdtune.export.opening import attach_adapter, find_source, open_source
+from svdtune.export.opening import Source, attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.fused import whole_pairs
 from svdtune.methods.saved import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
@@ -57,6 +59,7 @@ def export_lora(
     *,
     rank: int | None = None,
     uniform: bool = False,
+    base: Source | None = None,
 ) -> LoraReport:
     """Write the adapter in a folder as a LoRA adapter.
 
@@ -65,12 +68,13 @@ def export_lora(
         output: folder to create.
         rank: cut every layer to this rank, the best approximation of ΔW there is, and state the error. None: no loss.
         uniform: pad every layer with zeros to the largest rank, for llama.cpp, which knows one alpha for all layers.
+        base: for a compact adapter, how to open its base model; as its configuration says if None.
 
     Raises:
         SvdtuneError: the adapter is damaged or another method's, has several heads, or `output` cannot be written.
     """
     check_new_folder(output.expanduser())
-    saved = read_adapter(adapter)
+    saved = _read_whole(adapter, base)
     return _write(saved.config, _pairs(saved), saved.others, output, rank, uniform)
 
 
@@ -97,7 +101,7 @@ def combine(
     bases: dict[str, str] = {}
     kernels: dict[str, dict[str, Any]] = {}
     for folder, weight in weights.items():
-        saved = read_adapter(folder)
+        saved = _read_whole(folder)
         if saved.others:
             raise SvdtuneError(
                 f"the adapter {folder} also trains {min(saved.others)}, which has no weighted sum; combine adapters without "
@@ -116,6 +120,18 @@ def combine(
     everything = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "dropout": 0.0}
     config = dataclasses.replace(saved.config, target_modules=sorted(stacked), kernels=kernels, **everything)
     return _write(config, stacked, {}, output, rank, uniform)
+
+
+def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
+    """An adapter with its frozen tensors; those of a compact one are recomputed, by loading it onto its base model."""
+    saved = read_adapter(adapter)
+    if not saved.config.compact or not layer_class(saved.config).frozen:
+        return saved
+    model = open_source(base or find_source(adapter)).model
+    model.peft_config["default"].compact = False
+    with tempfile.TemporaryDirectory() as work:
+        model.save_pretrained(work)
+        return read_adapter(work)
 
 
 def _pairs(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,0 +1,64 @@
+"""`svdtune combine`: a weighted sum of adapters as one LoRA."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="Run or adapter folders, each with a weight (1).")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to create.")],
+    rank: Annotated[int | None, typer.Option(help="Cut to this rank and state the error. Default: no loss.")] = None,
+    uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
+) -> None:
+    """Write the weighted sum of adapters on one base model as one LoRA.
+
+    The methods may differ. Exact by stacking: the rank of a layer is the sum of the adapters' ranks there. With --rank every
+    layer is cut to the best approximation of that rank, and its error is stated.
+
+    \b
+    svdtune combine runs/first=0.7 runs/second=0.3 --output combined
+    svdtune combine first second=-0.5 --output combined --rank 16
+    """
+    from svdtune.cli.export import summary
+    from svdtune.errors import SvdtuneError
+    from svdtune.export import find_source
+    from svdtune.export.lora import combine as run_combine
+
+    weights: dict[Path, float] = {}
+    for given in adapters:
+        name, weight = weight_of(given)
+        folder = find_source(name).adapter
+        if folder is None:
+            raise SvdtuneError(f"{name} has no adapter to combine; name run or adapter folders")
+        if folder in weights:
+            raise SvdtuneError(f"{folder} is named twice; give it one weight")
+        weights[folder] = weight
+    typer.echo(summary(run_combine(weights, output, rank=rank, uniform=uniform)))
+
+
+def weight_of(given: str) -> tuple[str, float]:
+    """The folder and the weight in "folder=0.7"; a folder alone has the weight 1.
+
+    Raises:
+        SvdtuneError: what follows the equals sign is no number.
+    """
+    from svdtune.errors import SvdtuneError
+
+    if "=" not in given or Path(given).exists():
+        return given, 1.0
+    name, _, text = given.rpartition("=")
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise SvdtuneError(f"{given!r}: expected ADAPTER=WEIGHT with a number, such as {name}=0.5; got {text!r}")
+    return name, weight
