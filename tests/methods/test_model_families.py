@@ -69,7 +69,7 @@ class TinyUNet(nn.Module):
 
     def forward(self, sample, timestep):
         skip = F.silu(self.conv_in(sample))
-        steps = torch.outer(timestep.float(), torch.arange(8.0)).sin()
+        steps = torch.outer(timestep.float(), torch.arange(8.0)).sin().to(sample.dtype)
         x = self.down(skip) + self.time(steps)[:, :, None, None]
         rows = x.flatten(2).mT
         mixed = F.scaled_dot_product_attention(self.to_q(rows), self.to_k(rows), self.to_v(rows))
@@ -136,7 +136,8 @@ FAMILIES = {
         ["q", "k", "v", "o", "wi", "wo"],
     ),
     "bert": _text(
-        lambda: tf.BertForSequenceClassification(tf.BertConfig(**_SIZES, intermediate_size=48)), ["query", "value", "dense"]
+        lambda: tf.BertForSequenceClassification(tf.BertConfig(**_SIZES, intermediate_size=48)),
+        ["query", "value", "dense"],
     ),
     "vit": Family(
         lambda: tf.ViTForImageClassification(tf.ViTConfig(**_VIT, **_IMAGES)),
