@@ -266,3 +266,16 @@ GROUPS = {
     "sara_math": ("svamp", "aqua", "addsub", "multiarith", "singleeq", "gsm8k_sara"),
     "commonsense": ("arc_challenge", "arc_easy", "boolq", "winogrande", "piqa", "siqa", "openbookqa", "hellaswag"),
 }
+
+
+def scored(name: str) -> list[DataSet]:
+    """The data sets that a name stands for in evaluation: a group's, or one.
+
+    Raises:
+        SvdtuneError: if there is no such set, or nothing grades it.
+    """
+    sets = [CATALOGUE[member] for member in GROUPS.get(name, (name,)) if member in CATALOGUE]
+    if not sets or any(dataset.task is None for dataset in sets):
+        known = [*GROUPS, *(dataset.name for dataset in CATALOGUE.values() if dataset.task)]
+        raise SvdtuneError(f"{name!r} is no data set that is scored; there are {', '.join(known)}")
+    return sets

@@ -16,6 +16,7 @@ from svdtune.errors import SvdtuneError
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 PLAIN, CHAT = "plain", "chat"
+_NO_LIMIT = 1 << 60
 
 
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: str = PLAIN) -> list[int]:
@@ -93,27 +94,33 @@ def encode_all(
     loss_on: str = "response",
     template: str = PLAIN,
     *,
-    drop_overlong: bool = False,
+    overlong: str = "error",
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """Encode many examples; return them and the number left out because they were too long.
+    """Encode many examples; return them and the number of those that were too long.
+
+    Args:
+        examples: what to encode.
+        tokenizer: as in `encode`, like `max_length`, `loss_on` and `template`.
+        overlong: "error" refuses an example that does not fit, "drop" leaves it out, and "cut" cuts it off, end token
+            included, as the papers' code does: it then teaches no end.
 
     Raises:
-        SvdtuneError: as `encode`; with `drop_overlong` only if no example is left.
+        SvdtuneError: as `encode`; with "drop" and "cut" only if no example is left.
     """
-    encoded, dropped = [], 0
+    encoded, overlong_count = [], 0
     for example in examples:
-        if drop_overlong and not _fits(example, tokenizer, max_length, template):
-            dropped += 1
-            continue
-        encoded.append(encode(example, tokenizer, max_length, loss_on, template))
+        limit = max_length if overlong == "error" else _NO_LIMIT
+        row = encode(example, tokenizer, limit, loss_on, template)
+        if len(row["input_ids"]) > max_length:
+            overlong_count += 1
+            row = {key: values[:max_length] for key, values in row.items()}
+            # What is left must hold something to learn; where only the prompt fits, it does not.
+            if overlong == "drop" or all(label == IGNORED for label in row["labels"]):
+                continue
+        encoded.append(row)
     if not encoded:
-        raise SvdtuneError(f"no example is left: all {dropped} are longer than max_length = {max_length} tokens")
-    return encoded, dropped
-
-
-def _fits(example: Example, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str) -> bool:
-    completion = tokenizer.encode(example.completion, add_special_tokens=False)
-    return len(prompt_ids(example, tokenizer, template)) + len(completion) + 1 <= max_length
+        raise SvdtuneError(f"no example is left: all {overlong_count} are longer than max_length = {max_length} tokens")
+    return encoded, overlong_count
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.recipe import Recipe, check_recipe, dump_recipe, read_yaml
+from svdtune.training.extending import read_yaml
+from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
 RECIPE, LOG, SUMMARY = "recipe.yaml", "train_log.jsonl", "training.json"
 ADAPTER, FULL_MODEL = "adapter", "model"

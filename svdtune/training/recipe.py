@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from svdtune.data.catalogue import scored
 from svdtune.data.prompts import TEMPLATES, is_template
 from svdtune.errors import SvdtuneError
+from svdtune.training.extending import read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
 
@@ -72,15 +73,24 @@ class Data(_Section):
     template: str = Field("plain", description="plain, chat, a paper's prompt, or a text with {prompt}.")
     max_length: int = Field(1024, ge=2, description="Longest sequence in tokens.")
     loss_on: Literal["response", "all"] = Field("response", description="What is trained on.")
-    overlong: Literal["error", "drop"] = Field("error", description="What to do with rows longer than max_length.")
+    overlong: Literal["error", "drop", "cut"] = Field(
+        "error", description="What to do with rows longer than max_length; cut ends them without an end token."
+    )
+    allow_leaks: list[str] = Field(
+        default_factory=list, description="Test sets whose questions may be trained on, by name, to repeat a result."
+    )
 
     @field_validator("template")
     @classmethod
     def _has_prompt(cls, template: str) -> str:
-        if not is_template(template):
-            names = ", ".join(TEMPLATES)
-            raise ValueError(f"expected plain, chat, {names}, or a text with {{prompt}} in it; got {template!r}")
-        return template
+        return _check_template(template)
+
+
+def _check_template(template: str) -> str:
+    if not is_template(template):
+        names = ", ".join(TEMPLATES)
+        raise ValueError(f"expected plain, chat, {names}, or a text with {{prompt}} in it; got {template!r}")
+    return template
 
 
 class Training(_Section):
@@ -96,7 +106,9 @@ class Training(_Section):
     optimizer: str = Field("adamw_torch", description="Name in transformers.training_args.OptimizerNames.")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the gradient's norm to this; 0 does not clip.")
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="Share of the target spread over all tokens.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Autocast; adapters stay as they are.")
+    tf32: bool = Field(False, description="TF32 in float32 matrix products, where the GPU has it.")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile the model.")
     group_by_length: bool = Field(False, description="Batches of similar length: less padding, other data order.")
@@ -115,10 +127,30 @@ class Training(_Section):
         return warmup
 
 
+class Evaluation(_Section):
+    """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same questions."""
+
+    data: list[str] = Field(min_length=1, description="Data sets of the papers, or groups of them, by name.")
+    template: str | None = Field(None, description="The prompt of the evaluation; null: data.template.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Length limit; null: that of each data set's paper.")
+
+    @field_validator("data")
+    @classmethod
+    def _known(cls, names: list[str]) -> list[str]:
+        for name in names:
+            scored(name)
+        return names
+
+    @field_validator("template")
+    @classmethod
+    def _has_prompt(cls, template: str | None) -> str | None:
+        return template and _check_template(template)
+
+
 class Output(_Section):
     """The run folder."""
 
-    dir: str = Field(min_length=1)
+    dir: str = Field(min_length=1, description="In a recipe file, runs/ and the file's name by default.")
 
 
 class Recipe(_Section):
@@ -128,6 +160,7 @@ class Recipe(_Section):
     method: Method
     data: Data
     training: Training
+    evaluation: Evaluation | None = None
     output: Output
 
     @model_validator(mode="before")
@@ -142,7 +175,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply command-line overrides, check everything.
 
     Args:
-        path: the YAML file.
+        path: the YAML file. `extends` in it names another, or several, whose settings it changes (see `svdtune.training.
+            extending`).
         overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML. "--method" replaces a whole
             section: `--method '{name: sara, threshold: 0.02}'`.
 
@@ -150,11 +184,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
     """
     path = Path(path)
-    if not path.is_file():
-        raise SvdtuneError(f"there is no recipe {path}")
-    settings = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(settings, dict):
-        raise SvdtuneError(f"{path} holds no settings: expected the sections {', '.join(Recipe.model_fields)}")
+    settings = read_settings(path)
+    settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
         _set(settings, dotted, value)
     return check_recipe(settings, str(path))
@@ -190,22 +221,6 @@ def dump_recipe(recipe: Recipe) -> str:
     yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
     yaml.dump(recipe.model_dump(mode="json"), text)
     return text.getvalue()
-
-
-def read_yaml(text: str, source: str) -> Any:
-    """Parse YAML 1.2.
-
-    Raises:
-        SvdtuneError: naming the line.
-    """
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f" line {mark.line + 1}" if mark else ""
-        raise SvdtuneError(f"{source}{where} is not valid YAML: {str(error.problem).splitlines()[0]}") from error
-    except YAMLError as error:
-        raise SvdtuneError(f"{source} is not valid YAML: {error}") from error
 
 
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:

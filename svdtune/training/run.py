@@ -19,9 +19,10 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.card import add_section
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel, check_end_token, load
-from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
+from svdtune.training.callbacks import AllocateRanks, JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.card import training_section
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, latest_checkpoint, start_run, write_summary
+from svdtune.training.leaks import check_leaks
 from svdtune.training.method import FULL, adapt, adapted_modules
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
 from svdtune.training.recipe import Recipe, Source
@@ -71,6 +72,7 @@ def train(
         checkpoint = latest_checkpoint(folder) if resume else None
     train_examples = _read(recipe, recipe.data.train)
     eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
+    check_leaks(recipe, train_examples, eval_examples or [], console)
     loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
     train_rows = _encode(recipe, train_examples, loaded, console)
     eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
@@ -94,7 +96,7 @@ def train(
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             data_collator=Collator(loaded.tokenizer.pad_token_id),
-            callbacks=[JsonlLog(folder / LOG), progress, stop],
+            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), progress, stop],
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -174,12 +176,12 @@ def _encode(
     recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console
 ) -> list[dict[str, list[int]]]:
     data = recipe.data
-    drop = data.overlong == "drop"
-    rows, dropped = encode_all(
-        examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, drop_overlong=drop
+    rows, overlong = encode_all(
+        examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, overlong=data.overlong
     )
     tokens = sum(len(row["input_ids"]) for row in rows)
-    left_out = f", {dropped:,} left out as longer than {data.max_length} tokens" if dropped else ""
+    how = "cut off at" if data.overlong == "cut" else "left out as longer than"
+    note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
     source = examples[0].name.rpartition(" row ")[0]
-    console.print(f"data      {source}: {len(rows):,} examples, {tokens:,} tokens{left_out}", highlight=False)
+    console.print(f"data      {source}: {len(rows):,} examples, {tokens:,} tokens{note}", highlight=False)
     return rows

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_torch_tf32_available
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
@@ -80,6 +81,8 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
             optim=t.optimizer,
             weight_decay=t.weight_decay,
             max_grad_norm=t.max_grad_norm,
+            label_smoothing_factor=t.label_smoothing,
+            tf32=True if t.tf32 and is_torch_tf32_available() else None,
             bf16=t.precision == "bf16",
             fp16=t.precision == "fp16",
             use_cpu=not torch.accelerator.is_available(),

@@ -69,10 +69,10 @@ def test_an_example_that_does_not_fit_is_refused_or_dropped_but_never_cut(tokeni
     with pytest.raises(SvdtuneError, match=r"are 5 \+ 4 tokens long, and max_length is 8"):
         encode(EXAMPLE, tokenizer, 8)
     short = Example("a", "b")
-    encoded, dropped = encode_all([EXAMPLE, short], tokenizer, 8, drop_overlong=True)
+    encoded, dropped = encode_all([EXAMPLE, short], tokenizer, 8, overlong="drop")
     assert (encoded, dropped) == ([encode(short, tokenizer, 8)], 1)
     with pytest.raises(SvdtuneError, match="no example is left: all 1 are longer than max_length = 8"):
-        encode_all([EXAMPLE], tokenizer, 8, drop_overlong=True)
+        encode_all([EXAMPLE], tokenizer, 8, overlong="drop")
 
 
 def test_a_template_without_a_place_for_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -94,3 +94,42 @@ def test_padding_is_masked_and_the_end_token_is_not(tokenizer: PreTrainedTokeniz
         assert mask.tolist() == [1] * n + [0] * (16 - n)
         assert labels.tolist() == row["labels"] + [-100] * (16 - n)
         assert labels[n - 1] == tokenizer.eos_token_id
+
+
+def test_cutting_ends_an_example_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded, cut = encode_all([EXAMPLE, Example("a", "b")], tokenizer, 7, overlong="cut")
+    whole = encode(EXAMPLE, tokenizer, 32)
+    assert cut == 1
+    assert encoded[0] == {key: values[:7] for key, values in whole.items()}
+    assert encoded[1] == encode(Example("a", "b"), tokenizer, 7)
+    assert encode_all([EXAMPLE, Example("a", "b")], tokenizer, 5, overlong="cut") == ([encoded[1]], 1)
+
+
+def test_prompts_of_the_papers_by_name(tokenizer: PreTrainedTokenizerFast) -> None:
+    task = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    indent = " " * 16
+    expected = {
+        "llm_adapters": f"{task}  \n\n{indent}### Instruction:\n{indent}ask: \n{indent}\n{indent}### Response:\n{indent}",
+        "llm_adapters_test": f"{task} \n\n{indent}### Instruction:\n{indent}ask: \n\n{indent}### Response:\n{indent}",
+        "sorsa_train": f"{task}\n\n### Instruction:\nask: \n\n### Response:",
+        "sorsa_math": f"{task}\n\n### Instruction:\nask: \n\n### Response: Let's think step by step.",
+        "sorsa_code": "@@ Instruction\nask: \n\n@@ Response\n",
+        "lora_e2e": "ask: <|end|>",
+    }
+    for name, text in expected.items():
+        assert tokenizer.decode(prompt_ids(EXAMPLE, tokenizer, name)) == text
+    code = tokenizer.decode(prompt_ids(EXAMPLE, tokenizer, "sorsa_humaneval"))
+    assert code.startswith(
+        "@@ Instruction\nHere is the given code to do completion:\n```python\nask: \n```\n\nPlease continue"
+    )
+    assert code.endswith("in the following format:\n'''python\n# Your codes here\n'''\n\n@@ Response\n")
+    quoted = tokenizer.decode(prompt_ids(EXAMPLE, tokenizer, "sara"))
+    assert quoted.startswith(
+        "Below is an instruction that describes a task, paired with an input that provides further"
+    )
+
+
+def test_the_end_token_in_a_prompt_is_not_taken_for_a_closed_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoded = encode(Example("{eos}", " b"), tokenizer, 32, template="lora_e2e")
+    assert tokenizer.decode(encoded["input_ids"]) == "{eos}<|end|> b<|end|>"
+    assert encoded["labels"][:6] == [-100] * 6

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe, parse_overrides, read_yaml
+from svdtune.training.extending import read_yaml
+from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe, parse_overrides
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -110,7 +111,7 @@ def test_yaml_is_1_2(tmp_path: Path) -> None:
     [
         ("model: a\nmodel: b\n", r"line 2 is not valid YAML: found duplicate key"),
         ("model: [a\n", r"line 2 is not valid YAML"),
-        ("- a\n", "holds no settings: expected the sections model, method, data, training, output"),
+        ("- a\n", "holds no settings: expected the sections model, method, data, training, evaluation, output"),
         ("", "holds no settings"),
     ],
 )

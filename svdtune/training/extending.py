@@ -1,0 +1,70 @@
+"""Recipe files on top of others: `extends: base.yaml` takes that file's settings and changes some.
+
+A section is changed setting by setting, but for `method`, which is replaced: the settings of one method mean nothing to
+another. With several files the later ones change the earlier ones. Paths are relative to the file that names them.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from svdtune.errors import SvdtuneError
+
+_REPLACED = "method"
+_SECTIONS = "model, method, data, training, evaluation, output"
+
+
+def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The settings of a recipe file, those of the files that it extends included.
+
+    Args:
+        path: the YAML file.
+        above: the files that extend it, to find a circle.
+
+    Raises:
+        SvdtuneError: if a file is missing, is not YAML, holds no settings, or extends itself.
+    """
+    if path.resolve() in above:
+        raise SvdtuneError(f"{path} extends itself; take the circle out")
+    if not path.is_file():
+        named = f", which {above[-1]} extends" if above else ""
+        raise SvdtuneError(f"there is no recipe {path}{named}")
+    settings = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(settings, dict):
+        raise SvdtuneError(f"{path} holds no settings: expected the sections {_SECTIONS}")
+    bases = settings.pop("extends", [])
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise SvdtuneError(f"{path}: extends is {bases!r}; expected a file's name, or a list of them")
+    merged: dict[str, Any] = {}
+    for base in bases:
+        merged = merge(merged, read_settings(path.parent / base, (*above, path.resolve())))
+    return merge(merged, settings)
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `base` with `changes`; both stay as they are."""
+    merged = dict(base)
+    for section, value in changes.items():
+        before = merged.get(section)
+        together = isinstance(before, dict) and isinstance(value, dict) and section != _REPLACED
+        merged[section] = {**before, **value} if together else value
+    return merged
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Parse YAML 1.2.
+
+    Raises:
+        SvdtuneError: naming the line.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f" line {mark.line + 1}" if mark else ""
+        raise SvdtuneError(f"{source}{where} is not valid YAML: {str(error.problem).splitlines()[0]}") from error
+    except YAMLError as error:
+        raise SvdtuneError(f"{source} is not valid YAML: {error}") from error

@@ -1,0 +1,68 @@
+"""Refuse to train on what the run is scored on: the rows of data.eval, and the data sets of the evaluation section."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from svdtune.data import Example, read_rows, to_examples
+from svdtune.data.catalogue import scored
+from svdtune.data.leaks import leaks, question_text, refuse_leaks
+from svdtune.errors import SvdtuneError
+from svdtune.training.recipe import Recipe
+
+
+def check_leaks(
+    recipe: Recipe, train: Sequence[Example], held_out: Sequence[Example], console: Console | None = None
+) -> dict[str, int]:
+    """Look for test questions among the training questions.
+
+    Args:
+        recipe: its `data.allow_leaks` names the sets that may leak.
+        train: what is trained on.
+        held_out: the rows of data.eval.
+        console: where to say what is allowed, and which sets are not at hand.
+
+    Returns:
+        How many questions of each allowed set are trained on.
+
+    Raises:
+        SvdtuneError: naming the rows, if another set leaks; or if a set is allowed that is not scored.
+    """
+    trained = [question_text(example.prompt) for example in train]
+    asked = _questions(recipe, held_out, console)
+    for name in recipe.data.allow_leaks:
+        if name not in asked:
+            raise SvdtuneError(
+                f"data.allow_leaks names {name!r}, which this recipe is not scored on: {', '.join(asked)}"
+            )
+    allowed = {}
+    for name, questions in asked.items():
+        if name not in recipe.data.allow_leaks:
+            refuse_leaks(questions, trained, name, recipe.data.train.source)
+            continue
+        allowed[name] = len(leaks(questions, trained))
+        if console is not None:
+            console.print(
+                f"leak      {allowed[name]} of the {len(questions)} questions of {name} are trained on, as allowed",
+                highlight=False,
+            )
+    return allowed
+
+
+def _questions(recipe: Recipe, held_out: Sequence[Example], console: Console | None) -> dict[str, list[str]]:
+    """The questions of every set the run is scored on, by the set's name."""
+    asked: dict[str, list[str]] = {}
+    if recipe.data.eval is not None:
+        asked[recipe.data.eval.source] = [question_text(example.prompt) for example in held_out]
+    for dataset in (found for name in (recipe.evaluation.data if recipe.evaluation else []) for found in scored(name)):
+        if all(dataset.find(split) is None for split in dataset.files):
+            # Asking the hub for a whole test set before training would be too much.
+            asked[dataset.name] = []
+            if console is not None:
+                console.print(
+                    f"leak      {dataset.name} is not in the data folder, so it is not compared", highlight=False
+                )
+            continue
+        examples = to_examples(read_rows(dataset.name, dataset.test), dataset.prompt, source=dataset.name)
+        asked[dataset.name] = [question_text(example.prompt) for example in examples]
+    return asked
