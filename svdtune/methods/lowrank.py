@@ -31,6 +31,11 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which takes a microsecond even where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def scaled(U: Tensor, s: Tensor | None) -> Tensor:
     """P = U diag(s), or U where there is no s."""
     return U if s is None else U * s
@@ -64,14 +69,11 @@ def tall_product(X: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
     """Xᵀ Q in `dtype`; 16-bit products on a GPU leave their fp32 sums unrounded where that is asked for."""
     if X.is_cuda and X.dtype.itemsize == 2 and dtype == torch.float32:
         return torch.mm(X.mT, Q, out_dtype=dtype)
-    return (X.mT @ Q).to(dtype)
+    return cast(X.mT @ Q, dtype)
 
 
 class Part(NamedTuple):
-    """One linear layer and its addition, as `LowRankLinear` takes them; the shapes are those at the head of this file.
-
-    A and B are the stacked factors, where they are formed already; beside them P may stand for U, without s.
-    """
+    """One linear layer and its addition, as `LowRankLinear` takes them; the shapes are those at the head of this file."""
 
     weight: Tensor | None
     bias_or_output: Tensor | None
@@ -80,8 +82,6 @@ class Part(NamedTuple):
     V: Tensor
     P0: Tensor | None = None
     V0: Tensor | None = None
-    A: Tensor | None = None
-    B: Tensor | None = None
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -99,10 +99,9 @@ class LowRankLinear(torch.autograd.Function):
         parts = as_parts(tensors)
         dtype = compute_dtype(x)
         pad = alignment(dtype, x.device)
-        As, Bs = stacked_parts(parts, dtype, pad)
-        A = beside(As)
-        inputs = (x if x_adapter is None else x_adapter).to(dtype)
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        A, Bs = stacked_parts(parts, dtype, pad)
+        flat = cast(x if x_adapter is None else x_adapter, dtype)
+        flat = flat.reshape(-1, flat.shape[-1])
         seed = kernels.dropout_seed(x.device) if p > 0 else None
         z = flat @ A if seed is None else kernels.dropout_mm(flat, A, p, seed)
         outputs, projected = [], []
@@ -110,10 +109,10 @@ class LowRankLinear(torch.autograd.Function):
             if part.weight is None:
                 y = part.bias_or_output
                 ctx.mark_dirty(y)
-                y.view(-1, y.shape[-1]).addmm_(own.to(y.dtype), B.to(y.dtype).mT)
+                y.view(-1, y.shape[-1]).addmm_(cast(own, y.dtype), cast(B, y.dtype).mT)
             else:
-                bias = None if part.bias_or_output is None else part.bias_or_output.to(dtype)
-                y = linear_plus(x.to(dtype), part.weight.to(dtype), bias, own, B)
+                bias = None if part.bias_or_output is None else cast(part.bias_or_output, dtype)
+                y = linear_plus(cast(x, dtype), cast(part.weight, dtype), bias, own, B)
             outputs.append(y)
             if part.P0 is not None:
                 # x V without x (V − V₀), up to the next full column block: what is too much is cut off the product
@@ -122,10 +121,10 @@ class LowRankLinear(torch.autograd.Function):
             projected.append(own.contiguous() if z.numel() > WORTH_A_COPY else own)
         saved = list(tensors)
         saved[1::FIELDS] = [None] * len(parts)
-        # Pairs formed here are worth keeping where they are small beside x; else forming them again costs less memory.
-        if A.numel() + sum([B.numel() for B in Bs]) <= flat.numel() // 8:
-            saved[7::FIELDS], saved[8::FIELDS] = As, Bs
-        ctx.save_for_backward(flat, seed, *projected, *saved)
+        # Pairs are worth keeping where they are small beside x; else forming them again costs less memory.
+        kept = A.numel() + sum([B.numel() for B in Bs]) <= flat.numel() // 8
+        pair = (A, *Bs) if kept else [None] * (1 + len(Bs))
+        ctx.save_for_backward(flat, seed, *pair, *projected, *saved)
         ctx.shape, ctx.p = x.shape, p
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
         if len(outputs) == 1:
@@ -136,26 +135,29 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        flat, seed, *saved = ctx.saved_tensors
-        projected, parts = saved[: len(grads)], as_parts(saved[len(grads) :])
+        n = len(grads)
+        flat, seed, A, *saved = ctx.saved_tensors
+        Bs, projected, parts = saved[:n], saved[n : 2 * n], as_parts(saved[2 * n :])
         used = [i for i, grad in enumerate(grads) if grad is not None]
-        if len(used) < len(grads):
+        if len(used) < n:
             projected, parts, grads = ([them[i] for i in used] for them in (projected, parts, grads))
+            A = None
         dtype = flat.dtype
         pad = alignment(dtype, flat.device)
-        As, Bs = stacked_parts(parts, dtype, pad)
+        if A is None:
+            A, Bs = stacked_parts(parts, dtype, pad)
         needs_x, needs_adapter, _, *needs = ctx.needs_input_grad
-        dYs = [grad.to(dtype).reshape(-1, grad.shape[-1]) for grad in grads]
-        A, Q = beside(As), products_beside(dYs, Bs)
+        dYs = [cast(grad, dtype).reshape(-1, grad.shape[-1]) for grad in grads]
+        Q = products_beside(dYs, Bs)
 
         dx = dx_adapter = None
         x_dtype, adapter_dtype = ctx.dtypes
         if needs_adapter:
-            dx_adapter = (Q @ A.mT).view(ctx.shape).to(adapter_dtype)
+            dx_adapter = cast((Q @ A.mT).view(ctx.shape), adapter_dtype)
         if needs_x:
             weights = [part.weight for part in parts]
             dx = input_gradient(dYs, weights, None if adapter_dtype is not None else Q, A, ctx.p, seed)
-            dx = None if dx is None else dx.view(ctx.shape).to(x_dtype)
+            dx = None if dx is None else cast(dx.view(ctx.shape), x_dtype)
 
         dVs = V_gradients(flat, Q, parts, Bs, pad, ctx.p, seed) if any(needs[4::FIELDS]) else [None] * len(parts)
         gradients = [None] * len(needs)
@@ -165,7 +167,7 @@ class LowRankLinear(torch.autograd.Function):
             if needs_U or needs_s:
                 M = tall_product(dY, z, part.U.dtype)
                 M = M if M.shape[1] == part.V.shape[1] else M[:, : part.V.shape[1]]
-                ds = None if part.s is None else (M * part.U).sum(0).to(part.s.dtype)
+                ds = None if part.s is None else cast((M * part.U).sum(0), part.s.dtype)
                 dU = scaled(M, part.s)
             if needs_base:
                 dbase = grad if part.weight is None else dY.sum(0)
@@ -184,16 +186,10 @@ def as_parts(flat: Sequence) -> list[Part]:
     return [Part(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
 
 
-def stacked_parts(parts: list[Part], dtype: torch.dtype, pad: int) -> tuple[list[Tensor], list[Tensor]]:
-    """A and B of every part, formed where it has none."""
-    As, Bs = [], []
-    for part in parts:
-        A, B = part.A, part.B
-        if A is None:
-            A, B = stacked(part.U, part.s, part.V, part.P0, part.V0, dtype, pad)
-        As.append(A)
-        Bs.append(B)
-    return As, Bs
+def stacked_parts(parts: list[Part], dtype: torch.dtype, pad: int) -> tuple[Tensor, list[Tensor]]:
+    """The A's of all parts side by side, and their B's."""
+    pairs = [stacked(part.U, part.s, part.V, part.P0, part.V0, dtype, pad) for part in parts]
+    return beside([A for A, _ in pairs]), [B for _, B in pairs]
 
 
 def beside(matrices: list[Tensor]) -> Tensor:
@@ -225,7 +221,7 @@ def V_gradients(
         r = part.V.shape[1]
         halves.append(q if part.P0 is None else filled(q[:, :r] + q[:, r : 2 * r], pad))
     Q, dtype = Q if parts[0].P0 is None else beside(halves), parts[0].V.dtype
-    dV = tall_product(flat, Q, dtype) if seed is None else kernels.dropout_mm_transposed(flat, Q, p, seed).to(dtype)
+    dV = tall_product(flat, Q, dtype) if seed is None else cast(kernels.dropout_mm_transposed(flat, Q, p, seed), dtype)
     return [
         own if own.shape[1] == part.V.shape[1] else own[:, : part.V.shape[1]]
         for part, own in zip(parts, apart(dV, halves), strict=True)
@@ -248,7 +244,7 @@ def input_gradient(
     dYs: list[Tensor], weights: list[Tensor | None], Q: Tensor | None, A: Tensor, p: float, seed: Tensor | None
 ) -> Tensor | None:
     """Σ dY W + Q Aᵀ [T, in], a term left out where its factor is None, the last one masked where there is a seed."""
-    large = [(dY, W.to(dY.dtype)) for dY, W in zip(dYs, weights, strict=True) if W is not None]
+    large = [(dY, cast(W, dY.dtype)) for dY, W in zip(dYs, weights, strict=True) if W is not None]
     dx = None
     if Q is not None and seed is None and (A.is_cuda or not large):  # the small product first, as in `linear_plus`
         dx, Q = Q @ A.mT, None

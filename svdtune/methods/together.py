@@ -1,8 +1,8 @@
 """What the layers of one model do together during a forward pass of it, where that is cheaper than each by itself.
 
 Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product with x, one sum of input
-gradients. And on small models, where launches cost more than arithmetic, the stacked factors of all layers are formed at
-once, in some ten kernels for each shape instead of some in each layer.
+gradients. In training small models, whose GPU waits for its launches, all weight changes are formed at once instead
+(`svdtune.methods.changes`).
 
 Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the last one showed. What
 was done ahead is used only if layer, tensors and input are the very same objects, and forgotten when the pass ends, so a
@@ -20,19 +20,21 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from svdtune.methods.lowrank import LowRankLinear, Part, compute_dtype
-from svdtune.methods.pairs import Stacked, stacked_at_once
+from svdtune.methods.changes import Change, changes_at_once
+from svdtune.methods.lowrank import LowRankLinear, Part, cast, compute_dtype
 
-ELEMENTS_AT_ONCE = 2**25
-"""Elements of U and V in a model up to which all pairs are formed at once; above, arithmetic outweighs the launches."""
+SMALL_MODEL, SMALL_LAYER = 2**28, 4e9
+"""Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which launches outweigh arithmetic:
+4e9 take an H100 some 15 µs, a launch from Python as long, and a layer's own node makes six more of them."""
 
 
 class Turn(NamedTuple):
     """What one layer did in a pass: for which adapter, with which tensors (U, s, V, P₀, V₀), in which dtype.
 
-    `input` numbers the inputs of a pass: layers with one number read one tensor.
+    `input` numbers the inputs of a pass: layers with one number read one tensor. `rows` is how long it was, once.
     """
 
     layer: nn.Module
@@ -40,6 +42,7 @@ class Turn(NamedTuple):
     tensors: tuple[Tensor | None, ...]
     dtype: torch.dtype
     input: int
+    rows: int
 
 
 class Ahead(NamedTuple):
@@ -53,13 +56,14 @@ class Ahead(NamedTuple):
 
 @dataclass
 class Pass:
-    """One forward pass: what was done ahead, and how far it goes as the one before."""
+    """One forward pass: what was done ahead, how far it goes as the one before, and the latest input, also as [rows, in]."""
 
-    pairs: dict[nn.Module, Stacked]
+    changes: dict[nn.Module, Change]
     turns: list[Turn] = field(default_factory=list)
     as_planned: bool = True
     ahead: dict[nn.Module, Ahead] = field(default_factory=dict)
     x: Tensor | None = None
+    flat: Tensor | None = None
 
 
 class Together:
@@ -74,7 +78,7 @@ class Together:
         self._plan: list[Turn] = []
         self._followers: dict[nn.Module, list[Turn]] = {}
         self._apart: set[nn.Module] = set()
-        self._few_elements = False
+        self._small = False
         self._pass: Pass | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -103,9 +107,11 @@ class Together:
         on = torch.cuda.is_available() if self.enabled is None else self.enabled
         if not on or torch.compiler.is_compiling():
             return
-        jobs = [(turn.tensors, turn.dtype) for turn in self._plan] if self._few_elements else []
-        pairs = zip(self._plan, stacked_at_once(jobs), strict=False)
-        self._pass = Pass({turn.layer: stacked for turn, stacked in pairs if stacked is not None})
+        turns = self._plan if self._small and torch.is_grad_enabled() else []
+        changes = changes_at_once([(turn.tensors, turn.dtype) for turn in turns])
+        self._pass = Pass(
+            {turn.layer: change for turn, change in zip(turns, changes, strict=True) if change is not None}
+        )
 
     def _end(self, *_: Any) -> None:
         now, self._pass = self._pass, None
@@ -119,7 +125,9 @@ class Together:
     def _follow(self, turns: list[Turn]) -> None:
         """Make the turns of a pass the plan of the next."""
         self._plan = turns
-        self._few_elements = sum(t.tensors[0].numel() + t.tensors[2].numel() for t in turns) <= ELEMENTS_AT_ONCE
+        sizes = [turn.layer.in_features * turn.layer.out_features for turn in turns]
+        work = sum(turn.rows * size for turn, size in zip(turns, sizes, strict=True))
+        self._small = sum(sizes) <= SMALL_MODEL and work <= SMALL_LAYER * len(turns)
         by_input: dict[int, list[Turn]] = {}
         for turn in turns:
             if turn.layer not in self._apart:
@@ -148,18 +156,27 @@ class Together:
             if ahead.x is x and ahead.p == p and x_adapter is None and _same(ahead.tensors, tensors):
                 return ahead.y
             self._apart.add(layer)
-        first = _with_pair(now, layer, part, dtype)
+        change = now.changes.get(layer) if x_adapter is None and p == 0 else None
+        if change is not None and change.delta.dtype == dtype and _same(change.tensors, tensors):
+            return self._plain(now, x, part, change.delta)
         followers = self._followers.get(layer) if torch.is_grad_enabled() and x_adapter is None else None
         ready = [turn for turn in followers or () if turn.layer not in self._apart and _would_repeat(turn, p)]
         if not ready:
-            return LowRankLinear.apply(x, x_adapter, p, *first)
-        flat = list(first)
+            return LowRankLinear.apply(x, x_adapter, p, *part)
+        flat = list(part)
         for turn in ready:
-            flat += _with_pair(now, turn.layer, Part(*turn.layer.readable(), *turn.tensors), dtype)
+            flat += Part(*turn.layer.readable(), *turn.tensors)
         y, *others = LowRankLinear.apply(x, None, p, *flat)
         for turn, other in zip(ready, others, strict=True):
             now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
         return y
+
+    def _plain(self, now: Pass, x: Tensor, part: Part, delta: Tensor) -> Tensor:
+        """x Wᵀ + b + x ΔWᵀ with PyTorch's own nodes, which launch faster than one written in Python."""
+        if now.flat is None:
+            now.flat = cast(x, delta.dtype).reshape(-1, x.shape[-1])
+        y = F.linear(now.flat, cast(part.weight, delta.dtype), part.bias_or_output)
+        return y.addmm_(now.flat, delta).view(*x.shape[:-1], -1)
 
     def _note(
         self, now: Pass, layer: nn.Module, adapter: str, x: Tensor, tensors: Sequence, dtype: torch.dtype
@@ -167,7 +184,8 @@ class Together:
         """Add a layer's turn to the pass: the planned one, where it is the same."""
         turns = now.turns
         number = 0 if not turns else turns[-1].input + (now.x is not x)
-        now.x = x
+        if now.x is not x:
+            now.x, now.flat = x, None
         planned = self._plan[len(turns)] if len(turns) < len(self._plan) else None
         if (
             planned is not None
@@ -180,15 +198,7 @@ class Together:
             turns.append(planned)
         else:
             now.as_planned = False
-            turns.append(Turn(layer, adapter, tensors, dtype, number))
-
-
-def _with_pair(now: Pass, layer: nn.Module, part: Part, dtype: torch.dtype) -> Part:
-    """The part with the pair that was formed for it in this pass, if it was formed of the same tensors."""
-    stacked = now.pairs.get(layer)
-    if stacked is None or stacked.A.dtype != dtype or not _same(stacked.tensors, part[2:7]):
-        return part
-    return part._replace(U=stacked.P, s=None, A=stacked.A, B=stacked.B)
+            turns.append(Turn(layer, adapter, tensors, dtype, number, x.numel() // x.shape[-1]))
 
 
 def _would_repeat(turn: Turn, p: float) -> bool:

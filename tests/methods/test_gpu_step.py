@@ -25,24 +25,29 @@ def adapted(name: str, dtype=torch.float32, **settings):
 
 
 def gradients(model, autocast=False):
-    model.zero_grad()
     tokens = TOKENS.cuda()
-    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-        loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
+    for _ in range(2):  # in the second pass layers work together
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("small_layer", [0, 4e9])  # layers with one input in one node, or all changes at once
 @pytest.mark.parametrize("name", CONFIGS)
-def test_fp32(name):
+def test_fp32(name, small_layer, monkeypatch):
+    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", small_layer)
     model = adapted(name)
     want = gradients(literal(copy.deepcopy(model)))
     for key, gradient in gradients(model).items():
         assert float((gradient - want[key]).norm()) <= 1e-3 * float(want[key].norm()) + 1e-5, key
 
 
+@pytest.mark.parametrize("small_layer", [0, 4e9])  # layers with one input in one node, or all changes at once
 @pytest.mark.parametrize("name", CONFIGS)
-def test_bf16_autocast_is_no_worse_than_the_literal_form(name):
+def test_bf16_autocast_is_no_worse_than_the_literal_form(name, small_layer, monkeypatch):
+    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", small_layer)
     model = adapted(name)
     truth = gradients(literal(copy.deepcopy(model)))
     rough = gradients(literal(copy.deepcopy(model)), autocast=True)
@@ -84,3 +89,40 @@ def test_dropout_in_a_model_trains():
     model = adapted("sorsa", dtype=torch.bfloat16, dropout=0.1).train()
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model, autocast=True).values())
     assert any(layer.training for layer in layers(model))
+
+
+@pytest.mark.parametrize("name", ["sara", "sorsa", "sorsa-residual", "mosara"])
+def test_a_step_as_a_cuda_graph(name):
+    """Forward, backward and a fused optimizer captured once and replayed: the same losses as step by step."""
+    losses = {}
+    for graphed in (False, True):
+        model = adapted(name, dtype=torch.bfloat16).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True, capturable=True)
+        tokens = TOKENS.cuda()
+
+        def step(model=model, optimizer=optimizer, tokens=tokens):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            found = [step().clone() for _ in range(3)]
+        torch.cuda.current_stream().wait_stream(stream)
+        if graphed:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+            for _ in range(3):
+                graph.replay()
+                found.append(loss.clone())
+        else:
+            found += [step().clone() for _ in range(3)]
+        losses[graphed] = [float(loss) for loss in found]
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)
+    assert losses[True][-1] < losses[True][0]

@@ -7,8 +7,8 @@ import torch
 from test_peft_verbs import TOKENS, adapted, layers, logits, move
 from test_training_step import LABELS, assert_same, gradients
 
-from svdtune.methods.lowrank import LowRankLinear, Part, stacked
-from svdtune.methods.pairs import stacked_at_once
+from svdtune.methods.changes import changes_at_once
+from svdtune.methods.lowrank import LowRankLinear, Part
 from svdtune.methods.together import Together
 
 NAMES = ["sara", "sorsa", "sorsa-residual"]
@@ -40,28 +40,31 @@ def nodes(monkeypatch):
     return sizes
 
 
+@pytest.fixture(params=["in one node", "all changes at once"])
+def way(request, monkeypatch):
+    """Which of the two ways of working together a test takes."""
+    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", 1e9 if request.param == "all changes at once" else 0)
+    return request.param
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_are_those_of_single_layers(name, family, nodes):
+def test_gradients_are_those_of_single_layers(name, family, nodes, way):
     model = adapted(name, family, moved=0.1)
     want, before = gradients(model), logits(model)
     assert set(nodes) == {1}
     on(model)
     nodes.clear()
     assert_same(gradients(model), want)
-    assert (max(nodes) > 1) == (family == "llama")
+    if way == "all changes at once":
+        assert not nodes
+    else:
+        assert (max(nodes) > 1) == (family == "llama")
     assert torch.equal(logits(model), before)
 
 
-def test_which_layers_share_a_node(nodes):
-    model = on(adapted("sorsa", target_modules="all-linear"))
-    nodes.clear()
-    gradients(model)
-    assert nodes == [3, 1, 2, 1] * 2  # q, k and v; o; gate and up; down
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_autocast(name):
+def test_bf16_autocast(name, way):
     model = adapted(name, moved=0.05)
 
     def found():
@@ -79,7 +82,7 @@ def test_bf16_autocast(name):
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_layers_work_alone(use_reentrant):
+def test_checkpointed_layers_work_alone(use_reentrant, way):
     model = adapted("sorsa", moved=0.1).train()
     want = gradients(model)
     on(model).gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -89,7 +92,7 @@ def test_checkpointed_layers_work_alone(use_reentrant):
         assert_same(gradients(model), want)
 
 
-def test_an_optimizers_step_is_seen():
+def test_an_optimizers_step_is_seen(way):
     """Fused optimizers change parameters without moving their version."""
     model = on(adapted("sorsa", moved=0.1))
     twin = adapted("sorsa", moved=0.1)
@@ -102,7 +105,7 @@ def test_an_optimizers_step_is_seen():
     assert torch.allclose(logits(model), logits(twin), atol=1e-4)
 
 
-def test_two_forwards_before_two_backwards():
+def test_two_forwards_before_two_backwards(way):
     model = adapted("sorsa", moved=0.1)
     want = gradients(model, parts=2)
     on(model).zero_grad()
@@ -112,7 +115,7 @@ def test_two_forwards_before_two_backwards():
     assert_same({key: p.grad for key, p in model.named_parameters() if p.requires_grad}, want)
 
 
-def test_a_switch_of_adapters_between_passes():
+def test_a_switch_of_adapters_between_passes(way):
     model = adapted("sorsa", moved=0.1)
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
     want = gradients(model)
@@ -123,7 +126,7 @@ def test_a_switch_of_adapters_between_passes():
     assert_same(gradients(model), want)
 
 
-def test_a_block_called_by_itself_sees_new_values():
+def test_a_block_called_by_itself_sees_new_values(way):
     model = on(adapted("sorsa", moved=0.1))
     gradients(model)
     layer = layers(model)[0]
@@ -166,7 +169,8 @@ def pair():
 
 
 @pytest.mark.parametrize("change", ["shared", "skipped"])
-def test_layers_that_cease_to_share_their_input(change, nodes):
+def test_layers_that_cease_to_share_their_input(change, nodes, monkeypatch):
+    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", 0)
     model, x = pair(), torch.randn(3, 6, requires_grad=True)
     for _ in range(2):
         model(x).backward()
@@ -202,37 +206,60 @@ def test_a_copy_watches_itself_and_unloading_takes_the_hooks_away():
     assert not base._forward_hooks
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sara", "without s", "sorsa"])
-def test_pairs_formed_at_once(kind, dtype):
+def test_changes_formed_at_once(kind, dtype):
     generator = torch.Generator().manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
 
     def parameter(*shape, trained=True):
-        return torch.nn.Parameter(torch.randn(*shape, generator=generator), requires_grad=trained)
+        return torch.nn.Parameter(torch.randn(*shape, generator=generator, dtype=wide), requires_grad=trained)
 
     jobs = []
     for out, n, r in [(5, 6, 3), (5, 6, 3), (7, 6, 2), (5, 6, 3)]:
         s = None if kind == "without s" else parameter(r)
         taken = (parameter(out, r, trained=False), parameter(n, r, trained=False)) if kind == "sorsa" else (None, None)
         jobs.append(((parameter(out, r), s, parameter(n, r), *taken), dtype))
-    formed = stacked_at_once(jobs)
-    unused = 1  # a layer that the pass does not reach gets no gradient
-    for n, ((U, s, *rest), _) in enumerate(jobs):
-        A, B = stacked(
-            U.detach(), s if s is None else s.detach(), *(t if t is None else t.detach() for t in rest), dtype
-        )
-        assert torch.equal(formed[n].A, A)
-        assert torch.equal(formed[n].B, B)
-        assert not formed[n].A.requires_grad
-    weights = [torch.randn(one.P.shape, generator=generator) for one in formed]
-    sum((one.P * w).sum() for n, (one, w) in enumerate(zip(formed, weights, strict=True)) if n != unused).backward()
-    for n, ((U, s, *_), _) in enumerate(jobs):
+    formed = changes_at_once(jobs)
+    unused = 1  # a layer that the pass does not reach
+    upstream = [torch.randn(one.delta.shape, generator=generator, dtype=wide) for one in formed]
+    used = [n for n in range(len(jobs)) if n != unused]
+    torch.autograd.backward([formed[n].delta for n in used], [upstream[n].to(dtype) for n in used])
+    tolerance = {"atol": 0.2, "rtol": 0.05} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 1e-5}
+    for n, ((U, s, V, P0, V0), _) in enumerate(jobs):
+        trained = [tensor for tensor in (U, s, V) if tensor is not None]
+        got = [tensor.grad for tensor in trained]
         if n == unused:
-            assert U.grad is None
-            assert s is None or s.grad is None
+            assert got == [None] * len(trained)
             continue
-        assert torch.allclose(U.grad, weights[n] if s is None else weights[n] * s)
-        assert s is None or torch.allclose(s.grad, (weights[n] * U).sum(0), atol=1e-6)
+        delta = V @ (U if s is None else U * s).mT - (0 if P0 is None else V0 @ P0.mT)
+        assert formed[n].delta.dtype == dtype
+        assert torch.allclose(formed[n].delta.to(wide), delta, **tolerance)
+        want = torch.autograd.grad(delta, trained, upstream[n])
+        for mine, its in zip(got, want, strict=True):
+            assert torch.allclose(mine, its, **tolerance)
+
+
+def test_an_untouched_sorsa_adapter_changes_nothing():
+    model = on(adapted("sorsa"))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=TOKENS)
+        got = model(input_ids=TOKENS).logits
+        with model.disable_adapter():
+            want = model(input_ids=TOKENS).logits
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_small_models_form_all_changes_at_once(small, nodes, monkeypatch):
+    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", 1e9 if small else 0)
+    model = on(adapted("sorsa", target_modules="all-linear"))
+    nodes.clear()
+    gradients(model)
+    assert nodes == ([] if small else [3, 1, 2, 1] * 2)  # q, k and v; o; gate and up; down
+    nodes.clear()
+    logits(model)
+    assert set(nodes) == {1}  # without gradients every layer works alone, so outputs repeat to the bit
 
 
 def test_a_compiled_model_is_one_graph():
