@@ -54,7 +54,8 @@ def _questions(recipe: Recipe, held_out: Sequence[Example], console: Console | N
     asked: dict[str, list[str]] = {}
     if recipe.data.eval is not None:
         asked[recipe.data.eval.source] = [question_text(example.prompt) for example in held_out]
-    for dataset in (found for name in (recipe.evaluation.data if recipe.evaluation else []) for found in scored(name)):
+    section = recipe.evaluation
+    for dataset in (found for name in (section.data if section else []) for found in scored(name)):
         if all(dataset.find(split) is None for split in dataset.files):
             # Asking the hub for a whole test set before training would be too much.
             asked[dataset.name] = []
@@ -63,6 +64,7 @@ def _questions(recipe: Recipe, held_out: Sequence[Example], console: Console | N
                     f"leak      {dataset.name} is not in the data folder, so it is not compared", highlight=False
                 )
             continue
-        examples = to_examples(read_rows(dataset.name, dataset.test), dataset.prompt, source=dataset.name)
+        split = (section and section.split) or dataset.test
+        examples = to_examples(read_rows(dataset.name, split), dataset.prompt, source=dataset.name)
         asked[dataset.name] = [question_text(example.prompt) for example in examples]
     return asked

@@ -131,6 +131,7 @@ class Evaluation(_Section):
     """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same questions."""
 
     data: list[str] = Field(min_length=1, description="Data sets of the papers, or groups of them, by name.")
+    split: str | None = Field(None, description="The split of every set, such as unseen; null: that of the paper.")
     template: str | None = Field(None, description="The prompt of the evaluation; null: data.template.")
     max_new_tokens: int | None = Field(None, ge=1, description="Length limit; null: that of each data set's paper.")
 
