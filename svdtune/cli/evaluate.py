@@ -1,14 +1,31 @@
 """`svdtune evaluate`: the score of a run, an adapter or a plain model on held-out items."""
 
+from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svdtune.errors import SvdtuneError
+
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from svdtune.evaluation import Evaluation, Metric, Score
+    from svdtune.evaluation.vllm import VllmEngine
+    from svdtune.export import Source
+    from svdtune.models import LoadedModel
 
 app = typer.Typer()
+HARNESS = "lm-eval:"
+
+
+class Engine(StrEnum):
+    """What generates."""
+
+    transformers = "transformers"
+    vllm = "vllm"
 
 
 @app.command()
@@ -18,8 +35,12 @@ def evaluate(
         str | None, typer.Option(help="File, generator or hub data set. Default: the run's data.eval.")
     ] = None,
     task: Annotated[
-        str, typer.Option(help="How to grade: number (the last one) or exact (the whole text).")
-    ] = "number",
+        str | None,
+        typer.Option(
+            help="How to grade: number, letter, choice, gsm8k, math, humaneval, e2e, exact; or lm-eval:NAME,... "
+            "Default: as the data set asks for, or number."
+        ),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder to put on a model.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a generator or hub data set. Default: test.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
@@ -31,8 +52,18 @@ def evaluate(
     template: Annotated[
         str | None, typer.Option(help="plain, chat, or text with {prompt}. Default: as the run, or chat.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of a completion.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Items generated together.")] = 16,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Length limit of a completion. Default: as the data set asks for, or 256.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 16,
+    engine: Annotated[Engine, typer.Option(help="What generates.")] = Engine.transformers,
+    samples: Annotated[int, typer.Option(help="Completions of each item, for pass@k.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
+    length_penalty: Annotated[float, typer.Option(help="Of a beam search.")] = 1.0,
+    no_repeat_ngram_size: Annotated[int, typer.Option(help="No n-gram of this size twice; 0 for no such rule.")] = 0,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
     ] = None,
@@ -40,7 +71,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for predictions and result.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop earlier predictions in that folder.")] = False,
 ) -> None:
-    """Score a run, an adapter or a plain model by greedy decoding.
+    """Score a run, an adapter or a plain model, by greedy decoding unless told otherwise.
 
     Every prediction is kept in predictions.jsonl as soon as it is made: after an interruption the same command goes on
     where it stopped. result.json holds the accuracy, its 95 % interval and all settings.
@@ -49,45 +80,88 @@ def evaluate(
     svdtune evaluate runs/sorsa
     svdtune evaluate runs/sorsa --data test.jsonl --prompt "{instruction}" --answer output --task exact
     svdtune evaluate HuggingFaceTB/SmolLM2-135M-Instruct --data openai/gsm8k --config main --adapter my-adapter
+    svdtune evaluate runs/sorsa --task humaneval --samples 20 --temperature 0.8
+    svdtune evaluate runs/sorsa --task e2e --beams 10 --length-penalty 0.8 --no-repeat-ngram-size 4
+    svdtune evaluate runs/sorsa --task lm-eval:arc_easy,hellaswag
     """
     from rich.console import Console
 
-    from svdtune.cli.asking import choose_template, held_out, placement
+    from svdtune.cli.asking import form, held_out
     from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
+    from svdtune.evaluation import Decoding, get_task, to_items
     from svdtune.evaluation import evaluate as run_evaluation
-    from svdtune.evaluation import get_task, to_items
-    from svdtune.export import find_source, open_source
+    from svdtune.export import find_source
 
-    grader, found = get_task(task), find_source(source, adapter)
-    trained = found.recipe.data if found.recipe else None
-    rows = held_out(found.recipe, data, split, config, limit)
-    prompt = prompt or (trained.prompt if trained else "question")
-    # A run without a field for the answer is graded against the completions it was trained towards.
-    answer = answer or (trained.answer if trained else "answer")
-    completion = trained.completion if trained and answer is None else None
-    examples = to_examples(read_rows(**rows.model_dump()), prompt, completion, source=rows.source)
-
-    loaded = open_source(found, **placement(dtype, device))
-    template = choose_template(found.recipe, loaded.tokenizer, template)
-    items = to_items(examples, loaded.tokenizer, template, answer)
-    folder = output or _default_output(found.run, source, rows.source, task)
-    try:
-        with counting("evaluating", Console(stderr=True)) as on_progress:
-            result = run_evaluation(
-                loaded,
-                items,
-                grader,
-                folder,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                settings={"data": rows.model_dump(), "prompt": prompt, "answer": answer, "template": template},
-                restart=restart,
-                on_progress=on_progress,
-            )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None
+    found = find_source(source, adapter)
+    if task and task.startswith(HARNESS):
+        folder = output or _default_output(found.run, source, "lm-eval", task.removeprefix(HARNESS).replace(",", "-"))
+        typer.echo(_run_harness(found, task.removeprefix(HARNESS), folder, batch_size, limit, dtype, device))
+        return
+    decoding = Decoding(samples, temperature, top_p, seed, beams, length_penalty, no_repeat_ngram_size)
+    rows = held_out(found.recipe, data, split, config, limit, task)
+    asked = form(rows.source, found.recipe, task, prompt, answer, template, max_new_tokens)
+    grader = get_task(asked.task)
+    examples = to_examples(read_rows(**rows.model_dump()), asked.prompt, asked.completion, source=rows.source)
+    folder = output or _default_output(found.run, source, rows.source, asked.task)
+    with _opened(engine, found, dtype, device) as opened:
+        template = asked.template_for(opened.tokenizer)
+        items = to_items(examples, opened.tokenizer, template, asked.answer)
+        settings = {"data": rows.model_dump(), "prompt": asked.prompt, "answer": asked.answer, "template": template}
+        try:
+            with counting("evaluating", Console(stderr=True)) as on_progress:
+                result = run_evaluation(
+                    opened,
+                    items,
+                    grader,
+                    folder,
+                    max_new_tokens=asked.max_new_tokens,
+                    batch_size=batch_size,
+                    decoding=decoding,
+                    settings=settings,
+                    restart=restart,
+                    on_progress=on_progress,
+                )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None
     typer.echo(summary(result))
+
+
+@contextmanager
+def _opened(
+    engine: Engine, source: "Source", dtype: str | None, device: str | None
+) -> "Iterator[LoadedModel | VllmEngine]":
+    """The model, ready to answer."""
+    from svdtune.cli.asking import placement
+    from svdtune.evaluation.vllm import open_vllm
+    from svdtune.export import open_source
+
+    if engine is Engine.transformers:
+        yield open_source(source, **placement(dtype, device))
+    else:
+        if device is not None:
+            raise SvdtuneError("vLLM chooses its device itself; leave out --device, or hide GPUs from it")
+        with open_vllm(source, dtype or "auto") as opened:
+            yield opened
+
+
+def _run_harness(
+    source: "Source",
+    tasks: str,
+    output: Path,
+    batch_size: int,
+    limit: int | None,
+    dtype: str | None,
+    device: str | None,
+) -> str:
+    """Run tasks of lm-evaluation-harness; what the terminal shows of them."""
+    from svdtune.cli.asking import placement
+    from svdtune.evaluation.harness import run_harness
+    from svdtune.export import open_source
+
+    loaded = open_source(source, **placement(dtype, device))
+    table = run_harness(loaded, tasks.split(","), output, batch_size=batch_size, limit=limit)
+    return f"{table}\nall of it: {output / 'results.json'}"
 
 
 def summary(result: "Evaluation") -> str:

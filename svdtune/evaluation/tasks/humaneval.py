@@ -60,17 +60,24 @@ def _leading(lines: list[str], belongs: Any) -> list[str]:
 def grade_humaneval(completion: str, reference: Reference) -> Grade:
     """Run prompt and code; a block that is a whole function follows the prompt's unfinished one and replaces it."""
     problem = _problem(reference)
-    return _grade(strict_code(completion, problem["entry_point"]), problem)
+    code = strict_code(completion, problem["entry_point"])
+    return _grade(code, problem, _finished(problem) if defines(code, problem["entry_point"]) else problem["prompt"])
 
 
 def grade_humaneval_paper(completion: str, reference: Reference) -> Grade:
     """Run the prompt and what the paper's code takes."""
-    return _grade(paper_code(completion), _problem(reference))
+    problem = _problem(reference)
+    return _grade(paper_code(completion), problem, problem["prompt"])
 
 
-def _grade(code: str, problem: dict[str, str]) -> Grade:
-    program = problem["prompt"] + code + "\n"
-    return Grade(code, _passes(program, problem["entry_point"], problem["test"], problem["prompt"]))
+def _grade(code: str, problem: dict[str, str], before: str) -> Grade:
+    # Some tests call functions that the prompt defines, so that it is what they start from.
+    return Grade(code, _passes(f"{before}{code}\n", problem["entry_point"], problem["test"], _finished(problem)))
+
+
+def _finished(problem: dict[str, str]) -> str:
+    """The prompt as a program by itself: its last function does nothing, and whoever needs it replaces it."""
+    return f"{problem['prompt']}\n    pass\n"
 
 
 @lru_cache(maxsize=4096)
