@@ -228,6 +228,13 @@ def V_gradients(
     ]
 
 
+def linear_with_pair(x: Tensor, part: Part, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
+    """The forward pass of `LowRankLinear` for one layer, of which nothing is saved."""
+    x, bias = cast(x, dtype), part.bias_or_output
+    bias = None if bias is None else cast(bias, dtype)
+    return linear_plus(x, cast(part.weight, dtype), bias, x.reshape(-1, x.shape[-1]) @ A, B)
+
+
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Tensor) -> Tensor:
     """x Wᵀ + b + z Bᵀ. On a GPU the small product comes first: the large one then adds it while it computes, so the output
     is written twice instead of written, read and written. Elsewhere the large one comes first, exactly as the base's own.

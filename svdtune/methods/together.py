@@ -2,18 +2,21 @@
 
 Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product with x, one sum of input
 gradients. In training small models, whose GPU waits for its launches, all weight changes are formed at once instead
-(`svdtune.methods.changes`).
+(`svdtune.methods.changes`). And while a text is generated, each layer forms its pair for the first token alone: passes that
+extend one key-value cache have one set of parameters, or the cache itself would be out of date.
 
 Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the last one showed. What
 was done ahead is used only if layer, tensors and input are the very same objects, and forgotten when the pass ends, so a
-step of an optimizer can never lie between. Otherwise a layer computes for itself, as it does
+step of an optimizer can never lie between. (Fused optimizers move no version counter that would tell.)
+Otherwise a layer computes for itself, as it does
 
 - outside a pass of the whole model, when one of its blocks is called or recomputed under gradient checkpointing,
 - while saved tensors are packed by hooks (checkpointing, offloading), since a recomputation must save the same ones,
 - under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run shall repeat every bit.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any, NamedTuple
@@ -22,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
 
 from svdtune.methods.changes import Change, changes_at_once
-from svdtune.methods.lowrank import LowRankLinear, Part, cast, compute_dtype
+from svdtune.methods.lowrank import LowRankLinear, Part, alignment, cast, compute_dtype, linear_with_pair, stacked
 
 SMALL_MODEL, SMALL_LAYER = 2**28, 4e9
 """Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which launches outweigh arithmetic:
@@ -54,11 +58,20 @@ class Ahead(NamedTuple):
     y: Tensor
 
 
+class Pair(NamedTuple):
+    """The stacked factors A [in, w] and B [out, w] of `tensors`."""
+
+    tensors: tuple[Tensor | None, ...]
+    A: Tensor
+    B: Tensor
+
+
 @dataclass
 class Pass:
     """One forward pass: what was done ahead, how far it goes as the one before, and the latest input, also as [rows, in]."""
 
     changes: dict[nn.Module, Change]
+    pairs: dict[nn.Module, Pair] | None = None
     turns: list[Turn] = field(default_factory=list)
     as_planned: bool = True
     ahead: dict[nn.Module, Ahead] = field(default_factory=dict)
@@ -80,6 +93,8 @@ class Together:
         self._apart: set[nn.Module] = set()
         self._small = False
         self._pass: Pass | None = None
+        self._pairs: dict[nn.Module, Pair] = {}
+        self._cache: weakref.ref | None = None
         self._handles: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple:
@@ -90,7 +105,7 @@ class Together:
         """Begin a pass whenever `model` is called."""
         if not self._handles:
             self._handles = [
-                model.register_forward_pre_hook(self._begin),
+                model.register_forward_pre_hook(self._begin, with_kwargs=True),
                 model.register_forward_hook(self._end, always_call=True),
             ]
 
@@ -100,18 +115,31 @@ class Together:
             handle.remove()
         self._handles.clear()
         self._pass = None
+        self._pairs.clear()
         self._follow([])
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._pass = None
-        on = torch.cuda.is_available() if self.enabled is None else self.enabled
-        if not on or torch.compiler.is_compiling():
+        if self.enabled is False or torch.compiler.is_compiling():
             return
-        turns = self._plan if self._small and torch.is_grad_enabled() else []
-        changes = changes_at_once([(turn.tensors, turn.dtype) for turn in turns])
-        self._pass = Pass(
-            {turn.layer: change for turn, change in zip(turns, changes, strict=True) if change is not None}
-        )
+        if not torch.is_grad_enabled():
+            self._pass = Pass({}, self._pairs_of(kwargs.get("past_key_values")))
+            return
+        self._pairs.clear()
+        if self.enabled or torch.cuda.is_available():
+            turns = self._plan if self._small else []
+            changes = changes_at_once([(turn.tensors, turn.dtype) for turn in turns])
+            found = zip(turns, changes, strict=True)
+            self._pass = Pass({turn.layer: change for turn, change in found if change is not None})
+
+    def _pairs_of(self, cache: Any) -> dict[nn.Module, Pair] | None:
+        """The pairs that were formed for the first tokens in a key-value cache; None where there is no such cache."""
+        if not isinstance(cache, DynamicCache):
+            return None
+        if self._cache is None or self._cache() is not cache or cache.get_seq_length() == 0:
+            self._pairs.clear()
+            self._cache = weakref.ref(cache, lambda _, pairs=self._pairs: pairs.clear())
+        return self._pairs
 
     def _end(self, *_: Any) -> None:
         now, self._pass = self._pass, None
@@ -147,9 +175,11 @@ class Together:
             x_adapter, p: dropout, as `LowRankLinear` takes it.
         """
         now = self._pass
+        tensors, dtype = part[2:], compute_dtype(x)
+        if now is not None and now.pairs is not None and x_adapter is None and p == 0:
+            return _with_kept_pair(now.pairs, layer, x, part, dtype)
         if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
             return LowRankLinear.apply(x, x_adapter, p, *part)
-        tensors, dtype = part[2:7], compute_dtype(x)
         self._note(now, layer, adapter, x, tensors, dtype)
         ahead = now.ahead.pop(layer, None)
         if ahead is not None:
@@ -199,6 +229,16 @@ class Together:
         else:
             now.as_planned = False
             turns.append(Turn(layer, adapter, tensors, dtype, number, x.numel() // x.shape[-1]))
+
+
+def _with_kept_pair(
+    pairs: dict[nn.Module, Pair], layer: nn.Module, x: Tensor, part: Part, dtype: torch.dtype
+) -> Tensor:
+    """What `LowRankLinear` gives, to the bit, its pair formed once for all passes that share `pairs`."""
+    pair = pairs.get(layer)
+    if pair is None or pair.A.dtype != dtype or not _same(pair.tensors, part[2:]):
+        pairs[layer] = pair = Pair(part[2:], *stacked(*part[2:], dtype, alignment(dtype, x.device)))
+    return linear_with_pair(x, part, pair.A, pair.B, dtype)
 
 
 def _would_repeat(turn: Turn, p: float) -> bool:

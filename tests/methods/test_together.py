@@ -8,7 +8,7 @@ from test_peft_verbs import TOKENS, adapted, layers, logits, move
 from test_training_step import LABELS, assert_same, gradients
 
 from svdtune.methods.changes import changes_at_once
-from svdtune.methods.lowrank import LowRankLinear, Part
+from svdtune.methods.lowrank import LowRankLinear, Part, stacked
 from svdtune.methods.together import Together
 
 NAMES = ["sara", "sorsa", "sorsa-residual"]
@@ -191,6 +191,38 @@ def test_layers_that_cease_to_share_their_input(change, nodes, monkeypatch):
     nodes.clear()
     model(x).backward()
     assert set(nodes) == {1}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generating_forms_each_pair_once(name, monkeypatch):
+    model = adapted(name, moved=0.1).eval()
+    together(model).enabled = False
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    want = model.generate(input_ids=TOKENS[:1, :4], **settings)
+    together(model).enabled = None
+    formed = []
+    monkeypatch.setattr("svdtune.methods.together.stacked", lambda *a: formed.append(1) or stacked(*a))
+    for _ in range(2):
+        formed.clear()
+        got = model.generate(input_ids=TOKENS[:1, :4], **settings)
+        assert len(formed) == len(layers(model))
+        assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+    del got
+    assert not together(model)._pairs
+
+
+def test_a_cache_that_begins_anew_forms_pairs_anew():
+    from transformers import DynamicCache
+
+    model = adapted("sorsa", moved=0.1).eval()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=TOKENS, past_key_values=cache)
+        move(model, 0.1, seed=5)
+        cache.reset()
+        got = model(input_ids=TOKENS, past_key_values=cache).logits
+        assert torch.equal(got, model(input_ids=TOKENS).logits)
 
 
 def test_a_copy_watches_itself_and_unloading_takes_the_hooks_away():
