@@ -69,7 +69,7 @@ class Report:
 
 
 def factors(report: Report) -> None:
-    """The stacked factors and the gradients of U and s."""
+    """The stacked factors."""
     fp32 = torch.float32
     for out, n in ((4096, 4096), (11008, 4096), (4096, 11008)):
         U, s, V = random(out, R, dtype=fp32), random(R, dtype=fp32), random(n, R, dtype=fp32)
@@ -79,16 +79,6 @@ def factors(report: Report) -> None:
             "stack_factors", f"out={out} in={n} r={R}", size * (8 + 4), 0,
             plain=lambda U=U, s=s, V=V, P0=P0, V0=V0: stacked(U, s, V, P0, V0, torch.bfloat16),
             ours=lambda U=U, s=s, V=V, P0=P0, V0=V0: kernels.stack_factors(U, s, V, P0, V0, torch.bfloat16),
-        )  # fmt: skip
-    for out in WIDTHS:
-        U, s, M = random(out, R, dtype=fp32), random(R, dtype=fp32), random(out, R, dtype=fp32)
-        parts = random(4, out, R, dtype=fp32)
-        report.line(
-            "factor_gradients", f"out={out} r={R}", out * R * 12, 0,
-            plain=lambda U=U, s=s, M=M: (M * s, (M * U).sum(0)),
-            ours=lambda U=U, s=s, M=M: kernels.factor_gradients(M, U, s),
-            plain_4_parts=lambda U=U, s=s, M=parts: ((m := M.sum(0)) * s, (m * U).sum(0)),
-            ours_4_parts=lambda U=U, s=s, M=parts: kernels.factor_gradients(M, U, s),
         )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from test_peft_verbs import CONFIGS, config_of, layers, move
 from test_training_step import literal
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from svdtune import regularize
 from svdtune.methods import kernels
 from svdtune.methods.lowrank import low_rank_linear
 
@@ -126,3 +127,27 @@ def test_a_step_as_a_cuda_graph(name):
         losses[graphed] = [float(loss) for loss in found]
     assert losses[True] == pytest.approx(losses[False], rel=2e-2)
     assert losses[True][-1] < losses[True][0]
+
+
+def test_a_step_with_clipping_and_the_regularizer_waits_for_nothing():
+    model = adapted("sorsa", dtype=torch.bfloat16).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    hook = regularize(optimizer, model)
+    tokens = TOKENS.cuda()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(hook.last)

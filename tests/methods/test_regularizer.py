@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from svdtune import SorsaConfig, SvdtuneError, add_regularizer_gradients, regularize
 from svdtune.methods.sorsa.math import penalty
@@ -60,6 +61,30 @@ def test_gradients_are_added_to_those_that_are_there():
     add_regularizer_gradients(model, 0.1)
     for factor, gradient in gradients.items():
         assert torch.allclose(factor.grad, 1 + gradient, atol=1e-5)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that start kernels; views start none."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not (func.is_view or "detach" in func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_all_layers_take_fewer_than_a_hundred_kernels():
+    """30 blocks of seven layers in four shapes: 420 factors."""
+    shapes = [(12, 12), (6, 12), (6, 12), (12, 12), (20, 12), (20, 12), (12, 20)] * 30
+    net = nn.Sequential(*(nn.Linear(n, out) for out, n in shapes))
+    model = get_peft_model(net, SorsaConfig(r=3, target_modules=[str(i) for i in range(len(shapes))]))
+    for factor, _ in trained_factors(model):
+        factor.grad = torch.ones_like(factor)
+    with Kernels() as counted:
+        add_regularizer_gradients(model, 1e-3)
+    assert 0 < counted.count < 100
 
 
 def test_large_groups_are_treated_in_chunks(monkeypatch):

@@ -1,6 +1,6 @@
 """Triton kernels for what PyTorch would do in many small launches, or with a stored mask; plain functions on CUDA tensors.
 
-    stack_factors, factor_gradients                                      the factors of SARA and SORSA
+    stack_factors                                                        the factors of SARA and SORSA
     dropout_seed, dropout_mask                                           a mask that is a function of (seed, row, column)
     dropout_mm, dropout_mm_transposed, add_dropout_mm_                   products with that mask, never stored
     mix, mix_backward                                                    Mo-SARA's router
@@ -16,7 +16,6 @@ from svdtune.methods.kernels.ops import (
     available,
     dropout_mm,
     dropout_mm_transposed,
-    factor_gradients,
     mix,
     mix_backward,
     stack_factors,
@@ -29,7 +28,6 @@ __all__ = [
     "dropout_mm",
     "dropout_mm_transposed",
     "dropout_seed",
-    "factor_gradients",
     "mix",
     "mix_backward",
     "stack_factors",

@@ -1,4 +1,4 @@
-"""Triton: the stacked, rounded factors of a low-rank addition, and the gradients of U and s from one pass over M."""
+"""Triton: the stacked, rounded factors of a low-rank addition."""
 
 import torch
 import triton
@@ -63,35 +63,3 @@ def stack_factors(
             SCALED=s is not None, PAIR=P0 is not None, ROWS=rows, COLUMNS=COLUMNS, enable_fp_fusion=False,
         )  # fmt: skip
     return A, B
-
-
-@triton.jit
-def _factor_gradients(
-    M, U, s, dU, partial, out, r, part_stride, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (rows < out)[:, None] & (columns < r)[None, :]
-    at = rows[:, None].to(tl.int64) * r + columns[None, :]
-    u = tl.load(U + at, inside, 0.0).to(tl.float32)
-    scale = tl.load(s + columns, columns < r, 0.0).to(tl.float32)
-    m = tl.load(M + at, inside, 0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTS):
-        m += tl.load(M + part * part_stride + at, inside, 0.0).to(tl.float32)
-    tl.store(dU + at, (m * scale[None, :]).to(dU.dtype.element_ty), inside)
-    tl.store(partial + tl.program_id(0) * r + columns, tl.sum(u * m, 0), columns < r)
-
-
-def factor_gradients(M: Tensor, U: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    out, r = U.shape
-    parts = 1 if M.dim() == 2 else len(M)
-    M, U = M.contiguous(), U.contiguous()
-    dU = torch.empty_like(U)
-    rows = 16
-    blocks = triton.cdiv(out, rows)
-    partial = U.new_empty(blocks, r, dtype=torch.float32)
-    with on_device(U):
-        _factor_gradients[(blocks, triton.cdiv(r, COLUMNS))](
-            M, U, s.contiguous(), dU, partial, out, r, out * r, PARTS=parts, ROWS=rows, COLUMNS=COLUMNS
-        )
-    return dU, partial.sum(0).to(s.dtype)

@@ -45,24 +45,6 @@ def stack_factors(
     return factors.stack_factors(U, s, V, P0, V0, dtype, pad)
 
 
-def factor_gradients(M: Tensor, U: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """dU = M·diag(s) and ds = colsum(U ∘ M), from M = dYᵀ x V read once.
-
-    Args:
-        M: [out, r], or [parts, out, r], the parts of a split product, which are added here. Any dtype.
-        U: [out, r] fp32.
-        s: [r] fp32.
-
-    Returns:
-        dU [out, r] and ds [r] in the dtypes of U and s, summed in fp32.
-    """
-    if torch.compiler.is_compiling():
-        return _factor_gradients(M, U, s)
-    from svdtune.methods.kernels import factors
-
-    return factors.factor_gradients(M, U, s)
-
-
 def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """z = (keep ∘ x) A / (1 − p), with keep = `dropout_mask(x.shape, p, seed)`.
 
@@ -149,18 +131,6 @@ def _stack_factors(
 def _(U, s, V, P0, V0, dtype, pad):
     width = -(-(U.shape[1] if P0 is None else 2 * U.shape[1]) // pad) * pad
     return V.new_empty(V.shape[0], width, dtype=dtype), U.new_empty(U.shape[0], width, dtype=dtype)
-
-
-@custom_op("svdtune::factor_gradients", mutates_args=())
-def _factor_gradients(M: Tensor, U: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    from svdtune.methods.kernels import factors
-
-    return factors.factor_gradients(M, U, s)
-
-
-@_factor_gradients.register_fake
-def _(M, U, s):
-    return U.new_empty(U.shape), s.new_empty(s.shape)
 
 
 @custom_op("svdtune::dropout_mm", mutates_args=())
