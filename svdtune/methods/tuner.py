@@ -353,8 +353,11 @@ class SvdTuner(BaseTuner):
         found = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter in layer.r:
-                keys = [key for part in layer.trained if (key := f"{name}.{part}.{adapter}") in state_dict]
-                smallest = min(keys, key=lambda key: state_dict[key].numel())
+                keys = [f"{name}.{part}.{adapter}" for part in layer.trained]
+                there = [key for key in keys if key in state_dict and not state_dict[key].is_meta]
+                if not there:  # under another wrapper's names, or not loaded yet
+                    continue
+                smallest = min(there, key=lambda key: state_dict[key].numel())
                 found[cls._remove_adapter_name_from_key(smallest, adapter)] = (
                     state_dict[smallest].detach().cpu().clone()
                 )

@@ -21,7 +21,8 @@ class SorsaConfig(SvdConfig):
 
     Args:
         layout: "delta" leaves the weight alone and adds the change of its principal part. "residual" (the paper's letter)
-            subtracts the principal part from the weight in place; in bf16 and fp16 that rounds the weight.
+            subtracts the principal part from the weight in place; in bf16 and fp16 that rounds the weight. "split": the base
+            checkpoint is a residual already, quantized or not; only adapters that `svdtune.export.splitting` wrote have it.
         gamma: strength γ of the orthonormal regularizer (Eq. 6), 0 turns it off.
         reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum" (Eq. 4).
         smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient jumps at 0.
@@ -30,7 +31,9 @@ class SorsaConfig(SvdConfig):
 
     method: ClassVar[str] = "sorsa"
 
-    layout: str = field(default="delta", metadata={"help": "delta leaves the weight alone, residual changes it."})
+    layout: str = field(
+        default="delta", metadata={"help": "delta leaves the weight alone, residual changes it, split was changed."}
+    )
     gamma: float = field(default=4e-4, metadata={"help": "Strength of the orthonormal regularizer."})
     reduction: str = field(default="mean", metadata={"help": "mean (authors' code) or sum (Eq. 4) over factors."})
     smooth_eps: float = field(default=0.0, metadata={"help": "ε that smooths the penalty's gradient at 0."})
@@ -42,7 +45,7 @@ class SorsaConfig(SvdConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        yield from one_of("layout", self.layout, ("delta", "residual"))
+        yield from one_of("layout", self.layout, ("delta", "residual", "split"))
         yield from one_of("reduction", self.reduction, ("mean", "sum"))
         for name in ("gamma", "smooth_eps"):
             if not is_number_in(getattr(self, name), 0, math.inf):
@@ -50,6 +53,11 @@ class SorsaConfig(SvdConfig):
 
     def check_base_layer(self, name: str, base: Any, shared: bool) -> None:
         """The residual layout changes the weight in place: not one that is quantized, nor one that others use too."""
+        if self.layout == "split" and not self.initialized:
+            raise SvdtuneError(
+                "layout='split' says that the base checkpoint has lost its principal part already; a new adapter cannot know "
+                "it. Write both with svdtune.export.splitting.split_checkpoint and load the adapter that it wrote"
+            )
         if self.layout != "residual":
             return
         if is_quantized(getattr(base, "whole", base)):

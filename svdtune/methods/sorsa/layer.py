@@ -24,7 +24,7 @@ class SorsaLinear(LowRankLayer):
 
     In the residual layout the base weight has lost P₀ V₀ᵀ for as long as the adapter exists, active or not, so whatever
     wants the base model's function adds it back: on the fly while the adapter is inactive or disabled, to the weight
-    itself when the adapter is deleted or unloaded.
+    itself when the adapter is deleted or unloaded. In the split layout it was stored without P₀ V₀ᵀ and never holds it.
     """
 
     method = "sorsa"
@@ -69,14 +69,17 @@ class SorsaLinear(LowRankLayer):
         self.set_base_weight(changed.to(weight.dtype))
 
     def _subtract(self, adapter: str) -> None:
-        if self.configs[adapter].layout == "residual" and adapter not in self._subtracted:
+        layout = self.configs[adapter].layout
+        if layout == "delta" or adapter in self._subtracted:
+            return
+        if layout == "residual":
             self._change_base(adapter, -1)
-            self._subtracted.add(adapter)
+        self._subtracted.add(adapter)
 
     def _restore(self, adapter: str) -> None:
-        if adapter in self._subtracted:
+        if adapter in self._subtracted and self.configs[adapter].layout == "residual":
             self._change_base(adapter, +1)
-            self._subtracted.discard(adapter)
+        self._subtracted.discard(adapter)
 
     def full_weight(self) -> Tensor:
         """The base model's own weight [out, in] in fp32 or better, whatever the layouts of the adapters on it."""
@@ -144,6 +147,9 @@ class SorsaLinear(LowRankLayer):
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:
+        if config.layout == "split":
+            U, s, V = (tensors[name] for name in SorsaLinear.trained)
+            return V, scaled(U, s)
         return sorsa_pair(*(tensors[name] for name in (*SorsaLinear.trained, *SorsaLinear.frozen)))
 
     def current_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
