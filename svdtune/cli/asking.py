@@ -67,7 +67,8 @@ def form(
     template: str | None,
     max_new_tokens: int | None,
 ) -> Form:
-    """What the user said; else what a data set of the papers asks for; else what the run was trained with.
+    """What the user said; else what the run's recipe says of its evaluation; else what a data set of the papers asks for;
+    else what the run was trained with.
 
     A run that was trained with a paper's prompt is asked with the prompt that the paper tests with.
     """
@@ -75,6 +76,9 @@ def form(
     from svdtune.data.prompts import TEMPLATES
 
     known, trained = CATALOGUE.get(data), recipe.data if recipe else None
+    section = recipe.evaluation if recipe and known else None
+    template = template or (section and section.template)
+    max_new_tokens = max_new_tokens or (section and section.max_new_tokens)
     kept = trained and (known is None or trained.template not in TEMPLATES)
     own_answer = known.answer if known else trained.answer if trained else "answer"
     graded_against = answer or own_answer
@@ -88,6 +92,20 @@ def form(
         fallback=known.template if known else "plain",
         max_new_tokens=max_new_tokens or (known.max_new_tokens if known else 256),
     )
+
+
+def sets_to_ask(recipe: "Recipe | None", data: str | None, task: str | None) -> list[str | None]:
+    """The names of what is scored: the data named, or the sets that the run's recipe names; groups as their members.
+
+    None stands for what `held_out` finds by itself.
+    """
+    from svdtune.data.catalogue import GROUPS, scored
+
+    if data is not None:
+        return [dataset.name for dataset in scored(data)] if data in GROUPS else [data]
+    if recipe is None or recipe.evaluation is None or task is not None:
+        return [None]
+    return [dataset.name for name in recipe.evaluation.data for dataset in scored(name)]
 
 
 def held_out(
@@ -106,7 +124,9 @@ def held_out(
     from svdtune.data.catalogue import CATALOGUE
     from svdtune.training.recipe import Source
 
-    own = recipe.data.eval if recipe else None
+    own, section = recipe.data.eval if recipe else None, recipe.evaluation if recipe else None
+    if split is None and section is not None and data in CATALOGUE and section.split in CATALOGUE[data].splits:
+        split = section.split
     if data is None and task in CATALOGUE and (own is None or own.source not in CATALOGUE):
         data = task
 

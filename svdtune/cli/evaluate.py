@@ -1,6 +1,7 @@
 """`svdtune evaluate`: the score of a run, an adapter or a plain model on held-out items."""
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,10 +13,13 @@ from svdtune.errors import SvdtuneError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from svdtune.evaluation import Evaluation, Metric, Score
+    from svdtune.cli.asking import Form
+    from svdtune.data import Example
+    from svdtune.evaluation import Decoding, Evaluation, Metric, Score, Task
     from svdtune.evaluation.vllm import VllmEngine
     from svdtune.export import Source
     from svdtune.models import LoadedModel
+    from svdtune.training.recipe import Source as RowSource
 
 app = typer.Typer()
 HARNESS = "lm-eval:"
@@ -32,7 +36,11 @@ class Engine(StrEnum):
 def evaluate(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, adapter or model folder, or hub name.")],
     data: Annotated[
-        str | None, typer.Option(help="File, generator or hub data set. Default: the run's data.eval.")
+        str | None,
+        typer.Option(
+            help="File, generator, hub data set, or a set or group of the papers (svdtune data list). "
+            "Default: the sets of the run's evaluation section, or its data.eval."
+        ),
     ] = None,
     task: Annotated[
         str | None,
@@ -61,9 +69,11 @@ def evaluate(
     temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    beams: Annotated[int, typer.Option(help="Beams of a beam search.")] = 1,
-    length_penalty: Annotated[float, typer.Option(help="Of a beam search.")] = 1.0,
-    no_repeat_ngram_size: Annotated[int, typer.Option(help="No n-gram of this size twice; 0 for no such rule.")] = 0,
+    beams: Annotated[int | None, typer.Option(help="Beams of a beam search. Default: as the run, or 1.")] = None,
+    length_penalty: Annotated[float | None, typer.Option(help="Of a beam search. Default: as the run, or 1.")] = None,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(help="No n-gram of this size twice. Default: as the run, or 0, for no such rule.")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
     ] = None,
@@ -80,17 +90,14 @@ def evaluate(
     svdtune evaluate runs/sorsa
     svdtune evaluate runs/sorsa --data test.jsonl --prompt "{instruction}" --answer output --task exact
     svdtune evaluate HuggingFaceTB/SmolLM2-135M-Instruct --data openai/gsm8k --config main --adapter my-adapter
+    svdtune evaluate runs/llama-7b-math-sara --data sara_math
     svdtune evaluate runs/sorsa --task humaneval --samples 20 --temperature 0.8
     svdtune evaluate runs/sorsa --task e2e --beams 10 --length-penalty 0.8 --no-repeat-ngram-size 4
     svdtune evaluate runs/sorsa --task lm-eval:arc_easy,hellaswag
     """
-    from rich.console import Console
-
-    from svdtune.cli.asking import form, held_out
-    from svdtune.cli.progress import counting
-    from svdtune.data import read_rows, to_examples
-    from svdtune.evaluation import Decoding, get_task, to_items
-    from svdtune.evaluation import evaluate as run_evaluation
+    from svdtune.cli.asking import sets_to_ask
+    from svdtune.cli.averaging import report_averages
+    from svdtune.evaluation import Decoding
     from svdtune.export import find_source
 
     found = find_source(source, adapter)
@@ -98,33 +105,96 @@ def evaluate(
         folder = output or _default_output(found.run, source, "lm-eval", task.removeprefix(HARNESS).replace(",", "-"))
         typer.echo(_run_harness(found, task.removeprefix(HARNESS), folder, batch_size, limit, dtype, device))
         return
-    decoding = Decoding(samples, temperature, top_p, seed, beams, length_penalty, no_repeat_ngram_size)
-    rows = held_out(found.recipe, data, split, config, limit, task)
-    asked = form(rows.source, found.recipe, task, prompt, answer, template, max_new_tokens)
-    grader = get_task(asked.task)
-    examples = to_examples(read_rows(**rows.model_dump()), asked.prompt, asked.completion, source=rows.source)
-    folder = output or _default_output(found.run, source, rows.source, asked.task)
+    # Greedy, or as the recipe of a run decodes.
+    own = found.recipe.evaluation if found.recipe and found.recipe.evaluation else Decoding()
+    decoding = Decoding(
+        samples,
+        temperature,
+        top_p,
+        seed,
+        own.beams if beams is None else beams,
+        own.length_penalty if length_penalty is None else length_penalty,
+        own.no_repeat_ngram_size if no_repeat_ngram_size is None else no_repeat_ngram_size,
+    )
+    names = sets_to_ask(found.recipe, data, task)
+    asked = [
+        _prepare(found, name, split, config, limit, task, prompt, answer, template, max_new_tokens) for name in names
+    ]
+    results = {}
     with _opened(engine, found, dtype, device) as opened:
-        template = asked.template_for(opened.tokenizer)
-        items = to_items(examples, opened.tokenizer, template, asked.answer)
-        settings = {"data": rows.model_dump(), "prompt": asked.prompt, "answer": asked.answer, "template": template}
-        try:
-            with counting("evaluating", Console(stderr=True)) as on_progress:
-                result = run_evaluation(
-                    opened,
-                    items,
-                    grader,
-                    folder,
-                    max_new_tokens=asked.max_new_tokens,
-                    batch_size=batch_size,
-                    decoding=decoding,
-                    settings=settings,
-                    restart=restart,
-                    on_progress=on_progress,
-                )
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None
-    typer.echo(summary(result))
+        for one in asked:
+            own_folder = _default_output(found.run, source, one.rows.source, one.form.task)
+            folder = own_folder if output is None else output if len(asked) == 1 else output / own_folder.name
+            results[one.rows.source] = _ask(opened, one, folder, batch_size, decoding, restart)
+            typer.echo((f"{one.rows.source}: " if len(asked) > 1 else "") + summary(results[one.rows.source]))
+    if len(asked) > 1:
+        group = data or (found.run.name if found.run else "sets")
+        typer.echo(report_averages(results, (output or folder.parent) / f"{group}-averages.json"))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One data set, ready to be asked: where its rows come from, in what form, and the rows as examples."""
+
+    rows: "RowSource"
+    form: "Form"
+    task: "Task"
+    examples: "list[Example]"
+
+
+def _prepare(
+    found: "Source",
+    name: str | None,
+    split: str | None,
+    config: str | None,
+    limit: int | None,
+    task: str | None,
+    prompt: str | None,
+    answer: str | None,
+    template: str | None,
+    max_new_tokens: int | None,
+) -> Asked:
+    """Read a data set, before the model: what is wrong with it shows at once."""
+    from svdtune.cli.asking import form, held_out
+    from svdtune.data import read_rows, to_examples
+    from svdtune.evaluation import get_task
+
+    rows = held_out(found.recipe, name, split, config, limit, task)
+    asked = form(rows.source, found.recipe, task, prompt, answer, template, max_new_tokens)
+    examples = to_examples(read_rows(**rows.model_dump()), asked.prompt, asked.completion, source=rows.source)
+    return Asked(rows, asked, get_task(asked.task), examples)
+
+
+def _ask(
+    opened: "LoadedModel | VllmEngine", asked: Asked, folder: Path, batch_size: int, decoding: "Decoding", restart: bool
+) -> "Evaluation":
+    """Score the model on one data set."""
+    from rich.console import Console
+
+    from svdtune.cli.progress import counting
+    from svdtune.evaluation import evaluate as run_evaluation
+    from svdtune.evaluation import to_items
+
+    form, rows = asked.form, asked.rows
+    template = form.template_for(opened.tokenizer)
+    items = to_items(asked.examples, opened.tokenizer, template, form.answer)
+    settings = {"data": rows.model_dump(), "prompt": form.prompt, "answer": form.answer, "template": template}
+    try:
+        with counting(f"evaluating on {rows.source}", Console(stderr=True)) as on_progress:
+            return run_evaluation(
+                opened,
+                items,
+                asked.task,
+                folder,
+                max_new_tokens=form.max_new_tokens,
+                batch_size=batch_size,
+                decoding=decoding,
+                settings=settings,
+                restart=restart,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None
 
 
 @contextmanager

@@ -134,6 +134,9 @@ class Evaluation(_Section):
     split: str | None = Field(None, description="The split of every set, such as unseen; null: that of the paper.")
     template: str | None = Field(None, description="The prompt of the evaluation; null: data.template.")
     max_new_tokens: int | None = Field(None, ge=1, description="Length limit; null: that of each data set's paper.")
+    beams: int = Field(1, ge=1, description="Beams of a beam search; 1 is greedy.")
+    length_penalty: float = Field(1.0, description="Of a beam search.")
+    no_repeat_ngram_size: int = Field(0, ge=0, description="No n-gram of this size twice; 0 for no such rule.")
 
     @field_validator("data")
     @classmethod
