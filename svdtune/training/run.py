@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PrinterCallback, set_seed
 
@@ -19,6 +20,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.card import add_section
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.training.advice import launch_bound
 from svdtune.training.callbacks import AllocateRanks, JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.card import training_section
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, latest_checkpoint, start_run, write_summary
@@ -84,6 +86,10 @@ def train(
     model.config.use_cache = False
     show_adapted(console, model)
     show_example(console, train_rows[0], loaded.tokenizer)
+    if torch.cuda.is_available() and not recipe.training.compile:
+        tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
+        if advice := launch_bound(model, recipe.training.batch_size, tokens):
+            console.print(f"advice    {advice}", highlight=False)
     if checkpoint is None and main:
         start_run(recipe)  # only now: what is refused leaves an earlier run as it was
 

@@ -230,6 +230,18 @@ def test_gradient_checkpointing_does_not_change_the_losses(recipe: dict[str, Any
     assert [line["loss"] for line in saved] == pytest.approx([line["loss"] for line in plain], rel=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own parts
+def test_compiling_does_not_change_the_losses(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["method"]["dropout"] = 0.0
+    recipe["training"]["max_steps"] = 4
+    plain = log_of(go(recipe)[0])
+    recipe["output"]["dir"] = str(tmp_path / "compiled")
+    recipe["training"]["compile"] = True
+    compiled = log_of(go(recipe)[0])
+    assert [line["loss"] for line in compiled] == pytest.approx([line["loss"] for line in plain], rel=1e-4)
+
+
 def test_held_out_loss_is_logged(recipe: dict[str, Any]) -> None:
     recipe["data"]["eval"] = {"source": "arithmetic", "split": "test", "limit": 4}
     recipe["training"] |= {"max_steps": 4, "eval_steps": 2}
