@@ -1,7 +1,12 @@
 """Programs that mean harm: each is denied what it tries, counts as failed, and leaves nothing behind."""
 
 import os
+import runpy
+import select
 import signal
+import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -154,7 +159,7 @@ def test_the_users_environment_is_out_of_sight(monkeypatch: pytest.MonkeyPatch):
         ("open('big', 'wb').write(b'x' * 10**8)", SHORT, ("OSError", "wrote more")),
         ("for i in range(10**7): open(str(i), 'w').close()", Limits(cpu_seconds=20), "wrote more than"),
         ("import itertools\ndef f(x):\n    return itertools.count()", SHORT, ""),
-        ("def f(x):\n    return 'x' * 10**8", SHORT, "EOFError: too long an answer"),
+        ("def f(x):\n    return 'x' * 10**8", SHORT, "ProgramEndedError: too long an answer"),
     ],
 )
 def test_limits(program: str, limits: Limits, reason: str | tuple[str, ...]):
@@ -271,4 +276,87 @@ def test_a_system_that_lacks_a_protection_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(supervise, "missing_protections", lambda: ("Landlock, which this kernel does not offer",))
     with pytest.raises(SvdtuneError, match="it lacks Landlock"):
         run(RIGHT)
-    assert check_function(RIGHT, "f", DOUBLES, allow_weaker=True).passed
+    monkeypatch.setenv("SVDTUNE_SANDBOX", "weaker")
+    with pytest.warns(UserWarning, match="run without Landlock"):
+        assert run(RIGHT).passed
+
+
+def test_a_dead_program_is_not_taken_for_an_exception_that_a_test_expects():
+    tests = """
+def check(candidate):
+    try:
+        candidate(-1)
+    except Exception:
+        return
+    raise AssertionError
+"""
+    assert run("def f(x):\n    raise ValueError", tests).passed
+    assert not run("import os\ndef f(x):\n    os._exit(0)", tests).passed
+
+
+def test_it_dies_with_the_process_that_watches_it():
+    script = """
+import sys
+from svdtune.evaluation.sandbox import Limits, supervise
+kept = supervise.subprocess.Popen
+def popen(*args, **kwargs):
+    process = kept(*args, **kwargs)
+    print(process.pid, flush=True)
+    return process
+supervise.subprocess.Popen = popen
+program = "import time\\ntime.sleep(10**6)"
+supervise.check_function(program, "f", "", limits=Limits(wall_seconds=10**6))
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as watcher:
+        # the first is the probe
+        pids = [int(watcher.stdout.readline()) for _ in range(3)][1:]
+        handles = [os.pidfd_open(pid) for pid in pids]
+        watcher.kill()
+    for handle in handles:
+        assert select.select([handle], [], [], 60)[0], "a confined process outlives its watcher"
+        os.close(handle)
+
+
+def allows(program: list[tuple[int, int, int, int]], number: int, arguments: tuple[int, ...], audit: int) -> bool:
+    """Interpret a filter: what the kernel would say of a system call."""
+    data = struct.pack("=IIQ6Q", number, audit, 0, *arguments, *[0] * (6 - len(arguments)))
+    value = at = 0
+    while True:
+        code, if_true, if_false, operand = program[at]
+        at += 1
+        if code == 0x20:
+            value = int.from_bytes(data[operand : operand + 4], "little")
+        elif code == 0x54:
+            value &= operand
+        elif code == 0x15:
+            at += if_true if value == operand else if_false
+        else:
+            return operand == 0x7FFF0000
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_the_filter_allows_its_list_and_nothing_else(machine: str):
+    syscalls = runpy.run_path(str(Path(supervise.__file__).parent / "inside" / "syscalls.py"))
+    column, audit = syscalls["ARCHITECTURES"][machine]
+    program = [
+        (code, if_true, if_false, operand)
+        for code, if_true, if_false, operand in struct.iter_unpack("HBBI", syscalls["filter_program"](machine))
+    ]
+    numbers = {name: pair[column] for name, pair in syscalls["ALLOWED"].items() if pair[column] is not None}
+    unconditional = {number for name, number in numbers.items() if name not in syscalls["CHECKS"]}
+    fine = tuple(1 for _ in range(6))  # F_GETFD, O_WRONLY; no ioctl and no prlimit
+    assert {number for number in range(1000) if allows(program, number, fine, audit)} == unconditional | {
+        numbers[name] for name in ("open", "openat", "fcntl") if name in numbers
+    }
+    assert not allows(program, numbers["read"], fine, 0x40000003)  # another architecture's numbers
+    for arguments, expected in [
+        ((0, 1, 0, 0), True), ((0, 1, 1, 0), False), ((0, 1, 1 << 32, 0), False), ((5, 1, 0, 0), False),
+    ]:  # fmt: skip
+        assert allows(program, numbers["prlimit64"], arguments, audit) is expected
+    for flags, expected in [(0, True), (0o1000, False), (0o1001, True), (0o1002, True), (0o1003, False)]:
+        assert allows(program, numbers["openat"], (0, 0, flags), audit) is expected
+    assert [number for number in range(2000) if allows(program, numbers["fcntl"], (0, number), audit)] == [
+        0, 1, 2, 3, 4, 1030,
+    ]  # fmt: skip
+    assert allows(program, numbers["ioctl"], (0, 0x5413), audit)
+    assert not allows(program, numbers["ioctl"], (0, 0x5412), audit)  # TIOCSTI: typing into a terminal

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -62,15 +63,18 @@ def missing_protections() -> tuple[str, ...]:
 
 
 def require_protections() -> None:
-    """Refuse to run foreign code in less than a whole sandbox.
+    """Refuse to run foreign code in less than a whole sandbox, unless SVDTUNE_SANDBOX says `weaker`.
 
     Raises:
         SvdtuneError: If a protection is missing.
     """
-    if missing := missing_protections():
+    missing = missing_protections()
+    if missing and os.environ.get("SVDTUNE_SANDBOX") == "weaker":
+        warnings.warn(f"programs that a model wrote run without {'; '.join(missing)}", stacklevel=2)
+    elif missing:
         raise SvdtuneError(
             f"this system cannot confine programs that a model wrote; it lacks {'; '.join(missing)}. Score on Linux "
-            "5.13 or later, x86-64 or ARM64; or, inside a machine or container you can lose, accept a weaker sandbox"
+            "5.13 or later, x86-64 or ARM64; or, on a machine that you can lose, set SVDTUNE_SANDBOX=weaker"
         )
 
 
@@ -80,7 +84,6 @@ def check_function(
     tests: str,
     setup: str = "",
     limits: Limits | None = None,
-    allow_weaker: bool = False,
 ) -> Verdict:
     """Execute a program and say whether a function of it passes the tests.
 
@@ -93,13 +96,11 @@ def check_function(
         tests: Source that defines `check(candidate)`, as HumanEval has it.
         setup: Source that the tests need; not the program's.
         limits: None for the defaults.
-        allow_weaker: Run even where the system lacks a protection.
 
     Raises:
-        SvdtuneError: If it does, and `allow_weaker` is not set.
+        SvdtuneError: If the system lacks a protection (see `require_protections`).
     """
-    if not allow_weaker:
-        require_protections()
+    require_protections()
     limits = limits or Limits()
     with tempfile.TemporaryDirectory(prefix="svdtune-") as folder, contextlib.ExitStack() as stack:
         scratches = Path(folder, "program"), Path(folder, "tests")
@@ -108,7 +109,7 @@ def check_function(
         _write(scratches[0] / "program.py", program)
         _write(scratches[1] / "setup.py", setup)
         _write(scratches[1] / "tests.py", tests)
-        processes, verdict = _start(function, scratches, limits, allow_weaker, stack)
+        processes, verdict = _start(function, scratches, limits, stack)
         return _watch(processes, verdict, scratches, limits)
 
 
@@ -117,7 +118,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _start(
-    function: str, scratches: tuple[Path, Path], limits: Limits, allow_weaker: bool, stack: contextlib.ExitStack
+    function: str, scratches: tuple[Path, Path], limits: Limits, stack: contextlib.ExitStack
 ) -> tuple[list[subprocess.Popen[bytes]], IO[bytes]]:
     """Start the program and its tests, each reading what the other writes; both are ended when `stack` closes."""
     calls_out, calls_in = os.pipe()
@@ -130,7 +131,7 @@ def _start(
             ("program", scratches[0], calls_out, answers_in),
             ("tests", scratches[1], answers_out, calls_in),
         ):
-            extra = {"function": function, "allow_weaker": allow_weaker}
+            extra = {"function": function, "allow_weaker": bool(missing_protections())}
             keep = (verdict_in,) if role == "tests" else ()
             process = subprocess.Popen(
                 _command(role, _settings(str(scratch), limits) | extra | {"verdict": verdict_in}),
@@ -205,15 +206,15 @@ def _reason(program: subprocess.Popen[bytes], said: bytes) -> str:
         reason = str(json.loads(said)[1])
     except (ValueError, IndexError):
         reason = ""
-    if reason and not reason.startswith("EOFError: the program ended"):
+    if reason and not reason.startswith("ProgramEndedError: the program"):
         return reason
     with contextlib.suppress(subprocess.TimeoutExpired):
         program.wait(_LOOK)  # the tests can notice its end before it is over
     if program.returncode == -signal.SIGKILL:
         return "killed at its limit of CPU time"
     if program.returncode is not None:
-        died = program.returncode
-        return f"the program died of {signal.Signals(-died).name}" if died < 0 else f"the program exited with {died}"
+        status = program.returncode
+        return f"the program died: {signal.strsignal(-status)}" if status < 0 else f"the program exited with {status}"
     return reason or "the tests ended without a verdict"
 
 

@@ -19,6 +19,10 @@ from values import decode, encode
 _LINE = 1 << 24  # bytes of a call or an answer
 
 
+class ProgramEndedError(BaseException):
+    """The program is gone or out of step; no `except Exception` of a test may take that for the program's own error."""
+
+
 def _send(stream: BinaryIO, message: Any) -> None:
     stream.write(json.dumps(message).encode() + b"\n")
     stream.flush()
@@ -27,7 +31,7 @@ def _send(stream: BinaryIO, message: Any) -> None:
 def _receive(stream: BinaryIO) -> Any:
     line = stream.readline(_LINE)
     if not line.endswith(b"\n"):
-        raise EOFError("the program ended before its answer" if not line else "too long an answer")
+        raise ProgramEndedError("too long an answer" if line else "the program ended before its answer")
     return json.loads(line)
 
 
@@ -59,7 +63,10 @@ def _proxy(calls: BinaryIO, answers: BinaryIO) -> Callable[..., Any]:
     """A function that has the other process compute its value."""
 
     def candidate(*arguments: Any) -> Any:
-        _send(calls, [encode(argument) for argument in arguments])
+        try:
+            _send(calls, [encode(argument) for argument in arguments])
+        except BrokenPipeError as error:
+            raise ProgramEndedError("the program ended before a call") from error
         kind, *rest = _receive(answers)
         if kind == "value":
             return decode(rest[0])
@@ -95,6 +102,7 @@ def _run_tests(function: str, calls: BinaryIO, answers: BinaryIO, verdict: Binar
 def main() -> None:
     """Move the pipes out of the way of foreign code's own input and output, confine, and play the role."""
     role, settings = sys.argv[1], json.loads(sys.argv[2])
+    sys.path.pop(0)  # this folder: foreign code has no business here
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
