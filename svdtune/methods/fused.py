@@ -17,7 +17,7 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import compute_dtype
-from svdtune.methods.quantized import is_quantized
+from svdtune.methods.quantized import device_and_dtype, is_quantized
 from svdtune.methods.rows import Rows
 
 
@@ -42,7 +42,10 @@ class RowSlice(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The slice's matrix [out, in] in the stored dtype, or dequantized."""
+        """The slice's matrix [out, in] in the stored dtype, or dequantized; on the meta device where the fused weight is."""
+        device, dtype = device_and_dtype(self.whole)
+        if device.type == "meta" and not hasattr(self.whole, "_hf_hook"):
+            return torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
         return self.rows.matrix(spectra.base_weight(self.whole))
 
     @property

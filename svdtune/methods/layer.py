@@ -361,7 +361,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             if self.tied:
                 self.get_base_layer().weight = self._before_merge
             elif self.quantization_backend is None:
-                self.set_base_weight(self._before_merge.to(self.get_base_layer().weight.device))
+                self.set_base_weight(self._before_merge.to(device_and_dtype(self.get_base_layer())[0]))
             else:
                 put_back(self, self._before_merge)
             self._before_merge = None

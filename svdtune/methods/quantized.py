@@ -73,6 +73,7 @@ def put_back(layer: Any, stored: Any) -> None:
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a base layer's weight lies, and its dtype; HQQ, which has no such weight, says what it computes in."""
+    base = getattr(base, "whole", base)  # of a slice
     if hasattr(base, "W_q"):
         return base.W_q.device, base.compute_dtype
     return base.weight.device, base.weight.dtype

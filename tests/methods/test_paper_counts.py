@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTJConfig, LlamaConfig
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 
@@ -63,3 +63,25 @@ def test_mosara_on_llama_7b(k, settings, percent):
 def test_sorsa_on_llama_7b_is_the_papers_320_million():
     trained, _ = trained_share(model_of(LlamaConfig(**LLAMA_7B)), SorsaConfig(r=128))
     assert round(trained / 1e6) == 320
+
+
+GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
+
+
+def test_sara_on_gpt2_medium_adapts_the_slices_q_and_v():
+    """0.33 million at θ = 0.012, which implies a mean rank of 3.36 over the q and v of 24 layers."""
+    model = model_of(GPT2_MEDIUM)
+    names = [f"transformer.h.{layer}.attn.c_attn.{part}" for layer in range(24) for part in "qv"]
+    pattern = {name: 3 + (i >= 0.64 * len(names)) for i, name in enumerate(names)}
+    trained, _ = trained_share(model, SaraConfig(threshold=0.012, rank_pattern=pattern, fused_slices="auto"))
+    assert trained == sum(k * (1024 + 1024 + 1) for k in pattern.values())
+    assert round(trained / 1e6, 2) == 0.33
+
+
+def test_mosara_on_gpt2_medium():
+    """0.094 million with 3 heads at θ = 0.5."""
+    trained, _ = trained_share(
+        model_of(GPT2_MEDIUM), MoSaraConfig(r=233, num_heads=3, fused_slices={"c_attn": ["q", "v"]})
+    )
+    assert trained == 48 * (3 * 233 + 1024 + 233 + 3)
+    assert round(trained / 1e6, 3) == 0.094
