@@ -4,7 +4,6 @@ Ranks and factors are settled for all target layers together before any layer is
 decomposed leaves the model as it was, and the disk cache and the progress bar see the whole job.
 """
 
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,24 +11,17 @@ from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
-from transformers.pytorch_utils import Conv1D
 
-from svdtune import spectra
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import Factors
-from svdtune.methods.card import TITLES
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compact import leave_out, restore
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.convolution import kernel_of
 from svdtune.methods.fused import FusedLinear, RowSlice
-from svdtune.methods.integrity import check_base, check_same_layers, check_tensors, fingerprint
+from svdtune.methods.integrity import check_base, check_same_layers, check_tensors
 from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
 from svdtune.methods.quantized import backend_of, device_and_dtype
-from svdtune.methods.rows import Parts, Rows, check_rows, chosen_parts
+from svdtune.methods.settled import Settled, original_weight
 from svdtune.methods.together import Together
 
 
@@ -53,33 +45,20 @@ class SvdTuner(BaseTuner):
         """As PEFT's, with every rank and factor settled first; see the head of this file."""
         config: SvdConfig = self.peft_config[adapter_name]
         self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
-        self._ranks: dict[str, int] = {}
-        self._fingerprints: dict[str, str] = {}
-        self._factors: dict[str, Factors] = {}
-        self._parts: dict[str, Parts] = {}
-        self._shared = shared_weights(model)
-        self._kernels: dict[str, dict[str, Any]] = {}
+        load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
+        self._settled = Settled(config, model, self.tuner_layer_cls, load_only)
         if state_dict is not None:  # PEFT takes the modules' names from the keys, and a slice is no module yet
             keys = {key: key.rpartition(".") for key in state_dict}
             state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
         try:
-            with warnings.catch_warnings():  # PEFT looks at modules alone; `_warn_of_patterns` at slices too
+            with warnings.catch_warnings():  # PEFT looks at modules alone; `check_patterns` at slices too
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._watch(model)
-            self._warn_of_patterns(config)
-            config.ranks = {name: self._ranks[name] for name in sorted(self._ranks)}
-            config.kernels = {name: self._kernels[name] for name in sorted(self._kernels)}
-            config.slices = {
-                f"{name}.{part}": rows.as_list()
-                for name in sorted(self._parts)
-                for part, rows in self._parts[name].items()
-            }
-            if not config.initialized:
-                config.base_fingerprint = {name: self._fingerprints[name] for name in sorted(self._fingerprints)}
+            self._settled.check_patterns()
+            self._settled.record()
         finally:
-            self._factors.clear()
+            self._settled.factors.clear()
 
     def _watch(self, model: nn.Module) -> None:
         self.together = self.together or Together()
@@ -94,11 +73,11 @@ class SvdTuner(BaseTuner):
     def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
         peft_config = self._named_layers(peft_config, model)
-        targets = dict(self._layers(peft_config, model))
+        targets = dict(self._settled.layers(dict(self._targets(peft_config, model))))
         if peft_config.initialized:
             check_same_layers(peft_config.ranks, targets)
             check_base(peft_config.base_fingerprint, targets)
-        self._settle(peft_config, targets)
+        self._settled.settle(targets)
 
     def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
         """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name, which `layers_to_transform`
@@ -127,100 +106,6 @@ class SvdTuner(BaseTuner):
             if matched and not isinstance(matched, _ExcludedModule):
                 yield name, module
 
-    def _layers(self, config: SvdConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The layers to adapt: the target modules, or the slices of those that are adapted by slice."""
-        if isinstance(config.fused_slices, dict) and not config.initialized:
-            names = [name for name, _ in self._targets(config, model)]
-            for key in config.fused_slices:
-                if names and not any(f".{name}".endswith(f".{key}") for name in names):
-                    raise SvdtuneError(
-                        f"`fused_slices` names {key!r}, but no target module is called that; the targets are "
-                        f"{', '.join(sorted({name.rpartition('.')[2] for name in names}))}"
-                    )
-        for name, module in self._targets(config, model):
-            parts = self._parts_of(config, model, name, module)
-            if not parts:
-                yield name, module
-                continue
-            self._parts[name] = parts
-            fused = isinstance(module, FusedLinear)
-            for part, rows in parts.items():
-                adapted = module.slice(part) if fused else None
-                yield f"{name}.{part}", adapted or RowSlice(module.get_base_layer() if fused else module, rows)
-
-    @staticmethod
-    def _parts_of(config: SvdConfig, model: nn.Module, name: str, module: nn.Module) -> Parts:
-        check_supported(name, module)
-        if config.initialized:
-            stored = {key: rows for key, rows in config.slices.items() if key.rpartition(".")[0] == name}
-            parts = {key.rpartition(".")[2]: Rows(*rows) for key, rows in stored.items()}
-            check_rows(name, parts, spectra.matrix_shape(module)[0])
-        else:
-            out = spectra.matrix_shape(module)[0]
-            parts = chosen_parts(config.fused_slices, config.paper_slices, model, name, out)
-        if isinstance(module, BaseTunerLayer) and bool(parts) != isinstance(module, FusedLinear):
-            raise SvdtuneError(
-                f"{name!r} has an adapter already that adapts it {'as a whole' if parts else 'by slices'}, so another one "
-                f"cannot adapt it {'by slices' if parts else 'as a whole'}. Give both the same `fused_slices`"
-            )
-        return parts
-
-    def _settle(self, config: SvdConfig, targets: dict[str, nn.Module]) -> None:
-        for name, module in targets.items():
-            check_supported(name, module)
-            check_one_method(name, module, self.tuner_layer_cls)
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            config.check_base_layer(name, base, shared=id(getattr(base, "weight", None)) in self._shared)
-            if isinstance(base, spectra.CONVOLUTIONS):
-                self._kernels[name] = kernel_of(base)
-        given = {name: self._given_rank(config, name) for name in targets}
-        measured = [name for name, rank in given.items() if rank is None]
-        weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
-        if measured:
-            self._check_readable(config, measured, targets)
-            given |= spectra.ranks({name: weights[name] for name in measured}, config.threshold)
-        for name, rank in given.items():
-            check_rank(name, rank, targets[name])
-        self._ranks |= given
-        if not config.initialized:
-            found = {name: fingerprint(module) for name, module in targets.items()}
-            self._fingerprints |= {name: value for name, value in found.items() if value is not None}
-        if config.needs_factors and not self._load_only:
-            self._factors |= dict(spectra.factors(weights, given, exact=config.compact))
-
-    def _given_rank(self, config: SvdConfig, name: str) -> int | None:
-        """The rank of one layer as the configuration gives it, None where its spectrum decides."""
-        if config.initialized and name in config.ranks:
-            return config.ranks[name]
-        patterns = config.rank_pattern
-        module = name.rpartition(".")[0]
-        names = (name, module) if module in self._parts else (name,)  # a slice, then what it is a slice of
-        matched = (patterns.get(get_pattern_key(patterns.keys(), name)) for name in names)
-        return next((rank for rank in matched if rank is not None), config.r)
-
-    def _warn_of_patterns(self, config: SvdConfig) -> None:
-        layers = {*self._ranks, *self._parts}
-        unused = [key for key in config.rank_pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers)]
-        if unused:
-            warnings.warn(
-                f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(unused)}.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-
-    def _check_readable(self, config: SvdConfig, names: list[str], targets: dict[str, nn.Module]) -> None:
-        if config.initialized:
-            raise SvdtuneError(
-                f"the saved adapter has no rank for {names[0]!r} ({len(names)} layers in all): it was made for another "
-                "model, or its adapter_config.json was altered. Load it onto the model it was trained on"
-            )
-        if self._load_only:
-            raise SvdtuneError(
-                f"threshold={config.threshold} takes the rank of {names[0]!r} from its weight, but low_cpu_mem_usage=True "
-                "reads no weights. Give the ranks with `r` or `rank_pattern` (`svdtune plan` writes one), or leave "
-                "low_cpu_mem_usage out"
-            )
-
     # Injection
 
     def _create_and_replace(
@@ -233,11 +118,11 @@ class SvdTuner(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if current_key in self._parts:
+        if current_key in self._settled.parts:
             self._adapt_slices(peft_config, adapter_name, target, target_name, parent, current_key)
             return
-        if current_key not in self._ranks:  # PEFT found the layer in a state dict, not by the configuration
-            self._settle(peft_config, {current_key: target})
+        if current_key not in self._settled.ranks:  # PEFT found the layer in a state dict, not by the configuration
+            self._settled.settle({current_key: target})
         layer = self._adapted(peft_config, adapter_name, target, current_key)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -252,7 +137,7 @@ class SvdTuner(BaseTuner):
         current_key: str,
     ) -> None:
         fused = target if isinstance(target, FusedLinear) else FusedLinear(target)
-        for part, rows in self._parts[current_key].items():
+        for part, rows in self._settled.parts[current_key].items():
             before = fused.slice(part) or RowSlice(fused.get_base_layer(), rows)
             layer = self._adapted(config, adapter_name, before, f"{current_key}.{part}")
             if layer is not before:
@@ -265,10 +150,10 @@ class SvdTuner(BaseTuner):
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         if layer is not target:
             layer._active_adapter = adapter_name
-            layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._shared
+            layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._settled.shared
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
-        factors = self._factors.pop(name, None)
-        layer.update_layer(adapter_name, self._ranks[name], config, factors, load_only=self._load_only)
+        factors = self._settled.factors.pop(name, None)
+        layer.update_layer(adapter_name, self._settled.ranks[name], config, factors, self._settled.load_only)
         if config.compact and factors is not None:
             layer.recomputable.add(adapter_name)
         if layer is not target and adapter_name not in self.active_adapters:
@@ -398,58 +283,3 @@ class SvdTuner(BaseTuner):
         tuner.unload()
         for parameter in tuner._trained_before:
             parameter.requires_grad_(True)
-
-
-def check_supported(name: str, module: nn.Module) -> None:
-    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass, Conv1D, a convolution, or quantized."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not (isinstance(base, (nn.Linear, Conv1D, RowSlice, *spectra.CONVOLUTIONS)) or hasattr(base, "W_q")):
-        raise SvdtuneError(
-            f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear, transformers' "
-            "Conv1D, and torch.nn.Conv1d, Conv2d and Conv3d. Narrow `target_modules`, or name it in `exclude_modules`"
-        )
-    if is_parametrized(base, "weight"):
-        raise SvdtuneError(
-            f"the weight of {name!r} is computed by a parametrization (such as weight_norm) at every use, so there is none to "
-            "decompose or to merge into. Take it off with torch.nn.utils.parametrize.remove_parametrizations, or name the "
-            "layer in `exclude_modules`"
-        )
-
-
-def check_one_method(name: str, module: nn.Module, method: type[SvdLayer]) -> None:
-    """Raise `SvdtuneError` for a layer that has an adapter of another method of ours."""
-    other = next((m for m in module.modules() if isinstance(m, SvdLayer) and not isinstance(m, method)), None)
-    if other is not None:
-        titles = TITLES[other.method], TITLES[method.method]
-        raise SvdtuneError(
-            f"layer {name!r} has a {titles[0]} adapter, and a {titles[1]} adapter cannot stand on the same layer. Adapt other "
-            f"layers, or unload the first. {WAY_ROUND}"
-        )
-
-
-def check_rank(name: str, rank: int, module: nn.Module) -> None:
-    """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
-    shape = spectra.matrix_shape(module)
-    if rank > min(shape):
-        raise SvdtuneError(
-            f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "
-            f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or name the layer in `exclude_modules`"
-        )
-
-
-def shared_weights(model: nn.Module) -> set[int]:
-    """The ids of the parameters that several modules hold."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        ids = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
-        shared |= seen & ids
-        seen |= ids
-    return shared
-
-
-def original_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] that the base model has at a layer, whatever adapters were put on it."""
-    if hasattr(module, "full_weight"):
-        return module.full_weight()
-    return spectra.base_weight(module)

@@ -8,7 +8,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
-from svdtune.methods.tuner import check_supported
+from svdtune.methods.settled import check_supported
 
 
 def resolve_targets(
