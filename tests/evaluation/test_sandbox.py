@@ -154,7 +154,7 @@ def test_the_users_environment_is_out_of_sight(monkeypatch: pytest.MonkeyPatch):
         ("import time\ntime.sleep(10**6)", Limits(wall_seconds=0.5), "not done after 0.5 s"),
         ("import sys\nsys.stdin.read()\nwhile True: print('x' * 1000)", SHORT, "printed more than 65536 bytes"),
         ("import os\nwhile True: os.write(2, b'x' * 1000)", SHORT, "printed more than 65536 bytes"),
-        ("x = []\nwhile True: x.append(' ' * 10**7)", SHORT, "MemoryError"),
+        ("x = []\nwhile True: x.append(bytearray(10**7))", SHORT, "MemoryError"),
         ("x = bytearray(10**12)", SHORT, "MemoryError"),
         ("open('big', 'wb').write(b'x' * 10**8)", SHORT, ("OSError", "wrote more")),
         ("for i in range(10**7): open(str(i), 'w').close()", Limits(cpu_seconds=20), "wrote more than"),
