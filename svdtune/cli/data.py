@@ -8,7 +8,7 @@ import typer
 if TYPE_CHECKING:
     from svdtune.data.check import Checked
 
-app = typer.Typer(no_args_is_help=True, help="Look at data before training on it.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at data before training on it.")
 
 
 @app.command()
@@ -69,18 +69,18 @@ def _files(paths: list[Path]) -> list[Path]:
 
 def _report(found: "Checked", show: int) -> str:
     name = found.format.name if found.format else "no format of the papers"
-    lines = [f"{found.path}: {name}, {found.rows:,} rows"]
+    lines = [f"{found.path}: {name}, {_rows(found.rows)}"]
     if found.fields:
         lines.append(f"  fields: {', '.join(found.fields)}")
     if not found.rows:
         lines.append("  empty: there is nothing to train on or to ask")
     if found.repeated:
-        lines.append(f"  {found.repeated:,} rows are equal to an earlier one")
+        lines.append(f"  {_rows(found.repeated)} equal to an earlier one")
     if found.format and found.format.references:
         lines.append(f"  {found.rows - found.same_question:,} meanings, each with one or more references")
     elif found.same_question > found.repeated:
         lines.append(
-            f"  {found.same_question:,} rows ask what an earlier one asks, but for case, spaces and punctuation"
+            f"  {_rows(found.same_question)} asking what an earlier one asks, but for case, spaces and punctuation"
         )
     if found.faults:
         lines.append(f"  {len(found.faults):,} malformed:")
@@ -88,3 +88,7 @@ def _report(found: "Checked", show: int) -> str:
         if len(found.faults) > show:
             lines.append(f"    and {len(found.faults) - show:,} more (--show)")
     return "\n".join(lines)
+
+
+def _rows(count: int) -> str:
+    return "1 row" if count == 1 else f"{count:,} rows"

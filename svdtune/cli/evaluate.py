@@ -1,5 +1,6 @@
 """`svdtune evaluate`: the score of a run, an adapter or a plain model on held-out items."""
 
+import textwrap
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -126,7 +127,8 @@ def evaluate(
             own_folder = _default_output(found.run, source, one.rows.source, one.form.task)
             folder = own_folder if output is None else output if len(asked) == 1 else output / own_folder.name
             results[one.rows.source] = _ask(opened, one, folder, batch_size, decoding, restart)
-            typer.echo((f"{one.rows.source}: " if len(asked) > 1 else "") + summary(results[one.rows.source]))
+            shown = summary(results[one.rows.source])
+            typer.echo(f"{one.rows.source}\n{textwrap.indent(shown, '  ')}" if len(asked) > 1 else shown)
     if len(asked) > 1:
         group = data or (found.run.name if found.run else "sets")
         typer.echo(report_averages(results, (output or folder.parent) / f"{group}-averages.json"))

@@ -23,7 +23,7 @@ def test_a_good_file(tmp_path: Path) -> None:
     path = write(tmp_path / "gsm.jsonl", {"question": "1?", "answer": "#### 1"})
     result = svdtune("check", path)
     assert result.exit_code == 0
-    assert result.stdout == f"{path}: GSM8K, 1 rows\n  fields: question, answer\n"
+    assert result.stdout == f"{path}: GSM8K, 1 row\n  fields: question, answer\n"
 
 
 def test_malformed_rows_are_listed_up_to_a_limit(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_malformed_rows_are_listed_up_to_a_limit(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "4 malformed:\n    line 2 answer does not end in '#### ' and a number\n    line 3" in result.stdout
     assert "and 2 more" in result.stdout
-    assert "3 rows are equal to an earlier one" in result.stdout
+    assert "3 rows equal to an earlier one" in result.stdout
 
 
 def test_a_folder_is_gone_through_and_the_worst_counts(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_a_folder_is_gone_through_and_the_worst_counts(tmp_path: Path) -> None:
     (tmp_path / "in" / "notes.md").write_text("not data")
     result = svdtune("check", tmp_path)
     assert result.exit_code == 2
-    assert "a.jsonl: no format of the papers, 1 rows" in result.stdout
+    assert "a.jsonl: no format of the papers, 1 row" in result.stdout
     assert "b.json line 1 is not valid JSON" in result.stdout
     assert "notes" not in result.stdout
 

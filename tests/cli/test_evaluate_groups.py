@@ -64,7 +64,7 @@ def test_a_group_is_scored_set_by_set_and_averaged_in_both_modes(
     assert asked[0].startswith("Below is an instruction that describes a task. Write a response that appropriately")
     assert asked[0].endswith(f"### Instruction:\n{indent}SVAMP 0?\n\n{indent}### Response:\n{indent}")
     # The paper's code deletes commas, so that 3,4 is 34. No answer holds a letter from A to E, as AQuA's should.
-    assert "svamp: accuracy (strict) 50.0%" in result.stdout
+    assert "svamp\n  accuracy (strict) 50.0%" in result.stdout
     assert "accuracy (paper) 100.0%" in result.stdout
     assert "macro average (strict) 41.7%, 95 % interval" in result.stdout
     assert "micro average (paper) 83.3%" in result.stdout
