@@ -29,15 +29,13 @@ def combine(
     """
     from svdtune.cli.export import summary
     from svdtune.errors import SvdtuneError
-    from svdtune.export import find_source
+    from svdtune.export import adapter_of, find_source
     from svdtune.export.lora import combine as run_combine
 
     weights: dict[Path, float] = {}
     for given in adapters:
         name, weight = weight_of(given)
-        folder = find_source(name).adapter
-        if folder is None:
-            raise SvdtuneError(f"{name} has no adapter to combine; name run or adapter folders")
+        folder = adapter_of(find_source(name), "combine")
         if folder in weights:
             raise SvdtuneError(f"{folder} is named twice; give it one weight")
         weights[folder] = weight

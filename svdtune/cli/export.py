@@ -40,18 +40,16 @@ def export(
     """
     from dataclasses import replace
 
-    from svdtune.errors import SvdtuneError
-    from svdtune.export import find_source
+    from svdtune.export import adapter_of, find_source
     from svdtune.export.lora import compare, export_lora
 
     found = find_source(source)
-    if found.adapter is None:
-        raise SvdtuneError(f"{source} has no adapter to export; name a run or an adapter folder")
+    adapter = adapter_of(found, "export")
     opened = found if base is None else replace(found, base=base)
-    report = export_lora(found.adapter, output, rank=rank, uniform=uniform, base=opened)
+    report = export_lora(adapter, output, rank=rank, uniform=uniform, base=opened)
     typer.echo(summary(report))
     if base is not None:
-        relative, effect = compare(base, found.adapter, report.output)
+        relative, effect = compare(base, adapter, report.output)
         typer.echo(
             f"logits against the adapter's: relative difference {relative:.1e}; for scale, the adapter itself changes the "
             f"base's by {effect:.1e}"

@@ -2,6 +2,6 @@
 
 from svdtune.export.checking import Comparison
 from svdtune.export.merging import MergeReport, merge
-from svdtune.export.opening import Source, attach_adapter, find_source, open_source
+from svdtune.export.opening import Source, adapter_of, attach_adapter, find_source, open_source
 
-__all__ = ["Comparison", "MergeReport", "Source", "attach_adapter", "find_source", "merge", "open_source"]
+__all__ = ["Comparison", "MergeReport", "Source", "adapter_of", "attach_adapter", "find_source", "merge", "open_source"]

@@ -4,7 +4,6 @@ So every method, layer kind and check is the same as in memory: nothing is writt
 """
 
 import copy
-import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_same_layers
+from svdtune.methods.saved import read_json
 
 _ROOT = "base_model.model."
 # Settings that choose layers among many, or train something beside them: a model of one layer has neither.
@@ -148,7 +148,7 @@ def read_peft_config(folder: Path) -> PeftConfig:
         SvdtuneError: it is damaged, or its method changes no weight.
     """
     try:
-        peft_type = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["peft_type"]
+        peft_type = read_json(folder / ADAPTER_CONFIG).get("peft_type")
         config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
     except SvdtuneError:
         raise

@@ -154,6 +154,9 @@ def _write(
     if rank is not None and rank < 1:
         raise SvdtuneError(f"the rank to export to must be at least 1; got {rank}")
     check_kernels(adapter.kernels)
+    for layer, pair in pairs.items():
+        if not all(torch.isfinite(part).all() for part in pair):
+            raise SvdtuneError(f"the adapter is broken: its change of layer {layer!r} holds NaN or infinity")
     errors = {}
     if rank is not None:
         for layer, pair in pairs.items():

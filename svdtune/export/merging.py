@@ -24,7 +24,7 @@ from svdtune.export.checking import Comparison, compare_checkpoint, why_not
 from svdtune.export.checkpoint import FLOATING, INDEX, Checkpoint, Computed, Stored, open_checkpoint, write_tensors
 from svdtune.export.folder import check_new_folder, new_folder
 from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
-from svdtune.export.opening import Source, base_folder
+from svdtune.export.opening import Source, adapter_of, base_folder
 from svdtune.export.skeleton import StoredNames, build_skeleton, stored_names
 from svdtune.models import load, load_tokenizer, set_end_token
 
@@ -77,17 +77,14 @@ def merge(
             or belongs to another base, `output` cannot be written, or the checkpoint does not give the adapter's outputs.
     """
     output = Path(output).expanduser()
-    if source.adapter is None:
-        raise SvdtuneError(f"{source.base} is a model without an adapter, so there is nothing to merge")
+    folder = adapter_of(source, "merge")
     if dtype != "auto" and dtype not in _words():
         raise SvdtuneError(f"dtype {dtype!r} is none to merge in: expected auto, {', '.join(_words())}")
     check_new_folder(output)
     target = None if dtype == "auto" else _words()[dtype]
     with new_folder(output) as work, _safetensors_of(source, output.absolute().parent) as base:
-        skeleton = build_skeleton(
-            base.folder, read_peft_config(source.adapter), trust_remote_code=source.trust_remote_code
-        )
-        adapter = LayerwiseAdapter(source.adapter, skeleton)
+        skeleton = build_skeleton(base.folder, read_peft_config(folder), trust_remote_code=source.trust_remote_code)
+        adapter = LayerwiseAdapter(folder, skeleton)
         untied, dtypes = _write_weights(base, work, adapter, skeleton, target)
         _copy_other_files(base.folder, work, source, skeleton)
         _edit_config(work, untied, target)

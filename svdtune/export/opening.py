@@ -1,19 +1,21 @@
 """Open what a command is given: a training run, an adapter folder, or a plain model with or without an adapter."""
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from svdtune.errors import SvdtuneError
-from svdtune.models import LoadedModel, load
+from svdtune.methods.saved import read_json
+from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loading import locate
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
@@ -136,6 +138,19 @@ def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
     return adapted.eval()
 
 
+def adapter_of(source: Source, task: str) -> Path:
+    """The adapter of what a command was given.
+
+    Raises:
+        SvdtuneError: there is none.
+    """
+    if source.adapter is not None:
+        return source.adapter
+    if source.base != SMOLLM2 and not Path(source.base).expanduser().exists():
+        raise SvdtuneError(f"there is no run or adapter folder {source.base}, so there is nothing to {task}")
+    raise SvdtuneError(f"{source.base} has no adapter, so there is nothing to {task}; name a run or an adapter folder")
+
+
 def _is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 
@@ -159,10 +174,13 @@ def _read_config(adapter: Path) -> dict[str, Any]:
     if not path.is_file():
         found = "that folder does not exist" if not adapter.is_dir() else f"it has no {_ADAPTER_CONFIG}"
         raise SvdtuneError(f"{adapter} is not an adapter folder: {found}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SvdtuneError(f"{path} is damaged: {error}") from error
+    found = read_json(path)
+    if found.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SvdtuneError(
+            f"{adapter} holds an adapter of type {found.get('peft_type')}, which PEFT {peft.__version__} does not know; "
+            f"upgrade PEFT, or see whether {path.name} is damaged"
+        )
+    return found
 
 
 def _stored_keys(adapter: Path) -> set[str]:

@@ -120,9 +120,15 @@ class SvdConfig(PeftConfig):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        problems = list(self._problems())
+        problems = list(self._kinds()) or list(self._problems())
         if problems:
             raise SvdtuneError(f"{type(self).__name__}: " + "; ".join(problems))
+
+    def _kinds(self) -> Iterator[str]:
+        """Yield which fields that must be dicts are not: an altered file's, as no user writes most of them."""
+        for name in ("rank_pattern", "ranks", "slices", "kernels", "base_fingerprint"):
+            if not isinstance(value := getattr(self, name), Mapping):
+                yield f"`{name}` must be a dict by module name; got {value!r:.60}"
 
     def _problems(self):
         """Yield what is wrong with the values, a sentence each; methods add their own."""

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
@@ -62,6 +63,13 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
         raise SvdtuneError(
             f"{path} does not belong to the {ADAPTER_CONFIG} beside it: they differ in layer {lacking[0]!r}"
         )
+    frozen = {part + PROBE for part in cls.frozen} if config.compact else set(cls.frozen)
+    parts = frozen.union(
+        *layers.values()
+    )  # which trained tensors there are, the settings decide: the same for all layers
+    for layer, tensors in layers.items():
+        if lacking := sorted(parts - set(tensors)):
+            raise SvdtuneError(f"{path} lacks {lacking[0]} of layer {layer!r}; it is incomplete, or another method's")
     return SavedAdapter(config, layers, others)
 
 
@@ -75,14 +83,25 @@ def read_config(folder: Path) -> SvdConfig:
     if not path.is_file():
         found = "that folder does not exist" if not folder.is_dir() else f"it has no {ADAPTER_CONFIG}"
         raise SvdtuneError(f"{folder} is not an adapter folder: {found}")
-    try:
-        peft_type = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SvdtuneError(f"{path} is damaged: {error}") from error
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := read_json(path).get("peft_type"))
     if cls is None or not issubclass(cls, SvdConfig):
         raise SvdtuneError(f"{folder} holds an adapter of type {peft_type}; expected one of SARA, MOSARA or SORSA")
     return cls.from_pretrained(str(folder))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file with one object.
+
+    Raises:
+        SvdtuneError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SvdtuneError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise SvdtuneError(f"{path} is damaged: expected a JSON object, found a {type(found).__name__}")
+    return found
 
 
 def layer_class(config: SvdConfig) -> type[SvdLayer]:

@@ -47,7 +47,7 @@ def test_what_cannot_be_exported_is_one_message(tiny_folder, tmp_path):
     assert "Mo-SARA with 2 heads" in result.stderr
     result = CliRunner().invoke(cli.app, ["export", str(tiny_folder), "--output", str(tmp_path / "lora")])
     assert result.exit_code == 2
-    assert "has no adapter to export" in result.stderr
+    assert "has no adapter, so there is nothing to export" in result.stderr
 
 
 class TestCombine:
@@ -72,8 +72,8 @@ class TestCombine:
         for words, message in [
             ([f"{first}=much"], "expected ADAPTER=WEIGHT with a number"),
             ([first, f"{first}=2"], "is named twice"),
-            ([tiny_folder], "has no adapter to combine"),
-            ([tmp_path / "nothing=1"], "has no adapter to combine"),
+            ([tiny_folder], "has no adapter, so there is nothing to combine"),
+            ([tmp_path / "nothing=1"], f"there is no run or adapter folder {tmp_path / 'nothing'}"),
         ]:
             result = self.combine(*words, "--output", tmp_path / "sum")
             assert result.exit_code == 2
