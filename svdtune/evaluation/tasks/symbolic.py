@@ -58,8 +58,9 @@ class Comparer:
             self._process = None
 
     def _start(self) -> None:
+        # -P: the script's folder stays off the path, where its neighbours would hide modules of the same name.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-W", "ignore", str(_WORKER)],
+            [sys.executable, "-P", "-W", "ignore", str(_WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
