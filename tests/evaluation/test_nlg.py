@@ -131,6 +131,9 @@ def test_the_development_set_of_e2e(shared_data: Path):
     metrics = e2e_metrics(outputs, references)
     found = [metrics[name].value for name in ("METEOR", "ROUGE-L", "CIDEr")]
     assert found == pytest.approx(official(outputs, references), abs=1e-9)
+    # What pymteval of e2e-metrics gives for the same texts.
+    assert metrics["BLEU"].value == pytest.approx(0.6004654895, abs=1e-9)
+    assert metrics["NIST"].value == pytest.approx(8.6323310040, abs=1e-9)
 
 
 def test_the_tokenizer_keeps_lines_apart():
