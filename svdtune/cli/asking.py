@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from svdtune.training.recipe import Recipe, Source
 
-_FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".gz"}
+_FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz"}
 
 
 def placement(dtype: str | None, device: str | None) -> dict[str, Any]:
