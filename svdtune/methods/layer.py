@@ -1,4 +1,4 @@
-"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, merging, loading, moving.
+"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, loading, moving; merging is beside it.
 
 A method's own layer says which tensors it has, how they start and what they compute; everything PEFT asks of a layer
 stands here. Frozen factors are parameters without a gradient, in PEFT's `other_param_names`: counted, sharded and saved,
@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,11 +20,12 @@ from svdtune.linalg import Factors
 from svdtune.methods import kernels
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.convolution import add_convolved
-from svdtune.methods.quantized import check_mergeable, device_and_dtype, kept, put_back
+from svdtune.methods.merging import Merging
+from svdtune.methods.quantized import device_and_dtype
 from svdtune.methods.together import Together
 
 
-class SvdLayer(nn.Module, BaseTunerLayer):
+class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     """A linear layer or a convolution with adapters of one method around it.
 
     Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter name.
@@ -33,7 +34,6 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         r: rank by adapter name.
         recomputable: adapters whose frozen tensors come out the same when they are computed from the base weight again.
         together: what the layers of a model share during a forward pass; the tuner sets it.
-        tied: whether other modules have the same weight, as an output head has the embeddings'; merging then unties.
         in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
     """
 
@@ -58,12 +58,10 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         for name in (*self.trained, *self.frozen):
             setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.method}_dropout", nn.ModuleDict())
-        self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._awaited: set[str] = set()
         self.recomputable: set[str] = set()
-        self._before_merge: Any = None
-        self.tied = False
+        self._start_merging()
         base = self.get_base_layer()
         self._is_conv1d = isinstance(base, Conv1D)
         self._is_convolution = isinstance(base, spectra.CONVOLUTIONS)
@@ -133,12 +131,6 @@ class SvdLayer(nn.Module, BaseTunerLayer):
         tensors = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         return self.low_rank_pair(present, self.configs[adapter])
-
-    @torch.no_grad()
-    def merge_delta(self, adapter: str) -> Tensor:
-        """What merging adds to the weight [out, in] as it is now."""
-        A, B = self.current_pair(adapter)
-        return B @ A.mT
 
     # An adapter's beginning and end
 
@@ -256,9 +248,7 @@ class SvdLayer(nn.Module, BaseTunerLayer):
             self._check_loaded(active)
         y = self.base_output(x, active, *args, **kwargs)
         if self.quantization_backend is not None and active and y.requires_grad:
-            y = (
-                y.clone()
-            )  # what quantized layers give may be a view through which no gradient of an addition finds back
+            y = y.clone()  # it may be a view through which no gradient of an addition finds back
         for adapter in active:
             x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)
             y = self.add(y, x_adapter, adapter)
@@ -322,75 +312,6 @@ class SvdLayer(nn.Module, BaseTunerLayer):
                     "so nothing was decomposed, but no weights were loaded. Load them with PeftModel.from_pretrained, or "
                     "set `initialized=False` in the configuration to start a new adapter"
                 )
-
-    # Merging
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight, in fp32, rounded once. The weight before is kept for an exact `unmerge`.
-
-        Raises:
-            SvdtuneError: an adapter that cannot be merged, or with `safe_merge` a result that is not finite.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        if not names:
-            return
-        self._check_loaded(names)
-        check_mergeable(self.quantization_backend)
-        deltas = [self.merge_delta(name) for name in names]
-        before = spectra.as_stored(self.get_base_layer(), spectra.base_weight(self))
-        merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
-        for delta in deltas:
-            merged += spectra.as_stored(self.get_base_layer(), delta).to(merged)
-        merged = merged.to(before.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise SvdtuneError(
-                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: its factors hold "
-                "NaN or infinity, or the merged weight overflows its dtype"
-            )
-        if self._before_merge is None:
-            self._before_merge = self._kept(before)
-        if self.tied:  # the other modules with this weight keep it
-            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
-        else:
-            self.set_base_weight(merged)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Put the weight from before merging back, bit for bit."""
-        if self._before_merge is not None:
-            if self.tied:
-                self.get_base_layer().weight = self._before_merge
-            elif self.quantization_backend is None:
-                self.set_base_weight(self._before_merge.to(device_and_dtype(self.get_base_layer())[0]))
-            else:
-                put_back(self, self._before_merge)
-            self._before_merge = None
-        self.merged_adapters.clear()
-
-    def _kept(self, weight: Tensor) -> Any:
-        if self.tied:
-            return self.get_base_layer().weight
-        if self.quantization_backend is not None:
-            return kept(self.get_base_layer())
-        return weight.to("cpu", copy=True) if weight.is_cuda else weight.clone()
-
-    def set_base_weight(self, weight_data: Tensor) -> None:
-        """As PEFT's; a slice of a fused weight writes into its own rows."""
-        base = self.get_base_layer()
-        if hasattr(base, "write"):
-            base.write(weight_data)
-        else:
-            super().set_base_weight(weight_data)
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
-    ) -> nn.Module:
-        """The base layer alone, with adapters merged into it or as it was before any."""
-        if merge:
-            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-        else:
-            self.unmerge()
-        return self.get_base_layer()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
