@@ -99,6 +99,7 @@ def evaluate(
     from svdtune.cli.asking import sets_to_ask
     from svdtune.cli.averaging import report_averages
     from svdtune.evaluation import Decoding
+    from svdtune.evaluation.card import add_scores
     from svdtune.export import find_source
 
     found = find_source(source, adapter)
@@ -129,6 +130,8 @@ def evaluate(
             results[one.rows.source] = _ask(opened, one, folder, batch_size, decoding, restart)
             shown = summary(results[one.rows.source])
             typer.echo(f"{one.rows.source}\n{textwrap.indent(shown, '  ')}" if len(asked) > 1 else shown)
+    if found.run and found.adapter:
+        add_scores(found.run, found.adapter)
     if len(asked) > 1:
         group = data or (found.run.name if found.run else "sets")
         typer.echo(report_averages(results, (output or folder.parent) / f"{group}-averages.json"))

@@ -15,7 +15,7 @@ def add_scores(run: Path, adapter: Path) -> None:
         adapter: folder of its adapter.
     """
     found = {path.parent.name: json.loads(path.read_text("utf-8")) for path in run.glob("evaluations/*/result.json")}
-    lines = [line for name in sorted(found) for line in _lines(name, found[name])]
+    lines = [line for name in sorted(found) if "n" in found[name] for line in _lines(name, found[name])]
     if lines:
         head = "| evaluation | items | score | value | 95 % interval |\n|---|---:|---|---:|---:|\n"
         add_section(adapter, "Scores", head + "\n".join(lines))

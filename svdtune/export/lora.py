@@ -9,7 +9,6 @@ leaves out follows from the base's weights.
 """
 
 import dataclasses
-import json
 import re
 import tempfile
 from collections.abc import Mapping
@@ -28,6 +27,7 @@ from svdtune.export.checking import probe_logits
 from svdtune.export.folder import check_new_folder, new_folder
 from svdtune.export.kernels import as_lora, check_kernels
 from svdtune.export.opening import Source, attach_adapter, find_source, open_source
+from svdtune.methods.card import TITLES, front, ranks_in_words
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.fused import whole_pairs
 from svdtune.methods.saved import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
@@ -250,30 +250,21 @@ def notes_for_servers(config: LoraConfig, ranks: dict[str, int]) -> list[str]:
 
 
 def _card(config: SvdConfig, ranks: dict[str, int], errors: dict[str, float]) -> str:
-    low, high = min(ranks.values()), max(ranks.values())
     exact = "It gives the same outputs, up to rounding."
     if errors:
         worst = max(errors, key=errors.get)
         exact = f"Cut to a smaller rank: relative error of ΔW up to {errors[worst]:.2e} (`{worst}`)."
     base = config.base_model_name_or_path
     head = {"library_name": "peft", "tags": ["lora", "svdtune", config.method]} | ({"base_model": base} if base else {})
-    lines = [f"{key}: {json.dumps(value)}" for key, value in head.items()]
-    return "\n".join(
-        [
-            "---",
-            *lines,
-            "---",
-            "",
-            f"A {config.method.upper()} adapter, exported to LoRA of rank "
-            f"{high if low == high else f'{low} to {high}'} by svdtune. {exact}",
-            "",
-            "```python",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            "",
-            f"model = AutoModelForCausalLM.from_pretrained({base!r})",
-            'model = PeftModel.from_pretrained(model, "path/to/this/folder")',
-            "```",
-            "",
-        ]
-    )
+    body = f"""
+A {TITLES[config.method]} adapter, exported to LoRA of rank {ranks_in_words(ranks)} by svdtune. {exact}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(model, "path/to/this/folder")
+```
+"""
+    return front(head) + body

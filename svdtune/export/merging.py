@@ -26,6 +26,7 @@ from svdtune.export.folder import check_new_folder, new_folder
 from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
 from svdtune.export.opening import Source, adapter_of, base_folder
 from svdtune.export.skeleton import StoredNames, build_skeleton, stored_names
+from svdtune.methods.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
 
 # What is copied of the base folder besides its weights: everything but weights in other formats, its card, and the hidden.
@@ -93,8 +94,10 @@ def merge(
         if check and unchecked:
             raise SvdtuneError(f"the merged checkpoint cannot be compared with the adapter: {unchecked}")
         comparison = None if unchecked else compare_checkpoint(source, work, dtype, device, dtypes)
-    words = ", ".join(sorted(str(each).removeprefix("torch.") for each in dtypes))
-    return MergeReport(output, words, len(adapter.layers), comparison, unchecked)
+        words = ", ".join(sorted(str(each).removeprefix("torch.") for each in dtypes))
+        report = MergeReport(output, words, len(adapter.layers), comparison, unchecked)
+        (work / CARD).write_text(_card(source, adapter, report), encoding="utf-8")
+    return report
 
 
 def _words() -> dict[str, torch.dtype]:
@@ -216,7 +219,7 @@ def _copy_other_files(folder: Path, work: Path, source: Source, skeleton: PreTra
     """Tokenizer, configurations and whatever else stands in the base folder; with the run's end token where it set one."""
     for path in sorted(folder.iterdir()):
         weights = path.suffix in _LEFT_OUT or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != "README.md" and not path.name.startswith("."):
+        if path.is_file() and not weights and path.name != CARD and not path.name.startswith("."):
             shutil.copyfile(path, work / path.name)
         elif path.is_dir() and path.name in _FOLDERS:
             shutil.copytree(path, work / path.name)
@@ -230,6 +233,21 @@ def _copy_other_files(folder: Path, work: Path, source: Source, skeleton: PreTra
         skeleton.config.save_pretrained(work)
         if skeleton.generation_config is not None:
             skeleton.generation_config.save_pretrained(work)
+
+
+def _card(source: Source, adapter: LayerwiseAdapter, report: MergeReport) -> str:
+    method = adapter.config.peft_type.value
+    found = report.comparison
+    error = f"relative difference {found.relative:.1e}, at {found.positions} positions" if found else "not compared"
+    rows = {
+        "base model": f"`{source.base}`",
+        "adapter": TITLES.get(method.lower(), method),
+        "weights changed": report.layers,
+        "dtype of those": report.dtype,
+        "logits against the adapter's": error,
+    }
+    data = {"base_model": source.base, "library_name": "transformers", "tags": ["merged", "svdtune", method.lower()]}
+    return f"{front(data)}# {source.base} with an adapter merged into it\n\n{table(rows)}\n\nBy `svdtune merge`.\n"
 
 
 def _edit_config(work: Path, untied: bool, target: torch.dtype | None) -> None:

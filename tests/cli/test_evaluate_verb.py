@@ -52,6 +52,7 @@ def test_a_run_is_asked_its_own_held_out_rows_in_its_own_form(run: Path) -> None
     assert [line["prompt"] for line in lines] == ["Q: 1+1 A:", "Q: 2+2 A:"]
     assert [line["reference"] for line in lines] == ["2", "4"]
     assert json.loads((folder / "result.json").read_text())["settings"]["model"] == str(run)
+    assert "| held-out-number | 2 | accuracy (strict) |" in (run / "adapter" / "README.md").read_text()
 
 
 def test_a_plain_model_and_an_adapter_on_it(

@@ -83,7 +83,8 @@ def test_shards_their_names_and_every_other_file_stay(tiny_folder: Path, tmp_pat
     adapter = save_adapter(base, tmp_path / "adapter", SorsaConfig(r=4, target_modules=["q_proj"]))
     merge(find_source(adapter), tmp_path / "merged")
     names = {path.name for path in base.iterdir()} - {"README.md", "consolidated.pth", ".gitattributes"}
-    assert {path.name for path in (tmp_path / "merged").iterdir()} - {"README.md"} == names
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == names | {"README.md"}
+    assert "| adapter | SORSA |" in (tmp_path / "merged" / "README.md").read_text()
     shards = sorted(name for name in names if name.endswith(".safetensors"))
     assert len(shards) > 3
     for file in ("model.safetensors.index.json", "config.json", "LICENSE", "tokenizer.json", "generation_config.json"):
