@@ -163,6 +163,14 @@ def test_half_precision_bases(name, dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("name", ["mosara", "sorsa"])
+def test_compact_files(name, tmp_path):
+    model, x = adapted(name, "conv2d-groups", compact=True), data("conv2d-groups")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(Net("conv2d-groups"), tmp_path).eval()
+    assert torch.equal(loaded(x), model(x))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_matrix_of_a_kernel(kind):
     conv = KINDS[kind][0]()

@@ -246,6 +246,32 @@ def test_several_adapters_on_one_model(tmp_path):
     assert torch.equal(logits(loaded), second)
 
 
+def test_copies_are_independent():
+    model = adapted("gpt_neox", "sorsa")
+    before = logits(model)
+    twin = copy.deepcopy(model)
+    twin.merge_adapter()
+    move(twin, 0.5)
+    assert torch.equal(logits(model), before)
+    part = next(m for m in twin.modules() if isinstance(m, FusedLinear))
+    assert all(layer.get_base_layer().whole is part.base_layer for layer in part.slices())
+
+
+def test_compact_files(tmp_path):
+    """Frozen factors that are left out of the file come back from the slice's own rows."""
+    model = adapted("gpt_neox", "sorsa", compact=True)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(model_of("gpt_neox"), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_what_peft_tells_of_the_layers():
+    status = {layer.name: layer for layer in adapted("gpt2", "sara").get_layer_status()}
+    slices = [layer for name, layer in status.items() if name.endswith((".q", ".v"))]
+    assert len(slices) == 4
+    assert all(layer.active_adapters == layer.available_adapters == ["default"] for layer in slices)
+
+
 def test_auto_takes_what_the_paper_adapts():
     for config, slices in (
         (SaraConfig(r=2, fused_slices="auto"), {"q", "v"}),

@@ -234,3 +234,12 @@ def test_slices_of_a_quantized_weight(kind):
     with pytest.raises(SvdtuneError, match="slice of a fused quantized weight cannot be merged"):
         model.merge_adapter()
     assert torch.equal(logits(model), before)
+
+
+def test_torchao_that_cannot_be_written_again():
+    """Without its configuration, as in models put together by hand."""
+    pytest.importorskip("torchao")
+    model = torch.nn.Sequential(quantized(torch.nn.Linear(64, 32), "torchao")).to(DEVICE)
+    model = get_peft_model(model, SorsaConfig(r=4, target_modules=["0"]))
+    with pytest.raises(SvdtuneError, match=r"in a way that cannot be written again"):
+        model.merge_adapter()
