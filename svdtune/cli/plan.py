@@ -27,6 +27,9 @@ def plan(
         str | None, typer.Option(help="Comma-separated names, a regular expression or all-linear.")
     ] = None,
     exclude_modules: Annotated[str | None, typer.Option(help="Names or an expression to leave out.")] = None,
+    fused_slices: Annotated[
+        list[str] | None, typer.Option(help="Slices of fused projections: auto, or such as c_attn=q,v.")
+    ] = None,
     num_heads: Annotated[int, typer.Option(help="Mo-SARA's heads.")] = 5,
     batch_size: Annotated[int, typer.Option(help="Sequences a step, for the memory estimate.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens a sequence, for the memory estimate.")] = 512,
@@ -47,6 +50,8 @@ def plan(
       svdtune plan meta-llama/Llama-2-7b-hf --method sara --budget 0.07% --json plan.json --chart ranks.svg
 
       svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
+
+      svdtune plan openai-community/gpt2-medium --threshold 0.012 --fused-slices c_attn=q,v
     """
     from svdtune.errors import SvdtuneError
     from svdtune.models.loading import locate
@@ -68,6 +73,7 @@ def plan(
         r=r,
         target_modules=_names(target_modules),
         exclude_modules=_names(exclude_modules),
+        fused_slices=_slices(fused_slices),
         num_heads=num_heads,
         device=device,
     )
@@ -105,6 +111,25 @@ def _names(text: str | None) -> list[str] | str | None:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     plain = all(part.replace("_", "").replace(".", "").replace("-", "").isalnum() for part in parts)
     return parts if plain else text
+
+
+def _slices(given: list[str] | None) -> dict[str, list[str]] | str | None:
+    """`--fused-slices` as a configuration states it."""
+    from svdtune.errors import SvdtuneError
+
+    if not given:
+        return None
+    if given == ["auto"]:
+        return "auto"
+    found = {}
+    for text in given:
+        module, separator, parts = text.partition("=")
+        if not separator or not module or not parts:
+            raise SvdtuneError(
+                f"--fused-slices takes auto, or a module with its slices such as c_attn=q,v; got {text!r}"
+            )
+        found[module] = [part.strip() for part in parts.split(",")]
+    return found
 
 
 def _ranks_table(made) -> Table:

@@ -3,8 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
@@ -12,7 +15,7 @@ from svdtune.planning.checkpoint import Checkpoint
 from svdtune.planning.methods import Method
 from svdtune.planning.methods import method as find_method
 from svdtune.planning.solve import RankTable, parse_budget
-from svdtune.planning.targets import resolve_targets
+from svdtune.planning.targets import Target, layers_of, resolve_targets
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Plan:
         layers: the adapted modules in the model's order.
         target_modules, exclude_modules: as a configuration should state them.
         base_parameters: parameters of the model itself.
+        fused_slices: as the configuration should state it.
+        modules: by slice, the module that it is a part of.
     """
 
     model: str
@@ -48,6 +53,8 @@ class Plan:
     target_modules: list[str] | str
     exclude_modules: list[str] | str | None
     base_parameters: int
+    fused_slices: Mapping[str, Sequence[str]] | str | None = None
+    modules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -77,15 +84,24 @@ class Plan:
         section: dict[str, Any] = {"name": self.method.name, "target_modules": self.target_modules, **self.options}
         if self.exclude_modules:
             section["exclude_modules"] = self.exclude_modules
+        if self.fused_slices is not None:
+            section["fused_slices"] = self.fused_slices
         return section | {"r": self._common_rank(), "rank_pattern": self.rank_pattern}
 
     def lora_section(self) -> dict[str, Any]:
-        """Arguments for `peft.LoraConfig` with the same ranks; α = r in every layer, so the scaling is 1 throughout."""
-        r = self._common_rank()
+        """Arguments for `peft.LoraConfig` with the same ranks; α = r in every layer, so the scaling is 1 throughout.
+
+        LoRA knows no slices: a module that is adapted by slice gets the sum of their ranks.
+        """
+        ranks: Counter[str] = Counter()
+        for layer in self.layers:
+            ranks[self.modules.get(layer.name, layer.name)] += layer.rank
+        r = Counter(ranks.values()).most_common(1)[0][0]
+        pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
         section: dict[str, Any] = {"target_modules": self.target_modules, "r": r, "lora_alpha": r}
         if self.exclude_modules:
             section["exclude_modules"] = self.exclude_modules
-        return section | {"rank_pattern": self.rank_pattern, "alpha_pattern": self.rank_pattern}
+        return section | {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as `svdtune plan --json` writes it."""
@@ -115,6 +131,7 @@ def make_plan(
     r: int | None = None,
     target_modules: Sequence[str] | str | None = None,
     exclude_modules: Sequence[str] | str | None = None,
+    fused_slices: Mapping[str, Sequence[str]] | str | None = None,
     num_heads: int = 5,
     device: str = "cpu",
     progress: bool | None = None,
@@ -129,6 +146,7 @@ def make_plan(
         match_lora: train at most as many as a LoRA of this rank on the same modules.
         r: one rank for all modules; nothing is decomposed.
         target_modules, exclude_modules: as in LoRA.
+        fused_slices: as in the methods' configurations: slices of fused projections, each with a rank of its own.
         num_heads: Mo-SARA's heads.
         device: where weights are decomposed.
         progress: show a bar; by default where stderr is a terminal.
@@ -143,8 +161,10 @@ def make_plan(
             f"give exactly one of threshold, budget, match_lora and r; got {', '.join(chosen) or 'none'}"
         )
     costs = find_method(method, num_heads=num_heads)
-    names, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
-    shapes = {name: _shape(checkpoint, name) for name in names}
+    modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
+    targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)
+    names = list(targets)
+    shapes = {name: (target.in_features, target.out_features) for name, target in targets.items()}
     base = sum(parameter.numel() for parameter in checkpoint.model.parameters())
 
     def plan(ranks: Mapping[str, int], theta: float | None) -> Plan:
@@ -153,7 +173,9 @@ def make_plan(
         )
         options = {"num_heads": num_heads} if costs.name == "mosara" else {}
         exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
-        return Plan(checkpoint.name, costs, options, theta, layers, stated, exclude or None, base)
+        sliced = {name: target.module for name, target in targets.items() if target.rows is not None}
+        settings = (stated, exclude or None, base, fused_slices, sliced)
+        return Plan(checkpoint.name, costs, options, theta, layers, *settings)
 
     if r is not None:
         for name, (i, o) in shapes.items():
@@ -161,7 +183,11 @@ def make_plan(
                 raise SvdtuneError(f"r = {r} is outside 1 … {min(i, o)}, the ranks that {name} [{o}, {i}] can have")
         return plan(dict.fromkeys(names, r), None)
 
-    weights = {name: lambda name=name: checkpoint.weight(name).to(device) for name in names}
+    def weight(target: Target) -> Tensor:
+        whole = checkpoint.weight(target.module)
+        return (whole if target.rows is None else target.rows.matrix(whole)).to(device)
+
+    weights = {name: partial(weight, target) for name, target in targets.items()}
     if threshold is not None:
         return plan(spectra.ranks(weights, threshold, progress=progress), threshold)
 
@@ -170,7 +196,8 @@ def make_plan(
         raise SvdtuneError(f"match_lora must be a rank >= 1; got {match_lora}")
     share, count = parse_budget(budget) if budget is not None else (None, None)
     if match_lora is not None:
-        count = sum(match_lora * (i + o) for i, o in shapes.values())
+        sizes = (spectra.matrix_shape(checkpoint.model.get_submodule(name)) for name in modules)
+        count = sum(match_lora * sum(shape) for shape in sizes)
 
     def fits(ranks: Sequence[int]) -> bool:
         candidate = plan(dict(zip(names, ranks, strict=True)), None)
@@ -184,9 +211,3 @@ def make_plan(
             f"more than the budget of {f'{share:.4%}' if share is not None else f'{count:,}'}; adapt fewer modules"
         )
     return plan(dict(zip(names, table.at(theta), strict=True)), theta)
-
-
-def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    """(in_features, out_features) of a module."""
-    rows, columns = spectra.matrix_shape(checkpoint.model.get_submodule(name))
-    return columns, rows

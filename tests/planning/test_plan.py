@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from svdtune.errors import SvdtuneError
@@ -286,3 +288,50 @@ def test_the_chart_has_a_line_a_kind(folder, tmp_path):
     assert (tmp_path / "charts" / "ranks.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(SvdtuneError, match=r"\.svg"):
         draw(plan, tmp_path / "ranks.bmp")
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("method", "config"), [("sara", SaraConfig), ("mosara", MoSaraConfig), ("sorsa", SorsaConfig)])
+@pytest.mark.parametrize("slices", ["auto", {"c_attn": ["q", "v"]}])
+def test_slices_of_fused_projections(method, config, slices, tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0))
+    checkpoint = saved(model, tmp_path)
+    plan = make_plan(checkpoint, method, threshold=0.3, target_modules=["c_attn", "c_proj"], fused_slices=slices)
+    section = json.loads(json.dumps(plan.method_section()))
+    assert section.pop("name") == method
+    adapted = get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path), config(**section))
+    ranks = adapted.peft_config["default"].ranks
+    assert ranks == {layer.name: layer.rank for layer in plan.layers}
+    assert any(name.endswith("c_attn.q") for name in ranks)
+    trained, total = adapted.get_nb_trainable_parameters()
+    assert (trained, trained / total) == (plan.trained, plan.share)
+    threshold = {"threshold": 0.3, "target_modules": ["c_attn", "c_proj"], "fused_slices": slices}
+    own = get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path), config(**threshold))
+    assert own.peft_config["default"].ranks == ranks
+    lora = get_peft_model(
+        GPT2LMHeadModel.from_pretrained(tmp_path), LoraConfig(**plan.lora_section(), fan_in_fan_out=True)
+    )
+    got = lora.base_model.model.transformer.h[1].attn.c_attn.r["default"]
+    assert got == sum(rank for name, rank in ranks.items() if ".1.attn.c_attn." in name)
+
+
+def test_lora_has_no_slices(tmp_path):
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(SvdtuneError, match="lora adapts the whole weight of a fused projection"):
+        make_plan(saved(model, tmp_path), "lora", r=2, target_modules=["c_attn"], fused_slices="auto")
+
+
+def test_convolutions(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    checkpoint = saved(ResNetForImageClassification(ResNetConfig(**sizes)), tmp_path)
+    plan = make_plan(checkpoint, "sorsa", threshold=0.5, target_modules=["convolution"])
+    config = SorsaConfig(threshold=0.5, target_modules=["convolution"])
+    adapted = get_peft_model(ResNetForImageClassification.from_pretrained(tmp_path), config)
+    assert adapted.peft_config["default"].ranks == {layer.name: layer.rank for layer in plan.layers}
+    assert adapted.get_nb_trainable_parameters()[0] == plan.trained
