@@ -58,12 +58,17 @@ class RowSlice(nn.Module):
         """Put a matrix [out, in] into the slice's rows.
 
         Raises:
-            SvdtuneError: the weight is quantized: rows next to the slice would be rounded once more.
+            SvdtuneError: the weight is quantized, so that rows next to the slice would be rounded once more, or offloaded.
         """
         if is_quantized(self.whole):
             raise SvdtuneError(
                 "a slice of a fused quantized weight cannot be merged: quantizing the weight again would change other rows. "
                 "Load the base model without quantization and merge there"
+            )
+        if getattr(getattr(self.whole, "_hf_hook", None), "offload", False):
+            raise SvdtuneError(
+                "a slice of an offloaded weight cannot be merged in memory. Merge on disk with `svdtune merge`, or load the "
+                "model without offloading"
             )
         self.rows.of(spectra.base_weight(self.whole), 0).copy_(self.rows.apart(matrix, 0))
 

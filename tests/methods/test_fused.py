@@ -338,6 +338,22 @@ def test_rows():
     assert parts["q"].matrix(weight)[:, 0].tolist() == [0, 1, 2, 4, 5, 6]
 
 
+def test_offloaded_weights():
+    """Accelerate keeps the fused weight away between calls; slices compute all the same, and are merged on disk."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    before = logits(adapted("gpt2", "sara"))
+    model = adapted("gpt2", "sara")
+    for module in model.modules():
+        if isinstance(module, FusedLinear):
+            kept = {key: value.clone() for key, value in module.base_layer.state_dict().items()}
+            add_hook_to_module(module.base_layer, AlignDevicesHook("cpu", offload=True, weights_map=kept))
+            assert module.base_layer.weight.is_meta
+    assert torch.equal(logits(model), before)
+    with pytest.raises(SvdtuneError, match=r"offloaded weight cannot be merged in memory.*svdtune merge"):
+        model.merge_adapter()
+
+
 class TestClearErrors:
     @pytest.mark.parametrize(
         ("slices", "message"),
