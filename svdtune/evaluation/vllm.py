@@ -56,6 +56,12 @@ class VllmEngine:
         """The version of vLLM."""
         return {"vllm": self._vllm.__version__}
 
+    def close(self) -> None:
+        """End vLLM's own process, which holds the accelerator's memory; without this it lives as long as this one."""
+        core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
+        if core is not None:
+            core.shutdown()
+
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
     ) -> list[Completion]:
@@ -107,7 +113,11 @@ def open_vllm(source: Source, dtype: str = "auto", **options: Any) -> Iterator[V
     _import_vllm()
     with tempfile.TemporaryDirectory(prefix="svdtune-") as folder:
         lora = _as_lora(source.adapter, Path(folder, "lora")) if source.adapter else None
-        yield VllmEngine(source, lora, dtype, options)
+        engine = VllmEngine(source, lora, dtype, options)
+        try:
+            yield engine
+        finally:
+            engine.close()
 
 
 def _as_lora(adapter: Path, output: Path) -> Path:

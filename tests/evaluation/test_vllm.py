@@ -27,7 +27,12 @@ class FakeLLM:
 
     def __init__(self, model: str, dtype: str, **options: Any) -> None:
         self.model, self.dtype, self.options, self.requests = model, dtype, options, []
+        self.ended = 0
+        self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=self.shutdown))
         FakeLLM.made.append(self)
+
+    def shutdown(self) -> None:
+        self.ended += 1
 
     def generate(self, prompts, sampling_params, *, use_tqdm, lora_request):
         self.requests.append((prompts, sampling_params, use_tqdm, lora_request))
@@ -98,6 +103,8 @@ def test_completions_are_those_of_transformers(tiny_folder: Path, tmp_path: Path
             assert json.loads((Path(request.path) / "adapter_config.json").read_text())["peft_type"] == "LORA"
         else:
             assert request is None
+        assert llm.ended == 0
+    assert llm.ended == 1
 
 
 def test_a_whole_evaluation_through_the_interface(tiny_folder: Path, tmp_path: Path):
