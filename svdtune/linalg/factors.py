@@ -7,14 +7,25 @@ from torch import Tensor
 
 from svdtune.linalg.gram import gram, noise
 from svdtune.linalg.krylov import BlockKrylov
-from svdtune.linalg.matrix import check_rank, full_precision, largest_entry, power_of_two, tall, working_copy
+from svdtune.linalg.matrix import (
+    check_rank,
+    check_threshold,
+    full_precision,
+    largest_entry,
+    power_of_two,
+    tall,
+    working_copy,
+)
 from svdtune.linalg.orthonormal import fixed_signs, polish
+from svdtune.linalg.spectrum import DENSE, LARGE, Spectrum, from_eigenvalues, settled_spectrum
 
 # Relative error allowed to the smallest singular value kept, and to Ritz residuals against the smallest squared one: the
 # error of a Ritz value is of the order of its residual squared, 2.5e-7.
 _ACCURACY = 1e-5
 _RESIDUAL = 5e-4
 _EXACT = 1e-9
+# The share of a spectrum's sum above which the rank is likely too large for the Krylov route.
+_MANY = 0.2
 
 
 class Factors(NamedTuple):
@@ -30,8 +41,8 @@ def top_factors(weight: Tensor, r: int, *, exact: bool = False) -> Factors:
 
     Three routes, each taken where the one before would not do:
 
-    1. *Block Krylov* (`BlockKrylov`) where r is small beside min(out, in): fp32, or float64 where σ₁/σ_r is too large
-       for fp32. Relative error of σ at most 1e-5, usually below 1e-7.
+    1. *Block Krylov* (`BlockKrylov`) where min(out, in) is 1024 or more and r small beside it: fp32, or float64 where
+       σ₁/σ_r is too large for fp32. Relative error of σ at most 1e-5, usually below 1e-7.
     2. *Gram matrix and its eigenvectors* in float64, while σ₁/σ_r stays below about 4e4. Relative error 1e-10.
     3. LAPACK's SVD in float64 on the CPU: rank-deficient weights, whose null vectors it completes.
 
@@ -55,27 +66,73 @@ def top_factors(weight: Tensor, r: int, *, exact: bool = False) -> Factors:
         found = None
         if largest > 0:
             if not exact:
-                found = _by_krylov(weight, r, scale, torch.float32)
-                found = found or _by_krylov(weight, r, scale, torch.float64)
+                try:
+                    found = _by_krylov(weight, r, scale, torch.float32)
+                except _TooCoarse:
+                    found = _by_krylov(weight, r, scale, torch.float64)
             found = found or _by_gram(weight, r, scale, _EXACT if exact else _ACCURACY)
-        U, s, V = found or _by_lapack(weight, r, scale)
-        signs = fixed_signs(V)
-        long, short = (U * signs).float(), (V * signs).float()
-        if weight.shape[0] < weight.shape[1]:
-            long, short = short, long
-        device = weight.device
-        return Factors(long.contiguous().to(device), (s * scale).float().to(device), short.mT.contiguous().to(device))
+        return _signed(weight, found or _by_lapack(weight, r, scale), scale)
+
+
+def factors_at_threshold(weight: Tensor, threshold: float, known: Spectrum | None = None) -> tuple[Spectrum, Factors]:
+    """A spectrum that settles `threshold`, and as many leading triplets as the rank there says.
+
+    What `settled_spectrum` and then `top_factors` give, up to rounding. Where both would take the Gram matrix anyway (no
+    spectrum is `known`, and a large share of the sum takes many triplets), one matrix and one eigendecomposition serve both.
+
+    Args:
+        weight: a matrix [out, in].
+        threshold: θ in (0, 1].
+        known: its spectrum, if it was found before.
+
+    Raises:
+        SvdtuneError: `threshold` outside (0, 1], or `weight` is not a finite matrix.
+    """
+    check_threshold(threshold)
+    largest = largest_entry(weight)
+    if known is None and threshold > _MANY and largest > 0 and min(weight.shape) > DENSE:
+        scale = power_of_two(largest)
+        with full_precision(weight.device):
+            squared, V = torch.linalg.eigh(gram(weight, scale, torch.float64))
+            found = from_eigenvalues(squared, scale)
+            k, settled = found.locate(threshold)
+            triplets = _from_eigenvectors(weight, squared, V, k, scale, _ACCURACY) if settled and k else None
+            if triplets is not None:
+                return found, _signed(weight, triplets, scale)
+            known = found
+    found, k = settled_spectrum(weight, threshold, known)
+    return found, top_factors(weight, k)
 
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, r], s [r], V [n, r] in float64, m >= n
 
 
+def _signed(weight: Tensor, triplets: Triplets, scale: float) -> Factors:
+    """The factors of a weight from triplets of tall(weight) / scale."""
+    U, s, V = triplets
+    signs = fixed_signs(V)
+    long, short = (U * signs).float(), (V * signs).float()
+    if weight.shape[0] < weight.shape[1]:
+        long, short = short, long
+    device = weight.device
+    return Factors(long.contiguous().to(device), (s * scale).float().to(device), short.mT.contiguous().to(device))
+
+
+class _TooCoarse(Exception):
+    """Rounding in the dtype of a Krylov basis hides the smallest singular value that is wanted."""
+
+
 def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Triplets | None:
-    """Triplets of tall(weight) / scale from a Krylov basis, or None where it would not pay or cannot be trusted."""
+    """Triplets of tall(weight) / scale from a Krylov basis, or None where it would not pay or cannot be trusted.
+
+    Raises:
+        _TooCoarse: in another dtype it might.
+    """
     n = min(weight.shape)
     block = 32 if r <= 256 else 64
-    # Beyond half of all directions a dense solver is cheaper, and the blocks break down as the space fills up.
-    if 2 * (r + 4 * block) > n:
+    # Beyond half of all directions a dense solver is cheaper, and the blocks break down as the space fills up. Nor does it
+    # pay for small weights: a decomposition takes milliseconds, and their spectra are flat, which takes many blocks.
+    if n < LARGE or 2 * (r + 4 * block) > n:
         return None
     krylov = BlockKrylov(tall(working_copy(weight, scale, dtype)), block, capacity=n // 2)
     # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely to be the last time.
@@ -88,8 +145,12 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
         # Rounding in B = WQ leaves a relative error of some 4 ε σ₁/σ_r in σ_r, the float64 eigenproblem one of its noise.
         rounding = 4 * torch.finfo(dtype).eps * values[0].sqrt() <= _ACCURACY * values[r - 1].sqrt()
         solving = noise(float(values[0]), krylov.p, torch.float64) <= _ACCURACY * float(values[r - 1])
-        if not (rounding and solving) or krylov.misses_copies(values[:r]):
+        if not solving or krylov.misses_copies(values[:r]):
             return None
+        if not rounding:
+            if dtype == torch.float64:
+                return None
+            raise _TooCoarse
         if (residuals[:r] <= _RESIDUAL * values[r - 1]).all():
             return _triplets(krylov.W, krylov.Q[:, : krylov.p].double() @ vectors[:, :r])
         check_at = krylov.p + max(2 * block, r)
@@ -107,7 +168,13 @@ def _triplets(W: Tensor, V: Tensor) -> Triplets:
 
 def _by_gram(weight: Tensor, r: int, scale: float, accuracy: float) -> Triplets | None:
     """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where σ_r is too small."""
-    squared, V = torch.linalg.eigh(gram(weight, scale, torch.float64))
+    return _from_eigenvectors(weight, *torch.linalg.eigh(gram(weight, scale, torch.float64)), r, scale, accuracy)
+
+
+def _from_eigenvectors(
+    weight: Tensor, squared: Tensor, V: Tensor, r: int, scale: float, accuracy: float
+) -> Triplets | None:
+    """The same from all eigenvalues, ascending, and eigenvectors."""
     squared, V = squared[-r:].flip(0), V[:, -r:].flip(1)
     if not noise(float(squared[0]), len(V), torch.float64) <= accuracy * float(squared[-1]):
         return None

@@ -20,9 +20,9 @@ from svdtune.linalg.matrix import (
 from svdtune.linalg.nuclear import nuclear_norm
 
 # Up to this size LAPACK's SVD is as quick as anything.
-_DENSE = 128
+DENSE = 128
 # From this size on it pays to try a cheaper answer first and to fall back on float64.
-_LARGE = 1024
+LARGE = 1024
 # LAPACK's SVD is backward stable: each value is off by a few ε·σ₁.
 _SVD_NOISE = 8.0
 
@@ -95,13 +95,19 @@ def spectrum(weight: Tensor, *, dtype: torch.dtype | None = None) -> Spectrum:
     n = min(weight.shape)
     if largest == 0:
         return Spectrum(torch.zeros(n, dtype=torch.float64), 0.0, 0.0, reference=True)
-    if n <= _DENSE:
+    if n <= DENSE:
         return _by_svd(weight)
     scale = power_of_two(largest)
     with full_precision(weight.device):
-        squared = torch.linalg.eigvalsh(gram(weight, scale, dtype)).flip(0).cpu().double().clamp_min(0)
+        return from_eigenvalues(torch.linalg.eigvalsh(gram(weight, scale, dtype)), scale)
+
+
+def from_eigenvalues(squared: Tensor, scale: float) -> Spectrum:
+    """The spectrum of a weight from the eigenvalues [n], ascending, of its Gram matrix over scale²."""
+    dtype = squared.dtype
+    squared = squared.flip(0).cpu().double().clamp_min(0)
     values = squared.sqrt()
-    delta = noise(float(squared[0]), n, dtype)
+    delta = noise(float(squared[0]), len(squared), dtype)
     error = float(_value_errors(values, delta).sum())
     return Spectrum(values * scale, float(values.sum()) * scale, error * scale, delta * scale**2)
 
@@ -156,9 +162,9 @@ def settled_spectrum(weight: Tensor, threshold: float, known: Spectrum | None = 
     attempts = [partial(spectrum, weight), partial(_by_svd, weight)]
     if known is not None:
         attempts.insert(0, lambda: known)
-    elif min(weight.shape) >= _LARGE and weight.is_cuda:
+    elif min(weight.shape) >= LARGE and weight.is_cuda:
         attempts.insert(0, partial(_leading, weight, threshold))
-    elif min(weight.shape) >= _LARGE and threshold <= 0.2:
+    elif min(weight.shape) >= LARGE and threshold <= 0.2:
         attempts.insert(0, partial(spectrum, weight, dtype=torch.float32))
     for attempt in attempts:
         found = attempt()

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import Factors, Spectrum, settled_spectrum, top_factors
+from svdtune.linalg import Factors, Spectrum, factors_at_threshold, settled_spectrum, top_factors
 from svdtune.linalg import spectrum as decompose
 from svdtune.spectra import store
 from svdtune.spectra.content import content_key
@@ -20,6 +20,8 @@ Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 Result = TypeVar("Result")
 # Weights of a GPU in work at once.
 _AT_ONCE = 4
+# Up to this short side a weight keeps one core of a CPU busy, and threads inside a decomposition mostly wait for each other.
+_ONE_CORE = 1024
 # Each worker thread's stream, by device.
 _thread = threading.local()
 
@@ -28,7 +30,8 @@ def spectra(weights: Weights, *, progress: bool | None = None) -> Iterator[tuple
     """Yield (name, whole float64 spectrum) of each weight, in order.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
+            where they are small or on a GPU.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
@@ -50,7 +53,8 @@ def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -
     """The rank at `threshold` of each weight (SARA Algorithm 1), by name, equal to what its float64 SVD gives.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
+            where they are small or on a GPU.
         threshold: θ in (0, 1].
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
@@ -69,6 +73,32 @@ def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -
     return dict(_each(weights, one, "ranks", progress))
 
 
+def ranked_factors(
+    weights: Weights, threshold: float, *, progress: bool | None = None
+) -> Iterator[tuple[str, Factors]]:
+    """Yield (name, leading factors) of each weight, as many as its rank at `threshold`.
+
+    Args:
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
+            where they are small or on a GPU.
+        threshold: θ in (0, 1].
+        progress: show a bar once this has taken a second; by default where stderr is a terminal.
+
+    Raises:
+        SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message names it.
+    """
+
+    def one(name: str, weight: Tensor) -> Factors:
+        key = _key(weight)
+        known = _load_spectrum(key)
+        used, found = _named(name, lambda: factors_at_threshold(weight, threshold, known))
+        if used is not known:
+            _store_spectrum(key, used)
+        return found
+
+    return _each(weights, one, "factors", progress)
+
+
 def factors(
     weights: Weights,
     ranks: Mapping[str, int],
@@ -80,7 +110,8 @@ def factors(
     """Yield (name, leading factors) of each weight in `ranks`, in the order of `ranks`.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
+            where they are small or on a GPU.
         ranks: how many triplets, by name.
         exact: in float64, so that they come out the same on every machine; see `svdtune.linalg.top_factors`.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
@@ -113,35 +144,80 @@ def _each(
 ) -> Iterator[tuple[str, Result]]:
     """Yield (name, compute(name, weight)) in order, reading one weight after the other; trim the cache at the end.
 
-    Weights on a GPU are worked on a few at a time, each on a thread and stream of its own: the small steps of one (launches,
-    eigenvalues on a few multiprocessors, hashing on the host) hide behind another's. It changes no result.
+    A few weights are worked on at once, each on a thread of its own. On a GPU also on a stream of its own: the small steps of
+    one (launches, eigenvalues on a few multiprocessors, hashing on the host) hide behind another's. On a CPU small weights take
+    one core each, and large ones all cores, one after the other. It changes no result.
     """
     disable = None if progress is None else not progress
-    waiting: deque[tuple[str, Future[Result]]] = deque()
-    pool: ThreadPoolExecutor | None = None
+    crew = _Crew()
     try:
         for name, weight in tqdm(weights.items(), desc=f"svdtune {what}", unit="weight", delay=1.0, disable=disable):
             matrix = weight if isinstance(weight, Tensor) else _named(name, weight)
-            if not matrix.is_cuda:
-                yield name, compute(name, matrix)
+            if matrix.is_cuda or min(matrix.shape, default=0) <= _ONE_CORE:
+                crew.begin(name, compute, matrix)
+                while crew.is_full:
+                    yield crew.next()
                 continue
-            if pool is None:
+            while crew.waiting:
+                yield crew.next()
+            crew.dismiss()
+            yield name, compute(name, matrix)
+        while crew.waiting:
+            yield crew.next()
+    finally:
+        crew.dismiss()
+        store.trim()
+
+
+class _Crew:
+    """Threads that work on a few weights at once and give the results in the order in which the weights came."""
+
+    def __init__(self) -> None:
+        self.waiting: deque[tuple[str, Future]] = deque()
+        self._pool: ThreadPoolExecutor | None = None
+        self._size, self._threads, self._streams = 0, 0, False
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a result should be taken before the next weight is read."""
+        return len(self.waiting) > self._size
+
+    def begin(self, name: str, compute: Callable[[str, Tensor], Result], matrix: Tensor) -> None:
+        """Have compute(name, matrix) done."""
+        if self._pool is None:
+            self._streams = matrix.is_cuda
+            if matrix.is_cuda:
                 # torch loads its solver at the first call, which no two threads may do at once.
                 torch.linalg.eigh(torch.eye(2, device=matrix.device))
-                pool = ThreadPoolExecutor(_AT_ONCE)
-            waiting.append((name, pool.submit(_on_own_stream, compute, name, matrix, torch.cuda.current_stream())))
-            if len(waiting) > _AT_ONCE:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        if pool is not None:
-            pool.shutdown(cancel_futures=True)
+                self._size = _AT_ONCE
+            else:
+                self._size = self._threads = torch.get_num_threads()
+                torch.set_num_threads(1)
+            self._pool = ThreadPoolExecutor(self._size)
+        if matrix.is_cuda:
+            future = self._pool.submit(_on_own_stream, compute, name, matrix, torch.cuda.current_stream())
+        else:
+            future = self._pool.submit(compute, name, matrix)
+        self.waiting.append((name, future))
+
+    def next(self) -> tuple[str, Result]:
+        """The oldest weight's name and result."""
+        name, future = self.waiting.popleft()
+        return name, future.result()
+
+    def dismiss(self) -> None:
+        """Stop what has not begun, and leave threads and memory as they were."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self.waiting.clear()
+            self._pool = None
+        if self._threads:
+            torch.set_num_threads(self._threads)
+            self._threads = 0
+        if self._streams:
             # cuBLAS keeps some 32 MiB of workspace for each stream that it ever ran on; ours are done.
             torch._C._cuda_clearCublasWorkspaces()
-        store.trim()
+            self._streams = False
 
 
 def _on_own_stream(

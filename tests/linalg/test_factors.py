@@ -1,12 +1,21 @@
 """Leading factors against a float64 SVD, and the promises about orthonormality, signs and reproducibility."""
 
+import sys
+
 import pytest
 import torch
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import factors as module
-from svdtune.linalg import orthonormality_error, top_factors
+from svdtune.linalg import factors_at_threshold, orthonormality_error, settled_spectrum, top_factors
+
+
+@pytest.fixture(autouse=True)
+def krylov_from_512(monkeypatch):
+    """Let the Krylov route take matrices that a test can decompose quickly."""
+    monkeypatch.setattr(module, "LARGE", 512)
+
 
 SHAPES = [(96, 96), (200, 60), (60, 200)]
 
@@ -131,3 +140,35 @@ def test_orthonormality_error():
     assert orthonormality_error(torch.eye(5, 3)) == 0
     assert orthonormality_error(2 * torch.eye(5, 3)) == pytest.approx(3 * 3**0.5)
     assert orthonormality_error(torch.eye(5, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (100, 90)])
+@pytest.mark.parametrize("kind", list(spectra(8)))
+@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.95])
+def test_rank_and_factors_from_one_decomposition(shape, kind, threshold):
+    weight = weight_with(spectra(min(shape))[kind], *shape).float()
+    found, factors = factors_at_threshold(weight, threshold)
+    known, k = settled_spectrum(weight, threshold)
+    assert found.locate(threshold) == (k, True)
+    assert factors.s.shape == (k,)
+    torch.testing.assert_close(found.values[:k], known.values[:k], rtol=1e-6, atol=1e-6 * known.total + 1e-12)
+    separate = top_factors(weight, k)
+    torch.testing.assert_close(factors.s, separate.s, rtol=1e-5, atol=1e-6 * known.total + 1e-12)
+    approximations = [(one.U * one.s) @ one.Vh for one in (factors, separate)]
+    best = float(known.values[k:].norm()) if kind != "zero" else 0.0
+    for approximation in approximations:
+        error = float((weight - approximation).norm())
+        assert error <= best * (1 + 1e-4) + 1e-5 * known.total + 1e-12
+    again, same = factors_at_threshold(weight, threshold, found)
+    assert again is found
+    torch.testing.assert_close(same.s, factors.s, rtol=1e-5, atol=1e-6 * known.total + 1e-12)
+
+
+def test_one_gram_matrix_serves_the_rank_and_the_factors(monkeypatch):
+    formed = []
+    gram = module.gram
+    monkeypatch.setattr(module, "gram", lambda *a: formed.append(1) or gram(*a))
+    monkeypatch.setattr(sys.modules["svdtune.linalg.spectrum"], "gram", lambda *_: pytest.fail("formed once more"))
+    _, found = factors_at_threshold(weight_with(llama_like(200), 200, 300).float(), 0.5)
+    assert len(formed) == 1
+    assert len(found.s) > 20

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import rank_at_threshold
-from svdtune.spectra import decompose, factors, ranks, spectra, store
+from svdtune.linalg import rank_at_threshold, top_factors
+from svdtune.spectra import decompose, factors, ranked_factors, ranks, spectra, store
 
 THRESHOLD = 0.3
 
@@ -277,14 +277,34 @@ def test_errors_name_the_weight():
         dict(factors(bad, {"other": 1}))
 
 
-def test_weights_may_be_functions_and_are_read_one_at_a_time():
-    alive = []
+@pytest.mark.parametrize("threads", [1, 2])
+def test_weights_may_be_functions_and_few_are_read_ahead(threads):
+    read = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        functions = {str(i): lambda i=i: read.append(i) or torch.eye(4 + i) for i in range(9)}
+        found = factors(functions, dict.fromkeys(functions, 2))
+        assert next(found)[0] == "0"
+        assert len(read) <= threads + 1
+        assert [name for name, _ in found] == [str(i) for i in range(1, 9)]
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
-    def read(i):
-        alive.append(i)
-        return torch.eye(4 + i)
 
-    found = factors({str(i): lambda i=i: read(i) for i in range(3)}, {"0": 1, "1": 2, "2": 3})
-    assert next(found)[0] == "0"
-    assert alive == [0]
-    assert [name for name, _ in found] == ["1", "2"]
+def test_small_and_large_weights_keep_their_order(monkeypatch):
+    monkeypatch.setattr("svdtune.spectra.decompose._ONE_CORE", 20)
+    weights = {str(n): torch.randn(n, 30, generator=torch.Generator().manual_seed(n)) for n in (8, 25, 9, 10, 26, 11)}
+    found = dict(factors(weights, dict.fromkeys(weights, 3)))
+    assert list(found) == list(weights)
+    for name, weight in weights.items():
+        assert torch.equal(found[name].U, top_factors(weight, 3).U)
+
+
+def test_ranks_and_factors_in_one_go_fill_the_cache_for_both(weights):
+    together = dict(ranked_factors(weights, 0.5))
+    assert {name: len(found.s) for name, found in together.items()} == ranks(weights, 0.5)
+    again = dict(ranked_factors(weights, 0.5))
+    for name, found in together.items():
+        assert torch.allclose(again[name].s, found.s, rtol=1e-5)
