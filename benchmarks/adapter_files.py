@@ -65,7 +65,7 @@ def sizes():
                 with torch.no_grad():
                     for parameter in model.parameters():
                         if parameter.requires_grad:
-                            parameter += 0.01 * parameter.std().nan_to_num() * torch.randn_like(parameter)
+                            parameter += 0.01 * parameter.abs().mean() * torch.randn_like(parameter)
                     torch.save(model(TOKENS).logits, Path(work, "logits.pt"))
                 model.save_pretrained(adapter)
                 del model

@@ -58,6 +58,9 @@ def new_folder(output: Path) -> Iterator[Path]:
         with explain_write_errors(output):
             work.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a result gets the usual permissions
             yield work
+            for path in work.rglob("*"):
+                if path.is_file():
+                    path.chmod(0o666 & ~_umask())  # so does each file: safetensors makes its own private
             work.replace(output)  # an empty folder gives way; anything that appeared there meanwhile does not
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -142,6 +142,9 @@ def _settings(config: "SvdConfig") -> dict[str, Any]:
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if field.name not in _NO_SETTINGS and value != default:
             chosen[field.name] = sorted(value) if isinstance(value, set) else value
+    targets = chosen.get("target_modules")
+    if isinstance(targets, list) and {config.module_of(name) for name in config.ranks} == set(targets):
+        chosen["target_modules"] = sorted({name.rpartition(".")[2] for name in targets})  # "all-linear", spelled out
     return chosen
 
 

@@ -26,7 +26,7 @@ from svdtune.training.problems import Problem, unknown
 FULL = "full"
 # Written by PEFT or svdtune when an adapter is saved, never by a user.
 _BOOKKEEPING = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
-_BOOKKEEPING |= {"ranks", "initialized"}
+_BOOKKEEPING |= {"ranks", "slices", "kernels", "initialized", "base_fingerprint", "weights_sha256", "svdtune_version"}
 
 
 def method_names() -> list[str]:

@@ -18,10 +18,13 @@ def test_appears_with_its_files_and_the_usual_permissions(tmp_path: Path, existi
         output.mkdir(parents=True)
     with new_folder(output) as work:
         (work / "file").write_text("text")
+        (work / "file").chmod(0o600)
         assert not (output / "file").exists()
     assert (output / "file").read_text() == "text"
     (tmp_path / "ordinary").mkdir()
     assert output.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+    (tmp_path / "ordinary" / "file").touch()
+    assert (output / "file").stat().st_mode == (tmp_path / "ordinary" / "file").stat().st_mode
     assert list(output.parent.iterdir()) == [output]
 
 

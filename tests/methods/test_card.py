@@ -56,6 +56,7 @@ def test_it_says_what_the_adapter_is_and_its_lines_load_it(name, base, tmp_path)
     assert expected in card.text
     assert "- PEFT " in card.text
     assert "- svdtune " in card.text
+    assert "layers.0" not in card.text
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)[1]
     found = {}
     exec(code.replace("this-folder-or-repository", str(tmp_path / "adapter")), found)
