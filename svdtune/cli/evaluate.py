@@ -216,7 +216,7 @@ def _opened(
     else:
         if device is not None:
             raise SvdtuneError("vLLM chooses its device itself; leave out --device, or hide GPUs from it")
-        with open_vllm(source, dtype or "auto") as opened:
+        with open_vllm(source, dtype) as opened:
             yield opened
 
 

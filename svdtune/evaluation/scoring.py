@@ -24,6 +24,8 @@ from svdtune.evaluation.tasks import Grades, Reference, Task
 from svdtune.export.folder import explain_write_errors
 from svdtune.models import LoadedModel
 
+_SIDE_BY_SIDE = 16  # graders at once: each may use a gigabyte of memory
+
 
 class Score(NamedTuple):
     """How many completions are right, which share of all that is, and the share's 95 % interval.
@@ -163,7 +165,7 @@ def _grade_all(task: Task, pairs: Sequence[tuple[str, Reference]]) -> list[Grade
     """Grade (completion, reference) pairs, side by side where each takes processes of its own."""
     if not task.in_processes:
         return [task.grade(*pair) for pair in pairs]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _SIDE_BY_SIDE)) as pool:
         return list(pool.map(lambda pair: task.grade(*pair), pairs))
 
 

@@ -15,11 +15,12 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation.decoding import Completion, Decoding, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
 from svdtune.export.opening import Source
-from svdtune.methods.saved import ADAPTER_WEIGHTS
 from svdtune.models import load_tokenizer, set_end_token
 from svdtune.models.loading import locate
 
 _CONFIG = "adapter_config.json"
+_WEIGHTS = ("*.safetensors", "*.bin")
+_PIECES = 64
 
 
 class VllmEngine:
@@ -27,29 +28,30 @@ class VllmEngine:
 
     def __init__(self, source: Source, lora: Path | None, dtype: str, options: dict[str, Any]) -> None:
         vllm = _import_vllm()
-        recipe = source.recipe.model if source.recipe else None
         base = locate(source.base)
         if isinstance(base, Path) and base.suffix == ".gguf":
             raise SvdtuneError(f"vLLM does not read {base} as svdtune does; name a Transformers folder or a hub name")
         self.name = str(source.run or source.adapter or source.base)
-        self.tokenizer = load_tokenizer(source.base)
+        recipe = source.recipe.model if source.recipe else None
+        origin = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code} if recipe else {}
+        self.tokenizer = load_tokenizer(source.base, **origin)
         if recipe and recipe.end_token:
             set_end_token(None, self.tokenizer, recipe.end_token)
-        config = AutoConfig.from_pretrained(base).get_text_config()
+        config = AutoConfig.from_pretrained(base, **origin).get_text_config()
         self.context = options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
         self._ends = _end_tokens(base, self.tokenizer.eos_token_id)
         self._identity = {
             "engine": "vllm",
-            "weights": _fingerprint(source.adapter),
+            "weights": _fingerprint(base, source.adapter),
             "end_token_ids": self._ends,
             "dtype": dtype,
         }
         serving = {"enable_lora": True, "max_lora_rank": _served_rank(lora)} if lora else {}
         self._vllm, self._lora = vllm, lora
-        self._llm = vllm.LLM(model=str(base), dtype=dtype, **serving, **options)
+        self._llm = vllm.LLM(model=str(base), dtype=dtype, **origin, **serving, **options)
 
     def identity(self) -> dict[str, Any]:
-        """Engine, base, SHA-256 of the adapter's weights, end tokens, dtype."""
+        """Engine, fingerprint of base and adapter, end tokens, dtype."""
         return self._identity
 
     def details(self) -> dict[str, Any]:
@@ -98,12 +100,12 @@ class VllmEngine:
 
 
 @contextlib.contextmanager
-def open_vllm(source: Source, dtype: str = "auto", **options: Any) -> Iterator[VllmEngine]:
+def open_vllm(source: Source, dtype: str | None = None, **options: Any) -> Iterator[VllmEngine]:
     """Start vLLM on a source's base model, with its adapter, exported to LoRA for as long as the engine is open.
 
     Args:
         source: What to evaluate.
-        dtype: Of the weights.
+        dtype: Of the weights; None for that of the run, or the one they are stored in.
         **options: Passed on to `vllm.LLM`, such as `gpu_memory_utilization` and `tensor_parallel_size`.
 
     Raises:
@@ -111,6 +113,7 @@ def open_vllm(source: Source, dtype: str = "auto", **options: Any) -> Iterator[V
             large, or it trains whole modules or biases.
     """
     _import_vllm()
+    dtype = dtype or (source.recipe.model.dtype if source.recipe else "auto")
     with tempfile.TemporaryDirectory(prefix="svdtune-") as folder:
         lora = _as_lora(source.adapter, Path(folder, "lora")) if source.adapter else None
         engine = VllmEngine(source, lora, dtype, options)
@@ -151,9 +154,21 @@ def _end_tokens(base: str | Path, end: int | None) -> list[int]:
     return ends
 
 
-def _fingerprint(adapter: Path | None) -> str:
-    """SHA-256 of an adapter's weights; a base model without one is known by its name."""
-    return hashlib.sha256((adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest() if adapter else "base"
+def _fingerprint(base: str | Path, adapter: Path | None) -> str:
+    """SHA-256 over name, size and 64 evenly spread pieces of every file of weights; a hub model is known by its name.
+
+    Any training step moves nearly every value, so that the pieces tell.
+    """
+    digest = hashlib.sha256(str(base).encode() if isinstance(base, str) else b"")
+    folders = [folder for folder in (base, adapter) if isinstance(folder, Path)]
+    for path in sorted(file for folder in folders for kind in _WEIGHTS for file in folder.glob(kind)):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for piece in range(_PIECES):
+                file.seek(size * piece // _PIECES)
+                digest.update(file.read(64))
+    return digest.hexdigest()
 
 
 def _import_vllm() -> ModuleType:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.evaluation import Decoding, Item, evaluate, get_task
@@ -118,6 +119,21 @@ def test_a_whole_evaluation_through_the_interface(tiny_folder: Path, tmp_path: P
             evaluate(load(tiny_folder), items, get_task("number"), tmp_path / "out", max_new_tokens=4)
         with pytest.raises(SvdtuneError, match="without beams"):
             engine.complete(PROMPTS, 4, Decoding(beams=2), [0, 0, 0])
+
+
+def test_other_weights_have_another_identity(tiny_folder: Path, tmp_path: Path):
+    config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = adapter_of(tiny_folder, config, tmp_path / "adapter")
+    found = []
+    for scale in (1.0, 1.0, 1.01):
+        weights = {name: scale * tensor for name, tensor in load_file(adapter / "adapter_model.safetensors").items()}
+        save_file(weights, adapter / "adapter_model.safetensors")
+        with open_vllm(find_source(str(tiny_folder), adapter)) as engine:
+            found.append(engine.identity()["weights"])
+    with open_vllm(find_source(str(tiny_folder))) as engine:
+        found.append(engine.identity()["weights"])
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
 
 
 @pytest.mark.parametrize(
