@@ -104,17 +104,24 @@ class Settled:
         given = {name: self._given_rank(name) for name in targets}
         measured = [name for name, rank in given.items() if rank is None]
         weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
+        takes_factors = config.needs_factors and not self.load_only
         if measured:
             self._check_readable(measured)
-            given |= spectra.ranks({name: weights[name] for name in measured}, config.threshold)
+            unknown = {name: weights[name] for name in measured}
+            if takes_factors and not config.compact:
+                self.factors |= dict(spectra.ranked_factors(unknown, config.threshold))
+                given |= {name: len(self.factors[name].s) for name in measured}
+            else:
+                given |= spectra.ranks(unknown, config.threshold)
         for name, rank in given.items():
             check_rank(name, rank, targets[name])
         self.ranks |= given
         if not config.initialized:
             found = {name: fingerprint(module) for name, module in targets.items()}
             self.fingerprints |= {name: value for name, value in found.items() if value is not None}
-        if config.needs_factors and not self.load_only:
-            self.factors |= dict(spectra.factors(weights, given, exact=config.compact))
+        if takes_factors:
+            rest = {name: rank for name, rank in given.items() if name not in self.factors}
+            self.factors |= dict(spectra.factors(weights, rest, exact=config.compact))
 
     def _given_rank(self, name: str) -> int | None:
         """The rank of one layer as the configuration gives it, None where its spectrum decides."""
