@@ -42,6 +42,7 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     frozen: ClassVar[tuple[str, ...]]
     draws_masks: ClassVar[bool] = False
     together: Together | None = None
+    _subtracted: Collection[str] = ()  # adapters whose principal part the base weight lacks
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -278,6 +279,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     @property
     def silent(self) -> bool:
         """Whether `forward` does nothing but call the base layer."""
+        if self._subtracted:
+            return False
         if self.disable_adapters:
             return not self.merged
         return self.merged or not any(name in self.r for name in self.active_adapters)

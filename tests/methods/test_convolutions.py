@@ -163,6 +163,18 @@ def test_half_precision_bases(name, dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+def test_a_compiled_convolution_is_one_graph(name):
+    model, x = adapted(name, "conv2d-groups"), data("conv2d-groups")
+    layer = model.base_model.model.conv
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), layer(x))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("name", ["mosara", "sorsa"])
 def test_compact_files(name, tmp_path):
     model, x = adapted(name, "conv2d-groups", compact=True), data("conv2d-groups")

@@ -354,6 +354,18 @@ def test_offloaded_weights():
         model.merge_adapter()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+def test_a_compiled_projection_computes_the_same(name):
+    layer = next(m for m in adapted("gpt_neox", name).modules() if isinstance(m, FusedLinear))
+    x = torch.randn(2, 5, 32)
+    compiled = torch.compile(layer, backend="eager")
+    assert torch.equal(compiled(x), layer(x))
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+    torch.compiler.reset()
+
+
 class TestClearErrors:
     @pytest.mark.parametrize(
         ("slices", "message"),

@@ -117,10 +117,6 @@ class SorsaLinear(LowRankLayer):
 
     # Forward
 
-    @property
-    def silent(self) -> bool:
-        return super().silent and not self._subtracted
-
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
         return self._add_principal(self.base_layer(x, *args, **kwargs), x, self._subtracted.difference(present))
 
