@@ -12,6 +12,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
@@ -179,6 +180,11 @@ def check_supported(name: str, module: nn.Module) -> None:
         raise SvdtuneError(
             f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear, transformers' "
             "Conv1D, and torch.nn.Conv1d, Conv2d and Conv3d. Narrow `target_modules`, or name it in `exclude_modules`"
+        )
+    if type(base) is NonDynamicallyQuantizableLinear:
+        raise SvdtuneError(
+            f"target module {name!r} is the output projection of a torch.nn.MultiheadAttention, which reads its weight "
+            "but never calls it, so an adapter there would do nothing. Name it in `exclude_modules`"
         )
     if is_parametrized(base, "weight"):
         raise SvdtuneError(

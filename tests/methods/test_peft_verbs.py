@@ -374,6 +374,14 @@ class TestClearErrors:
         with pytest.raises(SvdtuneError, match=r"'model.embed_tokens' is a Embedding; .* `exclude_modules`"):
             get_peft_model(model_of("llama"), SorsaConfig(r=4, target_modules=["embed_tokens"]))
 
+    def test_a_projection_that_is_never_called(self):
+        model = torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 16))
+        with pytest.raises(
+            SvdtuneError, match=r"'0.self_attn.out_proj' is the output projection of a torch.nn.Multihead"
+        ):
+            get_peft_model(model, SorsaConfig(r=4, target_modules=["out_proj", "linear1"]))
+        get_peft_model(model, SorsaConfig(r=4, target_modules=["linear1", "linear2"]))
+
     def test_a_threshold_without_weights(self):
         with pytest.raises(SvdtuneError, match="low_cpu_mem_usage=True reads no weights"):
             get_peft_model(model_of("llama"), SaraConfig(), low_cpu_mem_usage=True)
