@@ -30,7 +30,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from svdtune.linalg import orthonormality_error, rank_at_threshold, safe_rank, settled_spectrum, spectrum, top_factors
-from svdtune.spectra import factors, ranks
+from svdtune.spectra import factors, ranked_factors, ranks
 
 THRESHOLDS = (0.01, 0.09, 0.5)
 
@@ -200,6 +200,10 @@ def bench_whole_model(bench: Bench, n: int, wide: int, layers: int, r: int, top:
         )
     _, measured = bench.time(lambda: drain(q_and_v, top), repeat=1)
     bench.report(what="model", method=f"Mo-SARA top {top}, {len(q_and_v)} weights", **measured)
+    found, measured = bench.time(lambda: [len(f.s) for _, f in ranked_factors(q_and_v, 0.5, progress=False)], repeat=1)
+    equal = all(k == rank_at_threshold(exact[i % 4], 0.5) for i, k in enumerate(found))
+    method = f"Mo-SARA at 0.5, ranks and factors, {len(q_and_v)} weights"
+    bench.report(what="model", method=method, **measured, equal_float64=equal)
 
 
 def bench_real_model(bench: Bench, folder: Path) -> None:

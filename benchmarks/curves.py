@@ -1,0 +1,121 @@
+"""Two training curves of one real model: svdtune's layers beside the papers' equations as written, over the same batches.
+
+    python benchmarks/curves.py --model smollm2-135m --method sorsa --steps 200 --out curves.jsonl
+
+Both start from one adapter and see the same rows of worded arithmetic, the same optimizer and the same regularizer; fp32, or
+bf16 autocast with `--autocast`. On a GPU the fast side works as it does in training (layers together); on a CPU that is asked
+for with `--together`. Prints one JSON line: every loss of both, their largest relative difference, and that of the factors.
+"""
+
+import argparse
+import copy
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import peft
+import torch
+from step import machine
+from torch import Tensor, nn
+
+import svdtune
+from svdtune.data import Collator, encode_all, read_rows, to_examples
+from svdtune.methods.mosara import reference as mosara_reference
+from svdtune.methods.sara import reference as sara_reference
+from svdtune.methods.sorsa import reference as sorsa_reference
+from svdtune.models import load
+
+CONFIGS = {
+    "sorsa": lambda: svdtune.SorsaConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "sara": lambda: svdtune.SaraConfig(threshold=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "mosara": lambda: svdtune.MoSaraConfig(threshold=0.3, num_heads=5, task_type="CAUSAL_LM"),
+}
+
+
+def literal(model: nn.Module) -> nn.Module:
+    """The model with every adapted layer computing its paper's equation as written."""
+    for layer in model.modules():
+        if not hasattr(layer, "fused"):
+            continue
+
+        def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: nn.Module = layer) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            if layer.method == "sorsa":
+                y = sorsa_reference.sorsa_linear(flat, weight, bias, *layer.product("default"))
+            elif layer.method == "sara":
+                y = sara_reference.sara_linear(flat, weight, bias, *layer.product("default")[:3])
+            else:
+                y = mosara_reference.mosara_linear(flat, weight, bias, *layer._tensors("default"))
+            return y.view(*x.shape[:-1], -1)
+
+        layer.fused = fused
+    return model
+
+
+def curve(model: nn.Module, batches: list[dict[str, Tensor]], autocast: bool, device: str) -> list[float]:
+    """The loss at every step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=5e-4, weight_decay=0.0)
+    svdtune.regularize(optimizer, model)
+    losses = []
+    for batch in batches:
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        with torch.autocast(device, torch.bfloat16) if autocast else nullcontext():
+            loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return [float(loss) for loss in losses]
+
+
+def main() -> None:
+    """Train both, print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--method", choices=CONFIGS, default="sorsa")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--together", action="store_true")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    loaded = load(arguments.model, dtype="float32")
+    examples = to_examples(read_rows("arithmetic", limit=arguments.steps * arguments.batch), "question", "solution")
+    template = "<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+    rows, _ = encode_all(examples, loaded.tokenizer, 512, template=template)
+    collate = Collator(loaded.tokenizer.pad_token_id)
+    size = arguments.batch
+    batches = [collate(rows[i * size : (i + 1) * size]) for i in range(arguments.steps)]
+    torch.manual_seed(0)
+    fast = peft.get_peft_model(loaded.model, CONFIGS[arguments.method]()).to(arguments.device).train()
+    slow = literal(copy.deepcopy(fast))
+    if arguments.together:
+        fast.base_model.together.enabled = True
+    curves = {}
+    for name, model in {"fast": fast, "literal": slow}.items():
+        curves[name] = curve(model, batches, arguments.autocast, arguments.device)
+    pairs = zip(curves["fast"], curves["literal"], strict=True)
+    factors = [(p, q) for p, q in zip(fast.parameters(), slow.parameters(), strict=True) if p.requires_grad]
+    line = machine(arguments.device) | {
+        "model": arguments.model,
+        "method": arguments.method,
+        "autocast": arguments.autocast,
+        "steps": arguments.steps,
+        "first_loss": curves["fast"][0],
+        "last_loss": curves["fast"][-1],
+        "largest_relative_difference": max(abs(a - b) / b for a, b in pairs),
+        "factors_relative_difference": float(
+            sum((p - q).square().sum() for p, q in factors) ** 0.5 / sum(q.square().sum() for _, q in factors) ** 0.5
+        ),
+        **curves,
+    }
+    print(json.dumps(line))
+    if arguments.out:
+        with arguments.out.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()
