@@ -95,32 +95,37 @@ class Observed:
 
 
 def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[Observed]:
-    """The layers of a model that are trained as matrices, in its order.
-
-    Under an adapter those that carry it, without embeddings and without layers whose change depends on the token (Mo-SARA
-    with several heads); without one, all linear layers but the output head.
+    """The `trained_layers` whose change is a matrix: not Mo-SARA with several heads, whose change depends on the token.
 
     Args:
         model: with an adapter, or fully trained.
         wanted: which of them, by the name in the base model.
     """
-    found = []
+    return [layer for layer in trained_layers(model) if _is_matrix(layer.module) and wanted(layer.name)]
+
+
+def trained_layers(model: nn.Module) -> list[Observed]:
+    """The layers of a model that are trained, in its order.
+
+    Under an adapter those that carry it, without embeddings; without one all linear layers but the output head.
+    """
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     head = None if adapted or not hasattr(model, "get_output_embeddings") else model.get_output_embeddings()
-    for name, module in model.named_modules():
-        name = re.sub(r"^base_model\.model\.", "", name)
-        fits = _carries(module) if adapted else _is_linear(module) and module is not head
-        if fits and wanted(name):
-            found.append(Observed(name, module))
-    return found
+    return [
+        Observed(re.sub(r"^base_model\.model\.", "", name), module)
+        for name, module in model.named_modules()
+        if (_carries(module) if adapted else _is_linear(module) and module is not head)
+    ]
 
 
 def _carries(module: nn.Module) -> bool:
     if not isinstance(module, BaseTunerLayer) or isinstance(module, FusedLinear) or not module.active_adapters:
         return False
-    if isinstance(module, MoSaraLinear):
-        return module.configs[module.active_adapters[0]].num_heads == 1
     return isinstance(module, SvdLayer) or (hasattr(module, "merge") and _is_linear(module.get_base_layer()))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return not isinstance(module, MoSaraLinear) or module.configs[module.active_adapters[0]].num_heads == 1
 
 
 def _is_linear(module: nn.Module) -> bool:

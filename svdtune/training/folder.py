@@ -5,6 +5,7 @@ RUN/train_log.jsonl  one line a logging step
 RUN/checkpoint-N/    to resume from
 RUN/adapter/         the result (RUN/model/ for full fine-tuning)
 RUN/training.json    the run in numbers; its presence says that the run is finished
+RUN/analysis/        samples of the weights' movement, and what `svdtune analyze` finds
 """
 
 import json
@@ -19,7 +20,7 @@ from svdtune.training.extending import read_yaml
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
 RECIPE, LOG, SUMMARY = "recipe.yaml", "train_log.jsonl", "training.json"
-ADAPTER, FULL_MODEL = "adapter", "model"
+ADAPTER, FULL_MODEL, ANALYSIS = "adapter", "model", "analysis"
 # Settings that do not change what is computed, and may differ when a run goes on.
 _FREE = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "eval_steps"}
 
@@ -58,7 +59,7 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
 def start_run(recipe: Recipe) -> None:
     """Make the folder of a checked, fresh run: delete an earlier run's files, write the resolved recipe."""
     folder = Path(recipe.output.dir)
-    for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL]:
+    for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL, folder / ANALYSIS]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
@@ -97,7 +98,10 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
     changed = [
         f"{path} was {before.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(before | now)
-        if before.get(path) != now.get(path) and path.rpartition(".")[2] not in _FREE and path != "output.dir"
+        if before.get(path) != now.get(path)
+        and path.rpartition(".")[2] not in _FREE
+        and path != "output.dir"
+        and not path.startswith("analysis")
     ]
     if changed:
         raise SvdtuneError(

@@ -151,6 +151,17 @@ class Evaluation(_Section):
         return template and _check_template(template)
 
 
+class Analysis(_Section):
+    """Samples of how far the weights have moved, taken while the run trains; see `svdtune.training.sampling`."""
+
+    samples: int = Field(20, ge=2, description="How many, spread evenly, the start and the end among them.")
+    modules: list[str] | None = Field(None, description="Names or patterns of the layers; null: all adapted ones.")
+    k: int | None = Field(
+        None, ge=1, description="Singular triplets compared; null: all up to 1024, else the leading 64."
+    )
+    max_share: float | None = Field(0.1, gt=0, description="Of the run's time, beyond which samples are left out.")
+
+
 class Output(_Section):
     """The run folder."""
 
@@ -165,6 +176,7 @@ class Recipe(_Section):
     data: Data
     training: Training
     evaluation: Evaluation | None = None
+    analysis: Analysis | None = None
     output: Output
 
     @model_validator(mode="before")

@@ -28,6 +28,7 @@ from svdtune.training.leaks import check_leaks
 from svdtune.training.method import FULL, adapt, adapted_modules
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
 from svdtune.training.recipe import Recipe, Source
+from svdtune.training.sampling import SampleMovement
 from svdtune.training.trainer import RunTrainer, training_arguments
 
 
@@ -90,6 +91,9 @@ def train(
         tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
+    watching = []
+    if recipe.analysis is not None and main:
+        watching = [SampleMovement(model, folder, **recipe.analysis.model_dump())]
     if checkpoint is None and main:
         start_run(recipe)  # only now: what is refused leaves an earlier run as it was
 
@@ -102,7 +106,7 @@ def train(
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             data_collator=Collator(loaded.tokenizer.pad_token_id),
-            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), progress, stop],
+            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), *watching, progress, stop],
         )
         trainer.remove_callback(PrinterCallback)
         try:
