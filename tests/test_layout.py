@@ -9,6 +9,7 @@ ROOT = Path(svdtune.__file__).parent
 ORDER = [
     "_version",
     "errors",
+    "system",
     "linalg",
     "spectra",
     "methods",

@@ -5,7 +5,8 @@ docstring is the verb's help, or of several. Other modules in the folder are hel
 the first lines of their help, so what only the work itself needs (torch, transformers) is imported inside the command.
 
 Errors: a `SvdtuneError` is printed as one message, exit code 2. A `KeyboardInterrupt` prints its own text, which may say how
-to go on, exit code 130. Anything else is a fault of svdtune and keeps its traceback.
+to go on, exit code 130. A full disk or memory that nothing nearer explained is one sentence too, exit code 2. Anything else is
+a fault of svdtune and keeps its traceback.
 """
 
 import importlib
@@ -18,6 +19,7 @@ from typer.core import TyperGroup
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
+from svdtune.system import last_resort
 
 # In the order of use, which is the order in the help.
 VERBS = (
@@ -66,6 +68,11 @@ class _Verbs(TyperGroup):
         except KeyboardInterrupt as interrupt:
             typer.echo(f"svdtune: {str(interrupt) or 'interrupted'}", err=True)
             raise typer.Exit(130) from interrupt
+        except Exception as error:
+            if (sentence := last_resort(error)) is None:
+                raise
+            typer.echo(f"svdtune: {sentence}", err=True)
+            raise typer.Exit(2) from error
 
 
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -97,9 +97,9 @@ def demo(
     svdtune demo --output runs/mine
     """
     from svdtune.export import Source
-    from svdtune.export.folder import explain_write_errors
     from svdtune.models import SMOLLM2
     from svdtune.models.loading import locate
+    from svdtune.system import explain_write_errors
 
     console, size, started = Console(), QUICK if quick else FULL, time.monotonic()
     if not console.is_terminal:
@@ -147,7 +147,7 @@ def check_output(output: Path) -> None:
         SvdtuneError: If the folder holds anything but an earlier demo's results, or cannot be written.
     """
     from svdtune.errors import SvdtuneError
-    from svdtune.export.folder import explain_write_errors
+    from svdtune.system import explain_write_errors
 
     mark = output / ".svdtune-demo"  # only what a demo made is ever deleted
     with explain_write_errors(output):

@@ -32,7 +32,7 @@ def train(
     """
     from svdtune.training import Interrupted, load_recipe
     from svdtune.training import train as run
-    from svdtune.training.folder import latest_checkpoint
+    from svdtune.training.checkpoints import latest_checkpoint
     from svdtune.training.run import is_main_process
 
     loaded = load_recipe(recipe, ctx.args)
@@ -42,7 +42,7 @@ def train(
     except Interrupted as stop:
         raise Interrupted(f"{stop}; go on with: {again} --resume") from None
     except KeyboardInterrupt:
-        kept = latest_checkpoint(Path(loaded.output.dir))
+        kept, _ = latest_checkpoint(Path(loaded.output.dir))
         how = f"go on from {kept.name} with: {again} --resume" if kept else f"start anew with: {again}"
         raise KeyboardInterrupt(f"interrupted; {how}") from None
     if is_main_process():

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.export.folder import explain_write_errors
 from svdtune.models import LoadedModel
+from svdtune.system import explain_write_errors
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM

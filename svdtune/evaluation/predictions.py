@@ -9,6 +9,7 @@ from typing import Any
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks import Reference
+from svdtune.system import replace_text
 
 
 @dataclass(frozen=True)
@@ -87,14 +88,14 @@ class PredictionStore:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Put the lines into the data's order and write `result.json`; each file is replaced whole or not at all."""
-        _replace(self._predictions, "".join(_line(self.done[place]) for place in sorted(self.done)))
-        _replace(self._result, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        replace_text(self._predictions, "".join(_line(self.done[place]) for place in sorted(self.done)))
+        replace_text(self._result, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         if not self._settings.exists():
             if self._predictions.exists():
                 raise SvdtuneError(f"{self._predictions} has no {self._settings.name} beside it; {_WAY_OUT}")
-            _replace(self._settings, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+            replace_text(self._settings, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             return
         try:
             found = json.loads(self._settings.read_text(encoding="utf-8"))
@@ -130,13 +131,3 @@ _WAY_OUT = "name another output folder, or start over with --restart"
 
 def _line(prediction: Prediction) -> str:
     return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a part."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)

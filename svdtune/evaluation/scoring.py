@@ -21,8 +21,8 @@ from svdtune.evaluation.interval import Interval, Metric, pass_at, wilson_interv
 from svdtune.evaluation.items import Item, check_items
 from svdtune.evaluation.predictions import Prediction, PredictionStore
 from svdtune.evaluation.tasks import Grades, Reference, Task
-from svdtune.export.folder import explain_write_errors
 from svdtune.models import LoadedModel
+from svdtune.system import explain_write_errors
 
 _SIDE_BY_SIDE = 16  # graders at once: each may use a gigabyte of memory
 

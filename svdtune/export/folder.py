@@ -1,43 +1,14 @@
 """A folder that appears whole or not at all: written beside its place, then moved there."""
 
-import errno
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from svdtune.errors import SvdtuneError
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your disk quota is used up",
-    errno.EACCES: "you have no permission to write there",
-    errno.EPERM: "you have no permission to write there",
-    errno.EROFS: "that file system is read-only",
-    errno.ENOTDIR: "a part of that path is a file",
-    errno.EEXIST: "something of that name is in the way",
-    errno.ENOTEMPTY: "something of that name is in the way",
-}
-
-
-@contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing below `path` into one clear SvdtuneError.
-
-    Covers safetensors too, which reports the system's error number inside its own exception's text.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else _os_error_number(str(error))
-        if number not in _REASONS:
-            raise
-        raise SvdtuneError(f"cannot write {path}: {_REASONS[number]}; name another output") from error
+from svdtune.system import explain_write_errors
 
 
 @contextmanager
@@ -79,11 +50,6 @@ def check_new_folder(output: Path) -> None:
             )
     elif output.exists() or output.is_symlink():
         raise SvdtuneError(f"{output} exists and is not a folder; name another output")
-
-
-def _os_error_number(text: str) -> int | None:
-    found = re.search(r"os error (\d+)", text)
-    return int(found[1]) if found else None
 
 
 def _umask() -> int:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from svdtune.system import replace_text
+
 # What a line of the log holds, where known; everything else in Trainer's logs is derived from these.
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "l_reg", "tokens_per_second")
 
@@ -28,9 +30,9 @@ class JsonlLog(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if not state.is_world_process_zero or not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= state.global_step]
+        replace_text(self.path, "".join(kept))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -40,6 +42,15 @@ class JsonlLog(TrainerCallback):
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **record}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of the log; None for what a kill left of a line, or a damaged one."""
+    try:
+        step = json.loads(line)["step"] if line.endswith("\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 class AllocateRanks(TrainerCallback):

@@ -11,8 +11,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from svdtune.errors import SvdtuneError
+from svdtune.system import explain_read_error
 
 _REPLACED = "method"
+_MOST_VALUES, _DEEPEST = 100_000, 30
 _SECTIONS = "model, method, data, training, evaluation, output"
 
 
@@ -31,9 +33,11 @@ def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not path.is_file():
         named = f", which {above[-1]} extends" if above else ""
         raise SvdtuneError(f"there is no recipe {path}{named}")
-    settings = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    settings = read_yaml(read_text(path), str(path))
     if not isinstance(settings, dict):
         raise SvdtuneError(f"{path} holds no settings: expected the sections {_SECTIONS}")
+    if names := [name for name in settings if not isinstance(name, str)]:
+        raise SvdtuneError(f"{path}: {names[0]!r:.60} is no section; expected {_SECTIONS}")
     bases = settings.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -54,17 +58,58 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        SvdtuneError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise SvdtuneError(f"{path} is not UTF-8 at byte {error.start + 1}; save it as UTF-8") from error
+    except OSError as error:
+        raise SvdtuneError(f"cannot read {path}: {explain_read_error(error)}") from error
+
+
 def read_yaml(text: str, source: str) -> Any:
     """Parse YAML 1.2.
 
     Raises:
-        SvdtuneError: naming the line.
+        SvdtuneError: naming the line; or the values are too many or too deep to be settings, as where anchors repeat each
+            other.
     """
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        found = YAML(typ="safe", pure=True).load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}" if mark else ""
-        raise SvdtuneError(f"{source}{where} is not valid YAML: {str(error.problem).splitlines()[0]}") from error
+        problem = str(error.problem or error.context or "it cannot be parsed").splitlines()[0]
+        tab = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
+        raise SvdtuneError(f"{source}{where} is not valid YAML: {problem}{tab}") from error
     except YAMLError as error:
         raise SvdtuneError(f"{source} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise SvdtuneError(f"{source} is not a recipe: its values lie too deep in each other") from error
+    except Exception as error:  # values that look like dates or numbers and are none, by the types of what makes them
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SvdtuneError(f"{source} is not valid YAML: {reason:.200}; put texts in quotes") from error
+    _check_size(found, source)
+    return found
+
+
+def _check_size(found: Any, source: str) -> None:
+    """Refuse what a few anchors can blow up to: every alias counts as often as it is used."""
+    waiting, count = [(found, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if count > _MOST_VALUES or depth > _DEEPEST:
+            raise SvdtuneError(
+                f"{source} is not a recipe: expected at most {_MOST_VALUES:,} values, at most {_DEEPEST} deep; it has more, "
+                "or anchors that contain each other"
+            )
+        if isinstance(value, dict):
+            waiting += [(inner, depth + 1) for inner in (*value, *value.values())]
+        elif isinstance(value, list | tuple | set):
+            waiting += [(inner, depth + 1) for inner in value]

@@ -9,14 +9,16 @@ RUN/analysis/        samples of the weights' movement, and what `svdtune analyze
 """
 
 import json
-import os
-import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from svdtune.errors import SvdtuneError
-from svdtune.training.extending import read_yaml
+from svdtune.system import replace_text
+from svdtune.training.checkpoints import keep_up_to, latest_checkpoint, step_of
+from svdtune.training.extending import read_text, read_yaml
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
 RECIPE, LOG, SUMMARY = "recipe.yaml", "train_log.jsonl", "training.json"
@@ -37,13 +39,15 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
         raise SvdtuneError("--resume continues the run and --overwrite deletes it; give one of them")
     if folder.exists() and not folder.is_dir():
         raise SvdtuneError(f"{folder} exists and is not a folder; set output.dir to another one")
-    checkpoint = latest_checkpoint(folder)
+    checkpoint, skipped = latest_checkpoint(folder)
     finished = (folder / SUMMARY).is_file()
     if resume:
         if finished:
             raise SvdtuneError(f"the run {folder} is finished; there is nothing to resume")
         if checkpoint is None:
-            raise SvdtuneError(f"there is no checkpoint in {folder} to resume from; start without --resume")
+            why = "".join(f" ({reason})" for reason in skipped)
+            anew = "with --overwrite instead of --resume" if (folder / RECIPE).is_file() else "without --resume"
+            raise SvdtuneError(f"there is no checkpoint in {folder} to resume from{why}; start {anew}")
         _check_same(folder, recipe)
         return checkpoint
     if folder.is_dir() and any(folder.iterdir()):
@@ -64,21 +68,20 @@ def start_run(recipe: Recipe) -> None:
     for name in (SUMMARY, LOG):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    replace_text(folder / RECIPE, dump_recipe(recipe))
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint with the most steps; one without `trainer_state.json`, which is written last, does not count."""
-    found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    numbered = {int(match[1]): path for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))}
-    return numbered[max(numbered)] if numbered else None
+def take_up(checkpoint: Path, console: Console) -> None:
+    """Say which later checkpoints cannot be used, and delete them."""
+    _, skipped = latest_checkpoint(checkpoint.parent)
+    for reason in skipped:
+        console.print(f"resume    {reason}; going on from {checkpoint.name}", highlight=False)
+    keep_up_to(checkpoint.parent, step_of(checkpoint))
 
 
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write `training.json` in one step: it says that everything else is there."""
-    partial = folder / f".{SUMMARY}.partial"
-    partial.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / SUMMARY)
+    replace_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
 
 def read_run(folder: Path) -> Recipe:
@@ -90,7 +93,7 @@ def read_run(folder: Path) -> Recipe:
     path = folder / RECIPE
     if not path.is_file():
         raise SvdtuneError(f"{folder} is not a run of svdtune: it has no {RECIPE}")
-    return check_recipe(read_yaml(path.read_text(encoding="utf-8"), str(path)), str(path))
+    return check_recipe(read_yaml(read_text(path), str(path)), str(path))
 
 
 def _check_same(folder: Path, recipe: Recipe) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from svdtune._version import __version__
 from svdtune.data import Collator, Example, encode_all, read_rows, to_examples
@@ -20,16 +21,22 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.card import add_section
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.system import explain_write_errors
 from svdtune.training.advice import launch_bound
 from svdtune.training.callbacks import AllocateRanks, JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.card import training_section
-from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, latest_checkpoint, start_run, write_summary
+from svdtune.training.checkpoints import latest_checkpoint
+from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
 from svdtune.training.leaks import check_leaks
+from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, adapted_modules
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
 from svdtune.training.recipe import Recipe, Source
 from svdtune.training.sampling import SampleMovement
 from svdtune.training.trainer import RunTrainer, training_arguments
+
+Rows = list[dict[str, list[int]]]
+_WRITING = "free or name another place (output.dir); what has a checkpoint goes on with --resume"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -72,7 +79,13 @@ def train(
     if main:
         checkpoint = check_run(recipe, resume=resume, overwrite=overwrite)
     else:
-        checkpoint = latest_checkpoint(folder) if resume else None
+        checkpoint = latest_checkpoint(folder)[0] if resume else None
+    with explain_out_of_memory(recipe):
+        return _train(recipe, checkpoint, console)
+
+
+def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResult:
+    main, folder = is_main_process(), Path(recipe.output.dir)
     train_examples = _read(recipe, recipe.data.train)
     eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
     check_leaks(recipe, train_examples, eval_examples or [], console)
@@ -94,29 +107,10 @@ def train(
     watching = []
     if recipe.analysis is not None and main:
         watching = [SampleMovement(model, folder, **recipe.analysis.model_dump())]
-    if checkpoint is None and main:
-        start_run(recipe)  # only now: what is refused leaves an earlier run as it was
-
-    with StopOnInterrupt() as stop:
-        progress = ShowProgress(console)
-        trainer = RunTrainer(
-            regularizer=SorsaRegularizer(),
-            model=model,
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            data_collator=Collator(loaded.tokenizer.pad_token_id),
-            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), *watching, progress, stop],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            progress.close()
-    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
-        raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
-    if eval_rows is not None:
-        trainer.evaluate()
+    with explain_write_errors(folder, _WRITING):
+        if main:
+            start_run(recipe) if checkpoint is None else take_up(checkpoint, console)
+        trainer, outcome = _fit(model, args, checkpoint, train_rows, eval_rows, loaded, watching, console, recipe)
     model.config.use_cache = True
     trained, total = parameter_counts(model)
     summary = {
@@ -135,13 +129,56 @@ def train(
     }
     result = folder / (FULL_MODEL if recipe.method.name == FULL else ADAPTER)
     if main:
-        model.save_pretrained(result)
-        loaded.tokenizer.save_pretrained(result)
-        summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
-        if recipe.method.name != FULL:
-            add_section(result, "Training", training_section(recipe, summary))
-        write_summary(folder, summary)
+        with explain_write_errors(folder, _WRITING):
+            _save(model, loaded, result, recipe, summary)
     return RunResult(folder, result, summary)
+
+
+def _fit(
+    model: Any,
+    args: TrainingArguments,
+    checkpoint: Path | None,
+    train_rows: Rows,
+    eval_rows: Rows | None,
+    loaded: LoadedModel,
+    watching: list[TrainerCallback],
+    console: Console,
+    recipe: Recipe,
+) -> tuple[RunTrainer, TrainOutput]:
+    """Run Trainer to the end, or to where the user stops it."""
+    folder = Path(recipe.output.dir)
+    with StopOnInterrupt() as stop:
+        progress = ShowProgress(console)
+        trainer = RunTrainer(
+            regularizer=SorsaRegularizer(),
+            keep_checkpoints=recipe.training.keep_checkpoints,
+            model=model,
+            args=args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            data_collator=Collator(loaded.tokenizer.pad_token_id),
+            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), *watching, progress, stop],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            progress.close()
+    if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
+    if eval_rows is not None:
+        trainer.evaluate()
+    return trainer, outcome
+
+
+def _save(model: Any, loaded: LoadedModel, result: Path, recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Write the result, and last the summary that says it is there."""
+    model.save_pretrained(result)
+    loaded.tokenizer.save_pretrained(result)
+    summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
+    if recipe.method.name != FULL:
+        add_section(result, "Training", training_section(recipe, summary))
+    write_summary(result.parent, summary)
 
 
 def is_main_process() -> bool:
@@ -182,9 +219,7 @@ def _load(recipe: Recipe, *, chat: bool) -> LoadedModel:
     return loaded
 
 
-def _encode(
-    recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console
-) -> list[dict[str, list[int]]]:
+def _encode(recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console) -> Rows:
     data = recipe.data
     rows, overlong = encode_all(
         examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, overlong=data.overlong

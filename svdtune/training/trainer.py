@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer, set up from a recipe; the two things it adds are tokens a second and L_reg in every log."""
+"""Hugging Face's Trainer, set up from a recipe; it adds tokens a second and L_reg to every log, and seals checkpoints."""
 
 import math
 import os
@@ -15,21 +15,24 @@ from transformers.utils import is_torch_tf32_available
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
+from svdtune.training.checkpoints import checkpoint_folder, discard, keep_newest, seal
 from svdtune.training.recipe import Recipe
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class RunTrainer(Trainer):
-    """Trainer that counts tokens without waiting for the device, and logs L_reg to every tracker.
+    """Trainer that counts tokens without waiting for the device, logs L_reg to every tracker, and seals its checkpoints.
 
     Args:
         regularizer: SORSA's, applied by itself at the optimizer step; here only read.
+        keep_checkpoints: how many; older ones are deleted once a newer one is sealed.
         **kwargs: of `Trainer`.
     """
 
-    def __init__(self, *, regularizer: SorsaRegularizer, **kwargs: Any):
+    def __init__(self, *, regularizer: SorsaRegularizer, keep_checkpoints: int = 1, **kwargs: Any):
         super().__init__(**kwargs)
+        self.keep_checkpoints = keep_checkpoints
         self.regularizer = regularizer
         self.add_callback(regularizer)
         self._tokens: Tensor | int = 0
@@ -38,6 +41,18 @@ class RunTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._tokens = self._tokens + inputs["attention_mask"].sum()
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run = Path(self.args.output_dir)
+        checkpoint = checkpoint_folder(run, self.state.global_step)
+        if self.args.should_save:
+            discard(checkpoint)  # what a killed process left of it
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # every process writes its random state
+        if self.args.should_save:
+            seal(checkpoint)
+            keep_newest(run, self.keep_checkpoints)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
@@ -95,7 +110,6 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
             eval_steps=t.eval_steps,
             save_strategy="steps" if t.save_steps else "no",
             save_steps=t.save_steps or 500,
-            save_total_limit=t.keep_checkpoints,
             report_to=t.report_to or "none",
             run_name=Path(recipe.output.dir).name,
             disable_tqdm=True,

@@ -1,14 +1,12 @@
 """A result folder appears whole or not at all, and what stands in its way is named."""
 
-import errno
 import os
 from pathlib import Path
 
 import pytest
-from safetensors import SafetensorError
 
 from svdtune.errors import SvdtuneError
-from svdtune.export.folder import explain_write_errors, new_folder
+from svdtune.export.folder import new_folder
 
 
 @pytest.mark.parametrize("existing", [True, False])
@@ -71,24 +69,3 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
     with pytest.raises(SvdtuneError, match="no permission"), new_folder(tmp_path / "result"):
         pass
     tmp_path.chmod(0o700)
-
-
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied"), "no permission"),
-        (OSError(errno.EROFS, "Read-only file system"), "read-only"),
-        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
-    ],
-)
-def test_the_systems_errors_become_one_message(error: Exception, message: str) -> None:
-    with pytest.raises(SvdtuneError, match=f"cannot write out: .*{message}"), explain_write_errors(Path("out")):
-        raise error
-
-
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), SafetensorError("invalid header")])
-def test_other_errors_pass_unchanged(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, explain_write_errors(Path("out")):
-        raise error
-    assert caught.value is error

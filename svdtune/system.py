@@ -1,0 +1,106 @@
+"""Where svdtune meets the machine: files that are written whole or not at all, and what full disks and full memory mean.
+
+Light to import: the command line takes its last resort from here.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from svdtune.errors import SvdtuneError
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "your disk quota is used up",
+    errno.EFBIG: "the file is larger than this system allows",
+    errno.EACCES: "you have no permission to write there",
+    errno.EPERM: "you have no permission to write there",
+    errno.EROFS: "that file system is read-only",
+    errno.ENOTDIR: "a part of that path is a file",
+    errno.EISDIR: "a folder of that name is in the way",
+    errno.ENAMETOOLONG: "that name is too long",
+    errno.EEXIST: "something of that name is in the way",
+    errno.ENOTEMPTY: "something of that name is in the way",
+    errno.EIO: "the disk does not answer as it should (an input/output error)",
+}
+_READING = {errno.EACCES: "you have no permission to read it", errno.EPERM: "you have no permission to read it"}
+
+
+@contextmanager
+def explain_write_errors(path: Path, advice: str = "name another output") -> Iterator[None]:
+    """Turn what the operating system says about writing below `path` into one clear SvdtuneError.
+
+    Covers what wraps the system's word in its own: safetensors, which names the error's number, and `torch.save`, which
+    names none.
+
+    Args:
+        path: what was to be written.
+        advice: what to do, the end of the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = _write_reason(error, path)
+        if reason is None:
+            raise
+        raise SvdtuneError(f"cannot write {path}: {reason}; {advice}") from error
+
+
+def _write_reason(error: Exception, path: Path) -> str | None:
+    """Why a write failed, None where the error is about something else."""
+    if isinstance(error, OSError):
+        return _REASONS.get(error.errno or 0)
+    if type(error).__name__ == "SafetensorError":
+        found = re.search(r"os error (\d+)", str(error))
+        return _REASONS.get(int(found[1])) if found else None
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+        return f"writing stopped half-way, with {_free(path)} left on the disk"
+    return None
+
+
+def _free(path: Path) -> str:
+    place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return f"{shutil.disk_usage(place).free / 1e6:,.0f} MB"
+
+
+def explain_read_error(error: OSError) -> str:
+    """Why a file cannot be read, as the end of a sentence."""
+    return _READING.get(error.errno or 0) or _REASONS.get(error.errno or 0) or error.strerror or str(error)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a part.
+
+    It is on the disk when this returns. A kill leaves at most `NAME.new` behind, which the next write takes over.
+    """
+    fresh = path.with_name(path.name + ".new")
+    try:
+        with fresh.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that the GPU's or the host's memory is used up."""
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch for it
+    return named or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def last_resort(error: Exception) -> str | None:
+    """One sentence about an error of the machine that nothing nearer explained, None if it is not the machine's."""
+    if is_out_of_memory(error):
+        return "out of memory: give it smaller batches, a smaller model, or a machine with more"
+    if isinstance(error, OSError) and error.errno in _REASONS and error.filename is not None:
+        return f"cannot use {error.filename}: {_REASONS[error.errno].removesuffix(' to write there')}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"cannot write: {_REASONS[error.errno]}"
+    return None
