@@ -1,0 +1,54 @@
+"""Before training: each layer's spectrum, and its rank at thresholds from 0.1 to 0.9 (SARA, Fig. 2 and 8)."""
+
+from typing import Any
+
+from svdtune.analysis.opening import Opened
+from svdtune.linalg import Spectrum, rank_at_threshold
+from svdtune.methods.layer import SvdLayer
+from svdtune.spectra import spectra
+
+THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def before(run: Opened, progress: bool | None = None) -> dict[str, Any]:
+    """Spectra and ranks of the base weights, looked up in the cache on disk before they are computed.
+
+    Returns:
+        {"thresholds", "layers": {name: {"out", "in", "rank", "k", "sum", "values"}}}: `k` has the rank at each threshold,
+        `rank` the adapter's own (None under full fine-tuning), `sum` all singular values together, and `values` pairs
+        [index from 1, singular value], all of the first ones and ever fewer after them.
+    """
+    layers = {layer.name: layer for layer in run.layers}
+    weights = {name: lambda layer=layer: run.start(layer) for name, layer in layers.items()}
+    found = {}
+    for name, spectrum in spectra(weights, progress=progress):
+        out, inside = run.shape(layers[name])
+        found[name] = {"out": out, "in": inside, "rank": _rank(layers[name].module), **_described(spectrum)}
+    return {"thresholds": list(THRESHOLDS), "layers": found}
+
+
+def _described(spectrum: Spectrum) -> dict[str, Any]:
+    count = len(spectrum.values)
+    shown = [i for i in range(count) if i in {count - 1, *_spread(count)}]
+    return {
+        "k": [rank_at_threshold(spectrum, threshold) for threshold in THRESHOLDS],
+        "sum": spectrum.total,
+        "values": [[i + 1, float(f"{float(spectrum.values[i]):.6g}")] for i in shown],
+    }
+
+
+def _spread(count: int, per_doubling: int = 4) -> set[int]:
+    """Indices from 0 that get ever rarer: about `per_doubling` from each power of two to the next."""
+    picked, at = set(), 1.0
+    while at <= count:
+        picked.add(round(at) - 1)
+        at = max(at + 1, at * 2 ** (1 / per_doubling))
+    return picked
+
+
+def _rank(module: Any) -> int | None:
+    adapter = getattr(module, "active_adapters", [None])[0]
+    if isinstance(module, SvdLayer):
+        return module.r[adapter]
+    found = getattr(module, "r", None)
+    return found.get(adapter) if isinstance(found, dict) else None
