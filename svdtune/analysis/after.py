@@ -12,6 +12,7 @@ from svdtune.linalg import Factors, spectrum
 from svdtune.linalg.deviation import compared_factors, condition_number, deviation, product_values
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.observing import Observed
+from svdtune.spectra import base_weight
 
 # So many leading singular values of a change are kept.
 KEPT = 32
@@ -36,7 +37,7 @@ def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
 def _compared(run: Opened, layer: Observed) -> dict[str, Any]:
     base, weight = run.start(layer), layer.weight()
     start = compared_factors(base)
-    delta, values = _delta(layer, base, weight)
+    delta, values = _delta(layer, base, weight, float(start.s[0]))
     trained = layer.trained_pair()
     condition = math.inf if trained is None else condition_number(product_values(*trained))
     norm, change = float(base.norm()), float(values.square().sum().sqrt())
@@ -52,14 +53,22 @@ def _compared(run: Opened, layer: Observed) -> dict[str, Any]:
     }
 
 
-def _delta(layer: Observed, base: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """ΔW [out, in] and its singular values, float64; from thin factors where they are what was added to `base`."""
+def _delta(layer: Observed, base: Tensor, weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """ΔW [out, in] and its singular values, float64; from thin factors where they are what was added to `base`.
+
+    `largest` is the base weight's first singular value.
+    """
     pair = layer.added_pair()
-    if pair is not None and isinstance(layer.module, SvdLayer):
+    if pair is not None and (
+        isinstance(layer.module, SvdLayer) or torch.equal(base_weight(layer.module).to(base), base)
+    ):
         A, B = pair
         return (B @ A.mT).to(base), product_values(A, B)
     delta = weight - base
-    return delta, spectrum(delta).values
+    values = spectrum(delta).values
+    # What is left where two weights in fp32 cancel is their rounding, not a change.
+    rounding = 4 * torch.finfo(torch.float32).eps * largest
+    return delta, torch.where(values > rounding, values, 0.0)
 
 
 def spectrum_of_change(values: Tensor) -> dict[str, Any]:
@@ -69,7 +78,7 @@ def spectrum_of_change(values: Tensor) -> dict[str, Any]:
         return {"values": [], "sum": 0.0, "stable_rank": 0.0, "effective_rank": 0.0}
     shares = values[values > 0] / total
     return {
-        "values": [float(f"{value:.6g}") for value in values[:KEPT].tolist()],
+        "values": [float(f"{value:.6g}") for value in values[:KEPT].tolist() if value > 0],
         "sum": total,
         "stable_rank": float(values.square().sum() / values[0] ** 2),
         "effective_rank": float(torch.exp(-(shares * shares.log()).sum())),

@@ -36,7 +36,8 @@ class Facts(TypedDict):
         name: of its folder.
         folder: the folder.
         method: its method's name.
-        settings: what a comparison is made by: threshold, heads, rank, scale (α / r), layers ("0–7"); None where it has none.
+        settings: what a comparison is made by: threshold, heads, rank, scale (α / r), first and last layer; None where it has
+            none.
         summary: `training.json`.
         log: lines of the log.
         scores: by label, such as "gsm8k-number (strict)".
@@ -128,10 +129,19 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "heads": getattr(config, "num_heads", None),
         "rank": rank,
         "scale": alpha / rank if alpha and rank else None,
+        "variant": _variant(config),
         "layers": [min(chosen), max(chosen)] if chosen else None,
         "model": recipe.model.name,
         "seed": recipe.training.seed,
     }
+
+
+def _variant(config: Any) -> str | None:
+    """The name under which a variant of LoRA is known."""
+    start = getattr(config, "init_lora_weights", None)
+    if getattr(config, "use_dora", False):
+        return "DoRA"
+    return "PiSSA" if isinstance(start, str) and start.startswith("pissa") else None
 
 
 def _scores(folder: Path, problems: list[str]) -> dict[str, Score]:

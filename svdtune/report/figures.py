@@ -1,0 +1,107 @@
+"""Figures for papers and notebooks, by matplotlib (`pip install 'svdtune[plots]'`).
+
+data = gather([read_facts("runs/sorsa"), read_facts("runs/lora")])
+figures(data)["delta"].savefig("delta.pdf")
+"""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdtune.errors import SvdtuneError
+from svdtune.report.numbers import Grid, Lines, Numbers, all_numbers, as_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_COLOURS = ("#0060a8", "#b84a00", "#00724f", "#96307f", "#7a5f00", "#b3262b", "#4b4fc4", "#50565e")
+_DASHES = ("-", "--", ":", "-.")
+_MARKS = "os^D"
+
+
+def figures(data: dict[str, Any]) -> "dict[str, Figure]":
+    """A matplotlib figure for each of `all_numbers`, by name.
+
+    Args:
+        data: from `svdtune.report.gather`.
+
+    Raises:
+        SvdtuneError: matplotlib is not installed.
+    """
+    return {numbers.name: draw(numbers) for numbers in all_numbers(data)}
+
+
+def draw(numbers: Numbers) -> "Figure":
+    """One figure.
+
+    Raises:
+        SvdtuneError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise SvdtuneError("figures need matplotlib: pip install 'svdtune[plots]'") from error
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(numbers.title, fontsize="medium")
+    (_draw_grid if isinstance(numbers, Grid) else _draw_lines)(axes, numbers)
+    return figure
+
+
+def write_figures(data: dict[str, Any], folder: Path) -> list[Path]:
+    """Write every figure as NAME.svg and its numbers as NAME.csv; the same data gives the same files.
+
+    Raises:
+        SvdtuneError: matplotlib is not installed, or the folder cannot be written.
+    """
+    from svdtune.export.folder import explain_write_errors
+
+    written = []
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for numbers in all_numbers(data):
+            name = re.sub(r"[^\w.-]+", "_", numbers.name)
+            written += [folder / f"{name}.csv", folder / f"{name}.svg"]
+            written[-2].write_text(as_csv(numbers), encoding="utf-8")
+            _save(draw(numbers), written[-1])
+    return written
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    import matplotlib
+
+    # Without a date and with a fixed seed for the names of its parts, the file depends on the numbers alone.
+    with matplotlib.rc_context({"svg.hashsalt": "svdtune"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_lines(axes: "Axes", numbers: Lines) -> None:
+    many = len(numbers.series) > 12
+    for i, one in enumerate(numbers.series):
+        style = {"color": _COLOURS[i % 8], "marker": _MARKS[i % 4], "markersize": 3}
+        style |= {"linestyle": _DASHES[i % 4] if numbers.joined else "none", "linewidth": 0.7 if many else 1.4}
+        if one.spread:
+            below = [y - low for y, (low, _) in zip(one.y, one.spread, strict=True)]
+            above = [high - y for y, (_, high) in zip(one.y, one.spread, strict=True)]
+            axes.errorbar(one.x, one.y, [below, above], label=one.name, **style)
+        else:
+            axes.plot(one.x, one.y, label=one.name, **(style | ({"marker": ""} if many else {})))
+    axes.set(xlabel=numbers.x, ylabel=numbers.y)
+    for axis in numbers.log:
+        getattr(axes, f"set_{axis}scale")("log")
+    if numbers.ticks:
+        axes.set_xticks(list(numbers.ticks), list(numbers.ticks.values()))
+    axes.grid(alpha=0.3)
+    if not many:
+        axes.legend(frameon=False, fontsize="small")
+
+
+def _draw_grid(axes: "Axes", numbers: Grid) -> None:
+    values = [[float("nan") if value is None else value for value in row] for row in numbers.values]
+    image = axes.imshow(values, aspect="auto", cmap="Blues", vmin=0)
+    axes.set_yticks(range(len(numbers.rows)), numbers.rows, fontsize="small")
+    every = max(1, len(numbers.columns) // 16)
+    axes.set_xticks(range(0, len(numbers.columns), every), numbers.columns[::every], fontsize="small")
+    axes.set(ylabel=numbers.axes[0], xlabel=numbers.axes[1])
+    axes.figure.colorbar(image, ax=axes, label=numbers.measure)
