@@ -73,14 +73,19 @@ def explain_read_error(error: OSError) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a part.
 
     It is on the disk when this returns. A kill leaves at most `NAME.new` behind, which the next write takes over.
     """
     fresh = path.with_name(path.name + ".new")
     try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with fresh.open("wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(path)

@@ -14,6 +14,7 @@ def report_averages(results: "dict[str, Evaluation]", path: Path) -> str:
     Sets whose items are neither right nor wrong (E2E) are in no average.
     """
     from svdtune.evaluation.averages import average, average_json
+    from svdtune.system import explain_write_errors, replace_text
 
     kept: dict[str, Any] = {"sets": {name: _set_json(result) for name, result in results.items()}}
     lines = []
@@ -32,8 +33,9 @@ def report_averages(results: "dict[str, Evaluation]", path: Path) -> str:
                 f"{kind} average ({mode}) {value:.1%}, 95 % interval {low:.1%} to {high:.1%}; "
                 f"{len(scores)} sets, {found.n} items"
             )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(kept, indent=2) + "\n")
     return "\n".join([*lines, f"averages: {path}"])
 
 

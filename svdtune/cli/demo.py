@@ -99,7 +99,7 @@ def demo(
     from svdtune.export import Source
     from svdtune.models import SMOLLM2
     from svdtune.models.loading import locate
-    from svdtune.system import explain_write_errors
+    from svdtune.system import explain_write_errors, replace_text
 
     console, size, started = Console(), QUICK if quick else FULL, time.monotonic()
     if not console.is_terminal:
@@ -133,7 +133,7 @@ def demo(
         "rows": [asdict(row) for row in rows],
     }
     with explain_write_errors(output):
-        (output / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        replace_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     console.print(table(rows, name, quick, seconds))
     console.print(
         f'results: {output / "results.json"}; try: svdtune generate {output / "sorsa"} "..."', highlight=False

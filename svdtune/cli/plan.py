@@ -56,6 +56,7 @@ def plan(
     from svdtune.errors import SvdtuneError
     from svdtune.models.loading import locate
     from svdtune.planning import draw, estimate, make_plan, open_checkpoint
+    from svdtune.system import explain_write_errors, replace_text
 
     if dtype not in _BYTES:
         raise SvdtuneError(f"dtype {dtype!r} is none of {', '.join(_BYTES)}")
@@ -96,8 +97,9 @@ def plan(
     console.print(f"memory, about {_size(memory.total)} at {batch_size} × {length} tokens in {dtype}: {parts}")
     if json_file is not None:
         document = made.to_json() | {"memory": vars(memory) | {"total": memory.total}}
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(document, indent=2) + "\n")
+        with explain_write_errors(json_file):
+            json_file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(json_file, json.dumps(document, indent=2) + "\n")
         console.print(f"wrote {json_file}")
     if chart is not None:
         draw(made, chart)

@@ -8,13 +8,17 @@ import csv
 import gzip
 import io
 import json
+import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from svdtune.errors import SvdtuneError
+from svdtune.system import explain_read_error
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+_SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 SEPARATOR = "||"  # between meaning and sentence in the text form of E2E
 
 
@@ -74,8 +78,10 @@ def _read_text(path: Path) -> str:
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         return raw.decode("utf-8-sig")
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SvdtuneError(f"{path} is not a whole gzip file: {error}") from error
+    except OSError as error:
+        raise SvdtuneError(f"cannot read {path}: {explain_read_error(error)}") from error
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise SvdtuneError(f"{path} line {line} is not UTF-8; convert the file to UTF-8") from error
@@ -83,10 +89,12 @@ def _read_text(path: Path) -> str:
 
 def _scan_json(text: str, path: Path) -> Iterator[Located | Fault]:
     try:
-        found = json.loads(text) if text.strip() else []
+        found = _parse(text) if text.strip() else []
     except json.JSONDecodeError as error:
         hint = "; one object a line is JSONL: rename it to .jsonl" if error.msg == "Extra data" else ""
         raise SvdtuneError(f"{path} line {error.lineno} is not valid JSON: {error.msg}{hint}") from error
+    except _Unusable as error:
+        raise SvdtuneError(f"{path} {error}") from error
     if isinstance(found, dict):
         lists = [value for value in found.values() if isinstance(value, list)]
         found = lists[0] if len(lists) == 1 else found
@@ -101,11 +109,44 @@ def _scan_jsonl(text: str, path: Path) -> Iterator[Located | Fault]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = _parse(line)
         except json.JSONDecodeError as error:
             yield Fault(f"line {number}", f"is not valid JSON: {error.msg} at column {error.colno}")
+        except _Unusable as error:
+            yield Fault(f"line {number}", str(error))
         else:
             yield _object(row, f"line {number}")
+
+
+class _Unusable(Exception):
+    """JSON that parses but cannot be meant, or cannot be held: the end of a sentence that starts with its place."""
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON; nothing in it is dropped or changed without a word."""
+    try:
+        found = json.loads(text, object_pairs_hook=_once_each)
+    except RecursionError as error:
+        raise _Unusable("holds values too deep in each other; flatten them") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # of int(): thousands of digits
+        raise _Unusable("holds a number of thousands of digits; put it in quotes as a text") from error
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise _Unusable("holds half a character (a lone \\ud800 to \\udfff); take it out") from error
+    return found
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _Unusable(f"has the field {twice!r} twice; keep one of them")
+    return found
 
 
 def _object(row: Any, place: str) -> Located | Fault:
@@ -115,8 +156,12 @@ def _object(row: Any, place: str) -> Located | Fault:
 
 
 def _scan_csv(text: str, path: Path) -> Iterator[Located | Fault]:
+    csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # a long text is no fault
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = list(reader.fieldnames or ())
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise SvdtuneError(f"{path} has two columns of the name {twice[0]!r}; rename one of them")
         for row in reader:
             place = f"line {reader.line_num}"
             if None in row or None in row.values():
@@ -146,6 +191,6 @@ def _scan_parquet(path: Path) -> Iterator[Located]:
         raise SvdtuneError(f"reading {path} needs pyarrow: pip install 'svdtune[parquet]'") from error
     try:
         rows = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as error:
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise SvdtuneError(f"{path} is not a readable Parquet file: {error}") from error
     return (Located(f"row {i}", row) for i, row in enumerate(rows, 1))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors
+from svdtune.system import explain_write_errors, replace_text
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -75,7 +75,7 @@ def run_harness(
     with explain_write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
-        (output / "results.json").write_text(text + "\n", encoding="utf-8")
+        replace_text(output / "results.json", text + "\n")
     return make_table(results)
 
 

@@ -6,8 +6,9 @@ items → batches by length → completions → grades → predictions.jsonl →
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +23,7 @@ from svdtune.evaluation.items import Item, check_items
 from svdtune.evaluation.predictions import Prediction, PredictionStore
 from svdtune.evaluation.tasks import Grades, Reference, Task
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors
+from svdtune.system import explain_write_errors, is_out_of_memory
 
 _SIDE_BY_SIDE = 16  # graders at once: each may use a gigabyte of memory
 
@@ -149,7 +150,8 @@ def _generate_missing(
             continue
         prompts = [items[wanted[place][0]].tokens for place in missing]
         seeds = [decoding.seed * len(wanted) + place for place in missing]
-        completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
+        with _explain_out_of_memory(len(prompts), max_new_tokens):
+            completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
         texts = engine.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
         graded = _grade_all(
             task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]
@@ -159,6 +161,20 @@ def _generate_missing(
             for place, text, grades, completion in zip(missing, texts, graded, completions, strict=True)
         )
         tell(len(store.done), len(wanted))
+
+
+@contextmanager
+def _explain_out_of_memory(size: int, max_new_tokens: int) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        less = f"--batch-size {max(1, size // 2)}" if size > 1 else f"--max-new-tokens {max(1, max_new_tokens // 2)}"
+        raise SvdtuneError(
+            f"out of memory with {size} completions at once, of up to {max_new_tokens} new tokens each; what is done is kept. "
+            f"Go on with {less}" + ("" if size > 1 else " --restart, or with --dtype bfloat16")
+        ) from error
 
 
 def _grade_all(task: Task, pairs: Sequence[tuple[str, Reference]]) -> list[Grades]:

@@ -1,10 +1,12 @@
 """The chart of a plan: rank by depth, one line a kind of module."""
 
+import io
 import re
 from pathlib import Path
 
 from svdtune.errors import SvdtuneError
 from svdtune.planning.plan import Plan
+from svdtune.system import explain_write_errors, replace_bytes
 
 
 def by_depth(plan: Plan) -> dict[str, dict[int, int]]:
@@ -46,5 +48,8 @@ def draw(plan: Plan, file: Path) -> None:
     axes.set_title(f"{plan.method.name}{at}: {plan.trained:,} trained, {plan.share:.4%}")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    drawn = io.BytesIO()  # first in memory: a full disk leaves no half chart
+    figure.savefig(drawn, dpi=150, format=file.suffix[1:])
+    with explain_write_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(file, drawn.getvalue())

@@ -36,8 +36,6 @@ def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     settings = read_yaml(read_text(path), str(path))
     if not isinstance(settings, dict):
         raise SvdtuneError(f"{path} holds no settings: expected the sections {_SECTIONS}")
-    if names := [name for name in settings if not isinstance(name, str)]:
-        raise SvdtuneError(f"{path}: {names[0]!r:.60} is no section; expected {_SECTIONS}")
     bases = settings.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -94,12 +92,12 @@ def read_yaml(text: str, source: str) -> Any:
     except Exception as error:  # values that look like dates or numbers and are none, by the types of what makes them
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SvdtuneError(f"{source} is not valid YAML: {reason:.200}; put texts in quotes") from error
-    _check_size(found, source)
+    _check_shape(found, source)
     return found
 
 
-def _check_size(found: Any, source: str) -> None:
-    """Refuse what a few anchors can blow up to: every alias counts as often as it is used."""
+def _check_shape(found: Any, source: str) -> None:
+    """Refuse names that are no texts, and what a few anchors can blow up to: every alias counts as often as it is used."""
     waiting, count = [(found, 0)], 0
     while waiting:
         value, depth = waiting.pop()
@@ -110,6 +108,10 @@ def _check_size(found: Any, source: str) -> None:
                 "or anchors that contain each other"
             )
         if isinstance(value, dict):
+            if names := [name for name in value if not isinstance(name, str)]:
+                raise SvdtuneError(
+                    f"{source}: the name {names[0]!r:.60} is not a text; put it in quotes if it is meant"
+                )
             waiting += [(inner, depth + 1) for inner in (*value, *value.values())]
         elif isinstance(value, list | tuple | set):
             waiting += [(inner, depth + 1) for inner in value]

@@ -69,6 +69,13 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
         ("a.csv", 'a,b\n1,"2\n', "is not valid CSV after line 1: unexpected end"),
         ("a.parquet", "text", "is not a readable Parquet file"),
         ("a.jsonl.gz", "text", "is not a whole gzip file"),
+        ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', r"a\.jsonl line 1 has the field 'a' twice; keep one of them"),
+        ("a.json", '[{"a": {"b": 1, "b": 2}}]', r"a\.json has the field 'b' twice"),
+        ("a.jsonl", '{"a": "\\ud83d"}', r"a\.jsonl line 1 holds half a character"),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1 holds a number of thousands of digits; put it in quotes"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000, "line 1 holds values too deep in each other; flatten them"),
+        ("a.json", "[" * 100_000, r"a\.json holds values too deep"),
+        ("a.csv", "a,b,a\n1,2,3\n", r"a\.csv has two columns of the name 'a'; rename one of them"),
         ("a.json", "", r"a\.json is empty: it has no rows"),
         ("a.jsonl", "\n", r"a\.jsonl is empty: it has no rows"),
         ("a.csv", "a,b\n", r"a\.csv is empty: it has no rows"),
@@ -134,3 +141,18 @@ def test_a_hub_name_is_loaded_by_split_and_config(monkeypatch: pytest.MonkeyPatc
 def test_real_data_sets(shared_data: Path, path: str, count: int, fields: set[str]) -> None:
     rows = read_rows(shared_data / path, fields=sorted(fields))
     assert len(rows) == count
+
+
+def test_a_giant_row_and_a_whole_pair_of_surrogates_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n" + "x" * 300_000 + ",1\n")
+    assert len(read_rows(tmp_path / "a.csv")[0]["a"]) == 300_000
+    (tmp_path / "a.jsonl").write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert read_rows(tmp_path / "a.jsonl") == [{"a": "\U0001f600"}]
+
+
+def test_a_damaged_gzip_file(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(b'{"a": 1}\n' * 100))
+    whole[10] = 0xFF
+    (tmp_path / "a.jsonl.gz").write_bytes(whole)
+    with pytest.raises(SvdtuneError, match=r"a\.jsonl\.gz is not a whole gzip file: .*invalid"):
+        read_rows(tmp_path / "a.jsonl.gz")

@@ -111,6 +111,13 @@ def test_yaml_is_1_2(tmp_path: Path) -> None:
         ("model: [a\n", r"line 2 is not valid YAML"),
         ("- a\n", "holds no settings: expected the sections model, method, data, training, evaluation, output"),
         ("", "holds no settings"),
+        ("model:\n\tname: a\n", r"line 2 is not valid YAML: .*indent with spaces, not tabs"),
+        ("model: a\n~: b\n", r"the name None is not a text; put it in quotes if it is meant"),
+        ("model: &a [*a]\n", r"is not a recipe: expected at most 100,000 values, at most 30 deep"),
+        ("[" * 5000, r"is not a recipe|is not valid YAML"),
+        ("model: " + "1" * 5000, r"is not valid YAML: Exceeds the limit .*put texts in quotes"),
+        ("model: 2020-99-99", r"is not valid YAML: month must be in 1..12; put texts in quotes"),
+        ("model: !!python/object/apply:os.system [ls]", "is not valid YAML: could not determine a constructor"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
@@ -118,6 +125,19 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> No
     path.write_text(text)
     with pytest.raises(SvdtuneError, match=message):
         load_recipe(path)
+
+
+def test_anchors_that_repeat_each_other_do_not_fill_the_memory(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
+    (tmp_path / "r.yaml").write_text("\n".join(lines))
+    with pytest.raises(SvdtuneError, match="anchors that contain each other"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_a_recipe_in_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes("model: é\n".encode("latin-1"))
+    with pytest.raises(SvdtuneError, match=r"r\.yaml is not UTF-8 at byte 8; save it as UTF-8"):
+        load_recipe(tmp_path / "r.yaml")
 
 
 def test_a_recipe_that_does_not_exist(tmp_path: Path) -> None:
