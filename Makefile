@@ -3,6 +3,8 @@
 #   make demo                    train, score and merge all three methods on a small real model (DEMO="--quick" shortens it)
 #   make test                    run the tests (PYTEST="-m slow" for the long ones)
 #   make conformance             run PEFT's own tests on our methods (CONFORMANCE="--fast" shortens it)
+#   make torture                 stop, fill and alter for some minutes (TORTURE="--minutes 5" changes how long)
+#   make audit                   look up known faults of the installed packages (needs the network)
 #   make lint / make format      check / apply the code style
 #   make clean                   remove what make and Python made; runs/ stays
 #
@@ -16,10 +18,11 @@ TORCH ?=
 DEMO ?=
 PYTEST ?=
 CONFORMANCE ?=
+TORTURE ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test conformance lint format clean
+.PHONY: help demo test conformance torture audit lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,6 +35,13 @@ test: $(VENV)/.dev
 
 conformance: $(VENV)/.conformance
 	$(BIN)/python -m conformance $(CONFORMANCE)
+
+torture: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m torture $(TORTURE)
+
+audit: $(VENV)/.dev
+	$(BIN)/python -m pip install pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,5 +1,6 @@
 """The predictions file: one JSON line an item, written so that an interruption loses nothing and a rerun goes on."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -99,7 +100,9 @@ class PredictionStore:
             return
         try:
             found = json.loads(self._settings.read_text(encoding="utf-8"))
-        except ValueError as error:
+            if not isinstance(found, dict):
+                raise ValueError("it holds no settings")
+        except (ValueError, RecursionError) as error:
             raise SvdtuneError(f"{self._settings} cannot be read ({error}); {_WAY_OUT}") from error
         # Through JSON and back: tuples are lists there.
         wanted = json.loads(json.dumps(settings))
@@ -117,10 +120,10 @@ class PredictionStore:
         if len(whole) < len(text):
             os.truncate(self._predictions, len(whole))
         done = {}
-        for number, line in enumerate(whole.splitlines(), start=1):
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
             try:
-                prediction = Prediction(**json.loads(line))
-            except (ValueError, TypeError) as error:
+                prediction = _parsed(line)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise SvdtuneError(f"{self._predictions}, line {number} is damaged ({error}); {_WAY_OUT}") from error
             done[prediction.place] = prediction
         return done
@@ -130,4 +133,18 @@ _WAY_OUT = "name another output folder, or start over with --restart"
 
 
 def _line(prediction: Prediction) -> str:
-    return json.dumps(asdict(prediction), ensure_ascii=False) + "\n"
+    return json.dumps({**asdict(prediction), "digest": _digest(prediction)}, ensure_ascii=False) + "\n"
+
+
+def _digest(prediction: Prediction) -> str:
+    """16 hex digits over all fields: a byte that a disk changed would otherwise be somebody's answer."""
+    return hashlib.sha256(json.dumps(asdict(prediction)).encode()).hexdigest()[:16]
+
+
+def _parsed(line: bytes) -> Prediction:
+    found = json.loads(line)
+    digest = found.pop("digest", None)
+    prediction = Prediction(**found)
+    if digest != _digest(prediction):
+        raise ValueError("it was altered since it was written")
+    return prediction
