@@ -88,10 +88,11 @@ class _ChangesAtOnce(torch.autograd.Function):
 
 
 def batched_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
-    """X Y in `dtype`; 16-bit products on a GPU leave their fp32 sums unrounded where that is asked for."""
+    """X Y in `dtype`, of sums that are not rounded in between."""
     if X.is_cuda and X.dtype.itemsize == 2 and dtype == torch.float32:
         return torch.bmm(X, Y, out_dtype=dtype)
-    return (X @ Y).to(dtype)
+    wide = torch.promote_types(X.dtype, dtype)
+    return (X.to(wide) @ Y.to(wide)).to(dtype)
 
 
 def _put(places: list, indices: list[int], stacked: Tensor) -> None:
