@@ -49,7 +49,7 @@ def report(
             typer.echo(f"{run['name']} lacks {part}")
     typer.echo(f"page: {page} ({page.stat().st_size / 1e6:.2f} MB)")
     if figures is not None:
-        from svdtune.report.figures import write_figures
+        from svdtune.report import write_figures
 
         written = write_figures(data, figures)
         typer.echo(f"figures: {len(written)} files in {figures}")
