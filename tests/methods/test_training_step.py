@@ -157,3 +157,24 @@ def test_an_optimizers_step_is_seen_by_the_next_forward(name, fused):
         gradients(model)
         optimizer.step()
         assert torch.allclose(logits(model), literal_logits(model), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+def test_two_hundred_steps_follow_the_literal_forms(name):
+    """In float64, where rounding errors have no time to grow."""
+    fast = adapted(name, dtype=torch.float64, moved=0.05).double().train()
+    slow = literal(copy.deepcopy(fast))
+    fast.base_model.together.enabled = True
+    curves = []
+    for model in (fast, slow):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        losses = []
+        for _ in range(200):
+            loss = model(input_ids=TOKENS, labels=LABELS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(float(loss.detach()))
+        curves.append(losses)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    assert curves[0][-1] < curves[0][0]
