@@ -15,6 +15,9 @@ from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import RECIPE
 from torture.world import Done, call, is_one_sentence, result_of, write_recipe
 
+# Bytes that each needs, roughly; a run has two checkpoints while it writes the second.
+_NEEDED = {"train": 350_000, "merge": 170_000, "export": 60_000, "plan": 48_000}
+
 
 @dataclass
 class Disks:
@@ -50,7 +53,7 @@ def fill(work: Path, model: Path, run: Path, count: int, chance: random.Random, 
         if time.monotonic() > deadline:
             break
         name = ["train", *verbs][number % (1 + len(verbs))]
-        size = int(1024 * 2 ** chance.uniform(3.5, 9.5))  # 11 KiB to 0.7 MiB; the run folder takes about 0.3
+        size = int(_NEEDED[name] * chance.uniform(0.05, 1.1))
         with small(work / "disk", size) as disk:
             found.tried += 1
             if name == "train":

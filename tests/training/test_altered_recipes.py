@@ -1,0 +1,106 @@
+"""Whatever a recipe's file holds: a recipe, or a SvdtuneError."""
+
+from pathlib import Path
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svdtune.errors import SvdtuneError
+from svdtune.training.extending import read_yaml
+from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe
+
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+WHOLE = """\
+model: &model {name: a, dtype: auto}
+method: {name: sorsa, r: 4, target_modules: [q_proj]}
+data: {train: {source: arithmetic}, prompt: question, completion: solution}
+training: {learning_rate: 1e-3, max_steps: 4}
+output: {dir: runs/a}
+"""
+PIECES = [
+    "&a ",
+    "*a",
+    "*model",
+    "\t",
+    "- ",
+    "? ",
+    "{",
+    "[",
+    "!!python/object:x ",
+    "2020-99-99",
+    "!!binary x",
+    "|",
+    "<<: *model\n",
+]
+PIECES += [
+    "1e999",
+    "9" * 5000,
+    "\x00",
+    "%YAML 9\n",
+    "---\n",
+    ".inf",
+    "!!set {a}",
+    "!!timestamp x",
+    "!!float x",
+    "~: ",
+    "[" * 500,
+]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+ANYTHING = st.recursive(
+    SCALARS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3)
+)
+
+
+def refusal(settings: dict[str, object]) -> str | None:
+    """What is said of a recipe that cannot be used, None where it can."""
+    try:
+        check_recipe(settings)
+    except SvdtuneError as error:
+        return str(error)
+    return None
+
+
+@given(data=st.data())
+@QUICK
+def test_altered_recipes(tmp_path: Path, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(WHOLE)))
+    stop = data.draw(st.integers(start, min(len(WHOLE), start + 20)))
+    put_in = data.draw(st.sampled_from(PIECES) | st.text(st.characters(codec="utf-8"), max_size=4))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(WHOLE[:start] + put_in + WHOLE[stop:], encoding="utf-8")
+    try:
+        recipe = load_recipe(path)
+    except SvdtuneError:
+        return
+    assert check_recipe(read_yaml(dump_recipe(recipe), "dumped")) == recipe
+
+
+@given(
+    section=st.sampled_from(["model", "method", "data", "training", "evaluation", "analysis", "output"]), value=ANYTHING
+)
+@QUICK
+def test_anything_in_the_place_of_a_section(section: str, value: object) -> None:
+    settings = read_yaml(WHOLE, "whole") | {section: value}
+    message = refusal(settings)
+    assert message is None or section in message
+
+
+@given(
+    name=st.sampled_from(["learning_rate", "max_steps", "batch_size", "warmup", "report_to", "seed", "precision"]),
+    value=ANYTHING,
+)
+@QUICK
+def test_anything_in_the_place_of_a_setting(name: str, value: object) -> None:
+    settings = read_yaml(WHOLE, "whole")
+    settings["training"][name] = value
+    message = refusal(settings)
+    assert message is None or f"training.{name}" in message
+
+
+@given(name=st.sampled_from(["r", "target_modules", "dropout", "gamma", "rank_pattern", "bias"]), value=ANYTHING)
+@QUICK
+def test_anything_in_the_place_of_a_methods_setting(name: str, value: object) -> None:
+    settings = read_yaml(WHOLE, "whole")
+    settings["method"][name] = value
+    message = refusal(settings)
+    assert message is None or name in message
