@@ -62,15 +62,7 @@ def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -
         SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message names it.
     """
 
-    def one(name: str, weight: Tensor) -> int:
-        key = _key(weight)
-        known = _load_spectrum(key)
-        used, k = _named(name, lambda: settled_spectrum(weight, threshold, known))
-        if used is not known:
-            _store_spectrum(key, used)
-        return k
-
-    return dict(_each(weights, one, "ranks", progress))
+    return dict(_each(weights, _settling(settled_spectrum, threshold), "ranks", progress))
 
 
 def ranked_factors(
@@ -88,15 +80,23 @@ def ranked_factors(
         SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message names it.
     """
 
-    def one(name: str, weight: Tensor) -> Factors:
+    return _each(weights, _settling(factors_at_threshold, threshold), "factors", progress)
+
+
+def _settling(
+    settle: Callable[[Tensor, float, Spectrum | None], tuple[Spectrum, Result]], threshold: float
+) -> Callable[[str, Tensor], Result]:
+    """(name, weight) → what `settle` gives beside a spectrum, which is looked up before and kept afterwards."""
+
+    def one(name: str, weight: Tensor) -> Result:
         key = _key(weight)
         known = _load_spectrum(key)
-        used, found = _named(name, lambda: factors_at_threshold(weight, threshold, known))
+        used, result = _named(name, lambda: settle(weight, threshold, known))
         if used is not known:
             _store_spectrum(key, used)
-        return found
+        return result
 
-    return _each(weights, one, "factors", progress)
+    return one
 
 
 def factors(
