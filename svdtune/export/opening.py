@@ -175,7 +175,7 @@ def _read_config(adapter: Path) -> dict[str, Any]:
         found = "that folder does not exist" if not adapter.is_dir() else f"it has no {_ADAPTER_CONFIG}"
         raise SvdtuneError(f"{adapter} is not an adapter folder: {found}")
     found = read_json(path)
-    if found.get("peft_type") not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if str(found.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise SvdtuneError(
             f"{adapter} holds an adapter of type {found.get('peft_type')}, which PEFT {peft.__version__} does not know; "
             f"upgrade PEFT, or see whether {path.name} is damaged"

@@ -231,7 +231,13 @@ def _is_rows(rows: Any) -> bool:
 
 def is_number_in(value: Any, low: float, high: float, low_open: bool = False, high_open: bool = False) -> bool:
     """Whether `value` is a finite number in the interval, closed unless said otherwise; bools are no numbers."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or (isinstance(value, float) and math.isnan(value))
+    ):
+        return False
+    if math.inf in (value, -value):
         return False
     return (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
 

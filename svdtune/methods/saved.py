@@ -83,10 +83,21 @@ def read_config(folder: Path) -> SvdConfig:
     if not path.is_file():
         found = "that folder does not exist" if not folder.is_dir() else f"it has no {ADAPTER_CONFIG}"
         raise SvdtuneError(f"{folder} is not an adapter folder: {found}")
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := read_json(path).get("peft_type"))
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := str(read_json(path).get("peft_type")))
     if cls is None or not issubclass(cls, SvdConfig):
         raise SvdtuneError(f"{folder} holds an adapter of type {peft_type}; expected one of SARA, MOSARA or SORSA")
-    return cls.from_pretrained(str(folder))
+    try:
+        return cls.from_pretrained(str(folder))
+    except SvdtuneError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # PEFT's own, of a kind that is none
+        raise SvdtuneError(f"{path} is damaged: {str(error)[:200]}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -97,7 +108,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SvdtuneError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise SvdtuneError(f"{path} is damaged: expected a JSON object, found a {type(found).__name__}")
