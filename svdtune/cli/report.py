@@ -23,7 +23,7 @@ def report(
     """Write one HTML file that tells what happened in some runs.
 
     It opens from disk, needs no network, and says which parts the runs have no files for: scores come from `svdtune evaluate`,
-    spectra, changes and routing from `svdtune analyze`.
+    spectra, changes and routing from `svdtune analyze`. What changed also goes into each adapter's model card.
 
     Examples:
 
@@ -33,7 +33,8 @@ def report(
     """
     from svdtune.analysis import read_facts
     from svdtune.export.folder import explain_write_errors
-    from svdtune.report import gather, render
+    from svdtune.report import add_analysis, gather, render
+    from svdtune.training.folder import ADAPTER
 
     facts = [read_facts(run) for run in dict.fromkeys(runs)]
     data = gather(facts, title)
@@ -43,6 +44,10 @@ def report(
         partial = page.with_name(f".{page.name}.partial")
         partial.write_text(render(data), encoding="utf-8")
         os.replace(partial, page)
+    for one in facts:
+        adapter = Path(one["folder"]).expanduser() / ADAPTER
+        if adapter.is_dir():
+            add_analysis(adapter, gather([one]))
     typer.echo(data["headline"])
     for run in data["runs"]:
         for part in run["missing"]:

@@ -64,14 +64,15 @@ def write_figures(data: dict[str, Any], folder: Path) -> list[Path]:
             name = re.sub(r"[^\w.-]+", "_", numbers.name)
             written += [folder / f"{name}.csv", folder / f"{name}.svg"]
             written[-2].write_text(as_csv(numbers), encoding="utf-8")
-            _save(draw(numbers), written[-1])
+            save(draw(numbers), written[-1])
     return written
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure so that the file depends on its numbers alone."""
     import matplotlib
 
-    # Without a date and with a fixed seed for the names of its parts, the file depends on the numbers alone.
+    # Without a date and with a fixed seed for the names of its parts.
     with matplotlib.rc_context({"svg.hashsalt": "svdtune"}):
         figure.savefig(path, metadata={"Date": None})
 

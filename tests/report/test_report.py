@@ -83,6 +83,20 @@ def test_the_verb_names_what_is_missing_and_where_the_page_is(runs: list[Path], 
     assert (tmp_path / "figures" / "loss.svg").is_file()
 
 
+def test_the_model_card_has_the_key_figure_and_table(runs: list[Path]) -> None:
+    for run in (runs[0], runs[-1]):
+        (run / "adapter").mkdir()
+        assert CliRunner().invoke(app, ["report", str(run)]).exit_code == 0
+        card = (run / "adapter" / "README.md").read_text(encoding="utf-8")
+        assert "## What changed" in card
+        assert "](analysis.svg)" in card
+        assert (run / "adapter" / "analysis.svg").is_file()
+    changed = [layer for name, layer in read_facts(runs[0])["after"]["layers"].items() if name.endswith("q_proj")]
+    mean = sum(layer["relative_change"] for layer in changed) / 2
+    assert f"| self_attn.q_proj | 2 | {mean:.3%} |" in (runs[0] / "adapter" / "README.md").read_text(encoding="utf-8")
+    assert "| math | self_attn.k_proj | 0.750 |" in card
+
+
 def test_the_page_refers_to_nothing_outside(runs: list[Path]) -> None:
     text = render(gather([read_facts(runs[0])]))
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
