@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 
 from svdtune.methods.changes import Change, changes_at_once
@@ -95,7 +94,6 @@ class Together:
         self._pass: Pass | None = None
         self._pairs: dict[nn.Module, Pair] = {}
         self._cache: weakref.ref | None = None
-        self._handles: list[RemovableHandle] = []
 
     def __reduce__(self) -> tuple:
         """A copy of a model is watched anew."""
@@ -103,20 +101,24 @@ class Together:
 
     def watch(self, model: nn.Module) -> None:
         """Begin a pass whenever `model` is called."""
-        if not self._handles:
-            self._handles = [
-                model.register_forward_pre_hook(self._begin, with_kwargs=True),
-                model.register_forward_hook(self._end, always_call=True),
-            ]
+        if not self._hooks_on(model):
+            model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            model.register_forward_hook(self._end, always_call=True)
 
-    def leave(self) -> None:
+    def leave(self, model: nn.Module) -> None:
         """Take the hooks off the model."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hooks, key in self._hooks_on(model):
+            del hooks[key]
         self._pass = None
         self._pairs.clear()
         self._follow([])
+
+    def _hooks_on(self, model: nn.Module) -> list[tuple[dict, int]]:
+        """Our hooks: found on the model, since a copy of one has hooks but no handles to them."""
+        every = (model._forward_pre_hooks, model._forward_hooks)
+        return [
+            (hooks, key) for hooks in every for key, hook in hooks.items() if getattr(hook, "__self__", None) is self
+        ]
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
         self._pass = None

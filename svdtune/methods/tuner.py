@@ -67,7 +67,7 @@ class SvdTuner(BaseTuner):
             layer.together = self.together
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        self.together.leave()
+        self.together.leave(self.model)
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:

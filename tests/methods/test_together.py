@@ -233,9 +233,12 @@ def test_a_copy_watches_itself_and_unloading_takes_the_hooks_away():
     together(twin).enabled = True
     gradients(twin)
     assert together(twin)._plan[0].layer is layers(twin)[0]
-    base = model.unload()
-    assert not base._forward_pre_hooks
-    assert not base._forward_hooks
+    twin.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    assert len(twin.base_model.model._forward_pre_hooks) == 1
+    for one in (model, twin):
+        base = one.unload()
+        assert not base._forward_pre_hooks
+        assert not base._forward_hooks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
