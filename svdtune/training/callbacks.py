@@ -114,15 +114,20 @@ class ShowProgress(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once."""
+    """The first Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once.
+
+    SIGTERM, which schedulers send some time before they kill, counts as Ctrl-C.
+    """
 
     def __init__(self) -> None:
         self.stopped = False
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopOnInterrupt":
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._on_signal)
+            self._previous = {
+                number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -134,9 +139,8 @@ class StopOnInterrupt(TrainerCallback):
         os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
 
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        while self._previous:
+            signal.signal(*self._previous.popitem())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.stopped:
