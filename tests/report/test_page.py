@@ -103,6 +103,8 @@ def test_it_starts_with_the_result(opened: Any, file: Path, data: dict[str, Any]
     assert page.locator("#result .lead").inner_text() == data["headline"]
     assert page.locator("h2").first.inner_text() == "Result"
     assert page.locator("#runs-table tbody tr").count() == 3
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(node => node.id)")
+    assert len(ids) == len(set(ids))
 
 
 def test_runs_switch_on_and_off(opened: Any, file: Path) -> None:

@@ -109,7 +109,7 @@ function axes(svg, spec, xs, ys, right) {
 function heatmap(spec, width) {
   const side = 8 + 7 * Math.max(...spec.rows.map((row) => row.length), 4), top = 6;
   const cell = (width - side - 6) / spec.columns.length;
-  const tall = Math.min(26, Math.max(14, 340 / spec.rows.length)), height = top + tall * spec.rows.length + 40;
+  const tall = Math.min(26, Math.max(17, 340 / spec.rows.length)), height = top + tall * spec.rows.length + 40;
   const values = spec.rows.flatMap((row, i) => spec.columns.map((_, j) => spec.value(i, j)));
   const known = values.filter((value) => value !== null && value !== undefined);
   const low = spec.least ?? Math.min(...known), high = Math.max(...known);

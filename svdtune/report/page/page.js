@@ -23,7 +23,7 @@ const plain = (label, more = {}) => ({ label, text: shown, ...more });
 function section(title, lead, ...parts) {
   const kept = parts.filter((part) => part);
   if (!kept.length) return;
-  const id = title.toLowerCase().replaceAll(/[^a-z]+/g, "-");
+  const id = `part-${title.toLowerCase().replaceAll(" ", "-")}`;
   const figures = el("div", { class: "figures" }, kept.filter((part) => part.node.tagName === "FIGURE").map((part) => part.node));
   document.getElementById("sections").append(el("section", { id, "aria-labelledby": `${id}-title` }, el("h2", { id: `${id}-title` }, title),
     el("p", { class: "soft" }, lead), figures, kept.filter((part) => part.node.tagName !== "FIGURE").map((part) => part.node)));
