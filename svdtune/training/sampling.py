@@ -9,8 +9,10 @@ import json
 import logging
 import math
 import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
-from svdtune.linalg.deviation import compared_factors, condition_number, deviation, product_values
+from svdtune.linalg.deviation import FULL, compared_factors, condition_number, deviation, product_values
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.observing import Observed, Pair, observed_layers
+from svdtune.spectra import matrix_shape
 
 log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 DURING = "analysis/during.jsonl"
+# Layers in work at once, each with a copy of its weight.
+_WORKERS = 8
 
 
 class Movement(TypedDict):
@@ -98,7 +104,7 @@ class SampleMovement(TrainerCallback):
                 f"analysis.modules = {modules} matches no layer whose change is a matrix; "
                 + (f"there are {some}" if some else "Mo-SARA with several heads has none: leave the section out")
             )
-        self._start = {layer.name: start_of(layer, k) for layer in self.layers}
+        self._start = side_by_side(lambda layer: start_of(layer, k), self.layers)
         self.spent, self._began = 0.0, time.monotonic()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -125,11 +131,26 @@ class SampleMovement(TrainerCallback):
     def sample(self, step: int) -> None:
         """Take one sample and append it to the file."""
         began = time.monotonic()
-        layers = {layer.name: movement(layer, self._start[layer.name]) for layer in self.layers}
+        layers = side_by_side(lambda layer: movement(layer, self._start[layer.name]), self.layers)
         seconds = time.monotonic() - began
         self.spent += seconds
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "seconds": round(seconds, 3), "layers": layers}) + "\n")
+
+
+def side_by_side(compute: Callable[[Observed], Found], layers: Sequence[Observed]) -> dict[str, Found]:
+    """compute(layer) of each layer, by name: small ones on a core each, since their SVDs gain nothing from more."""
+    threads = torch.get_num_threads()
+    small = [layer for layer in layers if min(matrix_shape(layer.module)) <= FULL]
+    found: dict[str, Found] = {}
+    if threads > 1 and len(small) > 1:
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(min(threads, _WORKERS)) as pool:
+                found = dict(zip((layer.name for layer in small), pool.map(compute, small), strict=True))
+        finally:
+            torch.set_num_threads(threads)
+    return {layer.name: found[layer.name] if layer.name in found else compute(layer) for layer in layers}
 
 
 def start_of(layer: Observed, k: int | None = None) -> Start:

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
 from svdtune.linalg.deviation import compared_factors, deviation
+from svdtune.methods.observing import observed_layers
 from svdtune.training import check_recipe, train
-from svdtune.training.sampling import SampleMovement, read_samples, sampled_steps
+from svdtune.training.sampling import SampleMovement, movement, read_samples, sampled_steps, side_by_side, start_of
 
 TARGETS = ["q_proj", "v_proj"]
 CONFIGS = {
@@ -63,6 +64,21 @@ def test_a_sample_of_every_method(method: str, tmp_path: Path) -> None:
             torch.mm(*(lambda A, B: (B.double(), A.double().mT))(*sampler.layers[0].trained_pair()))
         )
         assert sample["layers"][sampler.layers[0].name]["condition"] == pytest.approx(float(singular[0] / singular[2]))
+
+
+def test_layers_side_by_side_give_what_they_give_one_by_one(tmp_path: Path) -> None:
+    model = get_peft_model(tiny(), SorsaConfig(r=3, target_modules="all-linear"))
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(side_by_side(lambda layer: movement(layer, start_of(layer)), observed_layers(model)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1]
+    assert list(found[0]) == [layer.name for layer in observed_layers(model)]
 
 
 def test_steps_are_spread_evenly_and_have_both_ends() -> None:
