@@ -57,7 +57,7 @@ def _write_reason(error: Exception, path: Path) -> str | None:
     if type(error).__name__ == "SafetensorError":
         found = re.search(r"os error (\d+)", str(error))
         return _REASONS.get(int(found[1])) if found else None
-    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error)):
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
         return f"writing stopped half-way, with {_free(path)} left on the disk"
     return None
 

@@ -71,7 +71,7 @@ def _one_run(
             return True
         if done.code == -signal.SIGKILL:
             found.kills += 1
-        elif done.code in (130, -signal.SIGINT):
+        elif done.code == 130 or (done.code == 1 and done.printed.strip().endswith("Aborted!")):  # Typer's own word
             found.interrupts += 1
         else:
             found.wrong.append(f"run {found.runs}: {' '.join(flags)} ended with {done.code}: {done.printed[-400:]}")

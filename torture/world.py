@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from svdtune.cli import app
+from svdtune.cli import main
 from svdtune.training.recipe import check_recipe, dump_recipe
 
 STEPS = 12
@@ -76,17 +76,20 @@ def write_recipe(path: Path, model: Path, run: Path) -> Path:
 def start(words: Sequence[str | Path], printed: Path) -> int:
     """Start `svdtune WORDS` in a copy of this process, which has imported everything; returns its process id."""
     sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the child is where a user could be, in `main`
     child = os.fork()
     if child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return child
     # In the child, from which nothing may return.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with printed.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     code = 1
     try:
-        app([str(word) for word in words], standalone_mode=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["svdtune", *map(str, words)]
+        main()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
@@ -95,12 +98,12 @@ def start(words: Sequence[str | Path], printed: Path) -> int:
 
         traceback.print_exc()
     finally:
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except OSError:
-                code = code or 1
-        os._exit(code)
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
 
 
 def wait(child: int, printed: Path, seconds: float | None = None, stop: int = signal.SIGKILL) -> Done:

@@ -97,4 +97,8 @@ def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
     # PEFT still reads the name that transformers renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    app()
+    try:
+        app()
+    except KeyboardInterrupt:  # before the command line knows what to do
+        typer.echo("svdtune: interrupted", err=True)
+        raise SystemExit(130) from None

@@ -118,7 +118,7 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
         "method": recipe.method.name,
         "model": recipe.model.name,
         "steps": trainer.state.global_step,
-        "loss": outcome.training_loss,
+        "loss": _loss(trainer, outcome),
         "rows": len(train_rows),
         "adapted_modules": len(adapted_modules(model)),
         "trained_parameters": trained,
@@ -169,6 +169,13 @@ def _fit(
     if eval_rows is not None:
         trainer.evaluate()
     return trainer, outcome
+
+
+def _loss(trainer: RunTrainer, outcome: TrainOutput) -> float:
+    """The mean training loss; of the log where the run was resumed after its last step and took none."""
+    logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    taken = trainer.state.global_step > (trainer.resumed_at or 0)
+    return outcome.training_loss if taken or not logged else sum(logged) / len(logged)
 
 
 def _save(model: Any, loaded: LoadedModel, result: Path, recipe: Recipe, summary: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ class RunTrainer(Trainer):
     def __init__(self, *, regularizer: SorsaRegularizer, keep_checkpoints: int = 1, **kwargs: Any):
         super().__init__(**kwargs)
         self.keep_checkpoints = keep_checkpoints
+        self.resumed_at: int | None = None  # the step that training started from
         self.regularizer = regularizer
         self.add_callback(regularizer)
         self._tokens: Tensor | int = 0
@@ -41,6 +42,16 @@ class RunTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._tokens = self._tokens + inputs["attention_mask"].sum()
         return super().training_step(model, inputs, num_items_in_batch)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.resumed_at is None:
+            self.resumed_at = self.state.global_step
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = (
+                True  # resumed after its last step, of which Trainer would take one more
+            )
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run = Path(self.args.output_dir)

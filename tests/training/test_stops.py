@@ -1,6 +1,7 @@
 """A run that stops where it must not: what is kept is whole, what goes on ends the same, and the message says how."""
 
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -42,6 +43,10 @@ def recipe(tiny_folder: Path, tmp_path: Path) -> str:
 
 def svdtune(*words: str) -> Result:
     return CliRunner().invoke(app, ["train", *words])
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
 def weights(folder: Path) -> bytes:
@@ -93,6 +98,10 @@ def test_a_kill_while_the_result_is_written(
     result = svdtune(recipe, "--resume")
     assert result.exit_code == 0, result.output
     assert weights(tmp_path / "run") == whole
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    summaries = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "run")]
+    assert summaries[1]["steps"] == 6
+    assert summaries[1]["loss"] == pytest.approx(summaries[0]["loss"], rel=1e-3)
 
 
 def test_a_damaged_checkpoint_is_skipped_aloud(
