@@ -40,7 +40,7 @@ def out_of_memory_message(recipe: Recipe, measured: str = "") -> str:
             + (f" ({same})" if same else "")
         )
     if not training.gradient_checkpointing:
-        ways.append("--training.gradient_checkpointing true (the same losses; about a third slower)")
+        ways.append("--training.gradient_checkpointing true (the same losses, slower)")
     if recipe.model.dtype in ("auto", "float32") and recipe.method.name != "full":
         ways.append("--model.dtype bfloat16 (half the base model's float32)")
     if longest > 64:

@@ -34,6 +34,7 @@ from svdtune.training.preview import parameter_counts, show_adapted, show_exampl
 from svdtune.training.recipe import Recipe, Source
 from svdtune.training.sampling import SampleMovement
 from svdtune.training.trainer import RunTrainer, training_arguments
+from svdtune.training.watching import WatchNumbers
 
 Rows = list[dict[str, list[int]]]
 _WRITING = "free or name another place (output.dir); what has a checkpoint goes on with --resume"
@@ -157,7 +158,7 @@ def _fit(
             train_dataset=train_rows,
             eval_dataset=eval_rows,
             data_collator=Collator(loaded.tokenizer.pad_token_id),
-            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), *watching, progress, stop],
+            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, progress, stop],
         )
         trainer.remove_callback(PrinterCallback)
         try:

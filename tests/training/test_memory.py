@@ -33,7 +33,7 @@ def test_every_setting_that_helps_is_named_with_its_number() -> None:
     assert out_of_memory_message(recipe()).splitlines() == [
         "out of memory at batch_size 8 and rows of up to 256 tokens. What takes less, to be tried in this order:",
         "  --training.batch_size 4 --training.gradient_accumulation 2 (the same rows a step)",
-        "  --training.gradient_checkpointing true (the same losses; about a third slower)",
+        "  --training.gradient_checkpointing true (the same losses, slower)",
         "  --model.dtype bfloat16 (half the base model's float32)",
         "  --data.max_length 128 --data.overlong drop",
         "  --method.r 4",

@@ -1,0 +1,102 @@
+"""What goes wrong in numbers while a run trains, said once each: a loss that is no number, and SORSA's factors coming apart.
+
+Nothing is changed or stopped: the run's owner decides. Looked at at every log, where Trainer waits for the device anyway.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from svdtune.methods.sorsa.layer import SorsaLinear
+from svdtune.methods.sorsa.math import penalty
+from svdtune.methods.sorsa.regularizer import sorsa_layers
+
+log = logging.getLogger(__name__)
+
+# ‖MᵀM − I‖_F / √r: 0 where the columns are orthonormal, 1 where they have become twice as long or half of them are lost.
+ORTHONORMALITY = 0.5
+
+
+class WatchNumbers(TrainerCallback):
+    """Warns once of a loss or gradient that is not finite, of factors far from orthonormal, and of singular values < 0.
+
+    Attributes:
+        told: the kinds of trouble that were told of.
+    """
+
+    def __init__(self) -> None:
+        self.told: set[str] = set()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Any = None,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" not in logs:
+            return
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(float(logs.get(name, 0.0))):
+                # A GradScaler looks for its scale by steps that overflow, and leaves those out.
+                if name == "grad_norm" and args.fp16:
+                    continue
+                self._tell(
+                    "finite",
+                    f"step {state.global_step}: {name} is {float(logs[name])}; what is trained from here on is lost. Start "
+                    "again with a lower training.learning_rate, or training.precision bf16 instead of fp16",
+                )
+        layers = sorsa_layers(model) if model is not None else []
+        for kind, find, advice in (
+            ("orthonormality", _worst_orthonormality, "raise method.gamma, or lower training.learning_rate"),
+            ("values", _lowest_value, "U and V now carry its sign; lower training.learning_rate if that is not meant"),
+        ):
+            if kind not in self.told and layers and (found := find(layers)) is not None:
+                self._tell(kind, f"step {state.global_step}: {found}: {advice}")
+
+    def _tell(self, kind: str, sentence: str) -> None:
+        if kind not in self.told:
+            self.told.add(kind)
+            log.warning("%s", sentence)
+
+
+def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]:
+    return [
+        (name, tensor.detach())
+        for layer in layers
+        for adapter in layer.configs
+        for name in names
+        if (tensor := layer.adapter_tensor(name, adapter)).requires_grad
+    ]
+
+
+def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
+    """What is to be said of the factor that is farthest from orthonormal, None where all are near."""
+    factors = _trained(layers, "sorsa_U", "sorsa_V")
+    if not factors:
+        return None
+    errors = torch.stack([(penalty(f[None])[0][0] / math.sqrt(f.shape[1])).cpu() for _, f in factors])
+    worst = int(errors.nan_to_num(torch.inf).argmax())
+    if errors[worst] <= ORTHONORMALITY:
+        return None
+    return (
+        f"{int((errors > ORTHONORMALITY).sum())} of SORSA's {len(errors)} factors are no longer near orthonormal, "
+        f"‖MᵀM − I‖/√r up to {float(errors[worst]):.2f}"
+    )
+
+
+def _lowest_value(layers: list[SorsaLinear]) -> str | None:
+    """What is to be said of singular values below 0, None where there are none."""
+    values = _trained(layers, "sorsa_s")
+    counts = torch.stack([(s < 0).sum().cpu() for _, s in values]) if values else torch.zeros(0)
+    if not int(counts.sum()):
+        return None
+    total = sum(s.numel() for _, s in values)
+    return f"{int(counts.sum())} of SORSA's {total} singular values have fallen below 0"
