@@ -8,7 +8,8 @@ from typer.testing import CliRunner
 
 from svdtune.analysis import comparisons, read_facts
 from svdtune.cli import app
-from svdtune.report import all_numbers, as_csv, figures, gather, render, write_figures
+from svdtune.report import all_numbers, figures, gather, render, write_figures
+from svdtune.report.drawing import draw, save
 
 
 @pytest.fixture
@@ -49,15 +50,27 @@ def test_the_headline_has_the_best_run_and_says_whether_the_next_is_apart(runs: 
     assert ("overlap" in text) == (best["scores"][label]["low"] <= second["scores"][label]["high"])
 
 
-def test_figures_come_out_identical_and_hold_the_files_numbers(runs: list[Path], tmp_path: Path) -> None:
-    data = gather([read_facts(run) for run in runs[:2]])
+def test_figures_come_out_identical_and_hold_the_files_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "sorsa", {"name": "sorsa", "r": 8}, depth=1, kinds=1)
+    data = gather([read_facts(run)])
     written = write_figures(data, tmp_path / "a")
-    again = write_figures(gather([read_facts(run) for run in runs[:2]]), tmp_path / "b")
-    assert [path.read_bytes() for path in written] == [path.read_bytes() for path in again]
-    assert len(written) == 2 * len(list(all_numbers(data))) == 2 * len(figures(data))
-    loss = next(each for each in all_numbers(data) if each.name == "loss")
-    log = read_facts(runs[0])["log"]
-    assert as_csv(loss).splitlines()[1] == f"sorsa,{log[0]['step']},{log[0]['loss']!r},,"
+    assert len(written) == 2 * len(list(all_numbers(data)))
+    numbers = {each.name: each for each in all_numbers(gather([read_facts(run)]))}
+    for name in ("loss", "moved-angle-sorsa"):
+        save(draw(numbers[name]), tmp_path / "again.svg")
+        assert (tmp_path / "again.svg").read_bytes() == (tmp_path / "a" / f"{name}.svg").read_bytes()
+    log = read_facts(run)["log"]
+    rows = (tmp_path / "a" / "loss.csv").read_text(encoding="utf-8").splitlines()
+    assert rows[1] == f"sorsa,{log[0]['step']},{log[0]['loss']!r},,"
+    assert len(rows) == 1 + len(log)
+
+
+def test_figures_by_name_are_matplotlib_figures(runs: list[Path]) -> None:
+    data = gather([read_facts(run) for run in runs[1:3]])
+    data["runs"] = [{**run, "before": None, "after": None} for run in data["runs"]]
+    drawn = figures(data)
+    assert drawn["loss"].axes[0].get_ylabel() == "training loss"
+    assert [text.get_text() for text in drawn["loss"].axes[0].get_legend().get_texts()] == ["small", "large"]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -74,6 +87,7 @@ def test_a_model_of_32_layers_stays_below_5_mb(tmp_path: Path) -> None:
 
 def test_the_verb_names_what_is_missing_and_where_the_page_is(runs: list[Path], tmp_path: Path) -> None:
     (runs[0] / "analysis" / "after.json").unlink()
+    (runs[0] / "analysis" / "before.json").unlink()
     words = ["report", str(runs[0]), "--figures", str(tmp_path / "figures")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
