@@ -34,11 +34,11 @@ def report(
     from svdtune.analysis import read_facts
     from svdtune.export.folder import explain_write_errors
     from svdtune.report import add_analysis, gather, render
-    from svdtune.training.folder import ADAPTER
+    from svdtune.training.folder import ADAPTER, REPORT
 
     facts = [read_facts(run) for run in dict.fromkeys(runs)]
     data = gather(facts, title)
-    page = output or Path(runs[0]).expanduser() / "report.html"
+    page = output or Path(runs[0]).expanduser() / REPORT
     with explain_write_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
         partial = page.with_name(f".{page.name}.partial")

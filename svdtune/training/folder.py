@@ -6,6 +6,7 @@ RUN/checkpoint-N/    to resume from
 RUN/adapter/         the result (RUN/model/ for full fine-tuning)
 RUN/training.json    the run in numbers; its presence says that the run is finished
 RUN/analysis/        samples of the weights' movement, and what `svdtune analyze` finds
+RUN/report.html      the page of `svdtune report`
 """
 
 import json
@@ -21,7 +22,7 @@ from svdtune.training.checkpoints import keep_up_to, latest_checkpoint, step_of
 from svdtune.training.extending import read_text, read_yaml
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
-RECIPE, LOG, SUMMARY = "recipe.yaml", "train_log.jsonl", "training.json"
+RECIPE, LOG, SUMMARY, REPORT = "recipe.yaml", "train_log.jsonl", "training.json", "report.html"
 ADAPTER, FULL_MODEL, ANALYSIS = "adapter", "model", "analysis"
 # Settings that do not change what is computed, and may differ when a run goes on.
 _FREE = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "eval_steps"}
@@ -65,7 +66,7 @@ def start_run(recipe: Recipe) -> None:
     folder = Path(recipe.output.dir)
     for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL, folder / ANALYSIS]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (SUMMARY, LOG):
+    for name in (SUMMARY, LOG, REPORT):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     replace_text(folder / RECIPE, dump_recipe(recipe))
