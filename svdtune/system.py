@@ -19,6 +19,7 @@ _REASONS = {
     errno.EFBIG: "the file is larger than this system allows",
     errno.EACCES: "you have no permission to write there",
     errno.EPERM: "you have no permission to write there",
+    errno.ENOENT: "there is no such place",
     errno.EROFS: "that file system is read-only",
     errno.ENOTDIR: "a part of that path is a file",
     errno.EISDIR: "a folder of that name is in the way",
@@ -104,7 +105,7 @@ def last_resort(error: Exception) -> str | None:
     """One sentence about an error of the machine that nothing nearer explained, None if it is not the machine's."""
     if is_out_of_memory(error):
         return "out of memory: give it smaller batches, a smaller model, or a machine with more"
-    if isinstance(error, OSError) and error.errno in _REASONS and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in set(_REASONS) - {errno.ENOENT} and error.filename is not None:
         return f"cannot use {error.filename}: {_REASONS[error.errno].removesuffix(' to write there')}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"cannot write: {_REASONS[error.errno]}"

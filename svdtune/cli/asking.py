@@ -18,8 +18,26 @@ def placement(dtype: str | None, device: str | None) -> dict[str, Any]:
     """Arguments for loading a model: what the user said, and a GPU where there is one and none was named."""
     import torch
 
+    if device is not None:
+        check_device(device)
     found = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None)
     return {key: value for key, value in {"dtype": dtype, "device": found}.items() if value is not None}
+
+
+def check_device(device: str) -> None:
+    """Make sure that there is such a device.
+
+    Raises:
+        SvdtuneError: There is none.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        gpus = torch.cuda.device_count()
+        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(gpus))])
+        raise SvdtuneError(f"the device {device!r} is not there; expected one of {there}") from error
 
 
 def choose_template(recipe: "Recipe | None", tokenizer: "PreTrainedTokenizerBase", given: str | None) -> str:
@@ -124,6 +142,8 @@ def held_out(
     from svdtune.data.catalogue import CATALOGUE
     from svdtune.training.recipe import Source
 
+    if limit is not None and limit < 1:
+        raise SvdtuneError(f"limit is {limit}; expected at least 1 item")
     own, section = recipe.data.eval if recipe else None, recipe.evaluation if recipe else None
     if split is None and section is not None and data in CATALOGUE and section.split in CATALOGUE[data].splits:
         split = section.split

@@ -1,6 +1,7 @@
 """`svdtune plan`: ranks, parameters and memory of an adapter before anything trains."""
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -53,11 +54,13 @@ def plan(
 
       svdtune plan openai-community/gpt2-medium --threshold 0.012 --fused-slices c_attn=q,v
     """
+    from svdtune.cli.asking import check_device
     from svdtune.errors import SvdtuneError
     from svdtune.models.loading import locate
     from svdtune.planning import draw, estimate, make_plan, open_checkpoint
     from svdtune.system import explain_write_errors, replace_text
 
+    check_device(device)
     if dtype not in _BYTES:
         raise SvdtuneError(f"dtype {dtype!r} is none of {', '.join(_BYTES)}")
     if batch_size < 1 or length < 1:
@@ -108,11 +111,19 @@ def plan(
 
 def _names(text: str | None) -> list[str] | str | None:
     """Comma-separated names as a list; anything with another special character is one regular expression."""
+    from svdtune.errors import SvdtuneError
+
     if text is None or text == "all-linear":
         return text
     parts = [part.strip() for part in text.split(",") if part.strip()]
     plain = all(part.replace("_", "").replace(".", "").replace("-", "").isalnum() for part in parts)
-    return parts if plain else text
+    if plain:
+        return parts
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise SvdtuneError(f"{text!r} is neither names nor a regular expression: {error}") from error
+    return text
 
 
 def _slices(given: list[str] | None) -> dict[str, list[str]] | str | None:

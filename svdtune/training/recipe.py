@@ -100,7 +100,7 @@ class Training(_Section):
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; excludes epochs.")
     batch_size: int = Field(8, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
-    learning_rate: float = Field(gt=0, description="The largest of the schedule.")
+    learning_rate: float = Field(gt=0, le=1e6, description="The largest of the schedule.")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: float = Field(0.0, ge=0, description="Share of all steps if below 1, else a number of steps.")
     optimizer: str = Field("adamw_torch", description="Name in transformers.training_args.OptimizerNames.")
@@ -112,7 +112,7 @@ class Training(_Section):
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile the model.")
     group_by_length: bool = Field(False, description="Batches of similar length: less padding, other data order.")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="Loss on data.eval every so many steps; null: at the end.")
     save_steps: int | None = Field(500, ge=1, description="Checkpoint every so many steps; null: only on Ctrl-C.")
