@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svdtune.errors import SvdtuneError
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
+from svdtune.system import is_out_of_memory
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
@@ -63,7 +63,9 @@ def load(
             model_kwargs["attn_implementation"] = attn_implementation
         try:
             loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **shared, **model_kwargs)
-        except (OSError, ValueError, ImportError, SafetensorError) as error:
+        except Exception as error:  # a damaged config.json comes out as any of a dozen types, some of them nobody's
+            if is_out_of_memory(error) or isinstance(error, SvdtuneError):
+                raise
             raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
     if device is not None:
         loaded = loaded.to(device)
@@ -84,7 +86,9 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         return read_gguf(path)[1]
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        if is_out_of_memory(error):
+            raise
         raise SvdtuneError(f"the tokenizer of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
     _give_padding(tokenizer)
     return tokenizer

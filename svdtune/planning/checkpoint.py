@@ -81,7 +81,13 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     folder = path if path.is_dir() else _download(str(model), revision)
     if not (folder / "config.json").is_file():
         raise SvdtuneError(f"the model folder {folder} has no config.json; expected a Transformers model folder")
-    skeleton = _build(AutoConfig.from_pretrained(folder))
+    try:
+        skeleton = _build(AutoConfig.from_pretrained(folder))
+    except SvdtuneError:
+        raise
+    except Exception as error:  # a damaged config.json comes out as any of a dozen types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SvdtuneError(f"{folder / 'config.json'} describes no model that can be built: {reason:.200}") from error
     files = _safetensors(folder)
     keys = {}
     for file in files:

@@ -1,5 +1,6 @@
 """Words on the command line that mean nothing: one sentence that says what was expected."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,29 @@ def test_one_sentence(tiny_folder: Path, words: list[str], message: str) -> None
     assert result.exit_code == 2
     assert result.stderr.startswith("svdtune: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("verb", ["plan", "generate"])
+@pytest.mark.parametrize(
+    ("file", "before", "after"),
+    [
+        ("config.json", '"model_type"', '"model_typo"'),
+        ("config.json", '"eos_token_id": 0', '"eos_token_id": "x"'),
+        ("config.json", "{", "["),
+        ("tokenizer.json", '"ByteLevel"', '"BiteLevel"'),
+    ],
+)
+def test_a_damaged_model_folder(
+    tiny_folder: Path, tmp_path: Path, verb: str, file: str, before: str, after: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    text = (folder / file).read_text()
+    assert before in text
+    (folder / file).write_text(text.replace(before, after, 1))
+    result = CliRunner().invoke(app, [verb, str(folder), *(["hi"] if verb == "generate" else [])])
+    if verb == "plan" and file == "tokenizer.json":
+        assert result.exit_code == 0  # which planning does not read
+        return
+    assert result.exit_code == 2
+    assert "svdtune: the " in result.stderr or "describes no model" in result.stderr
