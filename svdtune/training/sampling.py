@@ -24,6 +24,7 @@ from svdtune.linalg.deviation import FULL, compared_factors, condition_number, d
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.observing import Observed, Pair, observed_layers
 from svdtune.spectra import matrix_shape
+from svdtune.system import replace_text
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -114,7 +115,7 @@ class SampleMovement(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_samples(self.path) if state.global_step else []  # a resumed run takes the later steps again
         lines = [json.dumps(sample) + "\n" for sample in kept if sample["step"] <= state.global_step]
-        self.path.write_text("".join(lines), encoding="utf-8")
+        replace_text(self.path, "".join(lines))
         if state.global_step == 0:
             self.sample(0)
 
