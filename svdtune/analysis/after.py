@@ -13,6 +13,7 @@ from svdtune.linalg.deviation import compared_factors, condition_number, deviati
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.observing import Observed
 from svdtune.spectra import base_weight
+from svdtune.training.sampling import side_by_side
 
 # So many leading singular values of a change are kept.
 KEPT = 32
@@ -29,8 +30,14 @@ def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
         singular directions. A change without preference has count / out and count / in there.
     """
     disable = None if progress is None else not progress
-    layers = tqdm(run.matrices, desc="svdtune changes", unit="layer", delay=1.0, disable=disable)
-    return {"layers": {layer.name: _compared(run, layer) for layer in layers}}
+    with tqdm(total=len(run.matrices), desc="svdtune changes", unit="layer", delay=1.0, disable=disable) as bar:
+
+        def compared(layer: Observed) -> dict[str, Any]:
+            found = _compared(run, layer)
+            bar.update()
+            return found
+
+        return {"layers": side_by_side(compared, run.matrices)}
 
 
 @torch.no_grad()
