@@ -18,14 +18,11 @@ from pathlib import Path
 
 import peft
 import torch
-from step import machine
+from step import literal, machine
 from torch import Tensor, nn
 
 import svdtune
 from svdtune.data import Collator, encode_all, read_rows, to_examples
-from svdtune.methods.mosara import reference as mosara_reference
-from svdtune.methods.sara import reference as sara_reference
-from svdtune.methods.sorsa import reference as sorsa_reference
 from svdtune.models import load
 
 CONFIGS = {
@@ -33,26 +30,6 @@ CONFIGS = {
     "sara": lambda: svdtune.SaraConfig(threshold=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
     "mosara": lambda: svdtune.MoSaraConfig(threshold=0.3, num_heads=5, task_type="CAUSAL_LM"),
 }
-
-
-def literal(model: nn.Module) -> nn.Module:
-    """The model with every adapted layer computing its paper's equation as written."""
-    for layer in model.modules():
-        if not hasattr(layer, "fused"):
-            continue
-
-        def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: nn.Module = layer) -> Tensor:
-            flat = x.reshape(-1, x.shape[-1])
-            if layer.method == "sorsa":
-                y = sorsa_reference.sorsa_linear(flat, weight, bias, *layer.product("default"))
-            elif layer.method == "sara":
-                y = sara_reference.sara_linear(flat, weight, bias, *layer.product("default")[:3])
-            else:
-                y = mosara_reference.mosara_linear(flat, weight, bias, *layer._tensors("default"))
-            return y.view(*x.shape[:-1], -1)
-
-        layer.fused = fused
-    return model
 
 
 def curve(model: nn.Module, batches: list[dict[str, Tensor]], autocast: bool, device: str) -> list[float]:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import svdtune
-from svdtune.methods.sorsa import SorsaLinear
+from svdtune.methods.mosara import reference as mosara_reference
+from svdtune.methods.sara import reference as sara_reference
 from svdtune.methods.sorsa import reference as sorsa_reference
 
 SHAPES = {
@@ -91,14 +92,22 @@ def frozen(model: nn.Module) -> nn.Module:
 
 
 def literal(model: nn.Module) -> nn.Module:
-    """SORSA's layers computing Eq. 3 as written, with the dense weight change formed at every step."""
+    """The model with every adapted layer computing its paper's equation as written."""
     for layer in model.modules():
-        if isinstance(layer, SorsaLinear):
+        if not hasattr(layer, "fused"):
+            continue
 
-            def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: SorsaLinear = layer) -> Tensor:
-                return sorsa_reference.sorsa_linear(x, weight, bias, *layer.product("default"))
+        def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: nn.Module = layer) -> Tensor:
+            flat = x.reshape(-1, x.shape[-1])
+            if layer.method == "sorsa":
+                y = sorsa_reference.sorsa_linear(flat, weight, bias, *layer.product("default"))
+            elif layer.method == "sara":
+                y = sara_reference.sara_linear(flat, weight, bias, *layer.product("default")[:3])
+            else:
+                y = mosara_reference.mosara_linear(flat, weight, bias, *layer._tensors("default"))
+            return y.view(*x.shape[:-1], -1)
 
-            layer.fused = fused
+        layer.fused = fused
     return model
 
 

@@ -60,6 +60,7 @@ class _Verbs(TyperGroup):
         return self.commands[cmd_name]
 
     def invoke(self, ctx: Any) -> Any:
+        """Run a verb; what a user or the machine caused ends in one sentence and a status, not in a traceback."""
         try:
             return super().invoke(ctx)
         except SvdtuneError as error:

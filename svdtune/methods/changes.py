@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from svdtune.methods.lowrank import pair, scaled
+
 Tensors = tuple[Tensor | None, ...]
 
 
@@ -55,15 +57,9 @@ class _ChangesAtOnce(torch.autograd.Function):
         Us, ss, Vs, P0s, V0s = (flat[i * count : (i + 1) * count] for i in range(5))
         U, V = torch.stack(Us), torch.stack(Vs)
         s = None if ss[0] is None else torch.stack(ss)[:, None]
-        P = U if s is None else U * s
-        if P0s[0] is None:
-            A, B = V.to(dtype), P.to(dtype)
-        else:
-            r, P0 = U.shape[-1], torch.stack(P0s)
-            A, B = (X.new_empty(*X.shape[:-1], 2 * r, dtype=dtype) for X in (V, U))
-            A[..., :r], B[..., r:] = V, P0
-            A[..., r:], B[..., :r] = V - torch.stack(V0s), P - P0
-        ctx.save_for_backward(A[..., : U.shape[-1]], P.to(dtype), None if s is None else U, s)
+        taken = (None, None) if P0s[0] is None else (torch.stack(P0s), torch.stack(V0s))
+        A, B = (X.to(dtype) for X in pair(U, s, V, *taken))
+        ctx.save_for_backward(A[..., : U.shape[-1]], scaled(U, s).to(dtype), None if s is None else U, s)
         ctx.set_materialize_grads(False)
         ctx.count, ctx.dtypes = count, (U.dtype, V.dtype)
         return torch.bmm(A, B.mT).unbind(0)

@@ -50,9 +50,14 @@ def stacked(
     """
     if kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
         return kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
-    P = scaled(U, s)
-    A, B = (V, P) if P0 is None else (torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1))
+    A, B = pair(U, s, V, P0, V0)
     return filled(A, pad).to(dtype), filled(B, pad).to(dtype)
+
+
+def pair(U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A = [V, V − V₀] and B = [P − P₀, P₀], or V and P where nothing is taken away; all may have leading dimensions."""
+    P = scaled(U, s)
+    return (V, P) if P0 is None else (torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1))
 
 
 def filled(x: Tensor, pad: int) -> Tensor:
@@ -90,8 +95,8 @@ class LowRankLinear(torch.autograd.Function):
     What an addition is added to is either the pair (weight, bias), then the node computes x Wᵀ + b itself, or (None, y),
     then it adds to y in place. For dropout on the low-rank path's input, either `x_adapter` is that input, or `p` > 0 draws
     the mask inside the kernels (CUDA), where neither the mask nor the masked input is ever stored.
-    Several layers share the products with x, the mask, and the sum of their input gradients. Base weights, A and B get no
-    gradient. Differentiating twice is refused by PyTorch with an error.
+    Several layers share the products with x, the mask, and the sum of their input gradients. Base weights get no gradient.
+    Differentiating twice is refused by PyTorch with an error.
     """
 
     @staticmethod

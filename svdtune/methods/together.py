@@ -177,11 +177,11 @@ class Together:
             x_adapter, p: dropout, as `LowRankLinear` takes it.
         """
         now = self._pass
-        tensors, dtype = part[2:], compute_dtype(x)
         if now is not None and now.pairs is not None and x_adapter is None and p == 0:
-            return _with_kept_pair(now.pairs, layer, x, part, dtype)
+            return _with_kept_pair(now.pairs, layer, x, part)
         if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
             return LowRankLinear.apply(x, x_adapter, p, *part)
+        tensors, dtype = part[2:], compute_dtype(x)
         self._note(now, layer, adapter, x, tensors, dtype)
         ahead = now.ahead.pop(layer, None)
         if ahead is not None:
@@ -233,11 +233,9 @@ class Together:
             turns.append(Turn(layer, adapter, tensors, dtype, number, x.numel() // x.shape[-1]))
 
 
-def _with_kept_pair(
-    pairs: dict[nn.Module, Pair], layer: nn.Module, x: Tensor, part: Part, dtype: torch.dtype
-) -> Tensor:
+def _with_kept_pair(pairs: dict[nn.Module, Pair], layer: nn.Module, x: Tensor, part: Part) -> Tensor:
     """What `LowRankLinear` gives, to the bit, its pair formed once for all passes that share `pairs`."""
-    pair = pairs.get(layer)
+    pair, dtype = pairs.get(layer), compute_dtype(x)
     if pair is None or pair.A.dtype != dtype or not _same(pair.tensors, part[2:]):
         pairs[layer] = pair = Pair(part[2:], *stacked(*part[2:], dtype, alignment(dtype, x.device)))
     return linear_with_pair(x, part, pair.A, pair.B, dtype)

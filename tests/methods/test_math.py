@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from svdtune.methods.lowrank import add_low_rank
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import math as sara
@@ -192,7 +193,7 @@ class TestGradcheck:
         frozen, trained = sorsa_case((5, 6, 3), "random", "delta", 0.2)
 
         def add_sorsa(x, y, *parameters):
-            return sorsa.add_sorsa(y * 1, x, *parameters, frozen["P0"], frozen["V0"])
+            return add_low_rank(y * 1, x, *parameters, frozen["P0"], frozen["V0"])
 
         self.check(add_sorsa, self.x, torch.randn(2, 3, 5).double(), *trained.values())
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from svdtune.methods.lowrank import add_low_rank, low_rank_linear, scaled
+from svdtune.methods.lowrank import low_rank_linear, scaled
 
 
 def sara_linear(
@@ -30,11 +30,6 @@ def sara_linear(
 ) -> Tensor:
     """Eq. 3: x [..., in] → [..., out]; `x_adapter` or `p`: dropout on the adapter's path, see `low_rank_linear`."""
     return low_rank_linear(x, weight, bias, U, lam, V, x_adapter=x_adapter, p=p)
-
-
-def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
-    """Eq. 3's second term, added to y [..., out] in place."""
-    return add_low_rank(y, x, U, lam, V)
 
 
 def sara_delta(U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:

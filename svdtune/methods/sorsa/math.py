@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from svdtune.methods.lowrank import add_low_rank, low_rank_linear, scaled
+from svdtune.methods.lowrank import low_rank_linear, pair
 
 
 def sorsa_linear(
@@ -39,13 +39,6 @@ def sorsa_linear(
     return low_rank_linear(x, weight, bias, U, s, V, P0, V0, x_adapter, p)
 
 
-def add_sorsa(
-    y: Tensor, x: Tensor, U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
-) -> Tensor:
-    """What Eq. 3 adds to the base layer's output y [..., out], added in place."""
-    return add_low_rank(y, x, U, s, V, P0, V0)
-
-
 def sorsa_delta(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> Tensor:
     """W_p − P₀ V₀ᵀ [out, in], as a sum of two small terms rather than a difference of two large ones."""
     A, B = sorsa_pair(U, s, V, P0, V0)
@@ -54,8 +47,7 @@ def sorsa_delta(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> Tens
 
 def sorsa_pair(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> tuple[Tensor, Tensor]:
     """A = [V, V − V₀] [in, 2r] and B = [P − P₀, P₀] [out, 2r], P = U diag(s): B Aᵀ = P Vᵀ − P₀ V₀ᵀ."""
-    P, V = scaled(U, s).to(P0.dtype), V.to(V0.dtype)  # trained factors may be kept in bf16
-    return torch.cat([V, V - V0], 1), torch.cat([P - P0, P0], 1)
+    return pair(U, s, V, P0, V0)  # trained factors kept in bf16 are widened to the frozen ones' dtype
 
 
 def penalty(factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
