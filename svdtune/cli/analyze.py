@@ -88,19 +88,16 @@ def _route(run: "Opened", folder: Path, data: list[str] | None, items: int) -> l
 
 def _tasks(run: "Opened", data: list[str] | None, items: int) -> dict[str, list[tuple[int, ...]]]:
     """The first prompts of each data set, in the form in which `evaluate` asks them."""
-    from svdtune.cli.asking import form, held_out, sets_to_ask
-    from svdtune.data import read_rows, to_examples
     from svdtune.evaluation import to_items
+    from svdtune.evaluation.asking import prepare, sets_to_ask
 
     recipe, tokenizer = run.source.recipe, run.loaded.tokenizer
     names = [name for given in data or [None] for name in sets_to_ask(recipe, given, None)]
     tasks = {}
     for name in names:
-        rows = held_out(recipe, name, None, None, items)
-        asked = form(rows.source, recipe, None, None, None, None, None)
-        examples = to_examples(read_rows(**rows.model_dump()), asked.prompt, asked.completion, source=rows.source)
-        found = to_items(examples, tokenizer, asked.template_for(tokenizer), asked.answer)
-        tasks[Path(rows.source).stem] = [item.tokens for item in found[:items]]
+        asked = prepare(recipe, name, limit=items)
+        found = to_items(asked.examples, tokenizer, asked.form.template_for(tokenizer), asked.form.answer)
+        tasks[Path(asked.rows.source).stem] = [item.tokens for item in found[:items]]
     return tasks
 
 

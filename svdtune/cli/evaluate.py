@@ -2,7 +2,6 @@
 
 import textwrap
 from contextlib import contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,13 +13,11 @@ from svdtune.errors import SvdtuneError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from svdtune.cli.asking import Form
-    from svdtune.data import Example
-    from svdtune.evaluation import Decoding, Evaluation, Metric, Score, Task
+    from svdtune.evaluation import Decoding, Evaluation, Metric, Score
+    from svdtune.evaluation.asking import Asked
     from svdtune.evaluation.vllm import VllmEngine
     from svdtune.export import Source
     from svdtune.models import LoadedModel
-    from svdtune.training.recipe import Source as RowSource
 
 app = typer.Typer()
 HARNESS = "lm-eval:"
@@ -96,19 +93,19 @@ def evaluate(
     svdtune evaluate runs/sorsa --task e2e --beams 10 --length-penalty 0.8 --no-repeat-ngram-size 4
     svdtune evaluate runs/sorsa --task lm-eval:arc_easy,hellaswag
     """
-    from svdtune.cli.asking import sets_to_ask
     from svdtune.cli.averaging import report_averages
     from svdtune.evaluation import Decoding
+    from svdtune.evaluation.asking import decoding_of, output_folder, prepare, sets_to_ask
     from svdtune.evaluation.card import add_scores
     from svdtune.export import find_source
 
     found = find_source(source, adapter)
     if task and task.startswith(HARNESS):
-        folder = output or _default_output(found.run, source, "lm-eval", task.removeprefix(HARNESS).replace(",", "-"))
+        folder = output or output_folder(found.run, source, "lm-eval", task.removeprefix(HARNESS).replace(",", "-"))
         typer.echo(_run_harness(found, task.removeprefix(HARNESS), folder, batch_size, limit, dtype, device))
         return
     # Greedy, or as the recipe of a run decodes.
-    own = found.recipe.evaluation if found.recipe and found.recipe.evaluation else Decoding()
+    own = decoding_of(found.recipe)
     decoding = Decoding(
         samples,
         temperature,
@@ -120,12 +117,13 @@ def evaluate(
     )
     names = sets_to_ask(found.recipe, data, task)
     asked = [
-        _prepare(found, name, split, config, limit, task, prompt, answer, template, max_new_tokens) for name in names
+        prepare(found.recipe, name, split, config, limit, task, prompt, answer, template, max_new_tokens)
+        for name in names
     ]
     results = {}
     with _opened(engine, found, dtype, device) as opened:
         for one in asked:
-            own_folder = _default_output(found.run, source, one.rows.source, one.form.task)
+            own_folder = output_folder(found.run, source, one.rows.source, one.form.task)
             folder = own_folder if output is None else output if len(asked) == 1 else output / own_folder.name
             results[one.rows.source] = _ask(opened, one, folder, batch_size, decoding, restart)
             shown = summary(results[one.rows.source])
@@ -137,67 +135,23 @@ def evaluate(
         typer.echo(report_averages(results, (output or folder.parent) / f"{group}-averages.json"))
 
 
-@dataclass(frozen=True)
-class Asked:
-    """One data set, ready to be asked: where its rows come from, in what form, and the rows as examples."""
-
-    rows: "RowSource"
-    form: "Form"
-    task: "Task"
-    examples: "list[Example]"
-
-
-def _prepare(
-    found: "Source",
-    name: str | None,
-    split: str | None,
-    config: str | None,
-    limit: int | None,
-    task: str | None,
-    prompt: str | None,
-    answer: str | None,
-    template: str | None,
-    max_new_tokens: int | None,
-) -> Asked:
-    """Read a data set, before the model: what is wrong with it shows at once."""
-    from svdtune.cli.asking import form, held_out
-    from svdtune.data import read_rows, to_examples
-    from svdtune.evaluation import get_task
-
-    rows = held_out(found.recipe, name, split, config, limit, task)
-    asked = form(rows.source, found.recipe, task, prompt, answer, template, max_new_tokens)
-    examples = to_examples(read_rows(**rows.model_dump()), asked.prompt, asked.completion, source=rows.source)
-    return Asked(rows, asked, get_task(asked.task), examples)
-
-
 def _ask(
-    opened: "LoadedModel | VllmEngine", asked: Asked, folder: Path, batch_size: int, decoding: "Decoding", restart: bool
+    opened: "LoadedModel | VllmEngine",
+    asked: "Asked",
+    folder: Path,
+    batch_size: int,
+    decoding: "Decoding",
+    restart: bool,
 ) -> "Evaluation":
-    """Score the model on one data set."""
+    """Score the model on one data set, before the user's eyes."""
     from rich.console import Console
 
     from svdtune.cli.progress import counting
-    from svdtune.evaluation import evaluate as run_evaluation
-    from svdtune.evaluation import to_items
+    from svdtune.evaluation.asking import ask
 
-    form, rows = asked.form, asked.rows
-    template = form.template_for(opened.tokenizer)
-    items = to_items(asked.examples, opened.tokenizer, template, form.answer)
-    settings = {"data": rows.model_dump(), "prompt": form.prompt, "answer": form.answer, "template": template}
     try:
-        with counting(f"evaluating on {rows.source}", Console(stderr=True)) as on_progress:
-            return run_evaluation(
-                opened,
-                items,
-                asked.task,
-                folder,
-                max_new_tokens=form.max_new_tokens,
-                batch_size=batch_size,
-                decoding=decoding,
-                settings=settings,
-                restart=restart,
-                on_progress=on_progress,
-            )
+        with counting(f"evaluating on {asked.rows.source}", Console(stderr=True)) as on_progress:
+            return ask(opened, asked, folder, batch_size, decoding, restart, on_progress)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None
 
@@ -262,14 +216,3 @@ def _score_line(mode: str, score: "Score", total: int) -> str:
 def _metric_line(name: str, metric: "Metric") -> str:
     low, high = metric.interval
     return f"{name} {metric.value:.4f}, 95 % interval {low:.4f} to {high:.4f}"
-
-
-def _default_output(run: Path | None, source: str, data: str, task: str) -> Path:
-    """In the run's own folder; for a model, whose folder is not ours to write to, below runs/evaluations."""
-    name = f"{_short(data)}-{task}"
-    return run / "evaluations" / name if run else Path("runs", "evaluations", f"{_short(source)}-{name}")
-
-
-def _short(name: str) -> str:
-    """The last part of a path or hub name, without file endings."""
-    return Path(name).name.split(".")[0] or "data"

@@ -1,0 +1,202 @@
+"""Which items a model is asked, and in what form: as the user says, else as its recipe says, else as the data set asks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from svdtune.data import Example, read_rows, to_examples
+from svdtune.data.catalogue import CATALOGUE, GROUPS, scored
+from svdtune.data.prompts import TEMPLATES
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation.decoding import GREEDY, Decoding
+from svdtune.evaluation.engines import Engine
+from svdtune.evaluation.items import to_items
+from svdtune.evaluation.scoring import Evaluation, evaluate
+from svdtune.evaluation.tasks import Task, get_task
+from svdtune.models import LoadedModel
+from svdtune.training.recipe import Recipe
+from svdtune.training.recipe import Source as RowSource
+
+_FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """In what form items are asked and graded.
+
+    Attributes:
+        task: Name of the task that grades.
+        prompt: Field that is asked, or a text with fields.
+        answer: Field to grade against; None for the completion.
+        completion: As in training, where the completion is graded against; None otherwise.
+        template: The prompt around it; None for the chat template where there is one.
+        fallback: The template where there is none.
+        max_new_tokens: Length limit.
+    """
+
+    task: str
+    prompt: str
+    answer: str | None
+    completion: str | None
+    template: str | None
+    fallback: str
+    max_new_tokens: int
+
+    def template_for(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The template, once it is known whether the tokenizer has one for chats."""
+        return self.template or ("chat" if tokenizer.chat_template else self.fallback)
+
+
+def form_of(
+    data: str,
+    recipe: Recipe | None,
+    task: str | None,
+    prompt: str | None,
+    answer: str | None,
+    template: str | None,
+    max_new_tokens: int | None,
+) -> Form:
+    """What the user said; else what the run's recipe says of its evaluation; else what a data set of the papers asks for;
+    else what the run was trained with.
+
+    A run that was trained with a paper's prompt is asked with the prompt that the paper tests with.
+    """
+    known, trained = CATALOGUE.get(data), recipe.data if recipe else None
+    section = recipe.evaluation if recipe and known else None
+    template = template or (section and section.template)
+    max_new_tokens = max_new_tokens or (section and section.max_new_tokens)
+    kept = trained and (known is None or trained.template not in TEMPLATES)
+    own_answer = known.answer if known else trained.answer if trained else "answer"
+    graded_against = answer or own_answer
+    return Form(
+        task=task or (known and known.task) or "number",
+        prompt=prompt or (known.prompt if known else trained.prompt if trained else "question"),
+        answer=graded_against,
+        # A run without a field for the answer is graded against the completions it was trained towards.
+        completion=trained.completion if trained and graded_against is None else None,
+        template=template or (trained.template if kept else known.template if known and trained else None),
+        fallback=known.template if known else "plain",
+        max_new_tokens=max_new_tokens or (known.max_new_tokens if known else 256),
+    )
+
+
+def sets_to_ask(recipe: Recipe | None, data: str | None, task: str | None) -> list[str | None]:
+    """The names of what is scored: the data named, or the sets that the run's recipe names; groups as their members.
+
+    None stands for what `held_out` finds by itself.
+    """
+    if data is not None:
+        return [dataset.name for dataset in scored(data)] if data in GROUPS else [data]
+    if recipe is None or recipe.evaluation is None or task is not None:
+        return [None]
+    return [dataset.name for name in recipe.evaluation.data for dataset in scored(name)]
+
+
+def held_out(
+    recipe: Recipe | None,
+    data: str | None,
+    split: str | None,
+    config: str | None,
+    limit: int | None,
+    task: str | None = None,
+) -> RowSource:
+    """Where the items come from: the data named, or the run's own held-out rows, or the data set that the task is made for.
+
+    Raises:
+        SvdtuneError: If none is there.
+    """
+    if limit is not None and limit < 1:
+        raise SvdtuneError(f"limit is {limit}; expected at least 1 item")
+    own, section = recipe.data.eval if recipe else None, recipe.evaluation if recipe else None
+    if split is None and section is not None and data in CATALOGUE and section.split in CATALOGUE[data].splits:
+        split = section.split
+    if data is None and task in CATALOGUE and (own is None or own.source not in CATALOGUE):
+        data = task
+
+    given = {
+        key: value for key, value in {"split": split, "config": config, "limit": limit}.items() if value is not None
+    }
+    if data is not None:
+        # Files have no splits; the default of training, "train", would be the wrong one here.
+        is_file = Path(data).suffix in _FILE_ENDINGS or Path(data).exists()
+        default = {} if is_file else {"split": CATALOGUE[data].test if data in CATALOGUE else "test"}
+        return RowSource(source=data, **default | given)
+    if own is None:
+        raise SvdtuneError("there is no data to evaluate on: name a file, generator or hub data set with --data")
+    return own.model_copy(update=given)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One data set, ready to be asked: where its rows come from, in what form, and the rows as examples."""
+
+    rows: RowSource
+    form: Form
+    task: Task
+    examples: list[Example]
+
+
+def prepare(
+    recipe: Recipe | None,
+    name: str | None,
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    task: str | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int | None = None,
+) -> Asked:
+    """Read a data set, before the model: what is wrong with it shows at once."""
+    rows = held_out(recipe, name, split, config, limit, task)
+    form = form_of(rows.source, recipe, task, prompt, answer, template, max_new_tokens)
+    examples = to_examples(read_rows(**rows.model_dump()), form.prompt, form.completion, source=rows.source)
+    return Asked(rows, form, get_task(form.task), examples)
+
+
+def decoding_of(recipe: Recipe | None) -> Decoding:
+    """How the recipe of a run decodes; greedily without one."""
+    own = recipe.evaluation if recipe else None
+    if own is None:
+        return GREEDY
+    return Decoding(beams=own.beams, length_penalty=own.length_penalty, no_repeat_ngram_size=own.no_repeat_ngram_size)
+
+
+def ask(
+    opened: Engine | LoadedModel,
+    asked: Asked,
+    folder: Path,
+    batch_size: int = 16,
+    decoding: Decoding = GREEDY,
+    restart: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Score a model on one data set; `evaluate` with what `prepare` found."""
+    form, rows = asked.form, asked.rows
+    template = form.template_for(opened.tokenizer)
+    return evaluate(
+        opened,
+        to_items(asked.examples, opened.tokenizer, template, form.answer),
+        asked.task,
+        folder,
+        max_new_tokens=form.max_new_tokens,
+        batch_size=batch_size,
+        decoding=decoding,
+        settings={"data": rows.model_dump(), "prompt": form.prompt, "answer": form.answer, "template": template},
+        restart=restart,
+        on_progress=on_progress,
+    )
+
+
+def output_folder(run: Path | None, source: str, data: str, task: str) -> Path:
+    """In the run's own folder; for a model, whose folder is not ours to write to, below runs/evaluations."""
+    name = f"{_short(data)}-{task}"
+    return run / "evaluations" / name if run else Path("runs", "evaluations", f"{_short(source)}-{name}")
+
+
+def _short(name: str) -> str:
+    """The last part of a path or hub name, without file endings."""
+    return Path(name).name.split(".")[0] or "data"
