@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from svdtune.errors import SvdtuneError
+from svdtune.planning.shards import shard_names
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # safetensors' names of the dtypes that a model's weights are merged in.
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FLOATING = {name: dtype for dtype, name in NAMES.items()}
@@ -71,15 +71,8 @@ def open_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         SvdtuneError: a file is missing or damaged.
     """
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise SvdtuneError(f"{index} is damaged: {error}") from error
-    elif (folder / SINGLE).is_file():
-        names = [SINGLE]
-    else:
+    names = shard_names(folder)
+    if names is None:
         return None
     shards, metadata = {}, {}
     for name in names:

@@ -21,13 +21,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.export.checking import Comparison, compare_checkpoint, why_not
-from svdtune.export.checkpoint import FLOATING, INDEX, Checkpoint, Computed, Stored, open_checkpoint, write_tensors
+from svdtune.export.checkpoint import FLOATING, Checkpoint, Computed, Stored, open_checkpoint, write_tensors
 from svdtune.export.folder import check_new_folder, new_folder
 from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
 from svdtune.export.opening import Source, adapter_of, base_folder
 from svdtune.export.skeleton import StoredNames, build_skeleton, stored_names
 from svdtune.methods.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
+from svdtune.planning.shards import INDEX, SINGLE
 
 # What is copied of the base folder besides its weights: everything but weights in other formats, its card, and the hidden.
 _LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
@@ -135,12 +136,14 @@ def _write_weights(
             for name, stored in shard.items():
                 written[name] = new.get(name) or _cast(base, name, stored, target)
                 written |= added.get(name, {})
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
             write_tensors(work / file, written, base.metadata[file])
             weight_map |= dict.fromkeys(written, file)
             total += sum(tensor.size for tensor in written.values())
-    if (base.folder / INDEX).is_file():
+    if SINGLE not in base.shards:
         index = json.loads((base.folder / INDEX).read_text(encoding="utf-8"))
-        index.setdefault("metadata", {})["total_size"] = total
+        metadata = index.get("metadata")
+        index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
         index["weight_map"] = dict(sorted(weight_map.items()))
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     computed = [tensor for group in (new, *added.values()) for tensor in group.values() if isinstance(tensor, Computed)]

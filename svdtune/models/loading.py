@@ -1,6 +1,6 @@
 """Load a base model and its tokenizer from a hub name, a local folder, a GGUF file, or the embedded default."""
 
-import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svdtune.errors import SvdtuneError
+from svdtune.methods.saved import read_json
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
+from svdtune.planning.shards import shard_names
 from svdtune.system import is_out_of_memory
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -49,7 +51,7 @@ def load(
         **model_kwargs: further arguments for `AutoModelForCausalLM.from_pretrained`, such as `quantization_config`.
 
     Raises:
-        SvdtuneError: if there is no such model, the folder has no weights, or the dtype is unknown.
+        SvdtuneError: if there is no such model, its folder lacks weights, or the dtype is unknown.
     """
     name, path = str(model), locate(model)
     dtype = _dtype(dtype)
@@ -62,11 +64,14 @@ def load(
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **shared, **model_kwargs)
+            loaded, found = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True, **shared, **model_kwargs
+            )
         except Exception as error:  # a damaged config.json comes out as any of a dozen types, some of them nobody's
             if is_out_of_memory(error) or isinstance(error, SvdtuneError):
                 raise
             raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+        _check_complete(name, found["missing_keys"])
     if device is not None:
         loaded = loaded.to(device)
     if end_token is not None:
@@ -114,18 +119,29 @@ def locate(model: str | Path) -> str | Path:
     return name
 
 
+def _check_complete(name: str, missing: Collection[str]) -> None:
+    """Transformers would only warn, and draw the weights that a checkpoint lacks at random."""
+    if missing:
+        first = sorted(missing)[0]
+        raise SvdtuneError(
+            f"the model {name!r} lacks {len(missing)} of its weights, {first!r} among them: its files are damaged, or belong "
+            "to another configuration. Download it again, or name a causal language model"
+        )
+
+
 def _check_folder(path: Path) -> None:
     found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
     adapter = path / "adapter_config.json"
     if not (path / "config.json").is_file():
         if adapter.is_file():
-            base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+            base = read_json(adapter).get("base_model_name_or_path")
             raise SvdtuneError(f"{path} is an adapter, not a model; its base model is {base!r}")
         raise SvdtuneError(f"the model folder {path} has no config.json; it holds {found}")
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         raise SvdtuneError(
             f"the model folder {path} has no weights: expected model.safetensors or pytorch_model.bin, found {found}"
         )
+    shard_names(path)
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -5,7 +5,6 @@ will see. Weights come straight from safetensors shards or a GGUF file; each fil
 that memory holds one weight and not what else was touched in the file.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from svdtune.errors import SvdtuneError
+from svdtune.planning.shards import shard_names
 from svdtune.spectra import base_weight
 
 
@@ -134,19 +134,13 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _safetensors(folder: Path) -> list[Path]:
     """The shards of a folder's checkpoint, in order of name."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise SvdtuneError(f"{folder} lacks {', '.join(missing)}, which its index names; download it again")
-        return files
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    raise SvdtuneError(
-        f"{folder} has no model.safetensors; convert another format first with "
-        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
-    )
+    names = shard_names(folder)
+    if names is None:
+        raise SvdtuneError(
+            f"{folder} has no model.safetensors; convert another format first with "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return [folder / name for name in names]
 
 
 def _match(model: PreTrainedModel, keys: set[str]) -> Iterator[tuple[str, str]]:

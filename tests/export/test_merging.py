@@ -97,6 +97,20 @@ def test_shards_their_names_and_every_other_file_stay(tiny_folder: Path, tmp_pat
             assert torch.equal(tensor, after[name]) == ("q_proj" not in name), name
 
 
+def test_an_index_cannot_lead_out_of_the_folder(tiny_folder: Path, tmp_path: Path, tiny_tokenizer) -> None:
+    base = saved(load(tiny_folder).model, tmp_path / "a" / "base", tiny_tokenizer, max_shard_size="10KB")
+    adapter = save_adapter(base, tmp_path / "adapter", SorsaConfig(r=4, target_modules=["q_proj"]))
+    index = base / "model.safetensors.index.json"
+    found = json.loads(index.read_text())
+    shard = next(iter(found["weight_map"].values()))
+    (base / shard).rename(tmp_path / "a" / "owned")
+    index.write_text(index.read_text().replace(shard, "../owned"))
+    (tmp_path / "b").mkdir()
+    with pytest.raises(SvdtuneError, match=r"names '\.\./owned', which is no file of its folder"):
+        merge(find_source(adapter), tmp_path / "b" / "merged", check=False)
+    assert list((tmp_path / "b").iterdir()) == []
+
+
 def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
     adapter = save_adapter(tiny_folder, tmp_path / "adapter", SaraConfig(r=3))
     report = merge(find_source(adapter), tmp_path / "merged", dtype="bfloat16")

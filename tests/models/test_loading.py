@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from svdtune.errors import SvdtuneError
@@ -83,3 +84,19 @@ def test_a_hub_name_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SvdtuneError, match="'nobody/nothing' cannot be loaded"):
         load("nobody/nothing")
+
+
+def test_a_checkpoint_that_lacks_a_weight(tiny_folder: Path, tmp_path: Path) -> None:
+    """Transformers would draw it at random, and only warn."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weighu"] = weights.pop("model.norm.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SvdtuneError, match=r"lacks 1 of its weights, 'model\.norm\.weight' among them: its files are"):
+        load(folder)
+
+
+def test_a_damaged_adapter_in_the_place_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(SvdtuneError, match=r"adapter_config\.json is damaged"):
+        load(tmp_path)
