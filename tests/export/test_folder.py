@@ -26,6 +26,26 @@ def test_appears_with_its_files_and_the_usual_permissions(tmp_path: Path, existi
     assert list(output.parent.iterdir()) == [output]
 
 
+def test_every_file_is_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave the name, and empty files."""
+    synced, real = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        assert not (tmp_path / "result").exists()
+        synced.append(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with new_folder(tmp_path / "result") as work:
+        (work / "file").write_text("text")
+        (work / "inner").mkdir()
+        (work / "inner" / "file").write_text("text")
+    written = [tmp_path / "result" / "file", tmp_path / "result" / "inner" / "file"]
+    assert sorted(synced) == sorted(path.stat().st_ino for path in written)
+
+
 @pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
 def test_leaves_nothing_when_stopped(tmp_path: Path, stop: type[BaseException]) -> None:
     def fill_and_stop() -> None:
