@@ -10,9 +10,11 @@ ORDER = [
     "_version",
     "errors",
     "system",
+    "processes",
     "linalg",
     "spectra",
     "methods",
+    "baselines",
     "planning",
     "models",
     "data",
@@ -21,6 +23,7 @@ ORDER = [
     "evaluation",
     "analysis",
     "report",
+    "study",
     "cli",
 ]
 

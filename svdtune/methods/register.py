@@ -1,4 +1,4 @@
-"""Makes PEFT know the three methods: `PeftType` members, configurations and tuners. Importing svdtune runs it, once.
+"""Makes PEFT know methods of ours: `PeftType` members, configurations and tuners. Importing svdtune runs it, once.
 
 PEFT has no plugin point: its registry takes only names that are members of the `PeftType` enum. So the members are added to
 the enum. Should a PEFT release bring a method of the same name, PEFT's own stays and ours is left out with a warning.
@@ -6,18 +6,16 @@ the enum. Should a PEFT release bring a method of the same name, PEFT's own stay
 
 import warnings
 
-from peft import PeftType
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
-from svdtune.methods.config import SvdConfig
-from svdtune.methods.tuner import SvdTuner
 
-
-def register(config_cls: type[SvdConfig], tuner_cls: type[SvdTuner]) -> None:
+def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
     """Make a method available to `get_peft_model`, `PeftModel.from_pretrained` and everything behind them.
 
-    Registering the same method twice does nothing.
+    The configuration's class attribute `method` is its name. Registering the same method twice does nothing.
     """
     name = config_cls.method
     member = name.upper()
@@ -33,7 +31,7 @@ def register(config_cls: type[SvdConfig], tuner_cls: type[SvdTuner]) -> None:
             return
     else:
         extend_enum(member)
-    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls)
+    register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls, prefix=tuner_cls.prefix)
 
 
 def extend_enum(name: str) -> None:

@@ -1,0 +1,10 @@
+"""Methods that the papers compare with and PEFT lacks, as PEFT methods; importing this package registers them with PEFT."""
+
+from svdtune.baselines.bottleneck import BottleneckConfig, BottleneckModel
+from svdtune.baselines.dylora import DyLoraConfig, DyLoraModel
+from svdtune.methods.register import register
+
+__all__ = ["BottleneckConfig", "BottleneckModel", "DyLoraConfig", "DyLoraModel"]
+
+register(BottleneckConfig, BottleneckModel)
+register(DyLoraConfig, DyLoraModel)
