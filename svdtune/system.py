@@ -95,6 +95,12 @@ def replace_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def to_disk(path: Path) -> None:
+    """Wait until a file is on the disk: a power cut must not leave a folder under its name, and its files empty."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the GPU's or the host's memory is used up."""
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch for it

@@ -1,12 +1,25 @@
-"""Fixtures every test may use: a fixed seed, a tiny model, and the folder of real data sets where there is one."""
+"""What every test may use: a fixed seed, repeatable examples, a tiny model, and the folder of real data sets, if there is one."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
+settings.register_profile(
+    "quick",
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=1000, derandomize=False)
+settings.load_profile("quick")
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

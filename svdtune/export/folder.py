@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from svdtune.errors import SvdtuneError
-from svdtune.system import explain_write_errors
+from svdtune.system import explain_write_errors, to_disk
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def new_folder(output: Path) -> Iterator[Path]:
             yield work
             for path in work.rglob("*"):
                 if path.is_file():
-                    _to_disk(path)
+                    to_disk(path)
                     path.chmod(0o666 & ~_umask())  # so does each file: safetensors makes its own private
             work.replace(output)  # an empty folder gives way; anything that appeared there meanwhile does not
     finally:
@@ -51,12 +51,6 @@ def check_new_folder(output: Path) -> None:
             )
     elif output.exists() or output.is_symlink():
         raise SvdtuneError(f"{output} exists and is not a folder; name another output")
-
-
-def _to_disk(path: Path) -> None:
-    """Wait until a file is on the disk: a power cut must not leave the folder under its name, and its files empty."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _umask() -> int:

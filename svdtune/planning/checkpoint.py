@@ -25,6 +25,7 @@ from transformers import (
 from svdtune.errors import SvdtuneError
 from svdtune.planning.shards import shard_names
 from svdtune.spectra import base_weight
+from svdtune.system import is_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,12 @@ def _open_gguf(path: Path) -> Checkpoint:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         reader = GGUFReader(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}") from error
+    except (
+        Exception
+    ) as error:  # a damaged file comes out as any of a dozen types, struct's and huggingface_hub's among them
+        if is_out_of_memory(error):
+            raise
+        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}; download it again") from error
     skeleton = _build(config)
     architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())

@@ -5,14 +5,13 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from svdtune.data import read_rows
 from svdtune.data.check import check_file
 from svdtune.errors import SvdtuneError
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 PIECES = [
     b"\xff\xfe",
     b"\xef\xbb\xbf",
@@ -51,7 +50,6 @@ def refusal(path: Path) -> str | None:
 
 @pytest.mark.parametrize("ending", [*WHOLE, *(f"{ending}.gz" for ending in WHOLE)])
 @given(data=st.data())
-@QUICK
 def test_altered_files(ending: str, tmp_path: Path, data: st.DataObject) -> None:
     whole = WHOLE[ending.removesuffix(".gz")]
     whole = gzip.compress(whole) if ending.endswith(".gz") else whole
@@ -64,7 +62,6 @@ def test_altered_files(ending: str, tmp_path: Path, data: st.DataObject) -> None
 
 
 @given(rows=st.lists(st.dictionaries(st.text(st.characters(codec="utf-8")), JSON_VALUES), min_size=1, max_size=4))
-@QUICK
 def test_what_was_written_is_read(tmp_path: Path, rows: list[dict[str, object]]) -> None:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))

@@ -100,3 +100,11 @@ def test_a_damaged_adapter_in_the_place_of_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("[")
     with pytest.raises(SvdtuneError, match=r"adapter_config\.json is damaged"):
         load(tmp_path)
+
+
+def test_a_damaged_generation_config(tiny_folder: Path, tmp_path: Path) -> None:
+    """Transformers would do without it."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(SvdtuneError, match=r"generation_config\.json is damaged: Expecting"):
+        load(folder)

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdtune.errors import SvdtuneError
@@ -100,3 +102,23 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
     (tmp_path / "fake.gguf").write_bytes(np.zeros(100, dtype=np.uint8).tobytes())
     with pytest.raises(SvdtuneError, match="cannot be read as a GGUF model"):
         open_checkpoint(tmp_path / "fake.gguf")
+
+
+@given(at=st.integers(0, 1500), put_in=st.binary(min_size=1, max_size=8))
+@example(at=139, put_in=b"\x02")
+@example(at=390, put_in=b"\x02")
+def test_a_damaged_header_is_a_plan_or_one_message(file, at, put_in):
+    whole = file.read_bytes()
+    file.write_bytes(whole[:at] + put_in + whole[at + len(put_in) :])
+    try:
+        assert (message := refusal(file)) is None or f"{file} cannot be read as a GGUF model" in message
+    finally:
+        file.write_bytes(whole)
+
+
+def refusal(path):
+    try:
+        open_checkpoint(path)
+    except SvdtuneError as error:
+        return str(error)
+    return None

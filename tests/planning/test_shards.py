@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from svdtune.errors import SvdtuneError
@@ -13,7 +13,6 @@ from svdtune.models import load
 from svdtune.planning import open_checkpoint
 from svdtune.planning.shards import INDEX, SINGLE, shard_names
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(["..", "../a", "/etc/passwd", "a/../../b"])
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | NAMES,
@@ -62,7 +61,6 @@ def test_what_is_said(tmp_path: Path, text: str, message: str) -> None:
 
 
 @given(weight_map=ANYTHING)
-@QUICK
 def test_whatever_it_names_lies_in_the_folder(tmp_path: Path, weight_map: object) -> None:
     (tmp_path / "a.safetensors").touch()
     write(tmp_path, json.dumps({"weight_map": weight_map}))

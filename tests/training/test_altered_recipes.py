@@ -2,14 +2,13 @@
 
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from svdtune.errors import SvdtuneError
 from svdtune.training.extending import read_yaml
 from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe
 
-QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 WHOLE = """\
 model: &model {name: a, dtype: auto}
 method: {name: sorsa, r: 4, target_modules: [q_proj]}
@@ -61,7 +60,6 @@ def refusal(settings: dict[str, object]) -> str | None:
 
 
 @given(data=st.data())
-@QUICK
 def test_altered_recipes(tmp_path: Path, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(WHOLE)))
     stop = data.draw(st.integers(start, min(len(WHOLE), start + 20)))
@@ -78,7 +76,6 @@ def test_altered_recipes(tmp_path: Path, data: st.DataObject) -> None:
 @given(
     section=st.sampled_from(["model", "method", "data", "training", "evaluation", "analysis", "output"]), value=ANYTHING
 )
-@QUICK
 def test_anything_in_the_place_of_a_section(section: str, value: object) -> None:
     settings = read_yaml(WHOLE, "whole") | {section: value}
     message = refusal(settings)
@@ -89,7 +86,6 @@ def test_anything_in_the_place_of_a_section(section: str, value: object) -> None
     name=st.sampled_from(["learning_rate", "max_steps", "batch_size", "warmup", "report_to", "seed", "precision"]),
     value=ANYTHING,
 )
-@QUICK
 def test_anything_in_the_place_of_a_setting(name: str, value: object) -> None:
     settings = read_yaml(WHOLE, "whole")
     settings["training"][name] = value
@@ -98,7 +94,6 @@ def test_anything_in_the_place_of_a_setting(name: str, value: object) -> None:
 
 
 @given(name=st.sampled_from(["r", "target_modules", "dropout", "gamma", "rank_pattern", "bias"]), value=ANYTHING)
-@QUICK
 def test_anything_in_the_place_of_a_methods_setting(name: str, value: object) -> None:
     settings = read_yaml(WHOLE, "whole")
     settings["method"][name] = value
