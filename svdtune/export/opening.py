@@ -122,6 +122,8 @@ def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            # PEFT says so of every AdaLoRA that has given up ranks, and loads it as it was saved
+            warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match .*\.lora_E'")
             adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(device))
     except SvdtuneError:
         raise

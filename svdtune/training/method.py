@@ -1,6 +1,6 @@
 """The method of a recipe: its PEFT configuration, checked field by field, and the model adapted with it.
 
-Every method of PEFT, and SARA, Mo-SARA and SORSA among them, takes this one path.
+Every method of PEFT, with SARA, Mo-SARA, SORSA and the baselines that svdtune adds to it, takes this one path.
 """
 
 import difflib
@@ -19,11 +19,13 @@ from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapt
 from torch import nn
 from transformers import PreTrainedModel
 
-import svdtune.methods  # noqa: F401  registers SARA, Mo-SARA and SORSA with PEFT
+import svdtune.baselines
+import svdtune.methods  # noqa: F401  both register their methods with PEFT
 from svdtune.errors import SvdtuneError
 from svdtune.training.problems import Problem, unknown
 
 FULL = "full"
+_ANY_STEPS = 10**9  # while a run's length is not known
 # Written by PEFT or svdtune when an adapter is saved, never by a user.
 _BOOKKEEPING = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 _BOOKKEEPING |= {"ranks", "slices", "kernels", "initialized", "base_fingerprint", "weights_sha256", "svdtune_version"}
@@ -40,7 +42,7 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
         for option in options:
             yield Problem(f"method.{option}", "full fine-tuning has no settings of its own")
         return
-    cls = _config_class(name)
+    cls = config_class(name)
     if cls is None:
         near = difflib.get_close_matches(name.lower(), method_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(dict.fromkeys(method_names()))}"
@@ -56,21 +58,39 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
         else:
             good[option] = value
     try:
-        cls(**good)
+        cls(**with_steps(name, good, _ANY_STEPS))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         yield Problem("method", str(error))
 
 
 def build_config(name: str, options: dict[str, Any]) -> PeftConfig:
     """The PEFT configuration of a method whose settings were checked."""
-    cls = _config_class(name)
+    cls = config_class(name)
     if cls is None:
         raise SvdtuneError(f"{name!r} is no PEFT method; there are {', '.join(method_names())}")
-    return cls(**{"task_type": "CAUSAL_LM", **options})
+    try:
+        return cls(**{"task_type": "CAUSAL_LM", **with_steps(name, options, _ANY_STEPS)})
+    except SvdtuneError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise SvdtuneError(f"method: {error}") from error
 
 
-def adapt(model: PreTrainedModel, name: str, options: dict[str, Any]) -> PreTrainedModel | PeftModel:
+def with_steps(name: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The settings, with AdaLoRA's `total_step` filled in where the recipe leaves it to the length of the run."""
+    return {"total_step": steps, **options} if name == "adalora" else options
+
+
+def adapt(
+    model: PreTrainedModel, name: str, options: dict[str, Any], *, low_cpu_mem_usage: bool = False
+) -> PreTrainedModel | PeftModel:
     """Put the method's adapter on the model; `full` trains the model itself.
+
+    Args:
+        model: the base model.
+        name: the method.
+        options: its settings.
+        low_cpu_mem_usage: as in `peft.get_peft_model`: the adapter's parameters are on the meta device, nothing is decomposed.
 
     Raises:
         SvdtuneError: if no module is adapted, or a target name matches only some of its like.
@@ -82,7 +102,7 @@ def adapt(model: PreTrainedModel, name: str, options: dict[str, Any]) -> PreTrai
     if isinstance(targets, list):
         _check_targets(model, targets, config)
     try:
-        adapted = get_peft_model(model, config)
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except SvdtuneError:
         raise
     except ValueError as error:
@@ -107,7 +127,8 @@ def by_kind(names: list[str]) -> Counter[str]:
     return Counter(re.sub(r"^.*?\.\d+\.", "", name) for name in names)
 
 
-def _config_class(name: str) -> type[PeftConfig] | None:
+def config_class(name: str) -> type[PeftConfig] | None:
+    """The configuration class of a method of PEFT; None where there is no such method."""
     return {m.value.lower(): cls for m, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(name)
 
 

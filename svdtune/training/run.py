@@ -29,11 +29,11 @@ from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
 from svdtune.training.leaks import check_leaks
 from svdtune.training.memory import explain_out_of_memory
-from svdtune.training.method import FULL, adapt, adapted_modules
+from svdtune.training.method import FULL, adapt, adapted_modules, with_steps
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
 from svdtune.training.recipe import Recipe, Source
 from svdtune.training.sampling import SampleMovement
-from svdtune.training.trainer import RunTrainer, training_arguments
+from svdtune.training.trainer import RunTrainer, total_steps, training_arguments
 from svdtune.training.watching import WatchNumbers
 
 Rows = list[dict[str, list[int]]]
@@ -96,7 +96,8 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
     args = training_arguments(recipe, len(train_rows))
     set_seed(recipe.training.seed)
     started = time.monotonic()
-    model = adapt(loaded.model, recipe.method.name, recipe.method.options)
+    name, options = recipe.method.name, recipe.method.options
+    model = adapt(loaded.model, name, with_steps(name, options, total_steps(recipe, len(train_rows))))
     init_seconds = time.monotonic() - started
     model.config.use_cache = False
     show_adapted(console, model)
