@@ -1,4 +1,4 @@
-"""What every test may use: a fixed seed, repeatable examples, a tiny model, and the folder of real data sets, if there is one."""
+"""What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data sets if there is one."""
 
 from pathlib import Path
 
