@@ -24,9 +24,10 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import penalty
+from svdtune.methods.sorsa.sharded import as_gradient, rows, summed_grams
 
-# Factors of one shape are stacked and treated together; so many elements at once bound the copy (256 MiB in fp32).
-CHUNK_ELEMENTS = 1 << 26
+# Factors of one shape are stacked and treated together; so many elements bound the copies: 128 MiB in fp32, 256 in fp64.
+CHUNK_ELEMENTS = 1 << 25
 
 
 def sorsa_layers(model: nn.Module) -> list[SorsaLinear]:
@@ -51,7 +52,8 @@ def add_regularizer_gradients(
     """Add (γ / η_d) ∇L_reg (Eq. 6) to the gradients of every trained SORSA factor of a model.
 
     γ, the reduction over factor matrices and the smoothing come from each adapter's configuration. A factor without a
-    gradient gets one. Equal shapes are treated together in fp32; nothing here waits for the device.
+    gradient gets one. Equal shapes are treated together in fp32; nothing here waits for the device. Under DDP every
+    process adds the same and nothing is sent; of factors that FSDP2 sharded, Gram matrices are summed in one message.
 
     Args:
         model: with SORSA adapters, or its `sorsa_layers`; a model without any is left alone.
@@ -69,16 +71,20 @@ def add_regularizer_gradients(
     factors = list(trained_factors(model))
     if not factors:
         return None
+    grams = summed_grams(factor for factor, _ in factors)
     groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
     for factor, config in factors:
         share = 1 / len(factors) if config.reduction == "mean" else 1.0
-        groups[factor.shape, factor.device, share, config.gamma, config.smooth_eps].append(factor)
+        sharded = id(factor) in grams
+        groups[rows(factor).shape, factor.device, sharded, share, config.gamma, config.smooth_eps].append(factor)
     total: Tensor | None = None
-    for (_, device, share, gamma, smooth_eps), group in groups.items():
+    for (_, device, sharded, share, gamma, smooth_eps), group in groups.items():
         weight = share * gamma / max_learning_rate
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
         for chunk in _chunks(group):
-            norms, gradients = penalty(torch.stack([factor.detach() for factor in chunk]), smooth_eps, weight * scale)
+            of_whole = torch.stack([grams[id(factor)] for factor in chunk]) if sharded else None
+            stacked = torch.stack([rows(factor.detach()) for factor in chunk])
+            norms, gradients = penalty(stacked, smooth_eps, weight * scale, of_whole)
             part = norms.sum() * share
             total = part if total is None else total + part.to(total.device)
             if gamma > 0:
@@ -87,7 +93,7 @@ def add_regularizer_gradients(
 
 
 def _chunks(group: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    size = max(1, CHUNK_ELEMENTS // group[0].numel())
+    size = max(1, CHUNK_ELEMENTS // max(1, rows(group[0]).numel()))
     for start in range(0, len(group), size):
         yield group[start : start + size]
 
@@ -96,9 +102,9 @@ def _accumulate(factors: list[nn.Parameter], gradients: Tensor) -> None:
     with_grad = [i for i, factor in enumerate(factors) if factor.grad is not None]
     new = gradients.to(factors[0].dtype).unbind(0)
     if with_grad:
-        torch._foreach_add_([factors[i].grad for i in with_grad], [new[i] for i in with_grad])
+        torch._foreach_add_([rows(factors[i].grad) for i in with_grad], [new[i] for i in with_grad])
     for i in set(range(len(factors))).difference(with_grad):
-        factors[i].grad = new[i].clone()
+        factors[i].grad = as_gradient(new[i].clone(), factors[i])
 
 
 class RegularizerHook:
