@@ -2,4 +2,10 @@
 
 
 class SvdtuneError(ValueError):
-    """Something the user gave cannot be used. The message says what was given, what was expected and what to do."""
+    """Something the user gave cannot be used. The message says what was given, what was expected and what to do.
+
+    Attributes:
+        everywhere: whether every process of a distributed run raises it, so that one of them is enough to tell of it.
+    """
+
+    everywhere = False

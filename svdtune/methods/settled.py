@@ -11,7 +11,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
@@ -24,9 +24,9 @@ from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.convolution import kernel_of
 from svdtune.methods.fused import FusedLinear, RowSlice
-from svdtune.methods.integrity import fingerprint
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.rows import Parts, Rows, check_rows, chosen_parts
+from svdtune.methods.starting import Work, check_agreement
 
 
 class Settled:
@@ -102,27 +102,28 @@ class Settled:
             config.check_base_layer(name, base, shared=id(getattr(base, "weight", None)) in self.shared)
             if isinstance(base, spectra.CONVOLUTIONS):
                 self.kernels[name] = kernel_of(base)
+        if not self.load_only:
+            check_agreement(config, targets)
         given = {name: self._given_rank(name) for name in targets}
         measured = [name for name, rank in given.items() if rank is None]
-        weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
-        takes_factors = config.needs_factors and not self.load_only
         if measured:
             self._check_readable(measured)
-            unknown = {name: weights[name] for name in measured}
-            if takes_factors and not config.compact:
-                self.factors |= dict(spectra.ranked_factors(unknown, config.threshold))
-                given |= {name: len(self.factors[name].s) for name in measured}
-            else:
-                given |= spectra.ranks(unknown, config.threshold)
+        work = Work(targets, together=not self.load_only)
+        takes_factors = config.needs_factors and not self.load_only
+        if measured and takes_factors and not config.compact:
+            ranks, factors = work.ranked_factors(measured, config.threshold)
+            given |= ranks
+            self.factors |= factors
+        elif measured:
+            given |= work.ranks(measured, config.threshold)
         for name, rank in given.items():
             check_rank(name, rank, targets[name])
         self.ranks |= given
         if not config.initialized:
-            found = {name: fingerprint(module) for name, module in targets.items()}
-            self.fingerprints |= {name: value for name, value in found.items() if value is not None}
+            self.fingerprints |= work.fingerprints()
         if takes_factors:
-            rest = {name: rank for name, rank in given.items() if name not in self.factors}
-            self.factors |= dict(spectra.factors(weights, rest, exact=config.compact))
+            rest = {name: rank for name, rank in given.items() if config.compact or name not in measured}
+            self.factors |= work.factors(rest, exact=config.compact)
 
     def _given_rank(self, name: str) -> int | None:
         """The rank of one layer as the configuration gives it, None where its spectrum decides."""
@@ -224,10 +225,3 @@ def shared_weights(model: nn.Module) -> set[int]:
         shared |= seen & ids
         seen |= ids
     return shared
-
-
-def original_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] that the base model has at a layer, whatever adapters were put on it."""
-    if hasattr(module, "full_weight"):
-        return module.full_weight()
-    return spectra.base_weight(module)

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -143,7 +144,7 @@ class Together:
             self._cache = weakref.ref(cache, lambda _, pairs=self._pairs: pairs.clear())
         return self._pairs
 
-    def _end(self, *_: Any) -> None:
+    def _end(self, model: nn.Module, *_: Any) -> None:
         now, self._pass = self._pass, None
         if now is None:
             return
@@ -151,6 +152,8 @@ class Together:
         if now.ahead or not now.as_planned or len(now.turns) != len(self._plan):
             repeated = len({turn.layer for turn in now.turns}) < len(now.turns)
             self._follow([] if repeated else now.turns)
+            # FSDP gathers the tensors of a block when the block is called: not yet, at the beginning of a pass.
+            self._small = self._small and not any(isinstance(module, FSDPModule) for module in model.modules())
 
     def _follow(self, turns: list[Turn]) -> None:
         """Make the turns of a pass the plan of the next."""

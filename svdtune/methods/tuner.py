@@ -6,13 +6,14 @@ decomposed leaves the model as it was, and the disk cache and the progress bar s
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
+from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compact import leave_out, restore
@@ -21,8 +22,10 @@ from svdtune.methods.fused import FusedLinear, RowSlice
 from svdtune.methods.integrity import check_base, check_same_layers, check_tensors
 from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
 from svdtune.methods.quantized import backend_of, device_and_dtype
-from svdtune.methods.settled import Settled, original_weight
+from svdtune.methods.settled import Settled
+from svdtune.methods.starting import original_weight
 from svdtune.methods.together import Together
+from svdtune.spectra import sharing
 
 
 class SvdTuner(BaseTuner):
@@ -51,7 +54,9 @@ class SvdTuner(BaseTuner):
             keys = {key: key.rpartition(".") for key in state_dict}
             state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
         try:
-            with warnings.catch_warnings():  # PEFT looks at modules alone; `check_patterns` at slices too
+            same_draws = processes.same_draws if sharing.is_on() and not load_only else nullcontext
+            with warnings.catch_warnings(), same_draws():
+                # PEFT looks at modules alone; `check_patterns` at slices too
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._watch(model)
@@ -76,7 +81,8 @@ class SvdTuner(BaseTuner):
         targets = dict(self._settled.layers(dict(self._targets(peft_config, model))))
         if peft_config.initialized:
             check_same_layers(peft_config.ranks, targets)
-            check_base(peft_config.base_fingerprint, targets)
+            if sharing.has_weights():
+                check_base(peft_config.base_fingerprint, targets)
         self._settled.settle(targets)
 
     def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
@@ -153,7 +159,12 @@ class SvdTuner(BaseTuner):
             layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._settled.shared
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
         factors = self._settled.factors.pop(name, None)
-        layer.update_layer(adapter_name, self._settled.ranks[name], config, factors, self._settled.load_only)
+        # Without the weights, the adapter's values come from the main process when the model is sharded.
+        weightless = not self._settled.load_only and not sharing.has_weights()
+        load_only = self._settled.load_only or weightless
+        layer.update_layer(adapter_name, self._settled.ranks[name], config, factors, load_only)
+        if weightless:
+            layer._awaited.discard(adapter_name)
         if config.compact and factors is not None:
             layer.recomputable.add(adapter_name)
         if layer is not target and adapter_name not in self.active_adapters:

@@ -50,21 +50,34 @@ def sorsa_pair(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> tuple
     return pair(U, s, V, P0, V0)  # trained factors kept in bf16 are widened to the frozen ones' dtype
 
 
-def penalty(factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+def gram(factors: Tensor) -> Tensor:
+    """MᵀM [n, r, r] of factors [n, d, r], long dimension first, in fp64 wherever the device has it.
+
+    Straight after an SVD MᵀM − I is of the size of fp32's rounding. In fp64 it, and with it the direction of the penalty's
+    gradient, follows from the factors alone, not from the order of a sum: sharded factors give what whole ones give.
+    """
+    factors = factors.float() if factors.device.type == "mps" else factors.double()
+    with torch.autocast(factors.device.type, enabled=False):
+        return factors.mT @ factors
+
+
+def penalty(
+    factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0, of_whole: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """‖MᵀM − I‖_F and its gradient, times `weight`, for factors [n, d, r], long dimension first: [n] and [n, d, r].
 
     The gradient has norm close to 2 however small the error is, and jumps at 0. `smooth_eps` > 0 divides by
     √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with autocast and TF32 off.
+    Where `factors` are some rows of sharded ones, `of_whole` is `gram` of all their rows.
     """
-    device = factors.device.type
-    with torch.autocast(device, enabled=False), _full_fp32_matmul():
+    with torch.autocast(factors.device.type, enabled=False), _full_fp32_matmul():
         factors = factors if factors.dtype == torch.float64 else factors.float()
-        E = factors.mT @ factors
+        E = gram(factors) if of_whole is None else of_whole.clone()
         E.diagonal(dim1=-2, dim2=-1).sub_(1)
         norms = torch.linalg.matrix_norm(E)
         length = norms if smooth_eps == 0 else torch.sqrt(norms.square() + smooth_eps**2)
         slope = torch.where(length > 0, 2 / length, 0) * weight
-        return norms, torch.bmm(factors, E * slope[:, None, None])
+        return norms.to(factors.dtype), torch.bmm(factors, (E * slope[:, None, None]).to(factors.dtype))
 
 
 @contextmanager

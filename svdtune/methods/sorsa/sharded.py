@@ -1,0 +1,77 @@
+"""SORSA's factors where FSDP2 spread their rows over processes: Gram matrices from what each process holds.
+
+    UᵀU = Σ_p U_pᵀ U_p      U_p [out / n, r], the rows of process p
+
+The sum is all that has to be sent, r² numbers a factor, all factors at once; rows of the gradient 2 U_p E / ‖E‖ follow from it.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.sorsa.math import gram
+
+
+def rows(factor: Tensor) -> Tensor:
+    """The rows of a factor that this process holds: all of them, unless the factor is sharded."""
+    return factor.to_local() if isinstance(factor, DTensor) else factor
+
+
+def as_gradient(own: Tensor, factor: Tensor) -> Tensor:
+    """A gradient for a factor from that of its rows."""
+    if not isinstance(factor, DTensor):
+        return own
+    return DTensor.from_local(
+        own, factor.device_mesh, factor.placements, run_check=False, shape=factor.shape, stride=factor.stride()
+    )
+
+
+@torch.no_grad()
+def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
+    """MᵀM [r, r] of every sharded factor, by its id, with one all-reduce for all; {} where none is sharded.
+
+    Raises:
+        SvdtuneError: a factor is sharded otherwise than by rows.
+    """
+    by_groups: dict[tuple[dist.ProcessGroup, ...], list[DTensor]] = defaultdict(list)
+    for factor in factors:
+        if isinstance(factor, DTensor):
+            by_groups[_spread_over(factor)].append(factor)
+    found: dict[int, Tensor] = {}
+    for groups, sharded in by_groups.items():
+        grams = [gram(rows(factor.detach())[None])[0] for factor in sharded]
+        _sum_over(groups, grams, sharded[0])
+        found |= {id(factor): one for factor, one in zip(sharded, grams, strict=True)}
+    return found
+
+
+def _spread_over(factor: DTensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of processes over which a factor's rows are spread."""
+    groups = []
+    for dimension, placement in enumerate(factor.placements):
+        if placement.is_shard(0):
+            groups.append(factor.device_mesh.get_group(dimension))
+        elif not placement.is_replicate():
+            raise SvdtuneError(
+                f"SORSA's regularizer needs factors that are sharded by rows; one is {placement}. Leave `shard_placement_fn` "
+                "of fully_shard alone for them, or set gamma=0"
+            )
+    return tuple(groups)
+
+
+def _sum_over(groups: Sequence[dist.ProcessGroup], grams: list[Tensor], like: DTensor) -> None:
+    """Sum matrices over processes, in place, in one message a group."""
+    flat = torch.cat([one.flatten() for one in grams])
+    device = flat.device
+    if device.type != like.device_mesh.device_type:  # offloaded to the host, where the GPUs' group cannot send from
+        flat = flat.to(torch.device(like.device_mesh.device_type, torch.accelerator.current_device_index()))
+    for group in groups:
+        dist.all_reduce(flat, group=group)
+    summed = flat.to(device).split([one.numel() for one in grams])
+    for one, total in zip(grams, summed, strict=True):
+        one.copy_(total.view_as(one))

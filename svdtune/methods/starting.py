@@ -1,0 +1,123 @@
+"""What the start of an adapter takes from the base weights: ranks, factors, fingerprints; shared out among processes.
+
+Weights that are themselves sharded (FSDP, ZeRO-3) are gathered one by one by all processes together, so there each of them
+does all of the work.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from svdtune import processes, spectra
+from svdtune.linalg import Factors
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.integrity import fingerprint
+from svdtune.methods.quantized import device_and_dtype
+from svdtune.spectra import sharing
+
+# Elements of a weight that are compared between processes.
+_SAMPLE = 1024
+# Of a configuration, what svdtune itself writes.
+_WRITTEN = {"ranks", "slices", "kernels", "base_fingerprint", "weights_sha256", "svdtune_version"}
+
+
+class Work:
+    """Everything that is computed from the weights of some layers.
+
+    Args:
+        targets: the layers by name.
+        together: whether every process takes part, so that the work can be shared out.
+    """
+
+    def __init__(self, targets: Mapping[str, nn.Module], together: bool):
+        self.targets = targets
+        self.shapes = {name: spectra.matrix_shape(module) for name, module in targets.items()}
+        self.weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
+        self.shared = together and not any(is_sharded(module) for module in targets.values())
+
+    def ranks(self, names: list[str], threshold: float) -> dict[str, int]:
+        """The rank at a threshold of each layer, by name."""
+        return self._share(names, lambda some: spectra.ranks(self._of(some), threshold))
+
+    def ranked_factors(self, names: list[str], threshold: float) -> tuple[dict[str, int], dict[str, Factors]]:
+        """The same with the leading factors, which a process without the weights does not get."""
+        return self._share_factors(names, lambda some: spectra.ranked_factors(self._of(some), threshold))
+
+    def factors(self, ranks: Mapping[str, int], *, exact: bool) -> dict[str, Factors]:
+        """The leading factors of each layer in `ranks`, as many as it says."""
+
+        def compute(some: list[str]):
+            return spectra.factors(self.weights, {name: ranks[name] for name in some}, exact=exact)
+
+        return self._share_factors(list(ranks), compute)[1]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the base weights that have one, by name."""
+        found = self._share(list(self.targets), lambda some: {name: fingerprint(self.targets[name]) for name in some})
+        return {name: value for name, value in found.items() if value is not None}
+
+    def _of(self, names: list[str]) -> spectra.Weights:
+        return {name: self.weights[name] for name in names}
+
+    def _share(self, names: list[str], compute: Any) -> dict[str, Any]:
+        shapes = {name: self.shapes[name] for name in names}
+        return sharing.share(shapes, compute) if self.shared else dict(compute(names))
+
+    def _share_factors(self, names: list[str], compute: Any) -> tuple[dict[str, int], dict[str, Factors]]:
+        if not self.shared:
+            found = dict(compute(names))
+            return {name: len(factors.s) for name, factors in found.items()}, found
+        devices = {name: device_and_dtype(_base(self.targets[name]))[0] for name in names}
+        return sharing.share_factors({name: self.shapes[name] for name in names}, compute, devices)
+
+
+def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module]) -> None:
+    """Make sure that every process adapts the same layers of the same model in the same way.
+
+    Raises:
+        SvdtuneError: in every process, naming those that differ.
+    """
+    if not sharing.is_on():
+        return
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    facts: dict[str, Any] = {
+        "the adapter's settings": {name: value for name, value in settings.items() if name not in _WRITTEN},
+        "the layers to adapt": {name: spectra.matrix_shape(module) for name, module in targets.items()},
+    }
+    if all(processes.gather(sharing.has_weights())):
+        facts["the base model's weights"] = {name: _sample(module) for name, module in targets.items()}
+    advice = "Start every process with the same recipe or configuration, the same model and the same versions of it"
+    processes.agree(facts, advice)
+
+
+def _sample(module: nn.Module) -> str | None:
+    """A digest of some of a weight as it is stored; None where processes do not hold the same."""
+    weight = getattr(_base(module), "weight", None)
+    if not isinstance(weight, Tensor) or is_sharded(module) or weight.is_meta:
+        return None
+    flat = weight.detach().reshape(-1)
+    some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().view(torch.uint8).cpu()
+    return hashlib.sha256(some.numpy()).hexdigest()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a layer's base weight is spread over processes: a DTensor, or a parameter that ZeRO-3 has partitioned."""
+    weight = getattr(_base(module), "weight", None)
+    return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
+
+
+def _base(module: nn.Module) -> nn.Module:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return getattr(base, "whole", base)  # of a slice
+
+
+def original_weight(module: nn.Module) -> Tensor:
+    """The weight [out, in] that the base model has at a layer, whatever adapters were put on it."""
+    if hasattr(module, "full_weight"):
+        return module.full_weight()
+    return spectra.base_weight(module)

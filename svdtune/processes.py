@@ -1,0 +1,144 @@
+"""The processes of a distributed run: how many there are, what they tell each other, and what they must agree on.
+
+In a run of one process everything here does nothing and costs nothing. Messages go through torch.distributed's default group,
+over the host or the GPU as its backend asks.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from svdtune.errors import SvdtuneError
+
+Result = TypeVar("Result")
+
+
+def count() -> int:
+    """How many processes there are; 1 where torch.distributed has not been started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process looks after files and prints: the first, also before torch.distributed has been started."""
+    return index() == 0 if count() > 1 else os.environ.get("RANK", "0") == "0"
+
+
+def device() -> torch.device:
+    """Where tensors must lie to be sent: the CPU if the default group can, else this process's accelerator."""
+    if count() == 1 or "cpu:" in dist.get_backend_config(dist.group.WORLD):
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, by index, in every process. Values are pickled: small ones."""
+    if count() == 1:
+        return [value]
+    values = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main(value: Any) -> Any:
+    """The main process's value in every process. Values are pickled: small ones."""
+    if count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def jointly(work: Callable[[], Result]) -> Result:
+    """work() in every process. Where it fails in one, it fails in all, so that none waits for a process that is gone.
+
+    Raises:
+        SvdtuneError: with `everywhere` set where every process raises it; what else work() raised goes on in its process.
+    """
+    if count() == 1:
+        return work()
+    result, caught = None, None
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the others must hear of it
+        caught = error
+    told = gather(None if caught is None else _sentence(caught))
+    failed = {number: sentence for number, sentence in enumerate(told) if sentence is not None}
+    if not failed:
+        return result
+    if caught is not None and not isinstance(caught, SvdtuneError):
+        raise caught
+    number, sentence = next(iter(failed.items()))
+    alike = len(failed) == count() and len(set(failed.values())) == 1
+    raise everywhere(sentence if alike else f"process {number} of {count()}: {sentence}") from caught
+
+
+def everywhere(message: str) -> SvdtuneError:
+    """An error that every process raises, of which the main process tells."""
+    error = SvdtuneError(message)
+    error.everywhere = True
+    return error
+
+
+def _sentence(error: Exception) -> str:
+    return str(error) if isinstance(error, SvdtuneError) else f"{type(error).__name__}: {str(error)[:300]}"
+
+
+def agree(facts: Mapping[str, Any], advice: str) -> None:
+    """Make sure that every process has the same facts.
+
+    Args:
+        facts: by what they are called in the message, values that JSON can hold (sets too).
+        advice: what to do, the end of the message.
+
+    Raises:
+        SvdtuneError: in every process, naming the processes that differ from most.
+    """
+    if count() == 1:
+        return
+    own = {what: _digest(value) for what, value in facts.items()}
+    told = gather(own)
+    for what in own:
+        digests = [other[what] for other in told]
+        usual, _ = Counter(digests).most_common(1)[0]
+        if odd := [str(number) for number, digest in enumerate(digests) if digest != usual]:
+            named = f"process {odd[0]} differs" if len(odd) == 1 else f"processes {', '.join(odd)} differ"
+            raise everywhere(
+                f"the {count()} processes disagree on {what}: {named} from the {'others' if count() > 2 else 'first'}. "
+                f"{advice}"
+            )
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, default=lambda other: sorted(map(str, other)))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def same_draws() -> Iterator[None]:
+    """Draw the main process's random numbers (torch's, on the CPU) in every process.
+
+    Afterwards a process that was in another state is in it again.
+    """
+    if count() == 1:
+        yield
+        return
+    own = torch.get_rng_state()
+    first = from_main(own)
+    torch.set_rng_state(first)
+    try:
+        yield
+    finally:
+        if not torch.equal(own, first):
+            torch.set_rng_state(own)
