@@ -38,14 +38,23 @@ def draw(numbers: Numbers) -> "Figure":
     Raises:
         SvdtuneError: matplotlib is not installed.
     """
+    figure = new_figure(numbers.title)
+    (_draw_grid if isinstance(numbers, Grid) else _draw_lines)(figure.axes[0], numbers)
+    return figure
+
+
+def new_figure(title: str, height: float = 4) -> "Figure":
+    """A figure with empty axes under a title.
+
+    Raises:
+        SvdtuneError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SvdtuneError("figures need matplotlib: pip install 'svdtune[plots]'") from error
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(numbers.title, fontsize="medium")
-    (_draw_grid if isinstance(numbers, Grid) else _draw_lines)(axes, numbers)
+    figure = Figure(figsize=(6.4, height), layout="constrained")
+    figure.add_subplot().set_title(title, fontsize="medium")
     return figure
 
 
@@ -77,12 +86,21 @@ def save(figure: "Figure", path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
+def style_of(i: int) -> dict[str, Any]:
+    """Colour, mark and dashes of the i-th of several; the first 32 are all different."""
+    turn = (i + i // len(_COLOURS)) % 4
+    return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[turn], "linestyle": _DASHES[turn]}
+
+
 def _draw_lines(axes: "Axes", numbers: Lines) -> None:
-    many = len(numbers.series) > 12
+    many = len(numbers.series) > 12 and numbers.joined
     for i, one in enumerate(numbers.series):
-        style = {"color": _COLOURS[i % 8], "marker": _MARKS[i % 4], "markersize": 3}
-        style |= {"linestyle": _DASHES[i % 4] if numbers.joined else "none", "linewidth": 0.7 if many else 1.4}
-        if one.spread:
+        style = style_of(i) | {"markersize": 3, "linewidth": 0.7 if many else 1.4}
+        style |= {} if numbers.joined else {"linestyle": "none"}
+        if one.spread and numbers.band:
+            axes.plot(one.x, one.y, label=one.name, **(style | {"marker": ""}))
+            axes.fill_between(one.x, *zip(*one.spread, strict=True), color=style["color"], alpha=0.15, linewidth=0)
+        elif one.spread:
             below = [y - low for y, (low, _) in zip(one.y, one.spread, strict=True)]
             above = [high - y for y, (_, high) in zip(one.y, one.spread, strict=True)]
             axes.errorbar(one.x, one.y, [below, above], label=one.name, **style)
@@ -94,7 +112,9 @@ def _draw_lines(axes: "Axes", numbers: Lines) -> None:
     if numbers.ticks:
         axes.set_xticks(list(numbers.ticks), list(numbers.ticks.values()))
     axes.grid(alpha=0.3)
-    if not many:
+    if not many and len(numbers.series) > 8:  # it would cover the figure
+        axes.figure.legend(loc="outside right upper", frameon=False, fontsize="x-small")
+    elif not many:
         axes.legend(frameon=False, fontsize="small")
 
 

@@ -29,7 +29,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """A figure of lines, or of points that are not joined."""
+    """A figure of lines, or of points that are not joined; a spread is shown as error bars, or as a `band`."""
 
     name: str
     title: str
@@ -39,6 +39,7 @@ class Lines:
     log: str = ""
     joined: bool = True
     ticks: dict[float, str] = field(default_factory=dict)
+    band: bool = False
 
 
 @dataclass(frozen=True)
