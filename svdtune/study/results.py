@@ -1,0 +1,164 @@
+"""What a study's `results.json` says, checked as far as a page is made of it."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from statistics import fmean
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from svdtune.errors import SvdtuneError
+from svdtune.system import explain_read_error
+
+RESULTS = "results.json"
+_SHARES = ("accuracy", "pass@")  # metrics that are shares of items: they are averaged, and shown in per cent
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Number = Annotated[float | None, BeforeValidator(_finite)]  # NaN and infinity say no more than null
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class Score(_Part):
+    """A run's score on one set.
+
+    Attributes:
+        metric: "accuracy", "BLEU", ...
+        value: the score.
+        n: how many items the set has.
+        correct: which items are right, from `pack`; None where items are not right or wrong.
+        others: further metrics of the set.
+    """
+
+    metric: str
+    value: Number
+    n: int = Field(ge=1)
+    correct: str | None = None
+    others: dict[str, Number] = {}
+
+    @property
+    def is_share(self) -> bool:
+        """Whether the value is a share of the items."""
+        return self.metric.startswith(_SHARES)
+
+    @property
+    def items(self) -> np.ndarray | None:
+        """Whether each item is right, shape [n]."""
+        return None if self.correct is None else unpack(self.correct, self.n)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Score":
+        if self.correct is None:
+            return self
+        share = unpack(self.correct, self.n).mean()
+        if self.value is not None and abs(share - self.value) > 0.5 / self.n:
+            raise ValueError(f"value is {self.value}, but {share:.4f} of the items in correct are right")
+        return self
+
+
+class Run(_Part):
+    """One run; what a failed one did not come to is None, and the method of an untrained model."""
+
+    key: str
+    arm: str
+    task: str
+    budget: int | None
+    phase: Literal["tune", "final"]
+    seed: int
+    learning_rate: float | None
+    method: dict[str, Any] | None
+    status: Literal["finished", "failed", "diverged"]
+    error: str | None = None
+    trained_parameters: int | None = None
+    total_parameters: int | None = None
+    steps: int | None = None
+    rows: int | None = None
+    loss: Number = None
+    eval_loss: Number = None
+    train_seconds: Number = None
+    curve: list[tuple[Number, Number]] = []
+    scores: dict[str, Score] = {}
+    movement: dict[str, Any] | None = None
+
+    @property
+    def average(self) -> float | None:
+        """The mean over the sets, as the papers' tables have it; None where a set has no score."""
+        values = [score.value for score in self.scores.values()]
+        known = [value for value in values if value is not None]
+        return fmean(known) if values and len(known) == len(values) else None
+
+
+class Results(_Part):
+    """All of a study."""
+
+    title: str
+    question: str | None = None
+    baseline: str | None = None
+    spec: dict[str, Any] = {}
+    svdtune: str
+    machine: dict[str, Any] = {}
+    models: dict[str, str] = {}
+    command: str | None = None
+    runs: list[Run]
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> "Results":
+        finals = Counter((run.task, run.budget, run.arm, run.seed) for run in self.runs if run.phase == "final")
+        twice = [key for key, count in finals.items() if count > 1]
+        if twice:
+            task, budget, arm, seed = twice[0]
+            raise ValueError(f"task {task}, budget {budget}, arm {arm}, seed {seed} is there twice")
+        for task in dict.fromkeys(run.task for run in self.runs):
+            scores = [score for run in self.runs if run.task == task for score in run.scores.values()]
+            metrics = {"a share" if score.is_share else score.metric for score in scores}
+            if len(metrics) > 1:
+                told = ", ".join(sorted(metrics))
+                raise ValueError(
+                    f"the sets of task {task} have no common average: {told}; make them tasks of their own"
+                )
+            sizes = {(name, score.n) for run in self.runs if run.task == task for name, score in run.scores.items()}
+            if len(sizes) > len({name for name, _ in sizes}):
+                raise ValueError(f"task {task}: runs disagree on how many items a set has: {sorted(sizes)}")
+        return self
+
+
+def read_results(path: Path) -> Results:
+    """Read a study's results.
+
+    Raises:
+        SvdtuneError: the file cannot be read, or with all that is wrong in it.
+    """
+    try:
+        return Results.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise SvdtuneError(f"cannot read {path}: {explain_read_error(error)}") from error
+    except ValidationError as error:
+        found = [f"{'.'.join(map(str, each['loc'])) or 'runs'}: {each['msg']}" for each in error.errors()]
+        more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
+        raise SvdtuneError(f"{path} is no study's results: {'; '.join(found[:5])}{more}") from error
+
+
+def pack(correct: "np.ndarray | list[bool]") -> str:
+    """Which items are right, as hexadecimal digits of one number: the first item is the highest of its n bits."""
+    bits = "".join("1" if one else "0" for one in correct)
+    return f"{int(bits or '0', 2):0{-(-len(bits) // 4)}x}"
+
+
+def unpack(digits: str, n: int) -> np.ndarray:
+    """The items of `pack`, shape [n], bool.
+
+    Raises:
+        ValueError: the digits are no number of n bits.
+    """
+    bits = f"{int(digits, 16):0{n}b}"
+    if len(bits) > n:
+        raise ValueError(f"correct has {len(bits)} bits, but there are {n} items")
+    return np.array([bit == "1" for bit in bits])

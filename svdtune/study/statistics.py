@@ -1,0 +1,176 @@
+"""How sure a score and a difference are: over seeds (the chance in training) and over items (the chance in the test set).
+
+The two are different questions. Over seeds: would another initialisation and data order say the same, on these very items? Over
+items: would other items of the same kind say the same, of these very trained models? Neither interval covers the other's part.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation.interval import Z95, Interval, wilson_interval
+
+# What answering without reading the question comes to, of sets that offer so many answers.
+CHANCE = {
+    "aqua": 1 / 5,
+    "arc_challenge": 1 / 4,
+    "arc_easy": 1 / 4,
+    "boolq": 1 / 2,
+    "hellaswag": 1 / 4,
+    "openbookqa": 1 / 4,
+    "piqa": 1 / 2,
+    "siqa": 1 / 3,
+    "winogrande": 1 / 2,
+}
+_EXACT = 1_000_000  # outcomes of a permutation test that are still enumerated
+_DRAWS = 99_999
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A score over seeds.
+
+    Attributes:
+        mean: Its mean.
+        sd: The sample standard deviation (n − 1 in the denominator); None for one seed.
+        interval: Student's 95 % interval of the mean; None for one seed.
+        n: How many seeds.
+    """
+
+    mean: float
+    sd: float | None
+    interval: Interval | None
+    n: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two arms' scores.
+
+    Attributes:
+        value: Arm less baseline.
+        interval: Its 95 % interval; None where it is not known.
+        p: Two-sided p of no difference; None where it is not known.
+        n: How many pairs, of seeds or of items.
+    """
+
+    value: float
+    interval: Interval | None
+    p: float | None
+    n: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Mean, standard deviation and Student's 95 % interval of at least one value.
+
+    Covers the randomness of training; the test set is taken as given.
+    """
+    mean, n = float(np.mean(values)), len(values)
+    if n == 1:
+        return Spread(mean, None, None, 1)
+    sd = float(np.std(values, ddof=1))
+    half = float(_stats().t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    return Spread(mean, sd, Interval(mean - half, mean + half), n)
+
+
+def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
+    """Paired t-test over the seeds that both have; None if there is no such seed.
+
+    Covers the randomness of training: initialisation, data order, and whatever else a seed decides. The test set is taken as
+    given. With few seeds it assumes normal differences and sees only large ones.
+
+    Args:
+        arm: Score of each seed.
+        baseline: Likewise.
+    """
+    seeds = sorted(arm.keys() & baseline.keys())
+    if not seeds:
+        return None
+    ours, theirs = [arm[seed] for seed in seeds], [baseline[seed] for seed in seeds]
+    value = float(np.mean(ours) - np.mean(theirs))
+    differences = np.subtract(ours, theirs)
+    # Without any variation (one seed among it) there is nothing to measure the difference by.
+    if np.ptp(differences) <= 1e-12:
+        return Difference(value, None, None, len(seeds))
+    test = _stats().ttest_rel(ours, theirs)
+    low, high = test.confidence_interval(0.95)
+    return Difference(value, Interval(float(low), float(high)), float(test.pvalue), len(seeds))
+
+
+def over_items(arm: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]) -> Difference:
+    """Sign-flip permutation test over items of the difference of the mean of the sets' scores, and its interval.
+
+    Covers the sampling of the test set: items are taken as drawn, set by set, the trained models as given. Exact where there
+    are at most a million outcomes, else by 99,999 drawn ones. The interval is normal, of the variances within the sets.
+
+    Args:
+        arm: For each set, the share of seeds that have each item right, shape [items].
+        baseline: Likewise, of the same sets and items, in the same order.
+    """
+    differences = [np.asarray(arm[name], float) - baseline[name] for name in arm]
+    sets = len(differences)
+    value = float(np.mean([one.mean() for one in differences]))
+    p = _sign_flip([one / (len(one) * sets) for one in differences])
+    n = sum(map(len, differences))
+    if min(map(len, differences)) < 2:
+        return Difference(value, None, p, n)
+    half = Z95 * math.sqrt(sum(one.var(ddof=1) / len(one) for one in differences)) / sets
+    return Difference(value, Interval(value - half, value + half), p, n)
+
+
+def _sign_flip(parts: Sequence[np.ndarray]) -> float:
+    """The chance of a sum as far from zero, were the sign of each summand a coin's.
+
+    Summands of one size m are as good as each other: c of them add up to m (2B − c), B from a binomial distribution.
+    """
+    summands = np.round(np.concatenate(parts), 12)  # what should be one size is, whatever arithmetic it came from
+    sizes, counts = np.unique(np.abs(summands), return_counts=True)
+    sizes, counts = sizes[sizes > 0], counts[sizes > 0]
+    observed = abs(summands.sum()) - 1e-9  # sums that are equal but for rounding are as far
+    if np.prod(counts + 1.0) > _EXACT:
+        flipped = np.random.default_rng(0).binomial(counts, 0.5, size=(_DRAWS, len(counts)))
+        as_far = np.abs((2 * flipped - counts) @ sizes) >= observed
+        return float((1 + as_far.sum()) / (1 + _DRAWS))  # the observed one is an outcome, too
+    sums, chances = np.zeros(1), np.ones(1)
+    for size, count in zip(sizes, counts, strict=True):
+        right = np.arange(count + 1)
+        sums = np.add.outer(sums, size * (2 * right - count)).ravel()
+        chances = np.multiply.outer(chances, _stats().binom.pmf(right, count, 0.5)).ravel()
+    return min(1.0, float(chances[np.abs(sums) >= observed].sum()))
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """p values corrected for being several; what is None stays so and does not count.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure" (1979).
+    """
+    known = sorted((p, at) for at, p in enumerate(ps) if p is not None)
+    corrected: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, at) in enumerate(known):
+        largest = max(largest, min(1.0, p * (len(known) - rank)))
+        corrected[at] = largest
+    return corrected
+
+
+def against_level(score: Spread, n: int, level: float) -> int:
+    """Whether a share of n items lies above a level (1), below it (−1), or cannot be told from it (0).
+
+    It lies off the level where both its interval over seeds and that over items (Wilson's, of the mean) do.
+    """
+    intervals = [wilson_interval(round(score.mean * n), n), *([score.interval] if score.interval else [])]
+    if all(low > level for low, _ in intervals):
+        return 1
+    return -1 if all(high < level for _, high in intervals) else 0
+
+
+def _stats() -> ModuleType:
+    try:
+        from scipy import stats
+    except ImportError as error:
+        raise SvdtuneError("a study's statistics need scipy: pip install 'svdtune[study]'") from error
+    return stats
