@@ -1,0 +1,37 @@
+"""The list of all published studies: README.md of the folder that has a folder for each."""
+
+from pathlib import Path
+
+from svdtune.study.markdown import escape, table
+from svdtune.study.results import RESULTS, Results, read_results
+from svdtune.system import explain_write_errors, replace_text
+
+_HEAD = """\
+# Studies
+
+Every page is made of the `results.json` beside it by `python -m svdtune.study.page`, which tests repeat."""
+
+
+def write_index(folder: Path) -> Path:
+    """Write the list of the studies in the folders of a folder, by their names.
+
+    Raises:
+        SvdtuneError: some results cannot be read, or the folder cannot be written.
+    """
+    rows = [_row(path.parent.name, read_results(path)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    with explain_write_errors(folder):
+        body = table(["study", "question", "machine", "runs", "not finished"], rows, left=3)
+        replace_text(folder / "README.md", f"{_HEAD}\n\n{body}\n")
+    return folder / "README.md"
+
+
+def _row(name: str, study: Results) -> list[str]:
+    unfinished = sum(run.status != "finished" for run in study.runs)
+    link = f"[{escape(study.title)}]({name}/README.md)"
+    return [
+        link,
+        escape(study.question or ""),
+        escape(study.machine.get("device", "")),
+        str(len(study.runs)),
+        str(unfinished),
+    ]

@@ -1,0 +1,157 @@
+"""A study's figures: score by parameters, differences to the baseline, training loss, movement, learning rates."""
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
+
+from svdtune.evaluation.interval import Interval
+from svdtune.report.drawing import draw, new_figure, save, style_of
+from svdtune.report.numbers import Lines, Series
+from svdtune.study.arms import Arm, Table
+from svdtune.study.table import title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ASIDE = 1.025
+
+
+def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
+    """(name of the file without its ending, what it shows, the figure) of every figure that the numbers allow.
+
+    Raises:
+        SvdtuneError: matplotlib is not installed.
+    """
+    for task in dict.fromkeys(table.task for table in tables):
+        yield from _lines([by_parameters([table for table in tables if table.task == task])])
+    for table in tables:
+        if any(arm.seeds or arm.items for arm in table.arms):
+            caption = f"{title(table)}: difference to {table.baseline}"
+            yield _file("differences", table), caption, draw_differences(table, caption)
+        yield from _lines([losses(table), movement(table), search(table)])
+
+
+def write_figures(tables: Sequence[Table], folder: Path) -> list[tuple[str, str]]:
+    """Write every figure as SVG; (file name, what it shows) of each. The same numbers give the same files."""
+    written: dict[str, str] = {}
+    for name, caption, figure in figures(tables):
+        while f"{name}.svg" in written:  # labels that differ only in what a file name cannot have
+            name += "-"
+        save(figure, folder / f"{name}.svg")
+        written[f"{name}.svg"] = caption
+    return list(written.items())
+
+
+def by_parameters(tables: Sequence[Table]) -> Lines:
+    """A task's main score against trained parameters, with Student's 95 % interval over seeds."""
+    main, share = tables[0].main, tables[0].share
+    series = []
+    names = list(dict.fromkeys(arm.name for table in tables for arm in table.arms))
+    for at, name in enumerate(names):
+        arms = [arm for table in tables for arm in table.arms if arm.name == name and main in arm.cells and arm.trained]
+        points = {arm.trained: arm.cells[main] for arm in arms}  # an arm without a budget is in every table
+        if points:
+            y = [_scaled(cell.mean, share) for cell in points.values()]
+            ends = [cell.interval or Interval(cell.mean, cell.mean) for cell in points.values()]
+            spread = [(_scaled(low, share), _scaled(high, share)) for low, high in ends]
+            aside = _ASIDE ** (at - (len(names) - 1) / 2)  # arms of one budget would hide each other
+            series.append(Series(_label(name), [count * aside for count in points], y, spread))
+    y_label = f"{main}, %" if share else main
+    name = f"{tables[0].task}: {main} by trained parameters"
+    joined = len(tables) > 1
+    file = _file("score", tables[0].task)
+    x = "trained parameters (points moved apart)"
+    return Lines(file, _label(name), x, _label(y_label), series, "x", joined)
+
+
+def losses(table: Table) -> Lines:
+    """Training loss by step: the mean over the finished seeds, and their range as a band."""
+    series = [_curve(arm) for arm in table.arms]
+    caption = f"{title(table)}: training loss, mean and range over seeds"
+    known = [one for one in series if one]
+    return Lines(_file("loss", table), _label(caption), "step", "training loss", known, band=True)
+
+
+def search(table: Table) -> Lines:
+    """The loss on held-out training rows by learning rate; runs that did not finish have no point."""
+    series = []
+    for arm in table.arms:
+        known = [(run.learning_rate, run.eval_loss) for run in arm.search if run.status == "finished"]
+        known = [(rate, loss) for rate, loss in known if rate and loss is not None]
+        if known:
+            series.append(Series(_label(arm.name), *zip(*known, strict=True)))
+    caption = f"{title(table)}: search for the learning rate"
+    return Lines(_file("search", table), _label(caption), "learning rate", "held-out loss", series, "x")
+
+
+def movement(table: Table) -> Lines:
+    """ΔD against ΔΣ while training, as SORSA's Figure 2: the mean over the finished seeds at each sample."""
+    series = []
+    for arm in table.arms:
+        paths = [{sample[0]: sample[1:3] for sample in (run.movement or {}).get("samples", ())} for run in arm.finished]
+        steps = sorted(set(paths[0]).intersection(*paths[1:])) if paths else []
+        means = [[fmean(path[step][i] for path in paths) for step in steps] for i in (0, 1)]
+        if steps:
+            series.append(Series(_label(arm.name), *means))
+    return Lines(_file("movement", table), _label(f"{title(table)}: ΔD against ΔΣ"), "ΔΣ", "ΔD", series)
+
+
+def draw_differences(table: Table, caption: str) -> "Figure":
+    """Every arm's difference to the baseline as a point, with its intervals over seeds and over items."""
+    arms = [arm for arm in table.arms if arm.seeds or arm.items]
+    figure = new_figure(_label(caption), height=1.4 + 0.36 * len(arms))
+    axes = figure.axes[0]
+    for i, (attribute, text, shift) in enumerate((("seeds", "over seeds", -0.13), ("items", "over items", 0.13))):
+        rows = [(at, found) for at, arm in enumerate(arms) if (found := getattr(arm, attribute))]
+        if not rows:
+            continue
+        values = [_scaled(found.value, table.share) for _, found in rows]
+        ends = [found.interval or Interval(found.value, found.value) for _, found in rows]
+        low = [value - _scaled(end.low, table.share) for value, end in zip(values, ends, strict=True)]
+        high = [_scaled(end.high, table.share) - value for value, end in zip(values, ends, strict=True)]
+        style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
+        axes.errorbar(values, [at + shift for at, _ in rows], xerr=[low, high], label=text, **style)
+    axes.axvline(0, color="#50565e", linewidth=1)
+    axes.set_yticks(range(len(arms)), [_label(arm.name) for arm in arms])
+    axes.set_ylim(len(arms) - 0.5, -0.5)
+    points = ", points" if table.share else ""
+    axes.set_xlabel(_label(f"{table.main}, less that of {table.baseline}{points}; 95 % intervals"))
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def _lines(found: Sequence[Lines]) -> Iterator[tuple[str, str, "Figure"]]:
+    for numbers in found:
+        if numbers.series:
+            yield numbers.name, numbers.title.replace(r"\$", "$"), draw(numbers)
+
+
+def _curve(arm: Arm) -> Series | None:
+    """Over the steps that every finished seed has logged; None if there is none."""
+    curves = [dict(run.curve) for run in arm.finished if run.curve]
+    steps = sorted(set(curves[0]).intersection(*curves[1:])) if curves else []
+    points = [(step, [curve[step] for curve in curves]) for step in steps if step is not None]
+    points = [(step, losses) for step, losses in points if None not in losses]
+    if not points:
+        return None
+    spread = [(min(losses), max(losses)) for _, losses in points]
+    return Series(_label(arm.name), [step for step, _ in points], [fmean(losses) for _, losses in points], spread)
+
+
+def _scaled(value: float, share: bool) -> float:
+    return 100 * value if share else value
+
+
+def _label(text: str) -> str:
+    """Text that matplotlib shows as it is: a dollar starts a formula, an underscore ahead hides a legend's line."""
+    text = text.replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _file(kind: str, of: Table | str) -> str:
+    """A file's name, without its ending."""
+    text = of if isinstance(of, str) else f"{of.task}-{of.budget or ''}"
+    return re.sub(r"[^A-Za-z0-9.]+", "-", f"{kind}-{text}").strip("-.").lower()
