@@ -5,7 +5,7 @@ Every training step draws a rank b uniformly from r_min..r and trains with the f
     y = x Wᵀ + (α / b) x A[:b]ᵀ B[:, :b]ᵀ      A [r, in], B [out, r]
 
 (Valipour et al., DyLoRA, Algorithm 1, without "frozen"). Outside of training it is the LoRA of the whole rank r, α / r and all,
-which merges and exports as any other. One draw holds for all layers; one of another rank is cut at the same share of its own.
+and merges as any other. One draw holds for all layers; one of another rank is cut at the same share of its own.
 """
 
 import dataclasses

@@ -1,6 +1,8 @@
 """Every method that studies compare, by recipe: two steps on a model with grouped-query attention, then two scored items."""
 
 import json
+import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -8,12 +10,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.decoding import complete_batch
+from svdtune.models import load
 from svdtune.training import check_recipe, train
+from svdtune.training.method import adapt
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 METHODS = {
@@ -98,6 +104,63 @@ def test_every_method_trains_and_is_scored(name: str, grouped: Path, tmp_path: P
     shown = CliRunner().invoke(app, words)
     assert shown.exit_code == 0, shown.output
     assert "of 2 correct" in shown.stdout
+
+
+def test_prefix_tuning_generates_what_it_was_trained_to_predict(grouped: Path) -> None:
+    """In batches of unequal length, from a cache that starts with the prefix, as by whole forward passes alone."""
+    model = adapt(load(grouped).model, "prefix_tuning", {"num_virtual_tokens": 4}).eval()
+    prefix = model.prompt_encoder["default"].embedding.weight
+    assert prefix.shape == (4, 2 * 2 * 3 * 8)  # layers, key and value, heads, width
+    with torch.no_grad():
+        prefix.normal_(std=3.0)
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [20]]
+    together = complete_batch(model, prompts, 5, ends=[0], pad=1)
+    for prompt, completion in zip(prompts, together, strict=True):
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in completion.tokens:
+                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        assert ids[len(prompt) :] == completion.tokens
+    with model.disable_adapter():
+        assert complete_batch(model, prompts, 5, ends=[0], pad=1) != together
+
+
+@pytest.mark.parametrize("name", ["dylora", "series", "prefix"])
+def test_a_stopped_run_goes_on_as_if_it_had_not(name: str, grouped: Path, tmp_path: Path) -> None:
+    """Also where every step draws a rank."""
+    quiet = Console(file=StringIO())
+    settings = recipe(grouped, METHODS[name], tmp_path / "whole")
+    settings["training"] |= {"max_steps": 4, "save_steps": 2, "keep_checkpoints": 2}
+    whole = train(check_recipe(settings), console=quiet)
+    stopped = tmp_path / "stopped"
+    left_out = shutil.ignore_patterns("checkpoint-4", "adapter", "training.json")
+    shutil.copytree(tmp_path / "whole", stopped, ignore=left_out)
+    again = train(check_recipe(settings | {"output": {"dir": str(stopped)}}), resume=True, console=quiet)
+    assert again.summary["resumed_from"] == "checkpoint-2"
+    one, other = (load_file(result.adapter / "adapter_model.safetensors") for result in (whole, again))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("series", r"a bottleneck adapter cannot be merged"),
+        ("prefix", r"changes no weight and cannot be merged"),
+        ("dylora", None),
+    ],
+)
+def test_merging_a_run(name: str, message: str | None, grouped: Path, tmp_path: Path) -> None:
+    train(check_recipe(recipe(grouped, METHODS[name], tmp_path / "run")), console=Console(file=StringIO()))
+    words = ["merge", str(tmp_path / "run"), "--output", str(tmp_path / "merged"), "--device", "cpu"]
+    shown = CliRunner().invoke(app, words)
+    if message is None:
+        assert shown.exit_code == 0, shown.output
+        assert "4 weights changed" in shown.stdout
+    else:
+        assert shown.exit_code == 2
+        assert re.search(message, shown.stderr)
+        assert not (tmp_path / "merged").exists()
 
 
 @pytest.mark.parametrize(
