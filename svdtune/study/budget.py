@@ -1,10 +1,9 @@
 """Match methods by what they train: set the one setting that sizes a method so that its parameters come nearest to a budget."""
 
 import math
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from functools import cache
 from typing import Any
 
 from svdtune.errors import SvdtuneError
@@ -61,7 +60,7 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
     `lora_alpha` alone keeps that number, and one that gives none gets 2r. With rslora, whose scale is lora_alpha / √r so that
     lora_alpha need not follow the rank, it stays as it is.
 
-    Ranks by layer are for LoRA (with DoRA, PiSSA and the rest of its class), SARA, Mo-SARA and SORSA: see
+    Ranks by layer are for LoRA (with DoRA, PiSSA and the rest of its class), DyLoRA, SARA, Mo-SARA and SORSA: see
     `svdtune.study.ranks.solve_ranks`. lora_alpha / r is then the same in every layer.
 
     Args:
@@ -155,32 +154,36 @@ def _sized(method: Mapping[str, Any], knob: str, value: int) -> dict[str, Any]:
 def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget: int) -> tuple[int, int]:
     """The knob's value whose count is the largest that the budget allows, or else the least there is; and that count.
 
-    By bisection: counts never fall as the knob rises, or never rise (RandLoRA, whose `r` is the rank of each of its bases).
+    By bisection: counts rise with the knob, or fall (RandLoRA, whose `r` is the rank of each of its bases). Where they do so
+    with small exceptions (RandLoRA and OFT round to what divides a layer), the best of the values that were looked at is taken.
     """
+    seen: dict[int, float] = {}
 
-    @cache
     def cost(value: int) -> float:
-        try:
-            return count(checkpoint, _sized(method, knob, value))
-        except SvdtuneError:
-            if value == step:
-                raise  # the section is wrong, not the size
-            return math.inf  # more than a layer allows
+        if value not in seen:
+            try:
+                seen[value] = count(checkpoint, _sized(method, knob, value))
+            except SvdtuneError:
+                if value == first:
+                    raise  # the section is wrong, not the size
+                seen[value] = math.inf  # more than a layer allows
+        return seen[value]
 
     step_name, step = _STEPS.get(method["name"], (None, 1))
     step = method.get(step_name, step)
-    least = cost(step)
+    first = max(step, method.get("r_min", step))  # DyLoRA's lowest rank
+    least = cost(first)
     if knob in ("r", "target_r"):
         # A larger rank than this makes no layer's update richer.
-        highest = largest_rank(checkpoint, _sized(method, knob, step))
+        highest = largest_rank(checkpoint, _sized(method, knob, first))
     else:
-        highest = 2 * step
+        highest = 2 * first
         while cost(highest) <= budget and cost(highest) > cost(highest // 2):
             highest *= 2
-    values: Sequence[int] = range(step, max(highest, step) + 1, step)
+    values: Sequence[int] = range(first, max(highest, first) + 1, step)
     if cost(values[-1]) < least:
         values = values[::-1]
-    # The first is taken where none fits; of several that cost the same, the first.
-    last = bisect_right(values, budget, key=cost) - 1
-    trained = cost(values[max(last, 0)])
-    return values[bisect_left(values, trained, key=cost)], int(trained)
+    bisect_right(values, budget, key=cost)
+    within = [value for value in seen if seen[value] <= budget]
+    best = max(within, key=lambda value: (seen[value], -value)) if within else min(seen, key=seen.__getitem__)
+    return best, int(seen[best])

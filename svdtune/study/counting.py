@@ -20,9 +20,6 @@ from svdtune.planning import Checkpoint, open_checkpoint
 from svdtune.spectra import matrix_shape
 from svdtune.training.method import adapt
 
-# What a configuration wants to know that a count does not depend on: how long the training will be.
-_PLACEHOLDERS = {"adalora": {"total_step": 10**9}}
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -69,11 +66,11 @@ def trained_parameters(model: nn.Module) -> int:
 def adapted(checkpoint: Checkpoint, method: Mapping[str, Any]) -> PreTrainedModel | PeftModel:
     """A copy of the model on the meta device, adapted as a run would adapt it, except that nothing is decomposed."""
     name = method["name"]
-    options = _PLACEHOLDERS.get(name, {}) | {key: value for key, value in method.items() if key != "name"}
+    options = {key: value for key, value in method.items() if key != "name"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of starting values that a meta tensor cannot take
         try:
-            return adapt(copy.deepcopy(checkpoint.model), name, options, low_cpu_mem_usage=True)
+            model = adapt(copy.deepcopy(checkpoint.model), name, options, low_cpu_mem_usage=True)
         except SvdtuneError:
             raise
         except NotImplementedError as error:
@@ -82,6 +79,12 @@ def adapted(checkpoint: Checkpoint, method: Mapping[str, Any]) -> PreTrainedMode
             ) from error
         except (ValueError, TypeError) as error:
             raise SvdtuneError(f"the method {name} cannot be put on this model: {error}") from error
+    for parameter_name, parameter in model.named_parameters():
+        if (
+            ".ranknum." in parameter_name
+        ):  # AdaLoRA's own count of ranks, which PEFT forgets to freeze on the meta device
+            parameter.requires_grad_(False)
+    return model
 
 
 def largest_rank(checkpoint: Checkpoint, method: Mapping[str, Any]) -> int:

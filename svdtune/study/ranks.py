@@ -14,7 +14,7 @@ from svdtune.study.counting import Layer, count, layers
 Source = Literal["uniform", "sara", "random"]
 
 # Methods whose `rank_pattern` gives layers their ranks. AdaLoRA, OSF and others have a field of that name with another meaning.
-WITH_RANKS = ("lora", "sara", "mosara", "sorsa")
+WITH_RANKS = ("lora", "dylora", "sara", "mosara", "sorsa")
 
 
 def solve_ranks(

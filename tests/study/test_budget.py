@@ -10,6 +10,11 @@ from svdtune.errors import SvdtuneError
 from svdtune.study.budget import fit
 from svdtune.training.method import adapt, method_problems
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed"),
+    pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`"),
+]
+
 
 def llama():
     torch.manual_seed(0)
@@ -36,12 +41,11 @@ def folder(tmp_path_factory):
 def trained(section, model=None):
     """What the section trains in a model with weights, built as a run builds it."""
     options = {key: value for key, value in section.items() if key != "name"}
-    assert not list(method_problems(section["name"], options | LATER.get(section["name"], {})))
-    adapted = adapt(model or llama(), section["name"], options | LATER.get(section["name"], {}))
+    assert not list(method_problems(section["name"], options))
+    adapted = adapt(model or llama(), section["name"], options)
     return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
-LATER = {"adalora": {"total_step": 100}}  # known when the training is
 ALL = {"target_modules": "all-linear"}
 SECTIONS = {
     "lora": {"name": "lora", **ALL},
@@ -56,7 +60,10 @@ SECTIONS = {
     "sorsa": {"name": "sorsa", **ALL},
     "sorsa by threshold": {"name": "sorsa", "threshold": 0.3, **ALL},
     "vera": {"name": "vera", **ALL},
+    "dylora": {"name": "dylora", "r_min": 2, **ALL},
+    "bottleneck": {"name": "bottleneck", **ALL},
     "delora": {"name": "delora", **ALL},
+    "randlora": {"name": "randlora", **ALL},
     "hra": {"name": "hra", **ALL},
     "oft": {"name": "oft", **ALL},
     "prefix": {"name": "prefix_tuning"},
@@ -75,16 +82,16 @@ def test_what_is_counted_is_what_peft_trains(folder, section):
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
 def test_more_budget_never_gives_less_and_the_next_value_would_go_over(folder, section):
-    fits = [fit(section, folder, budget) for budget in (700, 3000, 5200)]
-    assert [f.trained for f in fits] == sorted(f.trained for f in fits)
-    middle = fits[1]
-    if isinstance(middle.value, int) and middle.trained < 3000:
-        over = fit({**section}, folder, 10**9)
-        if over.trained > 3000:  # it does not end below the budget
-            following = middle.method | {middle.knob: middle.value + 1}
-            if middle.knob == "target_r":
-                following["init_r"] = -(-3 * following["target_r"] // 2)
-            assert trained(following) > 3000 or trained(following) == middle.trained
+    less, middle, most = (fit(section, folder, budget) for budget in (700, 3000, 10**7))
+    assert less.trained <= middle.trained <= most.trained
+    if middle.knob == "threshold" or middle.trained == most.trained:
+        return  # a share of the singular values has no next value; what has ended goes no further
+    if section["name"] in ("randlora", "oft"):
+        return  # these round, so that the next value may cost less
+    following = middle.method | {middle.knob: middle.value + 1}
+    if middle.knob == "target_r":
+        following["init_r"] = -(-3 * following["target_r"] // 2)
+    assert trained(following) > 3000
 
 
 def test_a_threshold_is_the_largest_that_the_budget_allows(folder):
@@ -150,7 +157,7 @@ def test_slices_of_fused_projections_are_counted(tmp_path):
 
 
 def test_what_a_section_fixes_by_itself_stays_and_is_counted(folder):
-    section = {"name": "sara", **ALL, "rank_pattern": {"down_proj": 5}, "modules_to_save": ["lm_head"], "bias": "none"}
+    section = {"name": "sara", **ALL, "rank_pattern": {"down_proj": 5}, "modules_to_save": ["norm"]}
     fitted = fit(section, folder, 6000)
     assert fitted.trained == trained(fitted.method)
     assert fitted.method["rank_pattern"] == {"down_proj": 5}
