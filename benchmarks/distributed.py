@@ -20,6 +20,7 @@ import datetime
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -261,9 +262,11 @@ def launch(arguments: argparse.Namespace) -> None:
         command += ["--worker", "--output", str(arguments.output), "--device", arguments.device]
         command += ["--layers", str(arguments.layers), *(["--small"] if arguments.small else [])]
         began = time.perf_counter()
+        started = subprocess.Popen(command, env=environment, start_new_session=True)
         try:
-            status = subprocess.run(command, env=environment, timeout=arguments.limit).returncode
+            status = started.wait(arguments.limit)
         except subprocess.TimeoutExpired:
+            os.killpg(started.pid, signal.SIGKILL)
             status = "timed out"
         print(f"{count} processes: {time.perf_counter() - began:.0f} s, status {status}", flush=True)
     about = machine(arguments.device) | {"devices_here": torch.cuda.device_count()}
