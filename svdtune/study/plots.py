@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ASIDE = 1.025
+_GREY = "#50565e"
 
 
 def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
@@ -25,7 +26,10 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
         SvdtuneError: matplotlib is not installed.
     """
     for task in dict.fromkeys(table.task for table in tables):
-        yield from _lines([by_parameters([table for table in tables if table.task == task])])
+        of_task = [table for table in tables if table.task == task]
+        for name, caption, figure in _lines([by_parameters(of_task)]):
+            _add_untrained(figure, of_task[0])
+            yield name, caption, figure
     for table in tables:
         if any(arm.seeds or arm.items for arm in table.arms):
             caption = f"{title(table)}: difference to {table.baseline}"
@@ -113,7 +117,7 @@ def draw_differences(table: Table, caption: str) -> "Figure":
         high = [_scaled(end.high, table.share) - value for value, end in zip(values, ends, strict=True)]
         style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
         axes.errorbar(values, [at + shift for at, _ in rows], xerr=[low, high], label=text, **style)
-    axes.axvline(0, color="#50565e", linewidth=1)
+    axes.axvline(0, color=_GREY, linewidth=1)
     axes.set_yticks(range(len(arms)), [_label(arm.name) for arm in arms])
     axes.set_ylim(len(arms) - 0.5, -0.5)
     points = ", points" if table.share else ""
@@ -121,6 +125,17 @@ def draw_differences(table: Table, caption: str) -> "Figure":
     axes.grid(alpha=0.3, axis="x")
     axes.legend(frameon=False, fontsize="small")
     return figure
+
+
+def _add_untrained(figure: "Figure", table: Table) -> None:
+    """The untrained base's score as a line across: it has no place on a logarithmic axis of trained parameters."""
+    axes = figure.axes[0]
+    for arm in table.arms:
+        if arm.untrained and table.main in arm.cells:
+            y = _scaled(arm.cells[table.main].mean, table.share)
+            axes.axhline(y, color=_GREY, linewidth=1, linestyle=":")
+            side = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": "small"}
+            axes.text(0.99, y, _label(arm.name), color=_GREY, **side)
 
 
 def _lines(found: Sequence[Lines]) -> Iterator[tuple[str, str, "Figure"]]:

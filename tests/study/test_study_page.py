@@ -138,6 +138,14 @@ def test_figures_show_the_numbers() -> None:
     assert list(zip(rates.x, rates.y, strict=True)) == [(3e-4, 0.5), (1e-3, 0.4)]
 
 
+def test_the_untrained_base_is_a_line_across() -> None:
+    found = tables(read(whole_study()["runs"]))
+    drawn = {name: figure.axes[0] for name, _, figure in figures(found)}
+    assert [text.get_text() for text in drawn["score-math"].texts] == ["base"]
+    assert drawn["score-math"].texts[0].get_position()[1] == pytest.approx(100 * found[0].arms[0].cells["average"].mean)
+    assert not drawn["score-e2e"].texts
+
+
 def test_a_loss_curve_has_the_steps_that_all_seeds_logged() -> None:
     runs = [made_run(seed=1, curve=[[1, 4.0], [5, 2.0]]), made_run(seed=2, curve=[[1, 2.0], [6, 1.0], [7, None]])]
     (curve,) = losses(tables(read(runs))[0]).series
