@@ -53,17 +53,6 @@ def _step_of(line: str) -> int | None:
     return step if isinstance(step, int) else None
 
 
-class AllocateRanks(TrainerCallback):
-    """Lets AdaLoRA redistribute its ranks after each optimizer step, which Trainer does not do by itself."""
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        tuner = getattr(getattr(model, "module", model), "base_model", None)
-        if hasattr(tuner, "update_and_allocate"):
-            tuner.update_and_allocate(state.global_step)
-
-
 class ShowProgress(TrainerCallback):
     """A bar with the time left on a terminal; elsewhere a line for each log, at most one every `every` seconds."""
 

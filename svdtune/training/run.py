@@ -23,7 +23,8 @@ from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.system import explain_write_errors
 from svdtune.training.advice import launch_bound
-from svdtune.training.callbacks import AllocateRanks, JsonlLog, ShowProgress, StopOnInterrupt
+from svdtune.training.allocating import AllocateRanks
+from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.card import training_section
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary

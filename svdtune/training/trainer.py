@@ -15,6 +15,7 @@ from transformers.utils import is_torch_tf32_available
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
+from svdtune.training.allocating import all_ranks, load_state, save_state
 from svdtune.training.checkpoints import checkpoint_folder, discard, keep_newest, seal
 from svdtune.training.recipe import Recipe
 
@@ -59,11 +60,17 @@ class RunTrainer(Trainer):
         if self.args.should_save:
             discard(checkpoint)  # what a killed process left of it
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with all_ranks(self.model):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
+            save_state(self.model, checkpoint)
             seal(checkpoint)
             keep_newest(run, self.keep_checkpoints)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_state(self.model, Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -125,7 +125,7 @@ def test_prefix_tuning_generates_what_it_was_trained_to_predict(grouped: Path) -
         assert complete_batch(model, prompts, 5, ends=[0], pad=1) != together
 
 
-@pytest.mark.parametrize("name", ["dylora", "series", "prefix"])
+@pytest.mark.parametrize("name", ["dylora", "series", "adalora", "prefix"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(name: str, grouped: Path, tmp_path: Path) -> None:
     """Also where every step draws a rank."""
     quiet = Console(file=StringIO())
