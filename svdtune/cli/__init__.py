@@ -25,6 +25,7 @@ from svdtune.system import last_resort
 VERBS = (
     "demo",
     "plan",
+    "init",
     "data",
     "train",
     "evaluate",
@@ -34,6 +35,7 @@ VERBS = (
     "export",
     "combine",
     "report",
+    "study",
     "cache",
 )
 

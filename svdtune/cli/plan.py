@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}
+_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -18,7 +18,10 @@ app = typer.Typer()
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Argument(help="A model folder, a .gguf file, a hub name, or smollm2-135m.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A model folder, a .gguf file, a hub name, smollm2-135m, or a shape such as llama-70b."),
+    ],
     method: Annotated[str, typer.Option(help="sara, mosara, sorsa or lora.")] = "sara",
     threshold: Annotated[float | None, typer.Option(help="Share of the singular values' sum that sets ranks.")] = None,
     budget: Annotated[str | None, typer.Option(help="Most parameters to train: 500k, 1.5M, or a share, 0.1%.")] = None,
@@ -32,17 +35,26 @@ def plan(
         list[str] | None, typer.Option(help="Slices of fused projections: auto, or such as c_attn=q,v.")
     ] = None,
     num_heads: Annotated[int, typer.Option(help="Mo-SARA's heads.")] = 5,
-    batch_size: Annotated[int, typer.Option(help="Sequences a step, for the memory estimate.")] = 1,
-    length: Annotated[int, typer.Option(help="Tokens a sequence, for the memory estimate.")] = 512,
-    dtype: Annotated[
-        str, typer.Option(help=f"Of the frozen base, for the estimate: {', '.join(_BYTES)}.")
-    ] = "bfloat16",
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Estimate with gradient checkpointing.")] = False,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", "--batch", help="Sequences a device computes at once.")
+    ] = 1,
+    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
+    accumulation: Annotated[int, typer.Option(help="Batches before a step of the optimizer.")] = 1,
+    dtype: Annotated[str, typer.Option(help=f"Of the frozen base: {', '.join(_DTYPES)}.")] = "bfloat16",
+    quantize: Annotated[str | None, typer.Option(help="4bit or 8bit: the base's linear weights.")] = None,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
+    devices: Annotated[int, typer.Option(help="GPUs that train together.")] = 1,
+    strategy: Annotated[str | None, typer.Option(help="ddp, zero2, fsdp2 or zero3.")] = None,
+    offload: Annotated[bool, typer.Option(help="Keep in the host's memory what the strategy can.")] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of one device: whether it fits, and the cheapest setting that does.")
+    ] = None,
+    link: Annotated[float | None, typer.Option(help="GB/s that a device receives from others (200).")] = None,
     device: Annotated[str, typer.Option(help="Where weights are decomposed: cpu or cuda.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw rank by layer here (.svg, .png or .pdf).")] = None,
 ) -> None:
-    """Show ranks, trained parameters and memory, reading one weight at a time and never building the model.
+    """Show ranks, trained parameters, memory and time, reading one weight at a time and never building the model.
 
     Examples:
 
@@ -53,21 +65,31 @@ def plan(
       svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
 
       svdtune plan openai-community/gpt2-medium --threshold 0.012 --fused-slices c_attn=q,v
+
+      svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory 80 --batch 8 --length 2048
     """
     from svdtune.cli.asking import check_device
-    from svdtune.errors import SvdtuneError
+    from svdtune.cli.fitting import Fitting, setting_of
     from svdtune.models.loading import locate
-    from svdtune.planning import draw, estimate, make_plan, open_checkpoint
+    from svdtune.planning import SHAPES, draw, make_plan, open_checkpoint, open_shape
     from svdtune.system import explain_write_errors, replace_text
 
     check_device(device)
-    if dtype not in _BYTES:
-        raise SvdtuneError(f"dtype {dtype!r} is none of {', '.join(_BYTES)}")
-    if batch_size < 1 or length < 1:
-        raise SvdtuneError(f"batch_size and length must be at least 1; got {batch_size} and {length}")
+    setting = setting_of(
+        strategy,
+        devices,
+        memory,
+        dtype,
+        quantize,
+        batch_size=batch_size,
+        length=length,
+        accumulation=accumulation,
+        gradient_checkpointing=gradient_checkpointing,
+        offload=offload,
+    )
     if (threshold, budget, match_lora, r) == (None, None, None, None) and method in ("sara", "mosara"):
         threshold = 0.01 if method == "sara" else 0.5
-    checkpoint = open_checkpoint(locate(model))
+    checkpoint = open_shape(model) if model in SHAPES and not Path(model).exists() else open_checkpoint(locate(model))
     made = make_plan(
         checkpoint,
         method,
@@ -75,8 +97,8 @@ def plan(
         budget=budget,
         match_lora=match_lora,
         r=r,
-        target_modules=_names(target_modules),
-        exclude_modules=_names(exclude_modules),
+        target_modules=names(target_modules),
+        exclude_modules=names(exclude_modules),
         fused_slices=_slices(fused_slices),
         num_heads=num_heads,
         device=device,
@@ -88,18 +110,11 @@ def plan(
         f"{made.share:.4%} of {made.base_parameters + made.trained + made.frozen:,}"
         + (f", threshold {made.threshold:g}" if made.threshold is not None else "")
     )
-    memory = estimate(
-        made,
-        checkpoint.model.config,
-        batch_size=batch_size,
-        length=length,
-        bytes_per_weight=_BYTES[dtype],
-        gradient_checkpointing=gradient_checkpointing,
-    )
-    parts = ", ".join(f"{name} {_size(size)}" for name, size in vars(memory).items())
-    console.print(f"memory, about {_size(memory.total)} at {batch_size} × {length} tokens in {dtype}: {parts}")
+    fitting = Fitting(made, checkpoint.model, setting, memory, link)
+    for line in fitting.lines():
+        console.print(line, highlight=False, soft_wrap=True)
     if json_file is not None:
-        document = made.to_json() | {"memory": vars(memory) | {"total": memory.total}}
+        document = made.to_json() | fitting.to_json()
         with explain_write_errors(json_file):
             json_file.parent.mkdir(parents=True, exist_ok=True)
             replace_text(json_file, json.dumps(document, indent=2) + "\n")
@@ -109,7 +124,7 @@ def plan(
         console.print(f"wrote {chart}")
 
 
-def _names(text: str | None) -> list[str] | str | None:
+def names(text: str | None) -> list[str] | str | None:
     """Comma-separated names as a list; anything with another special character is one regular expression."""
     from svdtune.errors import SvdtuneError
 
@@ -159,11 +174,3 @@ def _ranks_table(made) -> Table:
         bars = "".join(_BARS[min(7, 8 * value // (top + 1))] for value in values)
         table.add_row(kind, bars, str(min(values)), f"{sum(values) / len(values):.1f}", str(max(values)))
     return table
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"

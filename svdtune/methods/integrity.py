@@ -86,7 +86,12 @@ def fingerprint(module: nn.Module) -> str | None:
     offloaded = hasattr(base, "_hf_hook")
     if changed or is_quantized(getattr(base, "whole", base)) or (weight.is_meta and not offloaded):
         return None
-    return content_key(spectra.base_weight(base).to(torch.bfloat16))[:16]
+    return weight_fingerprint(spectra.base_weight(base))
+
+
+def weight_fingerprint(weight: Tensor) -> str:
+    """The same of a weight [out, in]."""
+    return content_key(weight.to(torch.bfloat16))[:16]
 
 
 def check_base(recorded: Mapping[str, str], targets: Mapping[str, nn.Module]) -> None:

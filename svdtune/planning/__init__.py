@@ -1,26 +1,44 @@
-"""Ranks, parameters and memory of an adapter, from a checkpoint whose model is never built."""
+"""Ranks, parameters, memory and time of an adapter, from a checkpoint whose model is never built."""
 
+from svdtune.planning.anatomy import Anatomy, anatomy
 from svdtune.planning.chart import by_depth, draw
 from svdtune.planning.checkpoint import Checkpoint, open_checkpoint
-from svdtune.planning.memory import Memory, estimate
+from svdtune.planning.decomposing import initialisation_bytes
+from svdtune.planning.levers import Choice, cheapest, devices_needed, fits, least
+from svdtune.planning.memory import Memory, Setting, estimate
 from svdtune.planning.methods import Method, method
 from svdtune.planning.plan import Layer, Plan, make_plan
+from svdtune.planning.shapes import SHAPES, open_shape
 from svdtune.planning.solve import RankTable, parse_budget
+from svdtune.planning.speed import StepTime, step_time
 from svdtune.planning.targets import resolve_targets
 
 __all__ = [
+    "SHAPES",
+    "Anatomy",
     "Checkpoint",
+    "Choice",
     "Layer",
     "Memory",
     "Method",
     "Plan",
     "RankTable",
+    "Setting",
+    "StepTime",
+    "anatomy",
     "by_depth",
+    "cheapest",
+    "devices_needed",
     "draw",
     "estimate",
+    "fits",
+    "initialisation_bytes",
+    "least",
     "make_plan",
     "method",
     "open_checkpoint",
+    "open_shape",
     "parse_budget",
     "resolve_targets",
+    "step_time",
 ]

@@ -1,58 +1,179 @@
-"""An estimate of the memory that training a plan takes; a guide for choosing batch and length, not a measurement."""
+"""An estimate of the memory that training takes on each device, checked against steps that were measured.
 
-from dataclasses import dataclass
+The peak is at the start of the backward pass, when every activation and the loss's work are there, or, where the loss is
+small beside a decoder layer's, while a layer's backward pass runs. docs/planning.md compares it with measured peaks.
+"""
 
-from transformers import PretrainedConfig
+from dataclasses import dataclass, field
 
-from svdtune.planning.plan import Plan
+from svdtune.errors import SvdtuneError
+from svdtune.planning.anatomy import Anatomy
+
+# Bytes of a base weight. Four bits: bitsandbytes' nf4 with a 4-byte scale for 64 weights; eight: int8 and a scale a row.
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
+QUANTIZED = ("int8", "int4")
+STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
+SHARDED = ("fsdp2", "zero3")
+# cuBLAS keeps work space for itself, as PyTorch sets it on H100s.
+_WORKSPACE = 64 * 2**20
+# Of the decoder layers that sharding gathers: the one that computes, and the one that is fetched meanwhile.
+_GATHERED = 2
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a plan is trained.
+
+    Attributes:
+        strategy: "ddp" (or one device), "zero2", "fsdp2" or "zero3".
+        devices: that share the work.
+        batch_size: sequences that a device computes at once.
+        length: tokens of a sequence.
+        accumulation: batches a device goes through before a step of the optimizer.
+        gradient_checkpointing: keep each decoder layer's input alone and compute the rest again.
+        offload: keep what is sharded in the host's memory (fsdp2, zero3), or gradients and optimizer (zero2).
+        dtype: of the frozen base's weights, one of `BYTES`; int8 and int4 are for the decoder layers' linear weights.
+
+    Raises:
+        SvdtuneError: a value that there is not, or a strategy that cannot offload.
+    """
+
+    strategy: str = "ddp"
+    devices: int = 1
+    batch_size: int = 1
+    length: int = 512
+    accumulation: int = 1
+    gradient_checkpointing: bool = False
+    offload: bool = False
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.strategy not in STRATEGIES:
+            raise SvdtuneError(f"strategy {self.strategy!r} is none of {', '.join(STRATEGIES)}")
+        if self.dtype not in BYTES:
+            raise SvdtuneError(f"dtype {self.dtype!r} is none of {', '.join(BYTES)}")
+        for name in ("devices", "batch_size", "length", "accumulation"):
+            if getattr(self, name) < 1:
+                raise SvdtuneError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if self.offload and self.strategy == "ddp":
+            raise SvdtuneError("ddp keeps everything on every device; offload with fsdp2, zero3 or zero2")
+
+    @property
+    def tokens(self) -> int:
+        """That a device computes at once."""
+        return self.batch_size * self.length
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes, by what takes them."""
+    """Bytes on each device, by what takes them, and in the host's memory beside them.
+
+    Attributes:
+        weights: the base model's, or this device's share.
+        gathered: of sharded weights and factors, what is whole for a while: two decoder layers and the output head.
+        adapter: its trained factors in fp32, with copies in the dtype of the products.
+        frozen: its frozen factors.
+        gradients: all of them, as accumulation has them beside the activations; under DDP twice, for its buckets.
+        optimizer: AdamW's moments; ZeRO keeps a copy of the factors beside them.
+        activations: what the forward pass keeps for the backward pass.
+        logits: three copies in fp32: the probabilities and two gradients.
+        temporaries: what a decoder layer's backward pass takes beyond the logits, dequantized weights, work space.
+        host: what `offload` keeps there for one device.
+    """
 
     weights: int
+    gathered: int
     adapter: int
+    frozen: int
     gradients: int
     optimizer: int
     activations: int
     logits: int
+    temporaries: int
+    host: int = field(default=0, kw_only=True)
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What takes memory of a device, in bytes, by name."""
+        return {name: size for name, size in vars(self).items() if name != "host"}
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(vars(self).values())
+        """All of a device's."""
+        return sum(self.parts.values())
 
 
-def estimate(
-    plan: Plan,
-    config: PretrainedConfig,
-    *,
-    batch_size: int = 1,
-    length: int = 512,
-    bytes_per_weight: float = 2.0,
-    gradient_checkpointing: bool = False,
-) -> Memory:
-    """Estimate training memory for a frozen base in `bytes_per_weight`, an fp32 adapter and AdamW.
+def estimate(sizes: Anatomy, setting: Setting) -> Memory:
+    """Estimate training memory for a frozen base, an fp32 adapter under bf16 autocast and AdamW.
 
-    Activations count what a decoder layer with a fused attention kernel keeps for the backward pass through a frozen
-    base, in two bytes a number: per token two normalised inputs and their residuals (6 H), q, k, v and the attention's
-    output (2 H + 2 KV), and gate, up and their product (3 I); with gradient checkpointing one H a layer and one layer in
-    full. Logits count three copies, one in the compute dtype and two in fp32. Fragmentation and work space are left out.
+    Args:
+        sizes: of a plan and its model.
+        setting: how it is trained.
     """
-    text = config.get_text_config()
-    hidden = text.hidden_size
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    heads = getattr(text, "num_attention_heads", 1)
-    key_value = hidden * (getattr(text, "num_key_value_heads", None) or heads) // heads
-    tokens, depth = batch_size * length, text.num_hidden_layers
-    layer = 2 * tokens * (8 * hidden + 2 * key_value + 3 * intermediate)
-    activations = depth * 2 * tokens * hidden + layer if gradient_checkpointing else depth * layer
+    base = weight_bytes(sizes, setting.dtype)
+    sharded, zero = setting.strategy in SHARDED, setting.strategy.startswith("zero")
+    share = setting.devices if sharded else 1
+    split = setting.devices if setting.strategy != "ddp" else 1
+    several_ddp = setting.strategy == "ddp" and setting.devices > 1
+    stored = {
+        "weights": base / share,
+        "adapter": 4 * sizes.trained / share,
+        "frozen": 4 * sizes.frozen / share,
+        "gradients": 4 * sizes.trained / split * (2 if several_ddp else 1),
+        "optimizer": (12 if zero else 8) * sizes.trained / split,
+    }
+    moved = set(stored) if sharded else {"gradients", "optimizer"}
+    moved = moved if setting.offload else set()
+    here = {name: 0 if name in moved else int(size) for name, size in stored.items()}
+    here["adapter"] += 2 * sizes.copies // (sizes.depth if sharded else 1)
+    gathered = sharded and (setting.devices > 1 or setting.offload)
+    activations, logits, temporaries = _working(sizes, setting)
     return Memory(
-        weights=int(plan.base_parameters * bytes_per_weight),
-        adapter=4 * (plan.trained + plan.frozen),
-        gradients=4 * plan.trained,
-        optimizer=8 * plan.trained,
+        **here,
+        gathered=_gathered(sizes, setting) if gathered else 0,
         activations=activations,
-        logits=tokens * text.vocab_size * (2 + 4 + 4),
+        logits=logits,
+        temporaries=temporaries,
+        host=int(sum(stored[name] for name in moved)),
     )
+
+
+def weight_bytes(sizes: Anatomy, dtype: str) -> int:
+    """Bytes of the whole base model; quantization leaves embeddings, norms and the output head in two bytes a number."""
+    if dtype not in QUANTIZED:
+        return int(BYTES[dtype] * sizes.parameters)
+    return int(BYTES[dtype] * sizes.linear + 2 * (sizes.parameters - sizes.linear))
+
+
+def block_bytes(sizes: Anatomy, dtype: str) -> int:
+    """Bytes of one decoder layer with its part of the adapter, as sharding sends it."""
+    share = min(1.0, sizes.linear / sizes.depth / sizes.block) if dtype in QUANTIZED else 0.0
+    per_weight = BYTES[dtype] * share + (2 if dtype in QUANTIZED else BYTES[dtype]) * (1 - share)
+    return int(per_weight * sizes.block + 4 * (sizes.trained + sizes.frozen) / sizes.depth)
+
+
+def _gathered(sizes: Anatomy, setting: Setting) -> int:
+    gradients = 4 * sizes.trained // sizes.depth
+    head = (2 if setting.dtype in QUANTIZED else int(BYTES[setting.dtype])) * sizes.head
+    return _GATHERED * block_bytes(sizes, setting.dtype) + gradients + head
+
+
+def _working(sizes: Anatomy, setting: Setting) -> tuple[int, int, int]:
+    """(activations, logits, temporaries).
+
+    A decoder layer with norms in fp32, a fused attention kernel and a gated MLP keeps, in bytes per token: two copies of its
+    inputs in fp32 (8 H), q, k, v and the attention's output (8 H, keys and values counted as often as they are used), gate,
+    its activation and up (6 I), and two bytes for each number that the adapter keeps. Beside the layers, the embeddings' output
+    and the last norm (6 H). A layer's backward pass works on gradients of the MLP (6 I) and of its inputs (10 H).
+    """
+    H, wide, tokens = sizes.hidden, sizes.intermediate, setting.tokens
+    layer = tokens * (16 * H + 6 * wide + 2 * sizes.kept // sizes.depth)
+    ends = 6 * H * tokens
+    backward = tokens * (10 * H + 6 * wide)
+    logits = 12 * tokens * sizes.vocabulary
+    if setting.gradient_checkpointing:
+        kept, backward = sizes.depth * 2 * H * tokens, backward + layer
+    else:
+        kept = sizes.depth * layer
+    dequantized = 2 * sizes.largest if setting.dtype in QUANTIZED else 0
+    return kept + ends, logits, max(0, backward + dequantized - logits) + _WORKSPACE

@@ -160,6 +160,8 @@ def make_plan(
         raise SvdtuneError(
             f"give exactly one of threshold, budget, match_lora and r; got {', '.join(chosen) or 'none'}"
         )
+    if r is None and not checkpoint.readers:
+        raise SvdtuneError(f"{checkpoint.name} is a shape without weights, and {chosen[0]} takes them; give r instead")
     costs = find_method(method, num_heads=num_heads)
     modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
     targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)

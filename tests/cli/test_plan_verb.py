@@ -64,6 +64,38 @@ def test_counts_of_every_method(folder, options, trained):
     assert f": {trained:,} trained parameters" in result.output
 
 
+SHARDED = ["--method", "sorsa", "--r", "64", "--target-modules", "all-linear", "--devices", "8", "--strategy", "fsdp2"]
+
+
+def test_what_does_not_fit_comes_with_the_cheapest_setting_that_does(tmp_path):
+    file = tmp_path / "plan.json"
+    result = run("plan", "llama-70b", *SHARDED, "--batch", "8", "--length", "2048", "--memory", "80", "--json", file)
+    assert result.exit_code == 0, result.output
+    plan = json.loads(file.read_text())
+    assert plan["fits"] is False
+    assert plan["memory"]["total"] > 80 * 2**30 > plan["cheapest"]["memory"]["total"]
+    assert plan["cheapest"]["setting"] == plan["setting"] | {"gradient_checkpointing": True}
+    assert list(plan["cheapest"]["why"]) == ["checkpointing"]
+    assert plan["initialisation_memory"] > 2 * 8192 * 28672
+    for text in ("does not fit into 80.00 GiB", "the cheapest that fits: 8 × 2048 tokens", "estimated step on H100s"):
+        assert text in result.output
+    assert "assumed, not measured" in result.output
+
+
+def test_what_fits_is_left_alone_and_what_cannot_says_so():
+    fits = run("plan", "llama-7b", *SHARDED, "--memory", "80")
+    assert "no cheaper setting is needed" in fits.output
+    cannot = run("plan", "llama-405b", *SHARDED, "--memory", "4")
+    assert cannot.exit_code == 0
+    assert "nothing does: " in cannot.output
+
+
+def test_a_shape_gives_no_ranks():
+    result = run("plan", "llama-7b")
+    assert result.exit_code == 2
+    assert "give r instead" in result.output
+
+
 def test_sara_has_the_papers_threshold_by_default(folder):
     assert "threshold 0.01" in run("plan", folder).output
 
@@ -76,6 +108,11 @@ def test_sara_has_the_papers_threshold_by_default(folder):
         (["--method", "sorsa"], "exactly one of"),
         (["--r", "2", "--dtype", "int3"], "int3"),
         (["--r", "2", "--batch-size", "0"], "at least 1"),
+        (["--r", "2", "--strategy", "fsdp"], "none of ddp"),
+        (["--r", "2", "--quantize", "3bit"], "4bit or 8bit"),
+        (["--r", "2", "--memory", "-1"], "GiB of one device"),
+        (["--r", "2", "--link", "0"], "GB/s"),
+        (["--r", "2", "--offload"], "ddp keeps everything"),
     ],
 )
 def test_user_errors_are_one_line(folder, options, message):

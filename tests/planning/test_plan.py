@@ -23,7 +23,7 @@ from transformers import (
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold, spectrum
 from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
-from svdtune.planning import by_depth, draw, estimate, make_plan, open_checkpoint
+from svdtune.planning import Setting, anatomy, by_depth, draw, estimate, make_plan, open_checkpoint
 
 QV = ["q_proj", "v_proj"]
 
@@ -269,15 +269,14 @@ def test_a_hub_that_cannot_be_reached_gives_one_clear_error(monkeypatch):
 def test_memory_grows_with_what_it_depends_on(folder):
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, "sorsa", r=4, target_modules=QV)
-    config = checkpoint.model.config
-    one = estimate(plan, config, batch_size=1, length=64)
-    two = estimate(plan, config, batch_size=2, length=64)
+    sizes = anatomy(plan, checkpoint.model)
+    one, two = (estimate(sizes, Setting(batch_size=batch, length=64)) for batch in (1, 2))
     assert two.activations == 2 * one.activations
     assert two.logits == 2 * one.logits
     assert (one.weights, one.gradients, one.optimizer) == (2 * plan.base_parameters, 4 * plan.trained, 8 * plan.trained)
-    assert one.adapter == 4 * (plan.trained + plan.frozen)
-    assert estimate(plan, config, length=64, gradient_checkpointing=True).activations < one.activations
-    assert one.total == sum(vars(one).values())
+    assert (one.adapter, one.frozen) == (6 * plan.trained, 4 * plan.frozen)
+    assert estimate(sizes, Setting(length=64, gradient_checkpointing=True)).activations < one.activations
+    assert one.total == sum(one.parts.values())
 
 
 def test_the_chart_has_a_line_a_kind(folder, tmp_path):

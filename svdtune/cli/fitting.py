@@ -1,0 +1,138 @@
+"""What `svdtune plan` says of memory, of devices and of time."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from svdtune.errors import SvdtuneError
+
+
+def setting_of(
+    strategy: str | None, devices: int, memory: float | None, dtype: str, quantize: str | None, **rest: Any
+) -> Any:
+    """The `Setting` of the options; several devices run DDP where no strategy is named.
+
+    Raises:
+        SvdtuneError: an option without meaning.
+    """
+    from svdtune.planning import Setting
+
+    if quantize not in (None, "4bit", "8bit"):
+        raise SvdtuneError(f"--quantize takes 4bit or 8bit; got {quantize!r}")
+    if memory is not None and not 0 < memory < 1e6:
+        raise SvdtuneError(f"--memory is the GiB of one device, such as 80; got {memory}")
+    dtype = {"4bit": "int4", "8bit": "int8"}.get(quantize, dtype)
+    return Setting(strategy=strategy or "ddp", devices=devices, dtype=dtype, **rest)
+
+
+class Fitting:
+    """The estimates for one setting, and the cheapest that fits."""
+
+    def __init__(self, made: Any, model: Any, setting: Any, capacity_gib: float | None, link_gb: float | None) -> None:
+        from svdtune.planning import anatomy, cheapest, estimate, initialisation_bytes, step_time
+        from svdtune.planning.speed import LINK
+
+        if link_gb is not None and not 0 < link_gb < 1e6:
+            raise SvdtuneError(f"--link is in GB/s, such as 200; got {link_gb}")
+        self.setting = setting
+        self.capacity = None if capacity_gib is None else capacity_gib * 2**30
+        self.link = LINK if link_gb is None else link_gb * 1e9
+        self.sizes = anatomy(made, model)
+        self.memory = estimate(self.sizes, setting)
+        self.time = step_time(self.sizes, setting, link=self.link)
+        self.initialisation = initialisation_bytes(made, model)
+        self.choice = None if self.capacity is None else cheapest(self.sizes, setting, self.capacity, link=self.link)
+
+    def lines(self) -> Iterator[str]:
+        """What is printed, a line each."""
+        parts = ", ".join(f"{name} {size_text(size)}" for name, size in self.memory.parts.items() if size)
+        on = "" if self.setting.devices == 1 else " on each device"
+        yield f"memory{on}, about {size_text(self.memory.total)} with {setting_text(self.setting)}: {parts}"
+        if self.memory.host:
+            host = self.memory.host * self.setting.devices
+            yield f"memory of the host, about {size_text(host)} for {self.setting.devices} devices"
+        yield f"initialisation layer by layer (svdtune init), at most {size_text(self.initialisation)} of host memory"
+        yield f"estimated step on H100s: {time_text(self.time)}"
+        if self.capacity is not None:
+            yield from self._verdict(self.capacity)
+        yield from (f"note: {note}" for note in self._notes())
+
+    def _verdict(self, capacity: float) -> Iterator[str]:
+        from svdtune.planning import devices_needed, fits, least
+        from svdtune.planning.levers import RESERVE
+
+        given = f"{size_text(capacity)} ({RESERVE:.0%} of it kept free)"
+        fit = fits(self.memory, capacity)
+        yield f"fits into {given}" if fit else f"does not fit into {given}"
+        if self.choice is None:
+            setting, memory = least(self.sizes, self.setting)
+            yield f"nothing does: {setting_text(setting)} still takes {size_text(memory.total)}"
+        elif self.choice.setting == self.setting:
+            yield "no cheaper setting is needed"
+        else:
+            size, time = size_text(self.choice.memory.total), time_text(self.choice.time)
+            yield f"the cheapest that fits: {setting_text(self.choice.setting)}; {size}, {time}"
+            yield from (f"  {lever}: {why}" for lever, why in self.choice.why.items())
+        if self.choice is None or {"offload", "4-bit"} & set(self.choice.why):
+            needed = devices_needed(self.sizes, self.setting, capacity)
+            yield (
+                f"without offloading and 4 bits: {needed} devices"
+                if needed
+                else "without offloading and 4 bits it fits on no number of devices"
+            )
+
+    def _notes(self) -> list[str]:
+        notes = self.time.notes + (self.choice.time.notes if self.choice else ())
+        return list(dict.fromkeys(notes))
+
+    def to_json(self) -> dict[str, Any]:
+        """The sections that `svdtune plan --json` adds to a plan's own."""
+        found = {
+            "setting": asdict(self.setting),
+            "memory": self.memory.parts | {"total": self.memory.total},
+            "host_memory": self.memory.host,
+            "initialisation_memory": self.initialisation,
+            "step_time": _time_json(self.time),
+        }
+        if self.capacity is not None:
+            from svdtune.planning import fits
+
+            found["fits"] = fits(self.memory, self.capacity)
+            found["cheapest"] = self.choice and {
+                "setting": asdict(self.choice.setting),
+                "memory": self.choice.memory.parts | {"total": self.choice.memory.total},
+                "host_memory": self.choice.memory.host,
+                "step_time": _time_json(self.choice.time),
+                "why": self.choice.why,
+            }
+        return found
+
+
+def _time_json(time: Any) -> dict[str, Any]:
+    return asdict(time) | {"seconds": time.seconds, "low": time.low, "high": time.high}
+
+
+def setting_text(setting: Any) -> str:
+    """A setting in words."""
+    words = [f"{setting.batch_size} × {setting.length} tokens"]
+    if setting.accumulation > 1:
+        words[0] += f" accumulated over {setting.accumulation}"
+    if setting.devices > 1 or setting.strategy != "ddp":
+        words.append(f"{setting.strategy} on {setting.devices} device{'s' if setting.devices > 1 else ''}")
+    words.append(setting.dtype)
+    words += ["gradient checkpointing"] * setting.gradient_checkpointing + ["offload"] * setting.offload
+    return ", ".join(words)
+
+
+def time_text(time: Any) -> str:
+    """Seconds with their range, and tokens a second."""
+    return f"{time.seconds:.3g} s ({time.low:.3g}–{time.high:.3g}), {time.tokens / time.seconds:,.0f} tokens/s"
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,117 @@
+"""The sizes of a model and an adapter that memory and time follow from."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from svdtune.planning.plan import Plan
+from svdtune.spectra import CONVOLUTIONS, matrix_shape
+
+# Modules that read one tensor, which is then kept once; and those whose input is kept anyway, as the attention's output.
+_ONE_INPUT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv")
+_ONE_INPUT |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
+_KEPT_ANYWAY = ("o_proj", "out_proj")
+# Mo-SARA's factors are filled up to whole blocks of columns.
+_COLUMNS = 64
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Sizes in numbers (not bytes).
+
+    Attributes:
+        method: the adapter's.
+        hidden, intermediate, vocabulary, depth: H, I, V and decoder layers.
+        parameters: of the base model.
+        block: of its largest decoder layer, which sharding gathers as one.
+        linear: of the linear layers in all decoder layers, which quantization stores in fewer bits.
+        head: of the output head, which the loss needs whole.
+        largest: of the largest linear layer.
+        trained, frozen: of the adapter.
+        copies: of the adapter's factors in the dtype of the products, kept between forward and backward.
+        kept: per token, what the adapter keeps for the backward pass beside what the base keeps.
+        widths: Σ (in + out) over the adapted layers, what the adapter's products read and write per token.
+    """
+
+    method: str
+    hidden: int
+    intermediate: int
+    vocabulary: int
+    depth: int
+    parameters: int
+    block: int
+    linear: int
+    head: int
+    largest: int
+    trained: int
+    frozen: int
+    copies: int
+    kept: int
+    widths: int
+
+
+def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
+    """Measure a plan and its model, whose parameters may be on the meta device."""
+    text = model.config.get_text_config()
+    blocks = _blocks(model)
+    inside = [module for block in blocks for module in block.modules() if _is_linear(module)]
+    head = model.get_output_embeddings()
+    mosara = plan.method.name == "mosara"
+    return Anatomy(
+        method=plan.method.name,
+        hidden=text.hidden_size,
+        intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+        vocabulary=text.vocab_size,
+        depth=len(blocks),
+        parameters=plan.base_parameters,
+        block=max(_count(block) for block in blocks),
+        linear=sum(module.weight.numel() for module in inside),
+        head=0 if head is None else _count(head),
+        largest=max((module.weight.numel() for module in inside), default=0),
+        trained=plan.trained,
+        frozen=plan.frozen,
+        copies=sum(_padded(layer.rank) * layer.in_features for layer in plan.layers) if mosara else plan.trained,
+        kept=_kept(plan),
+        widths=sum(layer.in_features + layer.out_features for layer in plan.layers),
+    )
+
+
+def _kept(plan: Plan) -> int:
+    """Per token: the low-rank products of every layer, and the inputs that gradients of the factors are products with.
+
+    PEFT's LoRA copies the input for every layer. Mo-SARA trains no factor of the input, so it keeps none.
+    """
+    if plan.method.name == "mosara":
+        return sum(_padded(layer.rank) for layer in plan.layers)
+    ranks = sum(layer.rank for layer in plan.layers)
+    if plan.method.name == "lora":
+        return ranks + sum(layer.in_features for layer in plan.layers)
+    inputs: dict[tuple[str, str], int] = defaultdict(int)
+    for layer in plan.layers:
+        parent, _, name = plan.modules.get(layer.name, layer.name).rpartition(".")
+        if name not in _KEPT_ANYWAY:
+            inputs[parent, _ONE_INPUT.get(name, name)] = layer.in_features
+    return ranks + sum(inputs.values())
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // _COLUMNS) * _COLUMNS
+
+
+def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers: the list of modules with the most parameters; the model itself where there is none."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    return list(max(lists, key=_count, default=[model]))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, (nn.Embedding, *CONVOLUTIONS)) or getattr(getattr(module, "weight", None), "ndim", 0) != 2:
+        return False
+    return bool(re.search("Linear|Conv1D", type(module).__name__)) and min(matrix_shape(module)) > 1
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

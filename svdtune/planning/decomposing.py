@@ -1,0 +1,37 @@
+"""The host memory that starting an adapter layer by layer takes: what one weight's decomposition holds, and no more."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from svdtune.planning.plan import Layer, Plan
+
+# Python with torch, transformers and PEFT imported, and their work space.
+_RUNTIME = 750 * 2**20
+# Numbers in float64 [m, n] and [n, n], n the short side: the weight and its quotient by a power of two, or its product with the
+# vectors; the Gram matrix, its mirrored copy, its eigenvectors and LAPACK's work space (2 n²).
+_LONG, _SQUARE = 2, 6
+# Of the factors [out + in, r] in float64: as found, orthonormalised, with signs; the start's own copies in fp32.
+_FACTORS = 6
+
+
+def initialisation_bytes(plan: Plan, model: PreTrainedModel) -> int:
+    """The most host memory that `svdtune init` needs, whatever route a decomposition takes but LAPACK's SVD.
+
+    That one, for weights without full rank, takes some 30 bytes a number more.
+
+    Args:
+        plan: whose layers are started.
+        model: on the meta device; its dtype is taken for the checkpoint's.
+    """
+    stored = next((p.dtype for p in model.parameters()), torch.float32)
+    declared = getattr(model.config, "dtype", None)
+    item = (declared if isinstance(declared, torch.dtype) else stored).itemsize
+    return _RUNTIME + max(_one(layer, plan.modules.get(layer.name), model, item) for layer in plan.layers)
+
+
+def _one(layer: Layer, module: str | None, model: PreTrainedModel, item: int) -> int:
+    long, short = max(layer.in_features, layer.out_features), min(layer.in_features, layer.out_features)
+    whole: Tensor = model.get_submodule(module or layer.name).weight  # of a slice, all of the projection is read
+    weight = item * whole.numel() + 2 * long * short  # and its copy in bf16, of which the fingerprint is taken
+    return weight + 8 * (_LONG * long * short + _SQUARE * short * short + _FACTORS * layer.rank * (long + short))
