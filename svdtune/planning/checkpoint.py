@@ -6,6 +6,7 @@ that memory holds one weight and not what else was touched in the file.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,13 +83,6 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     folder = path if path.is_dir() else _download(str(model), revision)
     if not (folder / "config.json").is_file():
         raise SvdtuneError(f"the model folder {folder} has no config.json; expected a Transformers model folder")
-    try:
-        skeleton = _build(AutoConfig.from_pretrained(folder))
-    except SvdtuneError:
-        raise
-    except Exception as error:  # a damaged config.json comes out as any of a dozen types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SvdtuneError(f"{folder / 'config.json'} describes no model that can be built: {reason:.200}") from error
     files = _safetensors(folder)
     keys = {}
     for file in files:
@@ -97,10 +91,29 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
                 keys |= dict.fromkeys(shard.keys(), file)
         except (OSError, SafetensorError) as error:
             raise SvdtuneError(f"{file} cannot be read ({error}); download the checkpoint again") from error
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        _check_depth(config, len(keys))
+        skeleton = _build(config)
+    except SvdtuneError:
+        raise
+    except Exception as error:  # a damaged config.json comes out as any of a dozen types
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SvdtuneError(f"{folder / 'config.json'} describes no model that can be built: {reason:.200}") from error
     readers = {
         name: lambda file=keys[key], key=key: _read_safetensors(file, key) for name, key in _match(skeleton, set(keys))
     }
     return Checkpoint(str(model), skeleton, readers, sum(file.stat().st_size for file in files))
+
+
+def _check_depth(config: PretrainedConfig, tensors: int) -> None:
+    """Refuse a damaged number of layers, which would be built until the memory ends."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > 2 * tensors + 10:  # layers may share their weights
+        raise SvdtuneError(
+            f"the configuration asks for {layers:,} layers, and the weights are {tensors:,} tensors: they do not belong "
+            "together, or are damaged; download the model again"
+        )
 
 
 def _build(config: PretrainedConfig) -> PreTrainedModel:
@@ -198,25 +211,36 @@ def _open_gguf(path: Path) -> Checkpoint:
         get_gguf_hf_weights_map,
     )
 
-    try:
+    with _explain_damage(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         reader = GGUFReader(path)
-    except (
-        Exception
-    ) as error:  # a damaged file comes out as any of a dozen types, struct's and huggingface_hub's among them
-        if is_out_of_memory(error):
-            raise
-        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}; download it again") from error
-    skeleton = _build(config)
-    architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
-    names = get_gguf_hf_weights_map(skeleton, processor)
+        _check_depth(config, len(reader.tensors))
+        skeleton = _build(config)
+        architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        names = get_gguf_hf_weights_map(skeleton, processor)
+        stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+        matched = list(_match(skeleton, set(stored)))
 
     def read(tensor) -> Tensor:
-        weights = dequantize(tensor.data, tensor.tensor_type)
-        processed = processor.process(weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={})
-        return torch.from_numpy(processed.weights.copy())
+        with _explain_damage(path):
+            weights = dequantize(tensor.data, tensor.tensor_type)
+            processed = processor.process(
+                weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={}
+            )
+            return torch.from_numpy(processed.weights.copy())
 
-    stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
-    readers = {name: lambda tensor=stored[key]: read(tensor) for name, key in _match(skeleton, set(stored))}
+    readers = {name: lambda tensor=stored[key]: read(tensor) for name, key in matched}
     return Checkpoint(str(path), skeleton, readers, path.stat().st_size)
+
+
+@contextmanager
+def _explain_damage(path: Path) -> Iterator[None]:
+    """A damaged GGUF file comes out as any of a dozen types of error, struct's and huggingface_hub's among them."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, SvdtuneError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {reason:.200}; download it again") from error

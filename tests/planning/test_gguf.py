@@ -107,11 +107,13 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
 @given(at=st.integers(0, 1500), put_in=st.binary(min_size=1, max_size=8))
 @example(at=139, put_in=b"\x02")
 @example(at=390, put_in=b"\x02")
+@example(at=142, put_in=b"[")
+@example(at=172, put_in=b"\xff\xff\xff\x7f")
 def test_a_damaged_header_is_a_plan_or_one_message(file, at, put_in):
     whole = file.read_bytes()
     file.write_bytes(whole[:at] + put_in + whole[at + len(put_in) :])
     try:
-        assert (message := refusal(file)) is None or f"{file} cannot be read as a GGUF model" in message
+        assert (message := refusal(file)) is None or "download" in message
     finally:
         file.write_bytes(whole)
 
