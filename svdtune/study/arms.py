@@ -150,7 +150,7 @@ def _arm(results: Results, name: str, budget: int | None, runs: Sequence[Run], c
     sets = [column.of for column in columns if column.of]
     finished = [run for run in finals if run.status == "finished" and _has_all(run, sets)]
     spec = results.spec.get("arms", {}).get(name) or {}
-    untrained = spec.get("untrained", False) or any(run.method is None for run in finals)
+    untrained = spec.get("untrained", False) or any(not run.method for run in finals)
     planned = results.spec.get("seeds") or sorted({run.seed for run in results.runs if run.phase == "final"})
     values = {c.label: [v for v in map(c.value, finished) if v is not None] for c in columns}
     return Arm(

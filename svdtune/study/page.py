@@ -141,7 +141,13 @@ def _file_of(study: Results) -> str:
     """The study file, folded away."""
     if not study.spec:
         return ""
-    return f"<details><summary>Study file</summary>\n\n{block(_yaml(study.spec), 'yaml')}\n\n</details>"
+    return f"<details><summary>Study file</summary>\n\n{block(_yaml(_said(study.spec)), 'yaml')}\n\n</details>"
+
+
+def _said(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that are empty."""
+    said = {name: _said(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    return {name: value for name, value in said.items() if value is not None and value != {} and value != []}
 
 
 def _yaml(settings: dict[str, Any]) -> str:

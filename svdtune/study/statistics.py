@@ -28,6 +28,7 @@ CHANCE = {
 }
 _EXACT = 1_000_000  # outcomes of a permutation test that are still enumerated
 _DRAWS = 99_999
+_SAME = 1e-12  # scores nearer than this are one score, but for rounding
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Spread:
     Attributes:
         mean: Its mean.
         sd: The sample standard deviation (n − 1 in the denominator); None for one seed.
-        interval: Student's 95 % interval of the mean; None for one seed.
+        interval: Student's 95 % interval of the mean; None for one seed, and where all scores are one.
         n: How many seeds.
     """
 
@@ -73,6 +74,8 @@ def spread(values: Sequence[float]) -> Spread:
     if n == 1:
         return Spread(mean, None, None, 1)
     sd = float(np.std(values, ddof=1))
+    if np.ptp(values) <= _SAME:
+        return Spread(mean, 0.0, None, n)
     half = float(_stats().t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     return Spread(mean, sd, Interval(mean - half, mean + half), n)
 
@@ -94,7 +97,7 @@ def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     value = float(np.mean(ours) - np.mean(theirs))
     differences = np.subtract(ours, theirs)
     # Without any variation (one seed among it) there is nothing to measure the difference by.
-    if np.ptp(differences) <= 1e-12:
+    if np.ptp(differences) <= _SAME:
         return Difference(value, None, None, len(seeds))
     test = _stats().ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
@@ -116,7 +119,7 @@ def over_items(arm: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]
     value = float(np.mean([one.mean() for one in differences]))
     p = _sign_flip([one / (len(one) * sets) for one in differences])
     n = sum(map(len, differences))
-    if min(map(len, differences)) < 2:
+    if min(map(len, differences)) < 2 or max(map(np.ptp, differences)) <= _SAME:
         return Difference(value, None, p, n)
     half = Z95 * math.sqrt(sum(one.var(ddof=1) / len(one) for one in differences)) / sets
     return Difference(value, Interval(value - half, value + half), p, n)

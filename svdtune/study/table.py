@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from statistics import fmean
 
 from svdtune.evaluation.interval import Interval
 from svdtune.study.arms import Arm, Column, Table
@@ -121,7 +122,8 @@ def _cell(arm: Arm, column: Column, with_interval: bool) -> str:
 
 def _seconds(arm: Arm) -> str:
     known = [run.train_seconds for run in arm.finished if run.train_seconds is not None]
-    return f"{sum(known) / len(known):,.0f}" if known else _NONE
+    mean = fmean(known) if known else 0.0
+    return f"{mean:,.{0 if mean >= 10 else 1}f}" if known else _NONE
 
 
 def _differences(arm: Arm, share: bool) -> Iterator[str]:

@@ -27,6 +27,10 @@ def test_one_seed_has_no_spread():
     assert (found.mean, found.sd, found.interval, found.n) == (0.5, None, None, 1)
 
 
+def test_seeds_that_agree_have_no_interval():
+    assert spread([0.1 + 0.2, 0.3]) == statistics.Spread(pytest.approx(0.3), 0.0, None, 2)
+
+
 def test_paired_t_test_of_students_example():
     found = over_seeds(dict(enumerate(FIRST)), dict(enumerate(SECOND)))
     assert found.value == pytest.approx(-1.58)
@@ -96,7 +100,7 @@ def test_large_sets_are_compared_as_a_mean_of_sets():
 def test_arms_that_answer_alike_do_not_differ():
     same = {"a": np.array([1.0, 0.0, 1.0])}
     found = over_items(same, same)
-    assert (found.value, found.p) == (0, 1)
+    assert (found.value, found.interval, found.p) == (0, None, 1)
 
 
 def test_a_set_of_one_item_has_a_p_but_no_interval():
