@@ -6,7 +6,8 @@ their publishers have them (`LLM-Adapters/dataset/SVAMP/test.json`) or under a s
 """
 
 import os
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,13 @@ def _commonsense(name: str, folder: str) -> DataSet:
     return _adapters(name, folder, "choice", "commonsense", files=files, max_new_tokens=32)
 
 
+def _mixed(names: Sequence[str]) -> Rows:
+    """The training rows of several sets, shuffled the same way every time."""
+    rows = [row for name in names for row in CATALOGUE[name].read("train") or []]
+    random.Random(0).shuffle(rows)  # noqa: S311  an order, not a key
+    return rows
+
+
 def _e2e(rows: Rows, split: str) -> Rows:
     """Pairs for training; for testing, one row a meaning with all its references."""
     return e2e.group(e2e.to_pairs(rows)) if split == "test" else e2e.to_pairs(rows)
@@ -162,6 +170,12 @@ _DATA_SETS = (
         "commonsense_170k",
         {"train": ("LLM-Adapters/ft-training_set/commonsense_170k.json", "commonsense/commonsense_170k.json")},
         _LLM_ADAPTERS,
+    ),
+    DataSet(
+        "commonsense_18k",
+        {},
+        _LLM_ADAPTERS,
+        made={"train": lambda _: _mixed(("arc_challenge", "arc_easy", "boolq", "openbookqa"))},
     ),
     _commonsense("arc_challenge", "ARC-Challenge"),
     _commonsense("arc_easy", "ARC-Easy"),

@@ -1,6 +1,6 @@
 """Which items a model is asked, and in what form: as the user says, else as its recipe says, else as the data set asks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from svdtune.data import Example, read_rows, to_examples
 from svdtune.data.catalogue import CATALOGUE, GROUPS, scored
 from svdtune.data.prompts import TEMPLATES
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import GREEDY, Decoding
+from svdtune.evaluation.decoding import GREEDY, Completion, Decoding, plan_batches
 from svdtune.evaluation.engines import Engine
 from svdtune.evaluation.items import to_items
 from svdtune.evaluation.scoring import Evaluation, evaluate
@@ -189,6 +189,44 @@ def ask(
         restart=restart,
         on_progress=on_progress,
     )
+
+
+class Together:
+    """An engine that completes the prompts of several data sets in common batches, longest first.
+
+    A small set would otherwise wait for its longest answer by itself. What it completes ahead is kept in memory, so it is for
+    runs that are scored in minutes.
+
+    Args:
+        engine: what completes.
+        asked: the sets, of which one is asked first; the others' prompts with the same length limit come along.
+        batch_size: completions generated together.
+    """
+
+    def __init__(self, engine: Engine, asked: Sequence[Asked], batch_size: int) -> None:
+        self.name, self.tokenizer, self.context = engine.name, engine.tokenizer, engine.context
+        self.identity, self.details = engine.identity, engine.details
+        self._engine, self._batch_size = engine, batch_size
+        self._prompts: dict[int, dict[tuple[int, ...], None]] = {}
+        for one in asked:
+            items = to_items(one.examples, engine.tokenizer, one.form.template_for(engine.tokenizer), one.form.answer)
+            self._prompts.setdefault(one.form.max_new_tokens, {}).update((tuple(item.tokens), None) for item in items)
+        self._done: dict[tuple[int, tuple[int, ...]], Completion] = {}
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
+    ) -> list[Completion]:
+        """Complete a batch; with what waits in the other sets, where nothing is drawn by chance."""
+        if decoding.temperature > 0 or decoding.samples > 1:
+            return self._engine.complete(prompts, max_new_tokens, decoding, seeds)
+        keys = [(max_new_tokens, tuple(prompt)) for prompt in prompts]
+        if any(key not in self._done for key in keys):
+            waiting = list(self._prompts.pop(max_new_tokens, {})) or [key[1] for key in keys]
+            for batch in plan_batches(waiting, self._batch_size):
+                some = [waiting[place] for place in batch]
+                completed = self._engine.complete(some, max_new_tokens, decoding, [0] * len(some))
+                self._done.update(zip(((max_new_tokens, prompt) for prompt in some), completed, strict=True))
+        return [self._done[key] for key in keys]
 
 
 def output_folder(run: Path | None, source: str, data: str, task: str) -> Path:

@@ -203,7 +203,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     settings = read_settings(path)
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
-        _set(settings, dotted, value)
+        set_at(settings, dotted, value)
     return check_recipe(settings, str(path))
 
 
@@ -260,7 +260,12 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
         yield dotted, read_yaml(value, f"--{dotted}")
 
 
-def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
+def set_at(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one setting by its dotted path, making the sections on the way.
+
+    Raises:
+        SvdtuneError: if the path leads through what is no section.
+    """
     *sections, name = dotted.split(".")
     for depth, section in enumerate(sections, 1):
         if settings.get(section) is None:

@@ -1,0 +1,73 @@
+"""`svdtune study`: many runs that answer one question, and the page that says what came out."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def study(
+    files: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Study files.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="Folder for runs, records and results.")] = Path("runs/studies"),
+    per_gpu: Annotated[int, typer.Option(min=1, help="Runs at a time on each GPU (without one: on the CPU).")] = 1,
+    eval_batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
+    retry: Annotated[bool, typer.Option("--retry", help="Make failed runs again.")] = False,
+    drop_weights: Annotated[bool, typer.Option("--drop-weights", help="Keep no adapter of a scored run.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
+) -> None:
+    """Compare methods: matched in trained parameters, tuned alike, repeated over seeds.
+
+    Every run is a run folder like any other. After an interruption, a full disk or a kill the same command goes on:
+    finished runs are never made again. Studies that share an output folder share the runs that they have in common.
+
+    \b
+    svdtune study studies/small/math.yaml --dry-run
+    svdtune study studies/small/math.yaml
+    svdtune study studies/small/*.yaml --per-gpu 6 --drop-weights
+    """
+    from rich.console import Console
+
+    from svdtune.study.page import write_page
+    from svdtune.study.runner import How, devices, run_studies
+    from svdtune.study.spec import load_study
+
+    names = [path.stem for path in files]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"two study files are called {max(names, key=names.count)!r}; their results would mix")
+    studies = {path.stem: load_study(path) for path in files}
+    console = Console(stderr=True, highlight=False)
+    if dry_run:
+        _describe(studies)
+        return
+    import torch
+
+    processes, gpus = devices(per_gpu, torch.cuda.device_count())
+    how = How(processes, gpus, eval_batch_size, retry, drop_weights, shlex.join(["svdtune", *sys.argv[1:]]))
+    for results in run_studies(studies, output, how, console.print):
+        write_page(results, results.parent)
+        typer.echo(f"results: {results.parent / 'README.md'}")
+
+
+def _describe(studies: dict) -> None:
+    """Print every arm with its method and how many runs it takes."""
+    from svdtune.study.grid import cells
+
+    for name, (study, tasks) in studies.items():
+        typer.echo(f"{name}: {study.title}")
+        runs = 0
+        for cell in cells(study, tasks):
+            search, finals = cell.search(), cell.finals(cell.candidates[0], study.seeds)
+            runs += len(search) + len(finals)
+            size = "" if cell.budget is None else f" at {cell.budget:,} parameters"
+            method = "untrained" if cell.spec.untrained else _words(finals[0].recipe["method"])
+            typer.echo(f"  {cell.task} · {cell.arm}{size}: {method}; {len(search)} + {len(finals)} runs")
+        typer.echo(f"  {runs} runs" + (", more where a search is extended" if study.tune and study.tune.extend else ""))
+
+
+def _words(method: dict) -> str:
+    return ", ".join(f"{key} {value}" for key, value in method.items() if not isinstance(value, dict))

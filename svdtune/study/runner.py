@@ -1,0 +1,293 @@
+"""Make the runs of studies: several at a time, each in a process of its own, going on where an earlier start stopped.
+
+Everything a run leaves lies below the output folder, and its record is written last. Whatever ends the runner, a second start
+finds the finished runs by their records, the unfinished ones by their checkpoints, and makes no run twice, not even where two
+studies ask for the same one.
+"""
+
+import fcntl
+import heapq
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdtune.errors import SvdtuneError
+from svdtune.study.grid import Cell, Job, cells
+from svdtune.study.records import Place, read_record, record_of, results_of, write_record
+from svdtune.study.results import RESULTS
+from svdtune.study.spec import Settings, Study
+from svdtune.system import explain_write_errors, replace_text
+
+Record = dict[str, Any]
+_GRACE = 60.0  # seconds for a checkpoint after Ctrl-C
+
+
+@dataclass(frozen=True)
+class How:
+    """How runs are made.
+
+    Attributes:
+        processes: at a time.
+        gpus: their devices, dealt out in turn; none for the CPU.
+        eval_batch_size: completions generated together.
+        retry: whether failed runs are made again.
+        drop_weights: whether a run's adapter is deleted once it is scored.
+        command: what the user called, for the results.
+    """
+
+    processes: int = 1
+    gpus: tuple[str, ...] = ()
+    eval_batch_size: int = 64
+    retry: bool = False
+    drop_weights: bool = False
+    command: str = ""
+
+
+@dataclass
+class _Study:
+    """A study in the making: its cells, and the records there are of its runs."""
+
+    name: str
+    study: Study
+    cells: list[Cell]
+    folder: Path
+    records: dict[str, Record] = field(default_factory=dict)
+
+    def next_jobs(self, cell: Cell) -> list[Job]:
+        """What a cell waits for: the rest of its search, or its final runs; nothing where it is done."""
+        if search := self.search(cell):
+            return search
+        if cell.like is not None and self.search(cell.like):
+            return []
+        if self.rate_of(cell) is None and not cell.spec.untrained:
+            self._give_up(cell)
+        return [job for job in self.finals(cell) if job.key not in self.records]
+
+    def search(self, cell: Cell) -> list[Job]:
+        """The runs that a cell's search still needs, those of an extended one included."""
+        while True:
+            waiting = [job for job in cell.search() if job.key not in self.records]
+            if waiting or not cell.searched or not cell.extend(self.rate_of(cell)):
+                return waiting
+
+    def finals(self, cell: Cell) -> list[Job]:
+        """The runs that count, as far as is known with which learning rate."""
+        rate = self.rate_of(cell)
+        return cell.finals(cell.candidates[0] if rate is None else rate, self.study.seeds)
+
+    def rate_of(self, cell: Cell) -> float | None:
+        """The learning rate of a cell's final runs, as far as its search has come."""
+        if cell.like is not None:
+            return self.rate_of(cell.like)
+        if not cell.searched:
+            return cell.candidates[0]
+        found = {job.learning_rate: self.records.get(job.key, {}) for job in cell.search()}
+        finished = {rate: r.get("eval_loss") for rate, r in found.items() if r.get("status") == "finished"}
+        return cell.choose({rate: loss for rate, loss in finished.items() if rate is not None})
+
+    def _give_up(self, cell: Cell) -> None:
+        """No learning rate worked: the final runs are failed ones."""
+        for job in self.finals(cell):
+            error = f"no learning rate of {', '.join(f'{rate:g}' for rate in cell.candidates)} came to a loss"
+            described = {**asdict(job), "key": job.key, "learning_rate": None}
+            self.records[job.key] = record_of(described, self.folder / "none", {}, error)
+
+    def write(self, command: str) -> None:
+        """Write the results there are so far, in the study's order."""
+        jobs = [job for cell in self.cells for job in (*cell.search(), *self.finals(cell))]
+        known = [self.records[key] for key in dict.fromkeys(job.key for job in jobs) if key in self.records]
+        with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_text(self.folder / RESULTS, json.dumps(results_of(self.study, known, command), indent=1) + "\n")
+
+
+def run_studies(
+    studies: dict[str, tuple[Study, dict[str, Settings]]],
+    output: Path,
+    how: How,
+    tell: Callable[[str], None] = lambda _: None,
+) -> list[Path]:
+    """Make every run of the studies that has no record yet.
+
+    Args:
+        studies: by name, from `load_study`.
+        output: the folder for everything; studies that share it share runs.
+        how: see `How`.
+        tell: called with a line about each run.
+
+    Returns:
+        The results files.
+
+    Raises:
+        SvdtuneError: another runner works in the folder, a method cannot be fitted, or the disk is full.
+        KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
+    """
+    with _only_runner(output), explain_write_errors(output, "the same command goes on"):
+        making = [_Study(name, study, cells(study, tasks), output / name) for name, (study, tasks) in studies.items()]
+        _Runner(making, output, how, tell).run()
+    return [one.folder / RESULTS for one in making]
+
+
+class _Runner:
+    """The queue of ready jobs and the processes that work on them."""
+
+    def __init__(self, studies: list[_Study], output: Path, how: How, tell: Callable[[str], None]) -> None:
+        self.studies, self.output, self.how, self.tell = studies, output, how, tell
+        self.waiting: list[tuple[int, int, str]] = []  # (study, cell, key), the earliest first
+        self.jobs: dict[str, Job] = {}
+        self.records: dict[str, Record] = {}
+        self.running: dict[Future[Record], str] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.free = [how.gpus[i % len(how.gpus)] if how.gpus else "" for i in range(how.processes)]
+        self.stopping = False
+
+    def run(self) -> None:
+        """Until every cell is done."""
+        with ThreadPoolExecutor(self.how.processes) as pool:
+            try:
+                self._refill()
+                while self.waiting or self.running:
+                    while self.free and self.waiting:
+                        key = heapq.heappop(self.waiting)[2]
+                        self.running[pool.submit(self._make, self.jobs[key], self.free.pop())] = key
+                    for done in wait(self.running, return_when=FIRST_COMPLETED).done:
+                        self._finished(self.running.pop(done), done.result())
+                    self._refill()
+            except KeyboardInterrupt:
+                self._stop()
+                raise KeyboardInterrupt(
+                    f"stopped with {len(self.records)} runs done; the same command goes on"
+                ) from None
+            except BaseException:
+                self._stop(signal.SIGKILL)
+                raise
+        for one in self.studies:
+            one.write(self.how.command)
+
+    def _refill(self) -> None:
+        """Queue what has become ready, and give every study the records that are there already."""
+        again = True
+        while again:
+            again = False
+            for s, one in enumerate(self.studies):
+                for c, cell in enumerate(one.cells):
+                    for job in one.next_jobs(cell):
+                        if (record := self._known(job)) is not None:
+                            # Another study may have made the run under other names.
+                            one.records[job.key] = record | {"arm": job.arm, "task": job.task, "budget": job.budget}
+                            again = True
+                        elif job.key not in self.jobs:
+                            self.jobs[job.key] = job
+                            heapq.heappush(self.waiting, (s, c, job.key))
+
+    def _known(self, job: Job) -> Record | None:
+        if job.key not in self.records and job.key not in self.jobs:
+            found = read_record(Place.of(job, self.output).record, job.key)
+            if found is not None and not (self.how.retry and found["status"] == "failed"):
+                self.records[job.key] = found
+        return self.records.get(job.key)
+
+    def _make(self, job: Job, device: str) -> Record:
+        """Run one job to its end in a process of its own."""
+        try:
+            return self._make_on(job, device)
+        finally:
+            self.free.append(device)
+
+    def _make_on(self, job: Job, device: str) -> Record:
+        place = Place.of(job, self.output)
+        described = {
+            **asdict(job),
+            "key": job.key,
+            "name": job.name,
+            "eval_batch_size": self.how.eval_batch_size,
+            "drop_weights": self.how.drop_weights,
+            "place": {name: str(path) for name, path in asdict(place).items()},
+        }
+        for path in (place.job, place.log):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(place.job, json.dumps(described, indent=1))
+        place.record.unlink(missing_ok=True)
+        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
+        command = [sys.executable, "-m", "svdtune.study.worker", str(place.job)]
+        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment}
+        with place.log.open("ab") as log:
+            # In a session of its own: Ctrl-C is the runner's to hand on.
+            with subprocess.Popen(command, stdout=log, start_new_session=True, **pipes) as process:
+                self.processes[job.key] = process
+                if self.stopping:
+                    process.kill()
+                status = process.wait()
+            del self.processes[job.key]
+        record = read_record(place.record, job.key)
+        if record is None and not self.stopping:
+            ended = f"signal {-status}" if status < 0 else f"status {status}"
+            record = record_of(described, place.run, {}, f"its process ended with {ended}; see {place.log}")
+            write_record(place.record, record)
+        return record or {}
+
+    def _finished(self, key: str, record: Record) -> None:
+        if not record:
+            return
+        self.records[key] = record
+        self._refill()
+        for one in self.studies:
+            if key in one.records:
+                one.write(self.how.command)
+        queued = len(self.waiting) + len(self.running)
+        self.tell(f"{len(self.records)} done, {queued} waiting · {self.jobs[key].name} · {outcome(record)}")
+
+    def _stop(self, number: int = signal.SIGTERM) -> None:
+        """End the processes: kindly, so that they write checkpoints, and after a while not."""
+        self.stopping = True
+        deadline = time.monotonic() + _GRACE
+        for process in list(self.processes.values()):
+            process.send_signal(number)
+        try:
+            for process in list(self.processes.values()):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            for process in list(self.processes.values()):
+                process.kill()
+
+
+def outcome(record: Record) -> str:
+    """A record in a few words."""
+    if record["status"] != "finished":
+        return f"{record['status']}: {record['error']}"
+    values = [score["value"] for score in record["scores"].values()]
+    score = f"score {sum(values) / len(values):.4f}, " if values else ""
+    held_out = f"held-out loss {record['eval_loss']:.4f}, " if record["eval_loss"] is not None else ""
+    return f"{score}{held_out}{record.get('seconds', 0):.0f} s"
+
+
+@contextmanager
+def _only_runner(output: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system frees however a process ends."""
+    with explain_write_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SvdtuneError(
+                f"another svdtune study is at work in {output}; wait for it, or name another --output"
+            ) from None
+        yield
+
+
+def devices(per_gpu: int, gpus: int) -> tuple[int, tuple[str, ...]]:
+    """(processes, their GPUs) for `per_gpu` processes on each of `gpus` GPUs; one process on the CPU where there is none."""
+    visible: Sequence[str] = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
+    names = tuple(visible[:gpus]) if visible else tuple(map(str, range(gpus)))
+    return (per_gpu * len(names), names) if names else (per_gpu, ())

@@ -1,0 +1,198 @@
+"""The study file: which methods are compared, on what, at which budgets, with how many seeds. Strict, as recipes are."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from svdtune.data.catalogue import CATALOGUE, GROUPS
+from svdtune.errors import SvdtuneError
+from svdtune.planning import parse_budget
+from svdtune.training.extending import merge, read_settings, read_text, read_yaml
+from svdtune.training.problems import Problem, from_pydantic, refuse
+from svdtune.training.recipe import check_recipe, set_at
+
+Settings = dict[str, Any]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class Arm(_Section):
+    """One contender: a method with its settings, and how it differs from the recipe otherwise."""
+
+    method: Settings | None = Field(None, description="As in a recipe; none for the recipe's own.")
+    settings: Settings = Field(default_factory=dict, description="Changes to the recipe for this arm.")
+    grid: dict[str, list[Any]] = Field(default_factory=dict, description="Dotted settings; an arm for each value.")
+    ranks: Literal["uniform", "sara", "random"] = Field(
+        "uniform", description="Ranks of the layers: one; those of SARA; or SARA's dealt out anew with each seed."
+    )
+    learning_rates: list[float] | None = Field(None, min_length=1, description="Candidates of this arm alone.")
+    tuned_as: str | None = Field(None, description="Take the learning rate found for that arm.")
+    budget: bool = Field(True, description="Whether the study's budgets set its size.")
+    untrained: bool = Field(False, description="Score the base model as it is.")
+
+
+class Tune(_Section):
+    """How learning rates are found: the same small search for every arm, never on test data."""
+
+    learning_rates: list[float] = Field(min_length=1, description="Candidates.")
+    share: float = Field(0.1, gt=0, lt=1, description="Of the training rows, held out where a recipe has no data.eval.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the search, and of what is held out.")
+    extend: int = Field(0, ge=0, le=8, description="So many more candidates, where the best is the first or the last.")
+
+
+class Study(_Section):
+    """A study whose arms are expanded: every arm has one method and no grid."""
+
+    title: str = Field(min_length=1)
+    question: str = Field("", description="One sentence: what the study is to find out.")
+    tasks: dict[str, str] = Field(min_length=1, description="Name → recipe file, relative to the study file.")
+    settings: Settings = Field(default_factory=dict, description="Changes to every recipe.")
+    budgets: list[int | str] = Field(default_factory=list, description="Trained parameters: 500k, 1.5M, or 0.1%.")
+    arms: dict[str, Arm] = Field(min_length=1)
+    tune: Tune | None = Field(None, description="None: the learning rates are those of the recipes.")
+    seeds: list[int] = Field(min_length=1)
+    baseline: str | None = Field(None, description="The arm that the others are compared with.")
+
+    @field_validator("budgets")
+    @classmethod
+    def _are_budgets(cls, budgets: list[int | str]) -> list[int | str]:
+        for budget in budgets:
+            parse_budget(str(budget))
+        return budgets
+
+    @field_validator("seeds")
+    @classmethod
+    def _distinct(cls, seeds: list[int]) -> list[int]:
+        if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
+            raise ValueError(f"expected different seeds from 0 up; got {seeds}")
+        return seeds
+
+
+def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
+    """Read a study file and check all of it, every arm's recipe included.
+
+    Args:
+        path: the YAML file.
+
+    Returns:
+        The study, its grids expanded into arms, and by task the settings of its recipe with the study's changes.
+
+    Raises:
+        SvdtuneError: with all problems.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SvdtuneError(f"there is no study file {path}")
+    given = read_yaml(read_text(path), str(path))
+    if not isinstance(given, dict):
+        raise SvdtuneError(f"{path} holds no settings: expected {', '.join(Study.model_fields)}")
+    arms, problems = _expanded(given.get("arms"))
+    study = None
+    try:
+        study = Study.model_validate({**given, "arms": arms} if "arms" in given else given)
+    except ValidationError as error:
+        problems += [p for p in from_pydantic(error, Study) if not (p.path.startswith("arms") and problems)]
+    refuse(problems, str(path))
+    assert study is not None
+    problems += _references(study)
+    tasks = {}
+    for name, recipe in study.tasks.items():
+        settings = merge(read_settings(path.parent / recipe), study.settings)
+        settings.pop("output", None)
+        tasks[name] = settings
+    problems += _recipe_problems(study, tasks)
+    refuse(problems, str(path))
+    return study, tasks
+
+
+def arm_settings(recipe: Settings, arm: Arm) -> Settings:
+    """The recipe's settings as an arm changes them."""
+    changed = merge(recipe, arm.settings)
+    return {**changed, "method": arm.method} if arm.method is not None else changed
+
+
+def _expanded(given: Any) -> tuple[dict[str, Arm], list[Problem]]:
+    """The arms, one for each point of their grids, and what is wrong with them."""
+    arms: dict[str, Arm] = {}
+    problems: list[Problem] = []
+    if not isinstance(given, dict):
+        return arms, [Problem("arms", f"expected a section with an arm or more; got {given!r:.60}")]
+    for name, settings in given.items():
+        try:
+            arm = Arm.model_validate(settings)
+        except ValidationError as error:
+            problems += [Problem(f"arms.{name}.{p.path}".rstrip("."), p.message) for p in from_pydantic(error, Arm)]
+            continue
+        for values in product(*arm.grid.values()):
+            point = dict(zip(arm.grid, values, strict=True))
+            label = " ".join([name, *(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())])
+            try:
+                arms[label] = _at(arm, point)
+            except SvdtuneError as error:
+                problems.append(Problem(f"arms.{name}.grid", str(error)))
+    return arms, problems
+
+
+def _at(arm: Arm, point: Settings) -> Arm:
+    """An arm at one point of its grid."""
+    changes: Settings = {"method": dict(arm.method or {}), **{k: dict(v) for k, v in arm.settings.items()}}
+    for dotted, value in point.items():
+        set_at(changes, dotted, value)
+    method = changes.pop("method")
+    return arm.model_copy(update={"method": method or None, "settings": changes, "grid": {}})
+
+
+def _references(study: Study) -> list[Problem]:
+    """Names of arms that are none, and settings that exclude each other."""
+    problems = []
+    known = ", ".join(study.arms)
+    if study.baseline is not None and study.baseline not in study.arms:
+        problems.append(Problem("baseline", f"there is no arm {study.baseline!r}; there are {known}"))
+    for name, arm in study.arms.items():
+        other = study.arms.get(arm.tuned_as or "")
+        if arm.tuned_as is not None and (other is None or other.tuned_as is not None):
+            problems.append(
+                Problem(f"arms.{name}.tuned_as", f"expected an arm that is tuned itself; got {arm.tuned_as!r}")
+            )
+        if arm.tuned_as is not None and arm.learning_rates is not None:
+            problems.append(Problem(f"arms.{name}", "tuned_as excludes learning_rates; give one of them"))
+        if study.tune is None and len(arm.learning_rates or []) > 1:
+            problems.append(Problem(f"arms.{name}.learning_rates", "choosing among several needs the section tune"))
+        if arm.untrained and arm.method is not None:
+            problems.append(Problem(f"arms.{name}", "an untrained arm has no method"))
+    return problems
+
+
+def _recipe_problems(study: Study, tasks: dict[str, Settings]) -> list[Problem]:
+    """What is wrong with the recipe of any arm on any task; said once where all arms share it."""
+    found: dict[str, str] = {}
+    for task, recipe in tasks.items():
+        if not recipe.get("evaluation"):
+            found["the recipe has no evaluation section, which says what a run is scored on"] = f"tasks.{task}"
+        elif _searches_on_test(recipe):
+            found["data.eval is what the runs are scored on; the search for learning rates must not see it"] = (
+                f"tasks.{task}"
+            )
+        for name, arm in study.arms.items():
+            try:
+                check_recipe({**arm_settings(recipe, arm), "output": {"dir": "runs"}}, "")
+            except SvdtuneError as error:
+                for line in str(error).splitlines()[1:]:
+                    found.setdefault(line.strip(), f"arm {name} on {task}")
+    return [Problem(where, message) for message, where in found.items()]
+
+
+def _searches_on_test(recipe: Settings) -> bool:
+    """Whether data.eval names a split that the evaluation section scores."""
+    held_out = (recipe.get("data") or {}).get("eval")
+    source = held_out.get("source") if isinstance(held_out, dict) else held_out
+    section = recipe["evaluation"] if isinstance(recipe["evaluation"], dict) else {}
+    sets = [name for group in section.get("data") or [] for name in GROUPS.get(group, (group,))]
+    if source not in sets or source not in CATALOGUE:
+        return False
+    split = held_out.get("split") if isinstance(held_out, dict) else None
+    return (split or "train") == (section.get("split") or CATALOGUE[source].test)
