@@ -30,7 +30,10 @@ class Routing(NamedTuple):
 
 
 def gate_of(x: Tensor, V: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Eq. 6, softmax((x V) w₁ w₂): [T, m] for the tokens x [T, in] of one layer, float32 or better."""
+    """Eq. 6, softmax((x V) w₁ w₂): [T, m] for the tokens x [T, in] of one layer, float32 or better.
+
+    Of a top-1 gate these are the weights by which it picks.
+    """
     exact = torch.promote_types(x.dtype, torch.float32)
     read = (x.to(exact) @ V.to(exact)) @ w1.to(exact)
     return torch.softmax(torch.outer(read, w2.to(exact)), 1)
@@ -49,7 +52,7 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
     """Put items through the model once, item by item, and average the gates of every layer over their tokens.
 
     Args:
-        run: of Mo-SARA with at least two heads.
+        run: of Mo-SARA with at least two heads and a gate.
         tasks: token ids of some prompts, by task.
 
     Returns:
@@ -60,7 +63,7 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
     """
     routed = {layer.name: layer.module for layer in run.layers if _has_router(layer.module)}
     if not routed:
-        raise SvdtuneError(f"{run.source.run} has no router: only Mo-SARA with at least two heads has one")
+        raise SvdtuneError(f"{run.source.run} has no router: only Mo-SARA with at least two heads and a gate has one")
     found = {}
     for task, items in tasks.items():
         if not items:
@@ -73,7 +76,7 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
 
 
 def _has_router(module: torch.nn.Module) -> bool:
-    return isinstance(module, MoSaraLinear) and module.configs[module.active_adapters[0]].num_heads > 1
+    return isinstance(module, MoSaraLinear) and module.configs[module.active_adapters[0]].has_router
 
 
 def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequence[int]]) -> dict[str, Tensor]:

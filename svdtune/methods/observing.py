@@ -125,7 +125,7 @@ def _carries(module: nn.Module) -> bool:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return not isinstance(module, MoSaraLinear) or module.configs[module.active_adapters[0]].num_heads == 1
+    return not isinstance(module, MoSaraLinear) or not module.configs[module.active_adapters[0]].has_router
 
 
 def _is_linear(module: nn.Module) -> bool:

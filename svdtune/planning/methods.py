@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.mosara import math as mosara
@@ -26,12 +27,13 @@ class Method:
     frozen: Count
 
 
-def method(name: str, *, num_heads: int = 5) -> Method:
+def method(name: str, *, num_heads: int = 5, gate: str = "softmax") -> Method:
     """A method by name: sara, mosara, sorsa or lora.
 
     Args:
         name: the method.
         num_heads: Mo-SARA's heads m.
+        gate: Mo-SARA's gate; without one there is no router to train.
 
     Raises:
         SvdtuneError: an unknown name.
@@ -40,7 +42,7 @@ def method(name: str, *, num_heads: int = 5) -> Method:
     factors: Count = lambda r, i, o: r * (i + o)  # noqa: E731
     known = {
         "sara": Method("sara", sara.trainable_parameters, none),
-        "mosara": Method("mosara", lambda r, i, o: mosara.trainable_parameters(r, i, o, num_heads=num_heads), factors),
+        "mosara": Method("mosara", partial(mosara.trainable_parameters, num_heads=num_heads, gate=gate), factors),
         "sorsa": Method("sorsa", sorsa.trainable_parameters, factors),
         "lora": Method("lora", factors, none),
     }

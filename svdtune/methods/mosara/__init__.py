@@ -1,7 +1,7 @@
 """Mo-SARA: frozen singular vectors, trained sets of singular values mixed by a token-level router."""
 
 from svdtune.methods.mosara.config import MoSaraConfig
-from svdtune.methods.mosara.layer import MoSaraLinear, check_one_head
+from svdtune.methods.mosara.layer import MoSaraLinear, check_is_matrix
 from svdtune.methods.tuner import SvdTuner
 
 __all__ = ["MoSaraConfig", "MoSaraLinear", "MoSaraModel"]
@@ -16,4 +16,4 @@ class MoSaraModel(SvdTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for adapter in self.active_adapters:
-            check_one_head(self.peft_config[adapter].num_heads, adapter)
+            check_is_matrix(self.peft_config[adapter], adapter)

@@ -11,6 +11,7 @@ from svdtune.methods.convolution import as_channels, expand, per_position, proje
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.lowrank import compute_dtype
 from svdtune.methods.mosara.config import MoSaraConfig
+from svdtune.methods.mosara.gates import add_top1, mean_head, top1, top1_linear
 from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start, ready, scaled_rows
 
 
@@ -34,7 +35,7 @@ class MoSaraLinear(SvdLayer):
         self._ready.pop(adapter_name, None)
 
     def new_tensors(self, r: int, config: MoSaraConfig, factors: Factors | None) -> dict[str, Tensor | None]:
-        lam, w1, w2 = random_start(r, config.num_heads)
+        lam, w1, w2 = random_start(r, config.num_heads, config.has_router)
         length = self.in_features if config.v_position == "front" else self.out_features
         v = torch.zeros(length) if config.init_weights else torch.rand(length)
         if factors is not None:
@@ -56,7 +57,8 @@ class MoSaraLinear(SvdLayer):
 
     def _tensors(self, adapter: str) -> tuple:
         names = ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
-        return (*(self.adapter_tensor(name, adapter) for name in names), self._front(adapter))
+        U, V, lam, v, w1, w2 = (self.adapter_tensor(name, adapter) for name in names)
+        return U, V, mean_head(lam) if self._gate(adapter) == "none" else lam, v, w1, w2, self._front(adapter)
 
     def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
         """V in the dtype of the products, kept from one step to the next where that is not V itself."""
@@ -72,13 +74,23 @@ class MoSaraLinear(SvdLayer):
     def _front(self, adapter: str) -> bool:
         return self.configs[adapter].v_position == "front"
 
+    def _gate(self, adapter: str) -> str:
+        return self.configs[adapter].gate
+
+    def _takes_top1(self, adapter: str) -> bool:
+        config = self.configs[adapter]
+        return config.gate == "top1" and config.has_router
+
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
+        if self._takes_top1(adapter):
+            return top1_linear(x, weight, bias, *self._tensors(adapter), x_adapter)
         return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, self._ready_V(x, adapter))
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_mosara(y, x, *self._tensors(adapter))
+        add = add_top1 if self._takes_top1(adapter) else add_mosara
+        return add(y, x, *self._tensors(adapter))
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the kernel looks at there."""
@@ -94,27 +106,30 @@ class MoSaraLinear(SvdLayer):
         else:
             gate_input = rows @ w1.to(rows.dtype)
         gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
+        if self._takes_top1(adapter):
+            gate = top1(gate)
         t = as_channels((rows * (gate @ lam).to(rows.dtype)).view(z.shape), positions)
         return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
-        check_one_head(config.num_heads)
+        check_is_matrix(config)
         U, V, lam, v = (tensors.get(name) for name in ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v"))
+        lam = mean_head(lam)  # one head, or no gate
         if config.v_position == "front":
             return scaled_rows(V, v), U * lam
         return V, scaled_rows(U, v) * lam
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.configs[adapter_name].num_heads == 1
+        return not self.configs[adapter_name].has_router
 
 
-def check_one_head(num_heads: int, adapter: str = "") -> None:
-    """Raise `SvdtuneError` for an adapter with more than one head: it is no matrix."""
-    if num_heads > 1:
+def check_is_matrix(config: MoSaraConfig, adapter: str = "") -> None:
+    """Raise `SvdtuneError` for an adapter whose router mixes several heads: it is no matrix."""
+    if config.has_router:
         name = f" {adapter!r}" if adapter else ""
         raise SvdtuneError(
-            f"the adapter{name} is Mo-SARA with {num_heads} heads, which cannot be merged or exported: its router mixes the "
-            "heads anew for every token, so no single weight equals it. Keep it as an adapter (PeftModel), or train with "
-            "num_heads=1, which merges exactly"
+            f"the adapter{name} is Mo-SARA with {config.num_heads} heads, which cannot be merged or exported: its router mixes "
+            "the heads anew for every token, so no single weight equals it. Keep it as an adapter (PeftModel), or train with "
+            "num_heads=1 or gate='none', which merge exactly"
         )

@@ -195,22 +195,28 @@ def mosara_delta(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: boo
     return (scaled_rows(U, v) * lam[0]) @ V.mT
 
 
-def random_start(k: int, num_heads: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def random_start(k: int, num_heads: int, router: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """λ [m, k], w₁ [k] and w₂ [m] as the paper starts them: Kaiming uniform with a = √5, so ±1/√fan_in, in fp32.
 
     The fan-in of λ (1×k each) and of w₁ is k, that of w₂ is 1. One head has no router.
     """
     bound = 1 / math.sqrt(k)
     lam = torch.empty(num_heads, k).uniform_(-bound, bound)
-    if num_heads == 1:
+    if num_heads == 1 or not router:
         return lam, None, None
     return lam, torch.empty(k).uniform_(-bound, bound), torch.empty(num_heads).uniform_(-1, 1)
 
 
 def trainable_parameters(
-    k: int, in_features: int, out_features: int, num_heads: int = 5, use_v: bool = True, v_position: str = "after"
+    k: int,
+    in_features: int,
+    out_features: int,
+    num_heads: int = 5,
+    use_v: bool = True,
+    v_position: str = "after",
+    gate: str = "softmax",
 ) -> int:
-    """Parameters trained in one layer: m k + k + m + out, with `in` for v in front, no router for one head."""
-    router = k + num_heads if num_heads > 1 else 0
+    """Parameters trained in one layer: m k + k + m + out, with `in` for v in front, no router for one head or no gate."""
+    router = k + num_heads if num_heads > 1 and gate != "none" else 0
     diagonal = (in_features if v_position == "front" else out_features) if use_v else 0
     return num_heads * k + router + diagonal

@@ -21,9 +21,12 @@ def mosara_linear(
     w1: Tensor | None,
     w2: Tensor | None,
     front: bool = False,
+    kind: str = "softmax",
 ) -> Tensor:
-    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in `math.py`."""
-    g = torch.ones(len(x), 1, dtype=x.dtype) if w1 is None else gate(x, V, w1, w2)
+    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in `math.py`, `kind` is the gate."""
+    g = torch.full((len(x), len(lam)), 1 / len(lam), dtype=x.dtype) if w1 is None else gate(x, V, w1, w2)
+    if kind == "top1":
+        g = torch.stack([torch.where(row == row.max(), row, torch.zeros_like(row)) for row in g])
     rows = []
     for token, weights in zip(x, g, strict=True):
         values = sum(weights[i] * torch.diag(lam[i]) for i in range(len(lam)))
