@@ -7,12 +7,12 @@ from transformers import PreTrainedModel
 from svdtune.planning.plan import Layer, Plan
 
 # Python with torch, transformers and PEFT imported, and their work space.
-_RUNTIME = 750 * 2**20
+_RUNTIME = 640 * 2**20
 # Numbers in float64 [m, n] and [n, n], n the short side: the weight and its quotient by a power of two, or its product with the
 # vectors; the Gram matrix, its mirrored copy, its eigenvectors and LAPACK's work space (2 n²).
 _LONG, _SQUARE = 2, 6
 # Of the factors [out + in, r] in float64: as found, orthonormalised, with signs; the start's own copies in fp32.
-_FACTORS = 6
+_FACTORS = 4
 
 
 def initialisation_bytes(plan: Plan, model: PreTrainedModel) -> int:

@@ -53,8 +53,8 @@ def cheapest(sizes: Anatomy, asked: Setting, capacity: float, *, link: float = L
     """The cheapest setting that fits, None where none does.
 
     Of the last three of `LEVERS` none is pulled where something fits without it, or with a cheaper one. With those as they
-    are, it is the batch, with or without checkpointing, whose step is estimated to be the quickest. The search starts from
-    the batch, length, strategy and dtype that were asked for, without offloading.
+    are, it is the batch, with or without checkpointing, whose step takes the least where no communication is hidden. The
+    search starts from the batch, length, strategy and dtype that were asked for, without offloading.
 
     Args:
         sizes: of a plan and its model.
@@ -66,7 +66,7 @@ def cheapest(sizes: Anatomy, asked: Setting, capacity: float, *, link: float = L
     for tier in _tiers(sizes, asked, link):
         fitting = [trial for trial in tier if fits(trial.memory, capacity)]
         if fitting:
-            best = min(fitting, key=lambda trial: (trial.time.seconds, trial.pulled))
+            best = min(fitting, key=lambda trial: (trial.time.high, trial.pulled))
             return Choice(best.setting, best.memory, best.time, _reasons(best, tried, tier, capacity))
         tried += tier
     return None
@@ -137,9 +137,9 @@ def _reasons(best: Trial, before: list[Trial], tier: list[Trial], capacity: floa
             for trial in (*before, *tier)
             if trial.pulled[place] == 0 and trial.pulled[dearer] == best.pulled[dearer]
         ]
-        fitting = [trial.time.seconds for trial in without if fits(trial.memory, capacity)]
+        fitting = [trial.time.high for trial in without if fits(trial.memory, capacity)]
         if fitting:
-            why[lever] = f"without it a step takes about {min(fitting):.3g} s instead of {best.time.seconds:.3g} s"
+            why[lever] = f"without it a step may take {min(fitting):.3g} s instead of {best.time.high:.3g} s"
         elif not without:
             why[lever] = "offloading needs it"
         else:
