@@ -35,6 +35,8 @@ _BLOOM = {"series": ["dense_h_to_4h", "dense_4h_to_h"], "parallel": ["query_key_
 _LIKE_LLAMA = "llama mistral gemma gemma2 gemma3_text qwen2 qwen3 smollm3 olmo olmo2"
 TARGETS = dict.fromkeys(_LIKE_LLAMA.split(), _LLAMA) | {"gptj": _GPTJ, "opt": _OPT, "bloom": _BLOOM}
 
+_TRAINED = {"prelu", "xielu"}  # nonlinearities with parameters of their own
+
 _NO_MERGE = (
     "a bottleneck adapter cannot be merged: its nonlinearity makes it no matrix that a weight could take up. Keep the adapter "
     "beside the base model; `unload()` takes it off again"
@@ -92,9 +94,9 @@ class BottleneckConfig(PeftConfig):
         size = self.bottleneck_size
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             yield f"`bottleneck_size` must be a whole number of at least 1; got {size!r}"
-        if self.non_linearity not in ACT2FN:
-            known = ", ".join(sorted(ACT2FN))
-            yield f"`non_linearity` must be one of Transformers' ({known}); got {self.non_linearity!r}"
+        usable = sorted(set(ACT2FN) - _TRAINED)
+        if self.non_linearity not in usable:
+            yield f"`non_linearity` must be one of Transformers' ({', '.join(usable)}); got {self.non_linearity!r}"
         if not is_number_in(self.scaling, -math.inf, math.inf):
             yield f"`scaling` must be a finite number; got {self.scaling!r}"
         if not is_number_in(self.dropout, 0, 1, high_open=True):
@@ -105,14 +107,14 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
     """A linear layer with bottleneck adapters; D and U of each are `bottleneck_down` and `bottleneck_up`."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
-    other_param_names = ("bottleneck_dropout", "configs")
+    other_param_names = ("bottleneck_dropout", "bottleneck_activation", "configs")
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.out_features, self.in_features = spectra.matrix_shape(base_layer)
         self.bottleneck_down, self.bottleneck_up = nn.ModuleDict(), nn.ModuleDict()
-        self.bottleneck_dropout = nn.ModuleDict()
+        self.bottleneck_dropout, self.bottleneck_activation = nn.ModuleDict(), nn.ModuleDict()
         self.configs: dict[str, BottleneckConfig] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -131,6 +133,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(up.weight, std=0.02)
         self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
         self.bottleneck_dropout[adapter_name] = nn.Dropout(config.dropout)
+        self.bottleneck_activation[adapter_name] = ACT2FN[config.non_linearity]
         self.configs[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -152,9 +155,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def change(self, adapter: str, h: Tensor) -> Tensor:
         """A(h), in the adapter's own dtype."""
-        config, down, up = self.configs[adapter], self.bottleneck_down[adapter], self.bottleneck_up[adapter]
+        down, up, f = self.bottleneck_down[adapter], self.bottleneck_up[adapter], self.bottleneck_activation[adapter]
         h = self.bottleneck_dropout[adapter](self._cast_input_dtype(h, down.weight.dtype))
-        return up(ACT2FN[config.non_linearity](down(h))) * config.scaling
+        return up(f(down(h))) * self.configs[adapter].scaling
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Not there.

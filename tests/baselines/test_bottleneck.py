@@ -168,6 +168,7 @@ def test_merging_is_refused_and_changes_nothing(placement):
         ({"placement": "beside"}, r"`placement` must be one of 'series', 'parallel'; got 'beside'"),
         ({"bottleneck_size": 0}, r"`bottleneck_size` must be a whole number of at least 1; got 0"),
         ({"non_linearity": "tan"}, r"`non_linearity` must be one of Transformers' \(.*tanh.*\); got 'tan'"),
+        ({"non_linearity": "prelu"}, r"`non_linearity` must be one of .*; got 'prelu'"),
         ({"scaling": float("nan")}, r"`scaling` must be a finite number; got nan"),
         ({"dropout": 1.0}, r"`dropout` must lie in \[0, 1\); got 1.0"),
     ],
@@ -185,3 +186,11 @@ def test_layers_that_are_no_linear_ones_are_refused():
 def test_an_architecture_without_usual_targets_asks_for_them():
     with pytest.raises(SvdtuneError, match=r"no usual target modules for 'custom'; name them in `target_modules`"):
         get_peft_model(Block(), BottleneckConfig())
+
+
+@pytest.mark.parametrize("f", sorted(set(ACT2FN) - {"prelu", "xielu"}))
+def test_every_nonlinearity_that_is_offered_has_no_parameters(f):
+    layer = get_peft_model(
+        nn.Sequential(nn.Linear(3, 3)), settings(target_modules=["0"], non_linearity=f, task_type=None)
+    )
+    assert layer.get_nb_trainable_parameters()[0] == 2 * 5 * 3

@@ -45,6 +45,7 @@ METHODS = {
     "miss": {"name": "miss", "r": 4, **QV},
     "hira": {"name": "hira", "r": 4, **QV},
     "delora": {"name": "delora", "r": 4, **QV},
+    "gralora": {"name": "gralora", "r": 4, "gralora_k": 2, **QV},
     "sara": {"name": "sara", "threshold": 0.2, **QV},
     "mosara": {"name": "mosara", "threshold": 0.5, "num_heads": 2, **QV},
     "sorsa": {"name": "sorsa", "r": 4, **QV},
