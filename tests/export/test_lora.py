@@ -19,6 +19,7 @@ EXACT = {
     "sara": SaraConfig(threshold=0.3),
     "sara-without-lambda": SaraConfig(r=3, use_lambda=False),
     "mosara": MoSaraConfig(threshold=0.5, num_heads=1),
+    "mosara-without-gate": MoSaraConfig(r=5, num_heads=3, gate="none"),
     "mosara-front": MoSaraConfig(r=5, num_heads=1, v_position="front"),
     "sorsa": SorsaConfig(r=4),
     "sorsa-threshold": SorsaConfig(threshold=0.3),

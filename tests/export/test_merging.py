@@ -128,12 +128,13 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
         SorsaConfig(r=4, layout="residual"),
         SaraConfig(threshold=0.3, modules_to_save=["ln_f"], bias="sara_only"),
         MoSaraConfig(r=6, num_heads=1),
+        MoSaraConfig(r=6, num_heads=3, gate="none"),
         LoraConfig(r=4, target_modules=["c_attn", "wte"], fan_in_fan_out=True, init_lora_weights=False),
         LoraConfig(r=4, target_modules=["c_fc"], use_dora=True, use_rslora=True, fan_in_fan_out=True, bias="all"),
         SorsaConfig(r=4, target_modules=["lm_head", "c_proj"]),
         SaraConfig(r=4, modules_to_save=["lm_head"]),
     ],
-    ids=["sorsa-residual", "sara-module-bias", "mosara", "lora-embedding", "dora", "head", "saved-head"],
+    ids=["sorsa-residual", "sara-module-bias", "mosara", "no-gate", "lora-embedding", "dora", "head", "saved-head"],
 )
 def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> None:
     """Square Conv1D weights lie transposed; an adapted end of tied embeddings parts from the other."""

@@ -13,6 +13,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.mosara import gates, reference
 from svdtune.methods.mosara.math import random_start, trainable_parameters
 from svdtune.planning import method
+from svdtune.training.method import method_problems
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -178,6 +179,13 @@ def test_a_convolution_of_one_pixel_is_a_linear_layer(gate):
     x = torch.randn(2, 6, 4, 4)
     want = both[1](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     torch.testing.assert_close(both[0](x), want, rtol=1e-4, atol=1e-5)
+
+
+def test_recipes_know_the_gate():
+    assert not list(method_problems("mosara", {"gate": "top1"}))
+    problems = [str(problem) for problem in method_problems("mosara", {"gate": "top2"})]
+    assert len(problems) == 1
+    assert "`gate` must be one of" in problems[0]
 
 
 def test_an_unknown_gate_is_refused():
