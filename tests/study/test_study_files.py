@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import svdtune
+from svdtune.study.grid import cells
 from svdtune.study.spec import arm_settings, load_study
 from svdtune.training import check_recipe
 
@@ -31,6 +32,17 @@ def test_a_study_file_loads_and_every_arm_is_a_recipe(file: Path) -> None:
         for name, arm in study.arms.items():
             changed = check_recipe({**arm_settings(recipe, arm), "output": {"dir": "runs"}}, name)
             assert arm.method is None or changed.method.name == arm.method["name"]
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if file.parts[0] != "small"], ids=str)
+def test_the_papers_studies_have_a_run_for_each_arm_task_and_seed(file: Path) -> None:
+    study, tasks = load_study(STUDIES / file)
+    jobs = [job for cell in cells(study, tasks) for job in cell.finals(cell.candidates[0], study.seeds)]
+    trained = sum(not arm.untrained for arm in study.arms.values())
+    untrained = len(study.arms) - trained
+    assert len(jobs) == len(tasks) * (trained * len(study.seeds) + untrained)
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert not any(cell.searched for cell in cells(study, tasks))  # the papers' learning rates stand
 
 
 def trained_by(file: str) -> Mapping[str, dict[str, Any] | None]:
