@@ -56,6 +56,7 @@ SECTIONS = {
     "sara, one rank": {"name": "sara", "r": 3, **ALL},
     "sara without λ": {"name": "sara", "use_lambda": False, **ALL},
     "mosara": {"name": "mosara", "num_heads": 3, **ALL},
+    "mosara without a gate": {"name": "mosara", "gate": "none", **ALL},
     "mosara without v": {"name": "mosara", "use_v": False, **ALL},
     "sorsa": {"name": "sorsa", **ALL},
     "sorsa by threshold": {"name": "sorsa", "threshold": 0.3, **ALL},

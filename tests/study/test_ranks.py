@@ -15,6 +15,7 @@ ALL = {"target_modules": "all-linear"}
 SECTIONS = {
     "lora": {"name": "lora", **ALL},
     "dora": {"name": "lora", "use_dora": True, "r": 4, "lora_alpha": 12, **ALL},
+    "dylora": {"name": "dylora", **ALL},
     "sorsa": {"name": "sorsa", "gamma": 0.1, **ALL},
     "sara": {"name": "sara", **ALL},
     "mosara": {"name": "mosara", "num_heads": 3, **ALL},
