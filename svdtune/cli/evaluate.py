@@ -43,7 +43,7 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="How to grade: number, letter, choice, gsm8k, math, humaneval, e2e, exact; or lm-eval:NAME,... "
+            help="How to grade: number, letter, choice, gsm8k, math, humaneval, e2e, e2e_bleu, exact; or lm-eval:NAME,... "
             "Default: as the data set asks for, or number."
         ),
     ] = None,

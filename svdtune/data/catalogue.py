@@ -8,7 +8,7 @@ their publishers have them (`LLM-Adapters/dataset/SVAMP/test.json`) or under a s
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +154,27 @@ def _human_eval(rows: Rows, _: str) -> Rows:
 
 
 _LORA_E2E = "LoRA/examples/NLG/data/e2e/"
+_E2E = DataSet(
+    "e2e",
+    {
+        "train": (f"{_LORA_E2E}train.txt", "e2e/lora_train.txt", "e2e-dataset/trainset.csv", "e2e/trainset.csv"),
+        "valid": (f"{_LORA_E2E}valid.txt", "e2e/lora_valid.txt", "e2e-dataset/devset.csv", "e2e/devset.csv"),
+        "test": (
+            f"{_LORA_E2E}test.txt",
+            "e2e/lora_test.txt",
+            "e2e-dataset/testset_w_refs.csv",
+            "e2e/testset_w_refs.csv",
+        ),
+    },
+    "git clone https://github.com/microsoft/LoRA",
+    prompt="context",
+    completion=" {completion}",
+    answer="references",
+    task="e2e",
+    template="lora_e2e",
+    max_new_tokens=64,
+    convert=_e2e,
+)
 _DATA_SETS = (
     DataSet(
         "sara_math",
@@ -251,27 +272,8 @@ _DATA_SETS = (
         max_new_tokens=2048,
         convert=_human_eval,
     ),
-    DataSet(
-        "e2e",
-        {
-            "train": (f"{_LORA_E2E}train.txt", "e2e/lora_train.txt", "e2e-dataset/trainset.csv", "e2e/trainset.csv"),
-            "valid": (f"{_LORA_E2E}valid.txt", "e2e/lora_valid.txt", "e2e-dataset/devset.csv", "e2e/devset.csv"),
-            "test": (
-                f"{_LORA_E2E}test.txt",
-                "e2e/lora_test.txt",
-                "e2e-dataset/testset_w_refs.csv",
-                "e2e/testset_w_refs.csv",
-            ),
-        },
-        "git clone https://github.com/microsoft/LoRA",
-        prompt="context",
-        completion=" {completion}",
-        answer="references",
-        task="e2e",
-        template="lora_e2e",
-        max_new_tokens=64,
-        convert=_e2e,
-    ),
+    _E2E,
+    replace(_E2E, name="e2e_bleu", task="e2e_bleu"),
 )
 CATALOGUE = {dataset.name: dataset for dataset in _DATA_SETS}
 

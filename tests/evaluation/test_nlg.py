@@ -15,6 +15,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation.nlg import java
 from svdtune.evaluation.nlg.e2e import e2e_metrics
 from svdtune.evaluation.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokenize_13a
+from svdtune.evaluation.tasks import get_task
 
 OUTPUTS = [
     "The Blue Spice is a coffee shop near Crowne Plaza Hotel, rated 3.5 out of 5.",
@@ -117,6 +118,16 @@ def test_the_five_metrics_of_a_few_texts():
     assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(expected, abs=1e-7)
     for metric in metrics.values():
         assert metric.interval.low <= metric.value <= metric.interval.high
+
+
+def test_two_of_the_metrics_need_no_java(monkeypatch: pytest.MonkeyPatch):
+    whole = get_task("e2e").metrics(OUTPUTS, REFERENCES)
+    monkeypatch.setenv("PATH", "")
+    without = get_task("e2e_bleu")
+    without.check(REFERENCES[0])
+    assert without.metrics(OUTPUTS, REFERENCES) == {name: whole[name] for name in ("BLEU", "NIST")}
+    with pytest.raises(SvdtuneError, match="needs a sentence or a list of sentences"):
+        without.check([])
 
 
 @pytest.mark.slow

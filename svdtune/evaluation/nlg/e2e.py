@@ -25,6 +25,21 @@ def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
     Raises:
         SvdtuneError: If the lists do not match, a meaning has no reference, or Java or pycocoevalcap is missing.
     """
+    found = bleu_and_nist(outputs, references)
+    plain = tokenize_ptb([*outputs, *(reference for refs in references for reference in refs)])
+    texts, remaining = plain[: len(outputs)], iter(plain[len(outputs) :])
+    reference_texts = [[next(remaining) for _ in refs] for refs in references]
+    rouge_l, cider = _coco(texts, reference_texts)
+    return {
+        **found,
+        "METEOR": bootstrap(meteor_counts(texts, reference_texts), meteor),
+        "ROUGE-L": bootstrap_mean(rouge_l),
+        "CIDEr": bootstrap_mean(cider),
+    }
+
+
+def bleu_and_nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
+    """The two of the five metrics that need no Java; arguments, intervals and errors as of `e2e_metrics`."""
     if not outputs or len(outputs) != len(references) or not all(references):
         raise SvdtuneError(
             f"got {len(outputs)} outputs and {len(references)} lists of references; expected as many of the one as of "
@@ -32,16 +47,9 @@ def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
         )
     words = [tokenize_13a(output) for output in outputs]
     reference_words = [[tokenize_13a(reference) for reference in refs] for refs in references]
-    plain = tokenize_ptb([*outputs, *(reference for refs in references for reference in refs)])
-    texts, remaining = plain[: len(outputs)], iter(plain[len(outputs) :])
-    reference_texts = [[next(remaining) for _ in refs] for refs in references]
-    rouge_l, cider = _coco(texts, reference_texts)
     return {
         "BLEU": bootstrap(bleu_counts(words, reference_words), bleu),
         "NIST": bootstrap(nist_counts(words, reference_words), nist),
-        "METEOR": bootstrap(meteor_counts(texts, reference_texts), meteor),
-        "ROUGE-L": bootstrap_mean(rouge_l),
-        "CIDEr": bootstrap_mean(cider),
     }
 
 

@@ -5,7 +5,7 @@ To add a family, write a file that builds its `Task`s and list them in `_TASKS` 
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.choice import CHOICE, LETTER
-from svdtune.evaluation.tasks.e2e import E2E
+from svdtune.evaluation.tasks.e2e import E2E, E2E_BLEU
 from svdtune.evaluation.tasks.exact import EXACT
 from svdtune.evaluation.tasks.gsm8k import GSM8K
 from svdtune.evaluation.tasks.humaneval import HUMANEVAL
@@ -13,7 +13,7 @@ from svdtune.evaluation.tasks.math import MATH
 from svdtune.evaluation.tasks.number import NUMBER
 from svdtune.evaluation.tasks.task import Grade, Grades, Reference, Task
 
-_TASKS = {task.name: task for task in (NUMBER, LETTER, CHOICE, GSM8K, MATH, HUMANEVAL, E2E, EXACT)}
+_TASKS = {task.name: task for task in (NUMBER, LETTER, CHOICE, GSM8K, MATH, HUMANEVAL, E2E, E2E_BLEU, EXACT)}
 
 
 def task_names() -> list[str]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.interval import Metric
-from svdtune.evaluation.nlg import e2e_metrics, require_java
+from svdtune.evaluation.nlg import bleu_and_nist, e2e_metrics, require_java
 from svdtune.evaluation.tasks.task import Reference, Task
 
 
@@ -17,6 +17,11 @@ def check_e2e(reference: Reference) -> None:
 def score_e2e(completions: Sequence[str], references: Sequence[Reference]) -> dict[str, Metric]:
     """BLEU, NIST, METEOR, ROUGE-L and CIDEr of the completions' first paragraphs."""
     return e2e_metrics([first_paragraph(text) for text in completions], [_texts(one) for one in references])
+
+
+def score_without_java(completions: Sequence[str], references: Sequence[Reference]) -> dict[str, Metric]:
+    """BLEU and NIST alone of the same texts."""
+    return bleu_and_nist([first_paragraph(text) for text in completions], [_texts(one) for one in references])
 
 
 def first_paragraph(completion: str) -> str:
@@ -40,4 +45,11 @@ E2E = Task(
     strict=None,
     metrics=score_e2e,
     check=check_e2e,
+)
+E2E_BLEU = Task(
+    "e2e_bleu",
+    "BLEU and NIST alone, as e2e computes them, where there is no Java",
+    strict=None,
+    metrics=score_without_java,
+    check=lambda reference: _texts(reference) and None,
 )
