@@ -117,7 +117,7 @@ def over_items(arm: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]
     differences = [np.asarray(arm[name], float) - baseline[name] for name in arm]
     sets = len(differences)
     value = float(np.mean([one.mean() for one in differences]))
-    p = _sign_flip([one / (len(one) * sets) for one in differences])
+    p = _sign_flip([one / len(one) for one in differences])
     n = sum(map(len, differences))
     if min(map(len, differences)) < 2 or max(map(np.ptp, differences)) <= _SAME:
         return Difference(value, None, p, n)

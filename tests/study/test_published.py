@@ -12,8 +12,9 @@ STUDIES = sorted(path.parent for path in PUBLISHED.glob("*/results.json"))
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
-def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path) -> None:
+def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text byte for byte; of figures that the same are there, since their bytes change with matplotlib's version."""
+    monkeypatch.setattr("svdtune.study.plots.save", lambda figure, path: path.touch())  # most of the time
     written = write_page(study / "results.json", tmp_path)
     again = f"make it again: python -m svdtune.study.page docs/results/{study.name}"
     assert (tmp_path / "README.md").read_bytes() == (study / "README.md").read_bytes(), again

@@ -55,6 +55,12 @@ def test_a_table_for_each_task_and_budget_with_unfitted_arms_in_each():
     assert "not fitted" not in score_table(found[2])
 
 
+@pytest.mark.parametrize(("trained", "told"), [(271_000, "271,000"), (150_000, "150,000 (0.5 of the budget)")])
+def test_a_size_far_from_the_budget_says_so(trained, told):
+    runs = [made_run(seed=s, trained_parameters=trained) for s in SEEDS]
+    assert cell(score_table(tables(read(runs))[0]), "lora", "trained") == told
+
+
 def test_failed_diverged_and_missing_seeds_are_told():
     runs = study(lora=0.4)[:2] + study(sara=0.4)
     runs[2:4] = [broken(run, "diverged", "the loss was not a number") for run in runs[2:4]]
