@@ -6,9 +6,9 @@ and checks come from PEFT on the model without weights, tensors from the same fu
 
 import copy
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from peft import get_peft_model
 from peft.utils.other import get_pattern_key
@@ -75,21 +75,19 @@ def initialise_adapter(
     layers, config = _settle(checkpoint, config)
     ranks: dict[str, int] = {}
     counts = {"trained": 0, "frozen": 0}
+    disable = None if progress is None else not progress
     with new_folder(output) as work:
-        names = [f"{_ROOT}{layer}.{part}{PROBE}" for layer in layers for part in _parts(layers[layer])]
+        names = [f"{_ROOT}{name}.{part}{PROBE}" for name, layer in layers.items() for part in _parts(layer)]
         with TensorStream(work / ADAPTER_WEIGHTS, names, {"format": "pt"}) as file:
-            for name, layer, weight in _weights(checkpoint, config, layers, device, progress):
-                factors, rank = _decompose(name, weight, config, ranks_given=config.ranks)
-                ranks[name] = rank
-                config.base_fingerprint[name] = weight_fingerprint(weight)
-                for part, tensor in layer.new_tensors(rank, config, factors).items():
-                    if tensor is None:
-                        continue
+            for name, layer in tqdm(layers.items(), desc="svdtune init", unit="layer", delay=1.0, disable=disable):
+                started = _start(checkpoint, config, name, layer, device)
+                ranks[name], config.base_fingerprint[name] = started.rank, started.fingerprint
+                for part, tensor in started.tensors.items():
                     frozen = part in layer.frozen
                     counts["frozen" if frozen else "trained"] += tensor.numel()
                     compact = frozen and config.compact
-                    key = f"{_ROOT}{name}.{part}{PROBE if compact else ''}"
-                    file.write(key, probe(tensor) if compact else tensor)
+                    file.write(f"{_ROOT}{name}.{part}{PROBE if compact else ''}", probe(tensor) if compact else tensor)
+                del started, tensor  # before the next weight is read
         config.ranks = {name: ranks[name] for name in sorted(ranks)}
         config.base_fingerprint = {name: config.base_fingerprint[name] for name in sorted(ranks)}
         config.save_pretrained(str(work), auto_mapping_dict=_auto_mapping(checkpoint, config))
@@ -142,21 +140,26 @@ def _on_meta(checkpoint: Checkpoint, config: SvdConfig) -> tuple[dict[str, SvdLa
     return layers, model.peft_config["default"]
 
 
-def _weights(
-    checkpoint: Checkpoint, config: SvdConfig, layers: dict[str, SvdLayer], device: str, progress: bool | None
-) -> Iterator[tuple[str, SvdLayer, Tensor]]:
-    """Read the weight [out, in] of one layer after the other."""
-    disable = None if progress is None else not progress
-    for name, layer in tqdm(layers.items(), desc="svdtune init", unit="layer", delay=1.0, disable=disable):
-        weight = checkpoint.weight(config.module_of(name))
-        if name in config.slices:
-            weight = Rows(*config.slices[name]).matrix(weight)
-        yield name, layer, weight.to(device)
+class _Started(NamedTuple):
+    rank: int
+    fingerprint: str
+    tensors: dict[str, Tensor]
 
 
-def _decompose(name: str, weight: Tensor, config: SvdConfig, ranks_given: dict[str, int]) -> tuple[Factors | None, int]:
+def _start(checkpoint: Checkpoint, config: SvdConfig, name: str, layer: SvdLayer, device: str) -> _Started:
+    """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone afterwards."""
+    weight = checkpoint.weight(config.module_of(name))
+    if name in config.slices:
+        weight = Rows(*config.slices[name]).matrix(weight)
+    weight = weight.to(device)
+    factors, rank = _decompose(name, weight, config)
+    tensors = layer.new_tensors(rank, config, factors)
+    return _Started(rank, weight_fingerprint(weight), {part: t for part, t in tensors.items() if t is not None})
+
+
+def _decompose(name: str, weight: Tensor, config: SvdConfig) -> tuple[Factors | None, int]:
     """What an adapter's layer starts from, and its rank, by the ways that `get_peft_model` takes."""
-    rank = ranks_given.get(name)
+    rank = config.ranks.get(name)  # of those that are given
     if rank is None and config.needs_factors and not config.compact:
         factors = dict(spectra.ranked_factors({name: weight}, config.threshold, progress=False))[name]
         return factors, len(factors.s)
