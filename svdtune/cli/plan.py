@@ -35,6 +35,7 @@ def plan(
         list[str] | None, typer.Option(help="Slices of fused projections: auto, or such as c_attn=q,v.")
     ] = None,
     num_heads: Annotated[int, typer.Option(help="Mo-SARA's heads.")] = 5,
+    gate: Annotated[str, typer.Option(help="Mo-SARA's gate: softmax, top1 or none.")] = "softmax",
     batch_size: Annotated[
         int, typer.Option("--batch-size", "--batch", help="Sequences a device computes at once.")
     ] = 1,
@@ -101,6 +102,7 @@ def plan(
         exclude_modules=names(exclude_modules),
         fused_slices=_slices(fused_slices),
         num_heads=num_heads,
+        gate=gate,
         device=device,
     )
     console = Console()

@@ -6,6 +6,7 @@ from functools import partial
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.mosara import math as mosara
+from svdtune.methods.mosara.gates import GATES
 from svdtune.methods.sara import math as sara
 from svdtune.methods.sorsa import math as sorsa
 
@@ -36,8 +37,10 @@ def method(name: str, *, num_heads: int = 5, gate: str = "softmax") -> Method:
         gate: Mo-SARA's gate; without one there is no router to train.
 
     Raises:
-        SvdtuneError: an unknown name.
+        SvdtuneError: an unknown name, or gate.
     """
+    if gate not in GATES:
+        raise SvdtuneError(f"unknown gate {gate!r}; expected one of {', '.join(GATES)}")
     none: Count = lambda *_: 0  # noqa: E731
     factors: Count = lambda r, i, o: r * (i + o)  # noqa: E731
     known = {

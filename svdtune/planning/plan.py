@@ -36,7 +36,7 @@ class Plan:
     Attributes:
         model: what was planned for.
         method: the method's costs.
-        options: settings of the method that the costs depend on (`num_heads`).
+        options: settings of the method that the costs depend on (`num_heads`, `gate`).
         threshold: θ that gave the ranks; None where one rank was given.
         layers: the adapted modules in the model's order.
         target_modules, exclude_modules: as a configuration should state them.
@@ -47,7 +47,7 @@ class Plan:
 
     model: str
     method: Method
-    options: dict[str, int]
+    options: dict[str, Any]
     threshold: float | None
     layers: tuple[Layer, ...]
     target_modules: list[str] | str
@@ -133,6 +133,7 @@ def make_plan(
     exclude_modules: Sequence[str] | str | None = None,
     fused_slices: Mapping[str, Sequence[str]] | str | None = None,
     num_heads: int = 5,
+    gate: str = "softmax",
     device: str = "cpu",
     progress: bool | None = None,
 ) -> Plan:
@@ -148,6 +149,7 @@ def make_plan(
         target_modules, exclude_modules: as in LoRA.
         fused_slices: as in the methods' configurations: slices of fused projections, each with a rank of its own.
         num_heads: Mo-SARA's heads.
+        gate: Mo-SARA's gate: softmax, top1 or none.
         device: where weights are decomposed.
         progress: show a bar; by default where stderr is a terminal.
 
@@ -162,7 +164,7 @@ def make_plan(
         )
     if r is None and not checkpoint.readers:
         raise SvdtuneError(f"{checkpoint.name} is a shape without weights, and {chosen[0]} takes them; give r instead")
-    costs = find_method(method, num_heads=num_heads)
+    costs = find_method(method, num_heads=num_heads, gate=gate)
     modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
     targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)
     names = list(targets)
@@ -173,7 +175,9 @@ def make_plan(
         layers = tuple(
             Layer(name, i, o, ranks[name], costs.trained(ranks[name], i, o)) for name, (i, o) in shapes.items()
         )
-        options = {"num_heads": num_heads} if costs.name == "mosara" else {}
+        options: dict[str, Any] = {"num_heads": num_heads} if costs.name == "mosara" else {}
+        if options and gate != "softmax":
+            options["gate"] = gate
         exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
         sliced = {name: target.module for name, target in targets.items() if target.rows is not None}
         settings = (stated, exclude or None, base, fused_slices, sliced)

@@ -56,6 +56,7 @@ def test_plan_writes_what_train_and_a_stock_lora_take(folder, tmp_path):
             2 * 2 * 65,
         ),
         (["--method", "mosara", "--r", "3", "--num-heads", "4"], 4 * (4 * 3 + 32 + 3 + 4)),
+        (["--method", "mosara", "--r", "3", "--num-heads", "4", "--gate", "none"], 4 * (4 * 3 + 32)),
     ],
 )
 def test_counts_of_every_method(folder, options, trained):
