@@ -4,9 +4,11 @@ In a run of one process everything here does nothing and costs nothing. Messages
 over the host or the GPU as its backend asks.
 """
 
+import datetime
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ import torch.distributed as dist
 from svdtune.errors import SvdtuneError
 
 Result = TypeVar("Result")
+# What gloo says of a connection that is gone, in a plain RuntimeError.
+_LOST = "gloo|Connection (closed|reset|refused)|Timed out waiting|Broken pipe"
 
 
 def count() -> int:
@@ -118,6 +122,76 @@ def agree(facts: Mapping[str, Any], advice: str) -> None:
                 f"the {count()} processes disagree on {what}: {named} from the {'others' if count() > 2 else 'first'}. "
                 f"{advice}"
             )
+
+
+class Question:
+    """A yes or no that was asked of all processes without waiting for them."""
+
+    def __init__(self, own: bool):
+        self._votes = torch.tensor([int(own)])
+        self._work = dist.all_reduce(self._votes, dist.ReduceOp.MAX, _host_group(), async_op=True)
+
+    def answer(self) -> bool:
+        """Whether any process said yes; waits until all have been asked."""
+        self._work.wait()
+        return bool(self._votes)
+
+
+def ask_any(own: bool) -> Question:
+    """Ask all processes, who must all ask too, whether any of them says yes."""
+    return Question(own)
+
+
+_host_groups: dict[Any, Any] = {}
+
+
+def _host_group() -> Any:
+    """A group that talks over the host's network, so that no GPU is waited for."""
+    world = dist.group.WORLD
+    if world not in _host_groups:
+        _host_groups.clear()
+        _host_groups[world] = dist.new_group(backend="gloo")
+    return _host_groups[world]
+
+
+def start(on_cpu: bool, timeout: datetime.timedelta) -> bool:
+    """Join the processes that torchrun or Accelerate started; whether that was still to be done.
+
+    Both the host and the GPUs get a backend: control messages and parameters that are offloaded travel over the host.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return False
+    backend = "gloo"
+    if not on_cpu:
+        kind = torch.accelerator.current_accelerator().type
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+    dist.init_process_group(backend, timeout=timeout)
+    return True
+
+
+def stop() -> None:
+    """Leave the other processes."""
+    _host_groups.clear()
+    dist.destroy_process_group()
+
+
+@contextmanager
+def explain_loss(advice: str) -> Iterator[None]:
+    """Turn what torch.distributed says of a process that ended, or does not answer, into one sentence.
+
+    Raises:
+        SvdtuneError: with `advice` as the end of the message.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not (isinstance(error, dist.DistError) or re.search(_LOST, str(error))):
+            raise
+        raise everywhere(
+            f"another of the {count()} processes ended or did not answer in time; what is said of it above or below tells why. "
+            f"{advice}"
+        ) from error
 
 
 def _digest(value: Any) -> str:

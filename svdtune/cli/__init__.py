@@ -10,6 +10,7 @@ a fault of svdtune and keeps its traceback.
 """
 
 import importlib
+import os
 import pkgutil
 import warnings
 from typing import Any
@@ -66,10 +67,12 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except SvdtuneError as error:
-            typer.echo(f"svdtune: {error}", err=True)
+            if not (error.everywhere and _another_tells()):
+                typer.echo(f"svdtune: {error}", err=True)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
-            typer.echo(f"svdtune: {str(interrupt) or 'interrupted'}", err=True)
+            if not _another_tells():
+                typer.echo(f"svdtune: {str(interrupt) or 'interrupted'}", err=True)
             raise typer.Exit(130) from interrupt
         except Exception as error:
             if (sentence := last_resort(error)) is None:
@@ -79,6 +82,11 @@ class _Verbs(TyperGroup):
 
 
 app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _another_tells() -> bool:
+    """Whether this is not the first of several processes."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _version(asked: bool) -> None:

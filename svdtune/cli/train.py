@@ -30,10 +30,10 @@ def train(
 
     svdtune train recipes/small.yaml --resume
     """
+    from svdtune import processes
     from svdtune.training import Interrupted, load_recipe
     from svdtune.training import train as run
     from svdtune.training.checkpoints import latest_checkpoint
-    from svdtune.training.run import is_main_process
 
     loaded = load_recipe(recipe, ctx.args)
     again = shlex.join(["svdtune", "train", str(recipe), *ctx.args])
@@ -45,6 +45,6 @@ def train(
         kept, _ = latest_checkpoint(Path(loaded.output.dir))
         how = f"go on from {kept.name} with: {again} --resume" if kept else f"start anew with: {again}"
         raise KeyboardInterrupt(f"interrupted; {how}") from None
-    if is_main_process():
+    if processes.is_main():
         summary = result.summary
         typer.echo(f"trained {summary['steps']} steps in {summary['train_seconds']:.0f} s; saved {result.adapter}")

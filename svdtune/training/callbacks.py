@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from svdtune import processes
 from svdtune.system import replace_text
 
 # What a line of the log holds, where known; everything else in Trainer's logs is derived from these.
@@ -105,12 +106,15 @@ class ShowProgress(TrainerCallback):
 class StopOnInterrupt(TrainerCallback):
     """The first Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once.
 
-    SIGTERM, which schedulers send some time before they kill, counts as Ctrl-C.
+    SIGTERM, which schedulers send some time before they kill, counts as Ctrl-C. Of several processes, which hear of it at
+    different moments, all stop after the same step: each tells the others at the end of every step, and reads what it was told
+    at the end of the next, so that nobody waits.
     """
 
     def __init__(self) -> None:
         self.stopped = False
         self._previous: dict[int, Any] = {}
+        self._asked: processes.Question | None = None
 
     def __enter__(self) -> "StopOnInterrupt":
         if threading.current_thread() is threading.main_thread():
@@ -132,5 +136,15 @@ class StopOnInterrupt(TrainerCallback):
             signal.signal(*self._previous.popitem())
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.stopped:
+        stop = self.stopped
+        if processes.count() > 1:
+            asked, self._asked = self._asked, processes.ask_any(self.stopped)
+            stop = asked is not None and asked.answer()
+            self.stopped |= stop
+        if stop:
             control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._asked is not None:
+            self._asked.answer()
+            self._asked = None

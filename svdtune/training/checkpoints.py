@@ -16,6 +16,7 @@ from pathlib import Path
 from svdtune.system import replace_text
 
 SEAL = "sealed.json"
+PROCESSES = "processes.json"
 # Trainer's pickle of its arguments, which nothing reads: the recipe says the same.
 _UNUSED = "training_args.bin"
 
@@ -23,6 +24,17 @@ _UNUSED = "training_args.bin"
 def checkpoint_folder(run: Path, step: int) -> Path:
     """Where the checkpoint of a step lies; the name is Trainer's."""
     return run / f"checkpoint-{step}"
+
+
+def write_processes(checkpoint: Path, count: int) -> None:
+    """Note how many processes wrote a checkpoint."""
+    replace_text(checkpoint / PROCESSES, json.dumps({"processes": count}) + "\n")
+
+
+def processes_of(checkpoint: Path) -> int:
+    """How many processes wrote a checkpoint; 1 where that was not noted yet."""
+    path = checkpoint / PROCESSES
+    return int(json.loads(path.read_text(encoding="utf-8"))["processes"]) if path.is_file() else 1
 
 
 def step_of(checkpoint: Path) -> int:

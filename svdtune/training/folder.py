@@ -16,9 +16,10 @@ from typing import Any
 
 from rich.console import Console
 
+from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.system import replace_text
-from svdtune.training.checkpoints import keep_up_to, latest_checkpoint, step_of
+from svdtune.training.checkpoints import keep_up_to, latest_checkpoint, processes_of, step_of
 from svdtune.training.extending import read_text, read_yaml
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
@@ -26,6 +27,8 @@ RECIPE, LOG, SUMMARY, REPORT = "recipe.yaml", "train_log.jsonl", "training.json"
 ADAPTER, FULL_MODEL, ANALYSIS = "adapter", "model", "analysis"
 # Settings that do not change what is computed, and may differ when a run goes on.
 _FREE = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "eval_steps"}
+# Settings whose product with the number of processes must stay.
+_BATCH = {"batch_size", "gradient_accumulation"}
 
 
 def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
@@ -50,6 +53,7 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
             anew = "with --overwrite instead of --resume" if (folder / RECIPE).is_file() else "without --resume"
             raise SvdtuneError(f"there is no checkpoint in {folder} to resume from{why}; start {anew}")
         _check_same(folder, recipe)
+        _check_same_batch(read_run(folder), recipe, processes_of(checkpoint))
         return checkpoint
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RECIPE).is_file():
@@ -103,7 +107,7 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
         f"{path} was {before.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(before | now)
         if before.get(path) != now.get(path)
-        and path.rpartition(".")[2] not in _FREE
+        and path.rpartition(".")[2] not in _FREE | _BATCH
         and path != "output.dir"
         and not path.startswith("analysis")
     ]
@@ -111,6 +115,26 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
         raise SvdtuneError(
             f"the run {folder} was started with another recipe ({'; '.join(changed)}); resume with the same settings"
         )
+
+
+def _check_same_batch(before: Recipe, now: Recipe, wrote: int) -> None:
+    """Other processes may go on, each with other rows, if together they take the rows that a step had."""
+    was, would = _rows_a_step(before, wrote), _rows_a_step(now, processes.count())
+    if was != would:
+        raise SvdtuneError(
+            f"the run {now.output.dir} took {was} rows a step ({_batch(before, wrote)}), and would take {would} "
+            f"({_batch(now, processes.count())}); set training.batch_size and "
+            f"training.gradient_accumulation so that it is {was}"
+        )
+
+
+def _rows_a_step(recipe: Recipe, count: int) -> int:
+    return recipe.training.batch_size * recipe.training.gradient_accumulation * count
+
+
+def _batch(recipe: Recipe, count: int) -> str:
+    t = recipe.training
+    return f"{t.batch_size} a batch × {t.gradient_accumulation} accumulated × {count} processes"
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

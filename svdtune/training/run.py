@@ -3,7 +3,7 @@
 Everything that can be refused is refused before the first step: the recipe, the folder, the end token, the data.
 """
 
-import os
+import datetime
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,9 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
+from transformers.utils.logging import disable_progress_bar
 
+from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator, Example, encode_all, read_rows, to_examples
 from svdtune.data.examples import fields_of
@@ -26,7 +28,7 @@ from svdtune.training.advice import launch_bound
 from svdtune.training.allocating import AllocateRanks
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.card import training_section
-from svdtune.training.checkpoints import latest_checkpoint
+from svdtune.training.filling import FilledRows
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
 from svdtune.training.leaks import check_leaks
 from svdtune.training.memory import explain_out_of_memory
@@ -34,10 +36,14 @@ from svdtune.training.method import FULL, adapt, adapted_modules, with_steps
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
 from svdtune.training.recipe import Recipe, Source
 from svdtune.training.sampling import SampleMovement
+from svdtune.training.sharded import is_spread, saved_state
 from svdtune.training.trainer import RunTrainer, total_steps, training_arguments
 from svdtune.training.watching import WatchNumbers
 
 Rows = list[dict[str, list[int]]]
+_GO_ON = "Start the run again with --resume: it goes on from its latest checkpoint"
+# How long a process waits for another, which may be decomposing weights or writing a checkpoint.
+_PATIENCE = datetime.timedelta(minutes=30)
 _WRITING = "free or name another place (output.dir); what has a checkpoint goes on with --resume"
 
 
@@ -75,26 +81,56 @@ def train(
         SvdtuneError: for everything a user can set right.
         Interrupted: if stopped by Ctrl-C, after writing a checkpoint.
     """
-    main = is_main_process()
+    main = processes.is_main()
     console = console or Console(stderr=True, quiet=not main)
-    folder = Path(recipe.output.dir)
-    if main:
-        checkpoint = check_run(recipe, resume=resume, overwrite=overwrite)
-    else:
-        checkpoint = latest_checkpoint(folder)[0] if resume else None
-    with explain_out_of_memory(recipe):
-        return _train(recipe, checkpoint, console)
+    if not main:
+        disable_progress_bar()
+    joined = processes.start(not torch.accelerator.is_available(), _PATIENCE)
+    with explain_out_of_memory(recipe), processes.explain_loss(_GO_ON):
+        checkpoint = processes.from_main(
+            processes.jointly(lambda: check_run(recipe, resume=resume, overwrite=overwrite) if main else None)
+        )
+        result = _train(recipe, checkpoint, console)
+    if joined:
+        processes.stop()
+    return result
 
 
-def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResult:
-    main, folder = is_main_process(), Path(recipe.output.dir)
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its model is adapted."""
+
+    loaded: LoadedModel
+    train_rows: Rows
+    eval_rows: Rows | None
+    args: TrainingArguments
+
+
+def _prepare(recipe: Recipe, console: Console) -> Prepared:
     train_examples = _read(recipe, recipe.data.train)
     eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
     check_leaks(recipe, train_examples, eval_examples or [], console)
     loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
     train_rows = _encode(recipe, train_examples, loaded, console)
     eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
-    args = training_arguments(recipe, len(train_rows))
+    return Prepared(loaded, train_rows, eval_rows, training_arguments(recipe, len(train_rows)))
+
+
+def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
+    parameters = prepared.loaded.model.named_parameters()
+    facts = {
+        "the recipe": recipe.model_dump(mode="json"),
+        "the training data": [prepared.train_rows[0], [len(row["input_ids"]) for row in prepared.train_rows]],
+        "the base model": {name: [*p.shape, str(p.dtype)] for name, p in parameters},
+    }
+    processes.agree(facts, "Start every process with the same command, on the same files")
+
+
+def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResult:
+    main, folder = processes.is_main(), Path(recipe.output.dir)
+    prepared = processes.jointly(lambda: _prepare(recipe, console))
+    _check_agreement(recipe, prepared)
+    loaded, train_rows = prepared.loaded, prepared.train_rows
     set_seed(recipe.training.seed)
     started = time.monotonic()
     name, options = recipe.method.name, recipe.method.options
@@ -113,13 +149,14 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
     with explain_write_errors(folder, _WRITING):
         if main:
             start_run(recipe) if checkpoint is None else take_up(checkpoint, console)
-        trainer, outcome = _fit(model, args, checkpoint, train_rows, eval_rows, loaded, watching, console, recipe)
+        trainer, outcome = _fit(model, checkpoint, prepared, watching, console, recipe)
     model.config.use_cache = True
     trained, total = parameter_counts(model)
     summary = {
         "svdtune": __version__,
         "method": recipe.method.name,
         "model": recipe.model.name,
+        "processes": processes.count(),
         "steps": trainer.state.global_step,
         "loss": _loss(trainer, outcome),
         "rows": len(train_rows),
@@ -131,19 +168,18 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
         "resumed_from": checkpoint.name if checkpoint else None,
     }
     result = folder / (FULL_MODEL if recipe.method.name == FULL else ADAPTER)
+    state = saved_state(model) if is_spread(model) else None
     if main:
         with explain_write_errors(folder, _WRITING):
-            _save(model, loaded, result, recipe, summary)
+            _save(model, state, loaded, result, recipe, summary)
+    processes.jointly(lambda: None)  # no process ends before the result is there
     return RunResult(folder, result, summary)
 
 
 def _fit(
     model: Any,
-    args: TrainingArguments,
     checkpoint: Path | None,
-    train_rows: Rows,
-    eval_rows: Rows | None,
-    loaded: LoadedModel,
+    prepared: Prepared,
     watching: list[TrainerCallback],
     console: Console,
     recipe: Recipe,
@@ -156,20 +192,22 @@ def _fit(
             regularizer=SorsaRegularizer(),
             keep_checkpoints=recipe.training.keep_checkpoints,
             model=model,
-            args=args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
-            data_collator=Collator(loaded.tokenizer.pad_token_id),
+            args=prepared.args,
+            train_dataset=FilledRows(prepared.train_rows) if processes.count() > 1 else prepared.train_rows,
+            eval_dataset=prepared.eval_rows,
+            data_collator=Collator(prepared.loaded.tokenizer.pad_token_id),
             callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, progress, stop],
         )
         trainer.remove_callback(PrinterCallback)
+        if checkpoint is not None:
+            trainer.load_before_sharding(str(checkpoint))
         try:
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
-    if eval_rows is not None:
+    if prepared.eval_rows is not None:
         trainer.evaluate()
     return trainer, outcome
 
@@ -181,19 +219,16 @@ def _loss(trainer: RunTrainer, outcome: TrainOutput) -> float:
     return outcome.training_loss if taken or not logged else sum(logged) / len(logged)
 
 
-def _save(model: Any, loaded: LoadedModel, result: Path, recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Write the result, and last the summary that says it is there."""
-    model.save_pretrained(result)
+def _save(
+    model: Any, state: dict[str, Any] | None, loaded: LoadedModel, result: Path, recipe: Recipe, summary: dict[str, Any]
+) -> None:
+    """Write the result, and last the summary that says it is there. `state` holds the tensors of a model that is spread."""
+    model.save_pretrained(result, **({} if state is None else {"state_dict": state}))
     loaded.tokenizer.save_pretrained(result)
     summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
     if recipe.method.name != FULL:
         add_section(result, "Training", training_section(recipe, summary))
     write_summary(result.parent, summary)
-
-
-def is_main_process() -> bool:
-    """Whether this process, of those that torchrun started, looks after the run folder and prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _read(recipe: Recipe, source: Source) -> list[Example]:

@@ -9,21 +9,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_tf32_available
 
+from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.training.allocating import all_ranks, load_state, save_state
-from svdtune.training.checkpoints import checkpoint_folder, discard, keep_newest, seal
+from svdtune.training.checkpoints import checkpoint_folder, discard, keep_newest, seal, write_processes
+from svdtune.training.filling import fill_up
 from svdtune.training.recipe import Recipe
+from svdtune.training.sharded import saved_state, spread_optimizer_state, whole_optimizer_state
 
+OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # Trainer's names
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 class RunTrainer(Trainer):
     """Trainer that counts tokens without waiting for the device, logs L_reg to every tracker, and seals its checkpoints.
+
+    Under FSDP2 its checkpoints are those of one process, and factors keep their own dtype: rounded to bf16 before a layer
+    forms differences of them, as FSDP's mixed precision would, they lose what was trained. Autocast rounds afterwards.
 
     Args:
         regularizer: SORSA's, applied by itself at the optimizer step; here only read.
@@ -39,6 +48,16 @@ class RunTrainer(Trainer):
         self.add_callback(regularizer)
         self._tokens: Tensor | int = 0
         self._logged_tokens, self._logged_at = 0, time.monotonic()
+        self.is_fsdp2 = self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+        if self.is_fsdp2:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        # Label smoothing takes the mean over a batch's labels, of which there must be some.
+        if self.args.label_smoothing_factor == 0:
+            fill_up(loader)
+        return loader
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._tokens = self._tokens + inputs["attention_mask"].sum()
@@ -65,16 +84,49 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
             save_state(self.model, checkpoint)
+            write_processes(checkpoint, self.args.world_size)
             seal(checkpoint)
             keep_newest(run, self.keep_checkpoints)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp2 and not self.is_deepspeed_enabled:
+            return super().save_model(output_dir, _internal_call)
+        state = saved_state(self.accelerator.unwrap_model(self.model))
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp2:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = whole_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp2 or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        # Read as what they are and nothing more; map_location keeps the whole off the GPU.
+        state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(spread_optimizer_state(self.optimizer, state))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def load_before_sharding(self, checkpoint: str) -> None:
+        """Give the model, whole as yet, a checkpoint's values; Trainer itself looks for them in FSDP's own files later."""
+        if self.is_fsdp2:
+            self.is_fsdp_enabled = False
+            self._load_from_checkpoint(checkpoint)
+            self.is_fsdp_enabled = True
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp2 and self.is_fsdp_enabled:
+            return  # see `load_before_sharding`
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_state(self.model, Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            now, tokens = time.monotonic(), int(self._tokens)
+            now, tokens = time.monotonic(), sum(processes.gather(int(self._tokens)))
             logs["tokens_per_second"] = round((tokens - self._logged_tokens) / max(now - self._logged_at, 1e-9), 1)
             self._logged_tokens, self._logged_at = tokens, now
             if self.regularizer.hook is not None and self.regularizer.hook.last is not None:
