@@ -1,8 +1,8 @@
 """`python -m torture`: stop, fill and alter for some minutes; say what was tried and what held. Exit code 1 if something
 did not hold.
 
---kills 100 --disks 40 --flips 2600 --minutes 12 --seed 0 are the defaults; the seed makes the choices, the machine's pace
-makes the moments of the kills.
+--kills 100 --stops 100 --disks 40 --flips 3200 --minutes 15 --seed 0 are the defaults; the seed makes the choices, the
+machine's pace the moments of the kills.
 """
 
 import argparse
@@ -18,16 +18,17 @@ from pathlib import Path
 
 import torch
 
-from torture.disks import fill
+from torture.disks import fill, read_only
 from torture.flips import flip
 from torture.kills import stop_at_random
+from torture.verbs import stop_verbs
 from torture.world import call, make_model, write_recipe
 
 
 def main() -> int:
     """Do all of it and print what held."""
     parser = argparse.ArgumentParser(prog="python -m torture")
-    for name, default in {"kills": 100, "disks": 40, "flips": 2600, "minutes": 12, "seed": 0}.items():
+    for name, default in {"kills": 100, "stops": 100, "disks": 40, "flips": 3200, "minutes": 15, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -46,7 +47,7 @@ def main() -> int:
             print(done.printed)
             return 1
 
-        flips = flip(work / "flips", run, recipe, asked.flips, chance, deadline)
+        flips = flip(work / "flips", model, run, recipe, asked.flips, chance, deadline)
         print(f"altered files: {flips.count:,}")
         for target, counts in flips.outcomes.items():
             print(f"  {target:38} {', '.join(f'{n} {outcome}' for outcome, n in counts.most_common())}")
@@ -58,9 +59,20 @@ def main() -> int:
         )
         wrong += disks.wrong
 
+        closed = read_only(work, model, run)
+        print(f"read-only: {closed.tried} commands ({closed.how}), {closed.refused} refused in one sentence")
+        wrong += closed.wrong
+
+        stops = stop_verbs(work, model, run, asked.stops, chance, deadline)
+        print(
+            f"stops of other verbs: {stops.count}, {stops.interrupts} of them Ctrl-C: "
+            f"{', '.join(f'{name} {n} ({stops.midway[name]} with something written)' for name, n in stops.stopped.items())}"
+        )
+        wrong += stops.wrong
+
         kills = stop_at_random(work, model, asked.kills, chance, deadline)
         print(
-            f"stops: {kills.kills} kills and {kills.interrupts} Ctrl-C in {kills.runs} runs, {kills.resumes} resumed; "
+            f"stops of train: {kills.kills} kills and {kills.interrupts} Ctrl-C in {kills.runs} runs, {kills.resumes} resumed; "
             f"latest checkpoint at the stop: {_spread(kills.after_steps)}"
         )
         wrong += kills.wrong
@@ -69,7 +81,8 @@ def main() -> int:
         for what, got, want in (
             ("altered files", flips.count, asked.flips),
             ("small disks", disks.tried, asked.disks),
-            ("stops", kills.kills + kills.interrupts, asked.kills),
+            ("stops of other verbs", stops.count, asked.stops),
+            ("stops of train", kills.kills + kills.interrupts, asked.kills),
         )
         if got < want
     ]

@@ -95,6 +95,44 @@ def _train(work: Path, model: Path, disk: Path, whole: Path, small: Callable, fo
         found.wrong.append(f"train went on to another result: {done.code}: {done.printed[-400:]}")
 
 
+def read_only(work: Path, model: Path, run: Path) -> Disks:
+    """Run every writing verb where nothing may be written: one sentence; and with a cache there, which only is not kept."""
+    mounted = _can_mount(work)
+    found = Disks("a tmpfs mounted read-only" if mounted else "a folder without the right to write")
+    with (_mount if mounted else _plain)(work / "disk", 1 << 20) as disk:
+        verbs: list[list[str | Path]] = [
+            ["train", write_recipe(work / "disk.yaml", model, disk / "run")],
+            ["evaluate", run, "--data", "arithmetic", "--limit", "1", "--output", disk / "answers"],
+            ["merge", run, "--output", disk / "merged"],
+            ["export", run, "--output", disk / "lora"],
+            ["combine", run, run, "--output", disk / "combined"],
+            ["plan", model, "--json", disk / "plan.json"],
+            ["plan", model, "--chart", disk / "plan.svg"],
+            ["report", run, "--output", disk / "report.html"],
+        ]
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True) if mounted else disk.chmod(0o555)
+        for words in verbs:
+            done = call(words, work / "printed")
+            found.tried += 1
+            found.refused += is_one_sentence(done)
+            if not is_one_sentence(done):
+                found.wrong.append(f"{words[0]} on a read-only disk: {done.code}: {done.printed[-400:]}")
+        before, os.environ["SVDTUNE_CACHE"] = os.environ["SVDTUNE_CACHE"], str(disk / "cache")
+        done = call(["plan", model], work / "printed")
+        os.environ["SVDTUNE_CACHE"] = before
+        found.tried += 1
+        if done.code:
+            found.wrong.append(f"plan with a read-only cache: {done.code}: {done.printed[-400:]}")
+    return found
+
+
+@contextmanager
+def _plain(place: Path, _: int):
+    place.mkdir(exist_ok=True)
+    yield place
+    place.chmod(0o755)
+
+
 @contextmanager
 def _mount(place: Path, size: int):
     place.mkdir(exist_ok=True)

@@ -14,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from svdtune import SorsaConfig
 from svdtune.data.check import check_file
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.predictions import Prediction, PredictionStore
+from svdtune.export import find_source, open_source
 from svdtune.methods.saved import read_adapter, read_config
+from svdtune.models import load
 from svdtune.spectra import store
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.recipe import load_recipe
@@ -46,17 +51,23 @@ class Target:
         read: reads it and returns a value to compare; None for "counts as absent".
         edited: whether another value is a user's right, as in texts that people write.
         before: called before each reading.
+        same: what to call it where the value is the same.
+        span: how many bytes from the start may be altered; None for all.
     """
 
     file: Path
     read: Callable[[], Any]
     edited: bool = False
     before: Callable[[], object] = lambda: None
+    same: str = "same value"
+    span: int | None = None
 
 
-def flip(work: Path, run: Path, recipe: Path, wanted: int, chance: random.Random, deadline: float) -> Flips:
+def flip(
+    work: Path, model: Path, run: Path, recipe: Path, wanted: int, chance: random.Random, deadline: float
+) -> Flips:
     """Alter files `wanted` times in all, or until the deadline."""
-    targets = _targets(work, run, recipe)
+    targets = _targets(work, run, recipe) | _base_targets(work, model)
     share = -(-wanted // len(targets))
     found = Flips()
     for name, target in targets.items():
@@ -67,7 +78,7 @@ def flip(work: Path, run: Path, recipe: Path, wanted: int, chance: random.Random
         for _ in range(share):
             if time.monotonic() > deadline:
                 break
-            altered = alter(whole, chance)
+            altered = alter(whole[: target.span], chance) + whole[len(whole[: target.span]) :]
             target.file.write_bytes(altered)
             target.before()
             outcome = _read(name, target, expected, found)
@@ -102,7 +113,7 @@ def _read(name: str, target: Target, expected: Any, found: Flips) -> str:
     if value is None:
         return "counted as absent"
     if value == expected:
-        return "same value"
+        return target.same
     if target.edited:
         return "read as an edit"
     found.wrong.append(f"{name}: altered, and read as if nothing were wrong")
@@ -162,4 +173,29 @@ def _targets(work: Path, run: Path, recipe: Path) -> dict[str, Target]:
         "data.jsonl": Target(data, lambda: check_file(data), edited=True),
         "data.csv": Target(table, lambda: check_file(table), edited=True),
         "recipe.yaml": Target(copied, lambda: load_recipe(copied), edited=True),
+    }
+
+
+def _base_targets(work: Path, model: Path) -> dict[str, Target]:
+    """The base model under an adapter on all of its linear layers but the head, opened as `generate` opens it.
+
+    What must not change is what the adapter's fingerprints cover: the adapted layers' weights, at bf16's resolution.
+    """
+    base, adapter = work / "base", work / "on_base"
+    shutil.copytree(model, base)
+    adapted = get_peft_model(load(base).model, SorsaConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    adapted.save_pretrained(adapter)
+
+    def weights() -> list:
+        opened = open_source(find_source(base, adapter)).model
+        layers = (module for module in opened.modules() if isinstance(module, BaseTunerLayer))
+        return [layer.get_base_layer().weight.detach().bfloat16().tolist() for layer in layers]
+
+    file = base / "model.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+    elsewhere = "in no adapted layer, or below bf16"
+    return {
+        "base model.safetensors": Target(file, weights, same=elsewhere),
+        "base model.safetensors, its header": Target(file, weights, same=elsewhere, span=header),
+        "base config.json": Target(base / "config.json", weights, edited=True),
     }

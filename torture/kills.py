@@ -9,7 +9,7 @@ from pathlib import Path
 
 from svdtune.training.checkpoints import latest_checkpoint, step_of
 from svdtune.training.folder import RECIPE
-from torture.world import call, result_of, start, wait, write_recipe
+from torture.world import call, is_interrupted, result_of, start, wait, write_recipe
 
 
 @dataclass
@@ -71,7 +71,7 @@ def _one_run(
             return True
         if done.code == -signal.SIGKILL:
             found.kills += 1
-        elif done.code == 130 or (done.code == 1 and done.printed.strip().endswith("Aborted!")):  # Typer's own word
+        elif is_interrupted(done):
             found.interrupts += 1
         else:
             found.wrong.append(f"run {found.runs}: {' '.join(flags)} ended with {done.code}: {done.printed[-400:]}")

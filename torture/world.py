@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,16 @@ def write_recipe(path: Path, model: Path, run: Path) -> Path:
 
 def start(words: Sequence[str | Path], printed: Path) -> int:
     """Start `svdtune WORDS` in a copy of this process, which has imported everything; returns its process id."""
+
+    def run() -> None:
+        sys.argv = ["svdtune", *map(str, words)]
+        main()
+
+    return start_call(run, printed)
+
+
+def start_call(run: Callable[[], object], printed: Path) -> int:
+    """Start a function in a copy of this process; returns its process id."""
     sys.stdout.flush()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the child is where a user could be, in `main`
     child = os.fork()
@@ -88,8 +98,7 @@ def start(words: Sequence[str | Path], printed: Path) -> int:
     code = 1
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.argv = ["svdtune", *map(str, words)]
-        main()
+        run()
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 1
@@ -139,3 +148,8 @@ def is_one_sentence(done: Done) -> bool:
     """Whether a refusal is what a user can read: exit code 2, one line of svdtune's, no traceback."""
     lines = [line for line in done.printed.splitlines() if line.startswith("svdtune: ")]
     return done.code == 2 and len(lines) == 1 and "Traceback" not in done.printed
+
+
+def is_interrupted(done: Done) -> bool:
+    """Whether a process ended as one does after Ctrl-C."""
+    return done.code == 130 or (done.code == 1 and done.printed.strip().endswith("Aborted!"))  # Typer's own word
