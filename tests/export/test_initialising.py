@@ -154,6 +154,7 @@ def test_what_cannot_be_started_is_refused_before_anything_is_written(folder, tm
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_residual_layout_on_a_shared_weight_is_refused_as_on_the_model(tmp_path):
     sizes = {
         "hidden_size": 32,
@@ -163,6 +164,11 @@ def test_a_residual_layout_on_a_shared_weight_is_refused_as_on_the_model(tmp_pat
         "vocab_size": 64,
     }
     LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    made = initialise_adapter(
+        open_checkpoint(tmp_path / "base"), SorsaConfig(r=2, target_modules=["lm_head"]), tmp_path / "delta"
+    )
+    tied = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    assert made.ranks == PeftModel.from_pretrained(tied, made.adapter).peft_config["default"].ranks
     config = SorsaConfig(r=2, target_modules=["lm_head"], layout="residual")
     with pytest.raises(SvdtuneError, match="other modules have the same weight"):
         initialise_adapter(open_checkpoint(tmp_path / "base"), config, tmp_path / "adapter")
