@@ -111,8 +111,10 @@ def _draw_lines(axes: "Axes", numbers: Lines) -> None:
         getattr(axes, f"set_{axis}scale")("log")
     if numbers.ticks:
         axes.set_xticks(list(numbers.ticks), list(numbers.ticks.values()))
+        axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     if not many and len(numbers.series) > 8:  # it would cover the figure
+        axes.figure.set_figwidth(8)
         axes.figure.legend(loc="outside right upper", frameon=False, fontsize="x-small")
     elif not many:
         axes.legend(frameon=False, fontsize="small")

@@ -1,7 +1,8 @@
 """A study's figures: score by parameters, differences to the baseline, training loss, movement, learning rates."""
 
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -67,7 +68,11 @@ def by_parameters(tables: Sequence[Table]) -> Lines:
     joined = len(tables) > 1
     file = _file("score", tables[0].task)
     x = "trained parameters (points moved apart)"
-    return Lines(file, _label(name), x, _label(y_label), series, "x", joined)
+    sizes = [table.budget for table in tables if table.budget] + [
+        arm.trained for t in tables for arm in t.arms if arm.trained
+    ]
+    ticks = _ticks(sizes, lambda size: f"{size / 1e6:.3g}M" if size >= 1e6 else f"{size / 1e3:.3g}k")
+    return Lines(file, _label(name), x, _label(y_label), series, "x", joined, ticks)
 
 
 def losses(table: Table) -> Lines:
@@ -87,7 +92,8 @@ def search(table: Table) -> Lines:
         if known:
             series.append(Series(_label(arm.name), *zip(*known, strict=True)))
     caption = f"{title(table)}: search for the learning rate"
-    return Lines(_file("search", table), _label(caption), "learning rate", "held-out loss", series, "x")
+    ticks = _ticks([rate for one in series for rate in one.x], "{:g}".format)
+    return Lines(_file("search", table), _label(caption), "learning rate", "held-out loss", series, "x", ticks=ticks)
 
 
 def movement(table: Table) -> Lines:
@@ -154,6 +160,16 @@ def _curve(arm: Arm) -> Series | None:
         return None
     spread = [(min(losses), max(losses)) for _, losses in points]
     return Series(_label(arm.name), [step for step, _ in points], [fmean(losses) for _, losses in points], spread)
+
+
+def _ticks(values: Sequence[float], text: Callable[[float], str]) -> dict[float, str]:
+    """Labels at the values, earlier ones first, as far as a logarithmic axis has room for each."""
+    apart = max(0.03, math.log10(max(values) / min(values)) / 8) if values else 0
+    kept: list[float] = []
+    for value in values:
+        if all(abs(math.log10(value / other)) > apart for other in kept):
+            kept.append(value)
+    return {value: text(value) for value in kept}
 
 
 def _scaled(value: float, share: bool) -> float:

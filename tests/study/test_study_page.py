@@ -142,6 +142,15 @@ def test_figures_show_the_numbers() -> None:
     assert list(zip(rates.x, rates.y, strict=True)) == [(3e-4, 0.5), (1e-3, 0.4)]
 
 
+def test_ticks_stand_at_the_budgets_and_the_rates_that_were_tried() -> None:
+    math = [table for table in tables(read(whole_study()["runs"])) if table.task == "math"]
+    assert list(by_parameters(math).ticks.values()) == ["300k", "2.4M", "89.4M"]
+    assert list(search_figure(math[0]).ticks.values()) == ["0.0003", "0.001", "0.003"]
+    sizes = [100_000 + 1_000 * i for i in range(30)]
+    runs = [made_run(f"arm {size}", budget=None, trained_parameters=size) for size in sizes]
+    assert 4 <= len(by_parameters(tables(read(runs))).ticks) <= 9
+
+
 def test_the_untrained_base_is_a_line_across() -> None:
     found = tables(read(whole_study()["runs"]))
     drawn = {name: figure.axes[0] for name, _, figure in figures(found)}
