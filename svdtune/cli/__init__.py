@@ -4,9 +4,9 @@ A verb is a name in VERBS and a module `svdtune/cli/<verb>.py` with an `app`, a 
 docstring is the verb's help, or of several. Other modules in the folder are helpers. `svdtune --help` imports all verbs for
 the first lines of their help, so what only the work itself needs (torch, transformers) is imported inside the command.
 
-Errors: a `SvdtuneError` is printed as one message, exit code 2. A `KeyboardInterrupt` prints its own text, which may say how
-to go on, exit code 130. A full disk or memory that nothing nearer explained is one sentence too, exit code 2. Anything else is
-a fault of svdtune and keeps its traceback.
+Errors: a word that is not UTF-8 is refused before any verb sees it. A `SvdtuneError` is printed as one message, exit code 2. A
+`KeyboardInterrupt` prints its own text, which may say how to go on, exit code 130. A full disk or memory that nothing nearer
+explained is one sentence too, exit code 2. Anything else is a fault of svdtune and keeps its traceback.
 """
 
 import importlib
@@ -61,6 +61,21 @@ class _Verbs(TyperGroup):
             command.name = cmd_name
             self.commands[cmd_name] = command
         return self.commands[cmd_name]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Refuse bytes that are no text: tokenizers, YAML and JSON all fail at them later, each in its own way."""
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError as error:
+                shown = os.fsencode(word).decode(errors="backslashreplace")
+                typer.echo(
+                    f"svdtune: '{shown}' on the command line is not UTF-8: character {error.start + 1} of it cannot be read; "
+                    "type it again, rename the file that it names, or save the script that it stands in as UTF-8",
+                    err=True,
+                )
+                raise typer.Exit(2) from error
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb; what a user or the machine caused ends in one sentence and a status, not in a traceback."""

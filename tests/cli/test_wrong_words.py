@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from svdtune import cli
 from svdtune.cli import app
 
 
@@ -24,6 +25,17 @@ def test_one_sentence(tiny_folder: Path, words: list[str], message: str) -> None
     assert result.exit_code == 2
     assert result.stderr.startswith("svdtune: ")
     assert message in result.stderr
+
+
+@pytest.mark.parametrize("verb", cli.verbs())
+@pytest.mark.parametrize("words", [["a\udcffb"], ["fine", "--fine", "a\udcffb"]])
+def test_bytes_that_are_no_text(verb: str, words: list[str]) -> None:
+    result = CliRunner().invoke(cli.app, [verb, *words])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "svdtune: 'a\\xffb' on the command line is not UTF-8: character 2 of it cannot be read; type it again, rename the "
+        "file that it names, or save the script that it stands in as UTF-8\n"
+    )
 
 
 @pytest.mark.parametrize("verb", ["plan", "generate"])
