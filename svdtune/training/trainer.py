@@ -49,6 +49,11 @@ class RunTrainer(Trainer):
         self._tokens: Tensor | int = 0
         self._logged_tokens, self._logged_at = 0, time.monotonic()
         self.is_fsdp2 = self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
+        if self.is_fsdp_enabled and not self.is_fsdp2:
+            raise SvdtuneError(
+                "FSDP's first version flattens what it shards, which takes the adapter's matrices apart; set fsdp_version: 2 "
+                "in Accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
+            )
         if self.is_fsdp2:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from svdtune import processes
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import penalty
 from svdtune.methods.sorsa.regularizer import sorsa_layers
+from svdtune.methods.sorsa.sharded import rows, summed_grams, whole
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +66,8 @@ class WatchNumbers(TrainerCallback):
     def _tell(self, kind: str, sentence: str) -> None:
         if kind not in self.told:
             self.told.add(kind)
-            log.warning("%s", sentence)
+            if processes.is_main():
+                log.warning("%s", sentence)
 
 
 def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]:
@@ -82,7 +85,13 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
     factors = _trained(layers, "sorsa_U", "sorsa_V")
     if not factors:
         return None
-    errors = torch.stack([(penalty(f[None])[0][0] / math.sqrt(f.shape[1])).cpu() for _, f in factors])
+    grams = summed_grams(f for _, f in factors)
+    errors = torch.stack(
+        [
+            (penalty(rows(f)[None], of_whole=_alone(grams.get(id(f))))[0][0] / math.sqrt(f.shape[1])).cpu()
+            for _, f in factors
+        ]
+    )
     worst = int(errors.nan_to_num(torch.inf).argmax())
     if errors[worst] <= ORTHONORMALITY:
         return None
@@ -92,10 +101,14 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
     )
 
 
+def _alone(matrix: Tensor | None) -> Tensor | None:
+    return None if matrix is None else matrix[None]
+
+
 def _lowest_value(layers: list[SorsaLinear]) -> str | None:
     """What is to be said of singular values below 0, None where there are none."""
     values = _trained(layers, "sorsa_s")
-    counts = torch.stack([(s < 0).sum().cpu() for _, s in values]) if values else torch.zeros(0)
+    counts = torch.stack([(whole(s) < 0).sum().cpu() for _, s in values]) if values else torch.zeros(0)
     if not int(counts.sum()):
         return None
     total = sum(s.numel() for _, s in values)

@@ -22,6 +22,11 @@ def rows(factor: Tensor) -> Tensor:
     return factor.to_local() if isinstance(factor, DTensor) else factor
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor put together, where it is sharded; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def as_gradient(own: Tensor, factor: Tensor) -> Tensor:
     """A gradient for a factor from that of its rows."""
     if not isinstance(factor, DTensor):
