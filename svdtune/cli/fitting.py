@@ -51,7 +51,8 @@ class Fitting:
         if self.memory.host:
             host = self.memory.host * self.setting.devices
             yield f"memory of the host, about {size_text(host)} for {self.setting.devices} devices"
-        yield f"initialisation layer by layer (svdtune init), at most {size_text(self.initialisation)} of host memory"
+        if self.sizes.method != "lora":
+            yield f"initialisation layer by layer (svdtune init), at most {size_text(self.initialisation)} of host memory"
         yield f"estimated step on H100s: {time_text(self.time)}"
         if self.capacity is not None:
             yield from self._verdict(self.capacity)
