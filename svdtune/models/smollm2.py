@@ -16,7 +16,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svdtune.errors import SvdtuneError
-from svdtune.models.end_token import check_end_token
+from svdtune.models.end_token import check_end_token, set_end_token
 from svdtune.spectra import store
 from svdtune.system import is_out_of_memory, to_disk
 
@@ -54,6 +54,8 @@ def fetch_smollm2(cache: Path | None = None) -> Path:
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
+        # Some versions of transformers take the file's first special token for the tokenizer's end token.
+        set_end_token(model, tokenizer, tokenizer.convert_ids_to_tokens(model.config.eos_token_id))
         check_end_token(model, tokenizer, chat=True)
         made = Path(work) / "model"
         model.save_pretrained(made)

@@ -139,7 +139,7 @@ def cells(study: Study, tasks: dict[str, Settings]) -> list[Cell]:
     found = []
     for task, base in tasks.items():
         here: dict[tuple[str, int | None], Cell] = {}
-        model = _model_name(base)
+        model = model_name(base)
         for budget in [count_of(str(given), model) for given in study.budgets] or [None]:
             for name, arm in study.arms.items():
                 size = budget if arm.budget and not arm.untrained else None
@@ -175,7 +175,7 @@ def _fitted(recipe: Settings, arm: Arm, budget: int | None, where: str) -> Calla
         drawn = seed if arm.ranks == "random" else 0
         if drawn not in kept:
             try:
-                kept[drawn] = fit(recipe["method"], _model_name(recipe), budget, arm.ranks, drawn).method
+                kept[drawn] = fit(recipe["method"], model_name(recipe), budget, arm.ranks, drawn).method
             except SvdtuneError as error:
                 raise SvdtuneError(f"{where}: {error}") from error
         return kept[drawn]
@@ -193,6 +193,6 @@ def count_of(budget: str, model: str) -> int:
     return round(share * sum(p.numel() for p in opened(model).model.parameters()))
 
 
-def _model_name(recipe: Settings) -> str:
+def model_name(recipe: Settings) -> str:
     model: Any = recipe["model"]
     return model if isinstance(model, str) else model["name"]

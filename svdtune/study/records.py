@@ -119,8 +119,8 @@ def read_record(path: Path, key: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("key") == key else None
 
 
-def results_of(study: Study, records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
-    """`results.json` of a study: its settings, the machine, and every run in the order of the study."""
+def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
+    """`results.json` of a study: its settings, by task the model, the machine, and every run in the order of the study."""
     runs = [dict(record) for record in records]
     machines = [run.pop("machine") for run in runs]
     return {
@@ -128,6 +128,7 @@ def results_of(study: Study, records: Iterable[dict[str, Any]], command: str) ->
         "question": study.question,
         "baseline": study.baseline,
         "spec": study.model_dump(mode="json"),
+        "models": models,
         "svdtune": __version__,
         "command": command,
         "machine": machines[0] if machines else {},

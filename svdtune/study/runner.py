@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.study.grid import Cell, Job, cells
+from svdtune.study.grid import Cell, Job, cells, model_name
 from svdtune.study.records import Place, read_record, record_of, results_of, write_record
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
@@ -59,6 +59,7 @@ class _Study:
     name: str
     study: Study
     cells: list[Cell]
+    models: dict[str, str]
     folder: Path
     records: dict[str, Record] = field(default_factory=dict)
 
@@ -107,7 +108,9 @@ class _Study:
         known = [self.records[key] for key in dict.fromkeys(job.key for job in jobs) if key in self.records]
         with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_text(self.folder / RESULTS, json.dumps(results_of(self.study, known, command), indent=1) + "\n")
+            replace_text(
+                self.folder / RESULTS, json.dumps(results_of(self.study, self.models, known, command), indent=1) + "\n"
+            )
 
 
 def run_studies(
@@ -132,7 +135,10 @@ def run_studies(
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
-        making = [_Study(name, study, cells(study, tasks), output / name) for name, (study, tasks) in studies.items()]
+        making = [
+            _Study(name, study, cells(study, tasks), {t: model_name(r) for t, r in tasks.items()}, output / name)
+            for name, (study, tasks) in studies.items()
+        ]
         _Runner(making, output, how, tell).run()
     return [one.folder / RESULTS for one in making]
 

@@ -50,7 +50,9 @@ def _run(job: dict[str, Any], place: Place) -> int:
         if not job["untrained"]:
             _train(recipe, place.run)
         record = record_of(job, place.run, {})
-        if record["status"] == "finished" and recipe.evaluation is not None:  # weights that are no numbers answer nothing
+        if (
+            record["status"] == "finished" and recipe.evaluation is not None
+        ):  # weights that are no numbers answer nothing
             record["scores"] = _score(recipe, place.run, job)
     except (KeyboardInterrupt, Interrupted):
         return 130  # no record: the next start goes on
