@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -116,19 +117,35 @@ class SvdConfig(PeftConfig):
         from peft import PeftType  # resolved late: the member exists once the method is registered
 
         self.peft_type = PeftType(self.method.upper())
-        if isinstance(self.target_modules, list):
+        if _all_of(self.target_modules, str):
             self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
+        if _all_of(self.exclude_modules, str):
             self.exclude_modules = set(self.exclude_modules)
         problems = list(self._kinds()) or list(self._problems())
         if problems:
             raise SvdtuneError(f"{type(self).__name__}: " + "; ".join(problems))
 
     def _kinds(self) -> Iterator[str]:
-        """Yield which fields that must be dicts are not: an altered file's, as no user writes most of them."""
+        """Yield which fields are of another kind: what PEFT and `re` would only find out while a model is being changed."""
         for name in ("rank_pattern", "ranks", "slices", "kernels", "base_fingerprint"):
             if not isinstance(value := getattr(self, name), Mapping):
                 yield f"`{name}` must be a dict by module name; got {value!r:.60}"
+            else:
+                yield from (f"`{name}`: {key!r} is no name" for key in value if not isinstance(key, str))
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save":
+                yield from _no_expression(name, value)
+            elif value is not None and not _all_of(value, str):
+                yield f"`{name}` must be a list of names; got {value!r:.60}"
+        if not (
+            self.layers_to_transform is None
+            or _all_of(self.layers_to_transform, int)
+            or _is_int(self.layers_to_transform)
+        ):
+            yield f"`layers_to_transform` must be an index or a list of indices; got {self.layers_to_transform!r:.60}"
+        for name in self.rank_pattern if isinstance(self.rank_pattern, Mapping) else ():
+            yield from _no_expression(f"rank_pattern[{name!r}]", name)
 
     def _problems(self):
         """Yield what is wrong with the values, a sentence each; methods add their own."""
@@ -223,6 +240,24 @@ class SvdConfig(PeftConfig):
 
     def _write(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
+
+
+def _no_expression(name: str, text: Any) -> list[str]:
+    """The sentence that says a text is no regular expression, in a list; empty where it is one, as every name is."""
+    try:
+        re.compile(text)
+    except (re.error, TypeError, RecursionError, OverflowError) as error:
+        return [f"`{name}` must be a name or a regular expression; got {text!r:.60}: {error}"]
+    return []
+
+
+def _all_of(values: Any, kind: type) -> bool:
+    listed = isinstance(values, Collection) and not isinstance(values, str | bytes | Mapping)
+    return listed and all(isinstance(value, kind) for value in values)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_rows(rows: Any) -> bool:

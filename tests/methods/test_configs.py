@@ -57,3 +57,27 @@ def test_a_saved_configuration_says_its_factors_exist_and_the_living_one_does_no
     config.save_pretrained(tmp_path)
     assert SorsaConfig.from_pretrained(tmp_path).initialized
     assert not config.initialized
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": "(("},
+            r"`target_modules` must be a name or a regular expression; got '\(\(': missing \), unter",
+        ),
+        (
+            {"exclude_modules": "*"},
+            r"`exclude_modules` must be a name or a regular expression; got '\*': nothing to repeat",
+        ),
+        ({"rank_pattern": {"[": 2}}, r"`rank_pattern\['\['\]` must be a name or a regular expression; got '\['"),
+        ({"rank_pattern": {3: 2}}, "`rank_pattern`: 3 is no name"),
+        ({"target_modules": [["q"]]}, r"`target_modules` must be a list of names; got \[\['q'\]\]"),
+        ({"modules_to_save": "head"}, "`modules_to_save` must be a list of names; got 'head'"),
+        ({"modules_to_save": 3}, "`modules_to_save` must be a list of names; got 3"),
+        ({"layers_to_transform": 0.5}, r"`layers_to_transform` must be an index or a list of indices; got 0\.5"),
+    ],
+)
+def test_which_modules_is_settled_before_a_model_is_touched(settings, message):
+    with pytest.raises(SvdtuneError, match=message):
+        SorsaConfig(r=2, **settings)
