@@ -90,7 +90,11 @@ def plan(
     )
     if (threshold, budget, match_lora, r) == (None, None, None, None) and method in ("sara", "mosara"):
         threshold = 0.01 if method == "sara" else 0.5
-    checkpoint = open_shape(model) if model in SHAPES and not Path(model).exists() else open_checkpoint(locate(model))
+    if model in SHAPES and not Path(model).exists():
+        checkpoint = open_shape(model)
+    else:  # with a rank given, a configuration is enough
+        alone = r is not None and Path(model, "config.json").is_file()
+        checkpoint = open_checkpoint(model if alone else locate(model), weights=r is None)
     made = make_plan(
         checkpoint,
         method,

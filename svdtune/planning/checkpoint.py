@@ -71,8 +71,14 @@ class Checkpoint:
         return base_weight(holder)
 
 
-def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(model: str | Path, *, revision: str | None = None, weights: bool = True) -> Checkpoint:
     """Open a local folder, a GGUF file or a hub model, without reading a weight.
+
+    Args:
+        model: a path, or a hub name.
+        revision: of a hub model.
+        weights: whether they will be read. If not, of a hub model its configuration alone is downloaded, and a folder may
+            hold no more than that.
 
     Raises:
         SvdtuneError: there is no such model, it is stored in another format, or it cannot be downloaded.
@@ -80,10 +86,11 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
         return _open_gguf(path)
-    folder = path if path.is_dir() else _download(str(model), revision)
+    folder = path if path.is_dir() else _download(str(model), revision, weights)
     if not (folder / "config.json").is_file():
         raise SvdtuneError(f"the model folder {folder} has no config.json; expected a Transformers model folder")
-    files = _safetensors(folder)
+    needed = weights or (path.is_dir() and shard_names(folder) is not None)
+    files = _safetensors(folder) if needed else []
     keys = {}
     for file in files:
         try:
@@ -93,7 +100,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
             raise SvdtuneError(f"{file} cannot be read ({error}); download the checkpoint again") from error
     try:
         config = AutoConfig.from_pretrained(folder)
-        _check_depth(config, len(keys))
+        _check_depth(config, len(keys) if needed else _MOST_LAYERS)
         skeleton = _build(config)
     except SvdtuneError:
         raise
@@ -104,6 +111,10 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
         name: lambda file=keys[key], key=key: _read_safetensors(file, key) for name, key in _match(skeleton, set(keys))
     }
     return Checkpoint(str(model), skeleton, readers, sum(file.stat().st_size for file in files))
+
+
+# Of a model whose weights are not there to tell.
+_MOST_LAYERS = 1000
 
 
 def _check_depth(config: PretrainedConfig, tensors: int) -> None:
@@ -131,13 +142,13 @@ def _build(config: PretrainedConfig) -> PreTrainedModel:
         return (AutoModelForCausalLM if causal else AutoModel).from_config(config)
 
 
-def _download(name: str, revision: str | None) -> Path:
-    """The cached folder of a hub model: its configuration and safetensors only."""
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    """The cached folder of a hub model: its configuration, and its safetensors where weights are asked for."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        wanted = ["config.json"] + ["*.safetensors", "*.safetensors.index.json"] * weights
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -266,6 +266,38 @@ def test_a_hub_that_cannot_be_reached_gives_one_clear_error(monkeypatch):
         open_checkpoint("nobody/nothing")
 
 
+def test_a_configuration_is_enough_where_no_weight_is_read(folder, tmp_path):
+    whole = make_plan(open_checkpoint(folder), "sorsa", r=2, target_modules=QV)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises(SvdtuneError, match=r"no model\.safetensors"):
+        open_checkpoint(bare)
+    checkpoint = open_checkpoint(bare, weights=False)
+    assert make_plan(checkpoint, "sorsa", r=2, target_modules=QV).layers == whole.layers
+    with pytest.raises(SvdtuneError, match="shape without weights"):
+        make_plan(checkpoint, threshold=0.1, target_modules=QV)
+    settings = json.loads((bare / "config.json").read_text())
+    (bare / "config.json").write_text(json.dumps(settings | {"num_hidden_layers": 10**6}))
+    with pytest.raises(SvdtuneError, match="1,000,000 layers"):
+        open_checkpoint(bare, weights=False)
+
+
+def test_of_a_hub_model_no_weights_are_downloaded_where_none_are_read(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot(name, *, revision, allow_patterns):
+        asked.append(allow_patterns)
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert open_checkpoint("somebody/something", weights=False).readers == {}
+    assert open_checkpoint("somebody/something").readers
+    assert asked == [["config.json"], ["config.json", "*.safetensors", "*.safetensors.index.json"]]
+
+
 def test_memory_grows_with_what_it_depends_on(folder):
     checkpoint = open_checkpoint(folder)
     plan = make_plan(checkpoint, "sorsa", r=4, target_modules=QV)
