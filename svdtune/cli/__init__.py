@@ -12,6 +12,7 @@ explained is one sentence too, exit code 2. Anything else is a fault of svdtune 
 import importlib
 import os
 import pkgutil
+import signal
 import warnings
 from typing import Any
 
@@ -47,6 +48,23 @@ def verbs() -> list[str]:
     return [verb for verb in VERBS if verb in present]
 
 
+class _Interrupt:
+    """Python's own answer to Ctrl-C, which also remembers it.
+
+    C code that asks an object for its kind, as `torch.asarray` does, may swallow the exception and raise another: an error
+    after Ctrl-C is that interrupt.
+    """
+
+    came = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.came = True
+        raise KeyboardInterrupt
+
+
+_interrupt = _Interrupt()
+
+
 class _Verbs(TyperGroup):
     """A group that finds its commands in the folder, and turns user errors into one line."""
 
@@ -77,10 +95,19 @@ class _Verbs(TyperGroup):
                 raise typer.Exit(2) from error
         return super().parse_args(ctx, args)
 
+    def _run(self, ctx: Any) -> Any:
+        """Run a verb; an error after Ctrl-C is that interrupt."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if _interrupt.came and not isinstance(error, typer.Exit):
+                raise KeyboardInterrupt from error
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         """Run a verb; what a user or the machine caused ends in one sentence and a status, not in a traceback."""
         try:
-            return super().invoke(ctx)
+            return self._run(ctx)
         except SvdtuneError as error:
             if not (error.everywhere and _another_tells()):
                 typer.echo(f"svdtune: {error}", err=True)
@@ -123,8 +150,14 @@ def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
     # PEFT still reads the name that transformers renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    usual = signal.getsignal(signal.SIGINT)
+    if usual is signal.default_int_handler:  # not where a shell or a program above has its own wish
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except KeyboardInterrupt:  # before the command line knows what to do
         typer.echo("svdtune: interrupted", err=True)
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        _interrupt.came = False

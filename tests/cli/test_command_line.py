@@ -1,5 +1,7 @@
 """The command line: verbs are found in their folder, and user errors are one message."""
 
+import signal
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -51,3 +53,25 @@ def test_errors_are_one_message(monkeypatch: pytest.MonkeyPatch, error: BaseExce
     monkeypatch.setattr("svdtune.cli.train.app", failing)
     result = CliRunner().invoke(cli.app, ["train"])
     assert (result.exit_code, result.stderr) == (code, message)
+
+
+@pytest.mark.parametrize("swallows", [SvdtuneError("the adapter does not fit"), TypeError("no shape")])
+def test_ctrl_c_that_c_code_turned_into_another_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], swallows: Exception
+) -> None:
+    failing = typer.Typer()
+
+    @failing.command()
+    def fail() -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise swallows from None
+
+    monkeypatch.setattr("svdtune.cli.train.app", failing)
+    monkeypatch.setattr("sys.argv", ["svdtune", "train"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "svdtune: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
