@@ -189,8 +189,7 @@ def explain_loss(advice: str) -> Iterator[None]:
         if count() == 1 or not (isinstance(error, dist.DistError) or re.search(_LOST, str(error))):
             raise
         raise everywhere(
-            f"another of the {count()} processes ended or did not answer in time; what is said of it above or below tells why. "
-            f"{advice}"
+            f"another of the {count()} processes ended or did not answer in time; the launcher's report says which. {advice}"
         ) from error
 
 

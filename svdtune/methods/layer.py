@@ -174,7 +174,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
-        return self._modules[name]._parameters.get(adapter)  # every step reads these: nn.Module's own look-up is slow
+        parameters = self._modules[name]._parameters  # every step reads these: nn.Module's own look-up is slow
+        return parameters[adapter] if adapter in parameters else None  # noqa: SIM401  ZeRO-3 gathers what [] asks for
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Every tensor that an adapter has, by name in `trained` and `frozen`."""

@@ -129,7 +129,8 @@ class StopOnInterrupt(TrainerCallback):
     def _on_signal(self, *_: Any) -> None:
         self.stopped = True
         self._restore()
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
+        if processes.is_main():
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
 
     def _restore(self) -> None:
         while self._previous:

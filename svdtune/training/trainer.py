@@ -173,7 +173,7 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
             max_grad_norm=t.max_grad_norm,
             label_smoothing_factor=t.label_smoothing,
             tf32=True if t.tf32 and is_torch_tf32_available() else None,
-            bf16=t.precision == "bf16",
+            bf16=t.precision == "bf16" and not _deepspeed_decides(),
             fp16=t.precision == "fp16",
             use_cpu=not torch.accelerator.is_available(),
             torch_compile=t.compile,
@@ -199,6 +199,11 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process, one GPU: DataParallel would split batches and copy the adapter every step
     return args
+
+
+def _deepspeed_decides() -> bool:
+    """Whether DeepSpeed's configuration says in what to compute: what it would make of `bf16` rounds the factors themselves."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def _renamed(checkpointing: bool, by_length: bool) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class WatchNumbers(TrainerCallback):
                     "again with a lower training.learning_rate, or training.precision bf16 instead of fp16",
                 )
         layers = sorsa_layers(model) if model is not None else []
+        if any(hasattr(tensor, "ds_id") for _, tensor in _trained(layers, "sorsa_s")):
+            return  # ZeRO-3's partitions, which would have to be gathered for it
         for kind, find, advice in (
             ("orthonormality", _worst_orthonormality, "raise method.gamma, or lower training.learning_rate"),
             ("values", _lowest_value, "U and V now carry its sign; lower training.learning_rate if that is not meant"),
@@ -72,7 +74,7 @@ class WatchNumbers(TrainerCallback):
 
 def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]:
     return [
-        (name, tensor.detach())
+        (name, tensor)
         for layer in layers
         for adapter in layer.configs
         for name in names
@@ -88,7 +90,7 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
     grams = summed_grams(f for _, f in factors)
     errors = torch.stack(
         [
-            (penalty(rows(f)[None], of_whole=_alone(grams.get(id(f))))[0][0] / math.sqrt(f.shape[1])).cpu()
+            (penalty(rows(f.detach())[None], of_whole=_alone(grams.get(id(f))))[0][0] / math.sqrt(f.shape[1])).cpu()
             for _, f in factors
         ]
     )
@@ -108,7 +110,7 @@ def _alone(matrix: Tensor | None) -> Tensor | None:
 def _lowest_value(layers: list[SorsaLinear]) -> str | None:
     """What is to be said of singular values below 0, None where there are none."""
     values = _trained(layers, "sorsa_s")
-    counts = torch.stack([(whole(s) < 0).sum().cpu() for _, s in values]) if values else torch.zeros(0)
+    counts = torch.stack([(whole(s.detach()) < 0).sum().cpu() for _, s in values]) if values else torch.zeros(0)
     if not int(counts.sum()):
         return None
     total = sum(s.numel() for _, s in values)

@@ -25,6 +25,7 @@ from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import penalty
 from svdtune.methods.sorsa.sharded import as_gradient, rows, summed_grams
+from svdtune.methods.sorsa.zero import ZeroFactors, is_zero
 
 # Factors of one shape are stacked and treated together; so many elements bound the copies: 128 MiB in fp32, 256 in fp64.
 CHUNK_ELEMENTS = 1 << 25
@@ -114,13 +115,32 @@ class RegularizerHook:
         self.layers, self.max_learning_rate = sorsa_layers(model), max_learning_rate
         self.last: Tensor | None = None
         self._handle: RemovableHandle | None = None
+        self._zero: ZeroFactors | None = None
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._zero is not None:
+            self.last = self._zero.add_gradients(optimizer, self.max_learning_rate)
+            return
         # A fused optimizer divides by GradScaler's scale inside its own kernel, so here the gradients still carry it.
         scale = getattr(optimizer, "grad_scale", None)
         self.last = add_regularizer_gradients(
             self.layers, self.max_learning_rate, grad_scale=1.0 if scale is None else scale
         )
+
+    def attach(self, optimizer: Any) -> None:
+        """Act at every step of an optimizer from now on.
+
+        Raises:
+            SvdtuneError: it is of a kind whose steps cannot be told.
+        """
+        if is_zero(optimizer):
+            self._zero, optimizer = ZeroFactors(optimizer, list(trained_factors(self.layers))), optimizer.optimizer
+        if not hasattr(optimizer, "register_step_pre_hook"):
+            raise SvdtuneError(
+                f"SORSA's regularizer acts when a torch.optim.Optimizer steps; a {type(optimizer).__name__} does not say when. "
+                "Under DeepSpeed use stage 2 or 3 without bf16 and fp16 sections (configs/accelerate), or set gamma=0"
+            )
+        self._handle = optimizer.register_step_pre_hook(self)
 
     def remove(self) -> None:
         """Take the hook off the optimizer."""
@@ -134,7 +154,7 @@ def regularize(
     """Apply the regularizer at every `optimizer.step()` from now on.
 
     Args:
-        optimizer: any torch optimizer.
+        optimizer: any torch optimizer, or the one that DeepSpeed's ZeRO made of it.
         model: the model with SORSA adapters; layers adapted later are not seen.
         max_learning_rate: η_d. By default the largest `initial_lr` of the optimizer's groups, which schedulers set to
             the rate they start from or rise to, or `lr` where there is no scheduler yet.
@@ -142,7 +162,7 @@ def regularize(
     if max_learning_rate is None:
         max_learning_rate = largest_learning_rate(optimizer.param_groups)
     hook = RegularizerHook(model, max_learning_rate)
-    hook._handle = optimizer.register_step_pre_hook(hook)
+    hook.attach(optimizer)
     return hook
 
 
