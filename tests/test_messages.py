@@ -1,0 +1,252 @@
+"""Every sentence of a refusal stands, in part, in a test; those that no other test is about are called forth here.
+
+The search looks for three words in a row of a message among the texts of the tests, and leaves out messages of shorter pieces.
+"""
+
+import ast
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import svdtune
+from svdtune import SvdtuneError
+from svdtune.cli import app
+from svdtune.data import gsm_symbolic
+from svdtune.data.catalogue import scored
+from svdtune.evaluation import vllm
+from svdtune.evaluation.decoding import Decoding
+from svdtune.export import initialising
+from svdtune.export.checkpoint import Stored, write_tensors
+from svdtune.export.opening import attach_adapter
+from svdtune.export.skeleton import build_skeleton, stored_names
+from svdtune.linalg import Spectrum, rank_at_threshold, top_factors
+from svdtune.methods.saved import read_adapter
+from svdtune.planning import draw, make_plan, open_checkpoint
+from svdtune.spectra import base_weight, factors
+from svdtune.training import method
+from svdtune.training.method import build_config
+from svdtune.training.recipe import load_recipe
+
+ROOT, TESTS = Path(svdtune.__file__).parent, Path(__file__).parent
+WORDS = 3
+# Nothing short of a broken machine or another system brings these forth.
+OUT_OF_REACH = {
+    "evaluation/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
+    "evaluation/sandbox/supervise.py": "a system without Landlock and seccomp",
+    "export/opening.py": "a hub that refuses",
+    "training/trainer.py": "FSDP",
+    "methods/sorsa/zero.py": "DeepSpeed",
+}
+# Of packages that are only being written.
+NEW = ("baselines/", "study/")
+
+
+def messages(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
+    """(line, constant pieces) of every message that is given to a SvdtuneError where it is raised."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            name = ast.unparse(node.exc.func)
+            if name == "SvdtuneError" or name.endswith("SvdtuneError"):
+                pieces = [part for part in ast.walk(node.exc.args[0]) if isinstance(part, ast.Constant)]
+                yield node.lineno, [part.value for part in pieces if isinstance(part.value, str)]
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[\w']+", text.replace("\\", "").lower())
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    found = words(text)
+    return {tuple(found[i : i + WORDS]) for i in range(len(found) - WORDS + 1)}
+
+
+def literals(path: Path) -> Iterator[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_every_message_stands_in_a_test() -> None:
+    told = set().union(*(runs(text) for path in TESTS.rglob("*.py") for text in literals(path)))
+    untold = []
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if name in OUT_OF_REACH or name.startswith(NEW):
+            continue
+        for line, pieces in messages(ast.parse(path.read_text(encoding="utf-8"))):
+            found = set().union(*map(runs, pieces))
+            if found and not found & told:
+                untold.append(f"{name}:{line}: {' … '.join(pieces)}")
+    assert untold == [], "messages without a test of their text"
+
+
+def adapter_folder(folder: Path) -> Path:
+    svdtune.SorsaConfig(r=2, task_type="CAUSAL_LM").save_pretrained(str(folder))
+    return folder
+
+
+def circle(folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(f"extends: {path.name}\n")
+    return path
+
+
+def small() -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Decoding(samples=0), "expected samples and beams of at least 1 and nothing below 0"),
+        (lambda: Decoding(top_p=0, temperature=1), "expected top_p above 0 and at most 1, got 0"),
+        (lambda: Decoding(samples=2), "without a temperature above 0 all completions of a prompt are the same"),
+        (lambda: Decoding(beams=2, temperature=1), "beam search draws nothing; leave out the beams or the temperature"),
+        (lambda: Decoding(length_penalty=2), "a length penalty is for beam search; set beams above 1"),
+        (lambda: scored("alpaca"), "'alpaca' is no data set that is scored; there are "),
+        (
+            lambda: top_factors(torch.ones(3, 3), 4),
+            r"r = 4 is outside 1 … 3, the ranks that a weight \(3, 3\) can have",
+        ),
+        (
+            lambda: top_factors(torch.ones(3, 3).int(), 1),
+            "must be floating point, not torch.int32; dequantize it first",
+        ),
+        (lambda: factors({}, {"a": 1}), "ranks name weights that were not given: a"),
+        (lambda: base_weight(torch.nn.ReLU()), "ReLU has no weight to decompose; leave it out of target_modules"),
+        (lambda: build_config("lorra", {}), "'lorra' is no PEFT method; there are "),
+        (
+            lambda: initialising._check(LlamaConfig()),
+            "expected the configuration of a SARA, Mo-SARA or SORSA adapter; got",
+        ),
+        (
+            lambda: vllm.VllmEngine.complete(None, [], 1, Decoding(beams=2), []),
+            "vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers",
+        ),
+    ],
+)
+def test_values(call, message: str) -> None:
+    with pytest.raises(SvdtuneError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda folder: load_recipe(circle(folder)), r"recipe\.yaml extends itself; take the circle out"),
+        (lambda folder: read_adapter(adapter_folder(folder)), "has no adapter_model.safetensors; save it again with"),
+        (lambda folder: attach_adapter(small(), adapter_folder(folder)), "save it again with save_pretrained"),
+        (lambda folder: build_skeleton(folder, svdtune.SorsaConfig()), "the model in .* cannot be set up: "),
+        (
+            lambda folder: write_tensors(folder / "new", {"a": Stored(Path(__file__), "F32", (2,), 10**9, 8)}, {}),
+            r"test_messages\.py became shorter while it was read",
+        ),
+    ],
+)
+def test_folders(call, message: str, tmp_path: Path) -> None:
+    with pytest.raises(SvdtuneError, match=message):
+        call(tmp_path)
+
+
+def test_plans(tiny_folder: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_folder)
+    with pytest.raises(SvdtuneError, match=r"r = 99 is outside 1 … 32, the ranks that model\S+ \[32, 32\] can have"):
+        make_plan(checkpoint, "sorsa", r=99)
+    with pytest.raises(SvdtuneError, match=r"ranks\.txt is no chart; end it in \.svg, \.png or \.pdf"):
+        draw(make_plan(checkpoint, "sorsa", r=2), tmp_path / "ranks.txt")
+    checkpoint.model.config.model_type = "unheard_of"
+    with pytest.raises(SvdtuneError, match="knows no default target_modules for 'unheard_of'; name them, or use"):
+        make_plan(checkpoint, "sorsa", r=2)
+
+
+def test_a_spectrum_that_ends_too_early() -> None:
+    weight = torch.randn(30, 40)
+    whole = torch.linalg.svdvals(weight.double())
+    short = Spectrum(whole[:2], float(whole.sum()), 0.0, 0.0)
+    with pytest.raises(
+        SvdtuneError, match=r"holds only the 2 leading values, short of threshold 0\.9; compute the whole"
+    ):
+        rank_at_threshold(short, 0.9)
+
+
+def test_a_weight_in_three_places() -> None:
+    model = small()
+    shared = torch.nn.Parameter(torch.ones(9, 8))
+    model.lm_head.weight = model.model.embed_tokens.weight = shared
+    model.model.norm.weight = shared
+    with pytest.raises(SvdtuneError, match=r"merging would change them too\. Keep the adapter unmerged"):
+        stored_names(model, model.state_dict()).tied("lm_head.weight")
+
+
+def test_a_task_without_items(monkeypatch: pytest.MonkeyPatch) -> None:
+    routing = importlib.import_module("svdtune.analysis.routing")  # the package has a function of that name
+    monkeypatch.setattr(routing, "_has_router", lambda _: True)
+    layer = SimpleNamespace(name="q", module=None)
+    with pytest.raises(SvdtuneError, match="the task letters has no items to put through the model"):
+        routing.routing(SimpleNamespace(layers=[layer]), {"letters": []})
+
+
+def test_a_generator_that_repeats_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = pytest.importorskip("reasoning_gym.arithmetic.gsm_symbolic.gsm_symbolic")
+    same = {"question": "1 + 1?", "answer": "2", "metadata": {"answer_cot": "2"}}
+    monkeypatch.setattr(source.GSMSymbolicDataset, "__getitem__", lambda *_: same)
+    with pytest.raises(SvdtuneError, match="gave only 1 different problems of 3; ask for fewer"):
+        gsm_symbolic.rows("train", 3)
+
+
+def test_a_layer_that_lacks_a_tensor(tmp_path: Path) -> None:
+    get_peft_model(small(), svdtune.SaraConfig(r=2, task_type="CAUSAL_LM")).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors.popitem()
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"weights_sha256": None}))
+    with pytest.raises(SvdtuneError, match=r"of layer '.*'; it is incomplete, or another method's"):
+        read_adapter(tmp_path)
+
+
+def test_what_peft_refuses(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("not this one")
+
+    monkeypatch.setattr(method, "get_peft_model", refuse)
+    with pytest.raises(SvdtuneError, match="the method lora cannot be put on this model: not this one"):
+        method.adapt(small(), "lora", {})
+    monkeypatch.setattr(initialising, "get_peft_model", refuse)
+    with pytest.raises(SvdtuneError, match=r"no adapter can be put on \S+: not this one"):
+        initialising._on_meta(open_checkpoint(tiny_folder), svdtune.SorsaConfig(r=2))
+
+
+def test_an_export_that_vllm_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm, "export_lora", lambda *_: SimpleNamespace(notes=["vLLM serves no biases"]))
+    with pytest.raises(SvdtuneError, match="vLLM serves no biases; or evaluate the merged model: svdtune merge"):
+        vllm._as_lora(adapter_folder(tmp_path), tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--fused-slices", "c_attn"],
+            "--fused-slices takes auto, or a module with its slices such as c_attn=q,v; got",
+        ),
+        (["--link", "0"], "--link is in GB/s, such as 200; got 0"),
+    ],
+)
+def test_words(tiny_folder: Path, words: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["plan", str(tiny_folder), *words])
+    assert result.exit_code == 2
+    assert message in result.stderr
