@@ -39,6 +39,11 @@ def is_main() -> bool:
     return index() == 0 if count() > 1 else os.environ.get("RANK", "0") == "0"
 
 
+def under_deepspeed() -> bool:
+    """Whether Accelerate was started with DeepSpeed, whose configuration then says in what to compute."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 def device() -> torch.device:
     """Where tensors must lie to be sent: the CPU if the default group can, else this process's accelerator."""
     if count() == 1 or "cpu:" in dist.get_backend_config(dist.group.WORLD):

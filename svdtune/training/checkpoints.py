@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from svdtune.system import replace_text
 
@@ -26,15 +27,22 @@ def checkpoint_folder(run: Path, step: int) -> Path:
     return run / f"checkpoint-{step}"
 
 
-def write_processes(checkpoint: Path, count: int) -> None:
-    """Note how many processes wrote a checkpoint."""
-    replace_text(checkpoint / PROCESSES, json.dumps({"processes": count}) + "\n")
+class WrittenBy(NamedTuple):
+    """How many processes wrote a checkpoint, and how many rows of data they took a step, together."""
+
+    processes: int
+    rows: int
 
 
-def processes_of(checkpoint: Path) -> int:
-    """How many processes wrote a checkpoint; 1 where that was not noted yet."""
+def note_processes(checkpoint: Path, by: WrittenBy) -> None:
+    """Note beside a checkpoint who wrote it."""
+    replace_text(checkpoint / PROCESSES, json.dumps(by._asdict()) + "\n")
+
+
+def written_by(checkpoint: Path) -> WrittenBy | None:
+    """Who wrote a checkpoint, None where that was not noted yet."""
     path = checkpoint / PROCESSES
-    return int(json.loads(path.read_text(encoding="utf-8"))["processes"]) if path.is_file() else 1
+    return WrittenBy(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
 
 
 def step_of(checkpoint: Path) -> int:

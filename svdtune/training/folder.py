@@ -19,7 +19,7 @@ from rich.console import Console
 from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.system import replace_text
-from svdtune.training.checkpoints import keep_up_to, latest_checkpoint, processes_of, step_of
+from svdtune.training.checkpoints import WrittenBy, keep_up_to, latest_checkpoint, step_of, written_by
 from svdtune.training.extending import read_text, read_yaml
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
@@ -53,7 +53,9 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
             anew = "with --overwrite instead of --resume" if (folder / RECIPE).is_file() else "without --resume"
             raise SvdtuneError(f"there is no checkpoint in {folder} to resume from{why}; start {anew}")
         _check_same(folder, recipe)
-        _check_same_batch(read_run(folder), recipe, processes_of(checkpoint))
+        by = written_by(checkpoint) or WrittenBy(1, _rows_a_step(read_run(folder), 1))
+        _check_same_rows(recipe, by)
+        _check_same_engine(checkpoint, by)
         return checkpoint
     if folder.is_dir() and any(folder.iterdir()):
         if not (folder / RECIPE).is_file():
@@ -117,14 +119,14 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def _check_same_batch(before: Recipe, now: Recipe, wrote: int) -> None:
+def _check_same_rows(recipe: Recipe, by: WrittenBy) -> None:
     """Other processes may go on, each with other rows, if together they take the rows that a step had."""
-    was, would = _rows_a_step(before, wrote), _rows_a_step(now, processes.count())
-    if was != would:
+    t, there = recipe.training, processes.count()
+    if by.rows != (rows := _rows_a_step(recipe, there)):
         raise SvdtuneError(
-            f"the run {now.output.dir} took {was} rows a step ({_batch(before, wrote)}), and would take {would} "
-            f"({_batch(now, processes.count())}); set training.batch_size and "
-            f"training.gradient_accumulation so that it is {was}"
+            f"the run {recipe.output.dir} took {by.rows} rows of data a step, and would take {rows}: {t.batch_size} a batch × "
+            f"{t.gradient_accumulation} accumulated × {there} processes. Set training.batch_size and "
+            f"training.gradient_accumulation so that it is {by.rows}"
         )
 
 
@@ -132,9 +134,16 @@ def _rows_a_step(recipe: Recipe, count: int) -> int:
     return recipe.training.batch_size * recipe.training.gradient_accumulation * count
 
 
-def _batch(recipe: Recipe, count: int) -> str:
-    t = recipe.training
-    return f"{t.batch_size} a batch × {t.gradient_accumulation} accumulated × {count} processes"
+def _check_same_engine(checkpoint: Path, by: WrittenBy) -> None:
+    """DeepSpeed writes the optimizer's state in files of its own, one for each process."""
+    by_deepspeed, now = any(checkpoint.glob("global_step*")), processes.under_deepspeed()
+    there = processes.count()
+    if by_deepspeed != now or (now and by.processes != there):
+        how = f"under DeepSpeed by {by.processes} processes" if by_deepspeed else "without DeepSpeed"
+        raise SvdtuneError(
+            f"{checkpoint} was written {how}, and {there} processes {'under' if now else 'without'} DeepSpeed are to go on, "
+            "who cannot read the optimizer's state in it. Start the run as it was started before"
+        )
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

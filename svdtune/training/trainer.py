@@ -19,7 +19,7 @@ from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.training.allocating import all_ranks, load_state, save_state
-from svdtune.training.checkpoints import checkpoint_folder, discard, keep_newest, seal, write_processes
+from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, keep_newest, note_processes, seal
 from svdtune.training.filling import fill_up
 from svdtune.training.recipe import Recipe
 from svdtune.training.sharded import saved_state, spread_optimizer_state, whole_optimizer_state
@@ -89,7 +89,8 @@ class RunTrainer(Trainer):
         self.accelerator.wait_for_everyone()  # every process writes its random state
         if self.args.should_save:
             save_state(self.model, checkpoint)
-            write_processes(checkpoint, self.args.world_size)
+            rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            note_processes(checkpoint, WrittenBy(self.args.world_size, rows))
             seal(checkpoint)
             keep_newest(run, self.keep_checkpoints)
 
@@ -173,7 +174,7 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
             max_grad_norm=t.max_grad_norm,
             label_smoothing_factor=t.label_smoothing,
             tf32=True if t.tf32 and is_torch_tf32_available() else None,
-            bf16=t.precision == "bf16" and not _deepspeed_decides(),
+            bf16=t.precision == "bf16" and not processes.under_deepspeed(),
             fp16=t.precision == "fp16",
             use_cpu=not torch.accelerator.is_available(),
             torch_compile=t.compile,
@@ -199,11 +200,6 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process, one GPU: DataParallel would split batches and copy the adapter every step
     return args
-
-
-def _deepspeed_decides() -> bool:
-    """Whether DeepSpeed's configuration says in what to compute: what it would make of `bf16` rounds the factors themselves."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
 
 
 def _renamed(checkpointing: bool, by_length: bool) -> dict[str, Any]:
