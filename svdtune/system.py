@@ -104,7 +104,8 @@ def to_disk(path: Path) -> None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that the GPU's or the host's memory is used up."""
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch for it
-    return named or isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    said = ("DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory")
+    return named or isinstance(error, MemoryError) or any(words in str(error) for words in said)
 
 
 def last_resort(error: Exception) -> str | None:

@@ -42,7 +42,7 @@ def study(
     studies = {path.stem: load_study(path) for path in files}
     console = Console(stderr=True, highlight=False)
     if dry_run:
-        _describe(studies)
+        _describe(studies, output)
         return
     import torch
 
@@ -53,14 +53,16 @@ def study(
         typer.echo(f"results: {results.parent / 'README.md'}")
 
 
-def _describe(studies: dict) -> None:
+def _describe(studies: dict, output: Path) -> None:
     """Print every arm with its method and how many runs it takes."""
-    from svdtune.study.grid import cells
+    from svdtune.study.grid import Fits, cells
+    from svdtune.study.runner import FITS
 
+    fits = Fits(output / FITS)
     for name, (study, tasks) in studies.items():
         typer.echo(f"{name}: {study.title}")
         runs = 0
-        for cell in cells(study, tasks):
+        for cell in cells(study, tasks, fits):
             search, finals = cell.search(), cell.finals(cell.candidates[0], study.seeds)
             runs += len(search) + len(finals)
             size = "" if cell.budget is None else f" at {cell.budget:,} parameters"

@@ -5,13 +5,16 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.study.budget import fit
 from svdtune.study.counting import opened
 from svdtune.study.spec import Arm, Settings, Study, Tune, arm_settings
+from svdtune.system import replace_text
 from svdtune.training.extending import merge
 
 Phase = Literal["tune", "final"]
@@ -126,17 +129,44 @@ class Cell:
         return Job(self.arm, self.task, self.budget, phase, seed, rate, recipe, heldout=heldout)
 
 
-def cells(study: Study, tasks: dict[str, Settings]) -> list[Cell]:
+class Fits:
+    """Methods fitted to budgets, kept in a file: fitting reads every weight of a model, and a second start need not.
+
+    Args:
+        path: the file; None for memory alone.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        try:
+            self._known = json.loads(path.read_text(encoding="utf-8")) if path else {}
+        except (OSError, ValueError):
+            self._known = {}
+
+    def __call__(self, method: Settings, model: str, budget: int | None, ranks: str, seed: int) -> Settings:
+        """`fit(...).method`, from the file where it is there."""
+        key = json.dumps([__version__, method, model, budget, ranks, seed], sort_keys=True)
+        if key not in self._known:
+            self._known[key] = fit(method, model, budget, ranks, seed).method
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                replace_text(self.path, json.dumps(self._known))
+        return self._known[key]
+
+
+def cells(study: Study, tasks: dict[str, Settings], fits: Fits | None = None) -> list[Cell]:
     """Every cell of a study, its method fitted to the budget.
 
     Args:
         study: from `load_study`.
         tasks: likewise, the recipes' settings.
+        fits: what was fitted before.
 
     Raises:
         SvdtuneError: a method cannot be fitted, or a model's weights cannot be read.
     """
     found = []
+    fits = fits or Fits()
     for task, base in tasks.items():
         here: dict[tuple[str, int | None], Cell] = {}
         model = model_name(base)
@@ -144,41 +174,39 @@ def cells(study: Study, tasks: dict[str, Settings]) -> list[Cell]:
             for name, arm in study.arms.items():
                 size = budget if arm.budget and not arm.untrained else None
                 if (name, size) not in here:
-                    here[name, size] = _cell(study, task, name, arm, arm_settings(base, arm), size)
+                    here[name, size] = _cell(study, task, name, arm, arm_settings(base, arm), size, fits)
         for (_, size), cell in here.items():
             if cell.spec.tuned_as is not None:
-                like = here.get((cell.spec.tuned_as, size)) or here.get((cell.spec.tuned_as, None))
+                named = {other: found for (name, other), found in here.items() if name == cell.spec.tuned_as}
+                like = named.get(size) or named.get(None) or (next(iter(named.values())) if len(named) == 1 else None)
                 if like is None:
                     raise SvdtuneError(
-                        f"the arm {cell.arm} is tuned as {cell.spec.tuned_as}, which has budgets where this one has none: set "
-                        "budget: true or budget: false for both"
+                        f"the arm {cell.arm} is tuned as {cell.spec.tuned_as}, which has several budgets where this one has "
+                        "none: leave budget: false out there, or set it here"
                     )
                 cell.like = like
         found += here.values()
     return found
 
 
-def _cell(study: Study, task: str, name: str, arm: Arm, recipe: Settings, budget: int | None) -> Cell:
+def _cell(study: Study, task: str, name: str, arm: Arm, recipe: Settings, budget: int | None, fits: Fits) -> Cell:
     rate = recipe.get("training", {}).get("learning_rate")
     given = arm.learning_rates or (study.tune.learning_rates if study.tune and not arm.untrained else [rate])
-    method_of = _fitted(recipe, arm, budget, f"arm {name} on {task}")
+    method_of = _fitted(recipe, arm, budget, fits, f"arm {name} on {task}")
     return Cell(name, task, budget, arm, recipe, study.tune, sorted(given), method_of=method_of)
 
 
-def _fitted(recipe: Settings, arm: Arm, budget: int | None, where: str) -> Callable[[int], Settings]:
+def _fitted(recipe: Settings, arm: Arm, budget: int | None, fits: Fits, where: str) -> Callable[[int], Settings]:
     """The method section by seed, of the size that the budget allows and with the ranks that the arm asks for."""
     if arm.untrained or (budget is None and arm.ranks == "uniform"):
         return lambda _: recipe["method"]
-    kept: dict[int, Settings] = {}
 
     def by_seed(seed: int) -> Settings:
         drawn = seed if arm.ranks == "random" else 0
-        if drawn not in kept:
-            try:
-                kept[drawn] = fit(recipe["method"], model_name(recipe), budget, arm.ranks, drawn).method
-            except SvdtuneError as error:
-                raise SvdtuneError(f"{where}: {error}") from error
-        return kept[drawn]
+        try:
+            return fits(recipe["method"], model_name(recipe), budget, arm.ranks, drawn)
+        except SvdtuneError as error:
+            raise SvdtuneError(f"{where}: {error}") from error
 
     by_seed(0)
     return by_seed

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.study.grid import Cell, Job, cells, model_name
+from svdtune.study.grid import Cell, Fits, Job, cells, model_name
 from svdtune.study.records import Place, read_record, record_of, results_of, write_record
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
 from svdtune.system import explain_write_errors, replace_text
 
 Record = dict[str, Any]
+FITS = "fits.json"
 _GRACE = 60.0  # seconds for a checkpoint after Ctrl-C
 
 
@@ -135,8 +136,9 @@ def run_studies(
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
+        fits = Fits(output / FITS)
         making = [
-            _Study(name, study, cells(study, tasks), {t: model_name(r) for t, r in tasks.items()}, output / name)
+            _Study(name, study, cells(study, tasks, fits), {t: model_name(r) for t, r in tasks.items()}, output / name)
             for name, (study, tasks) in studies.items()
         ]
         _Runner(making, output, how, tell).run()
