@@ -9,6 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from svdtune.errors import SvdtuneError
 from svdtune.system import explain_read_error
@@ -78,7 +79,12 @@ def read_yaml(text: str, source: str) -> Any:
             other.
     """
     try:
+        # Before anything is made of it: merge keys (<<) copy what they name, and a few of them copy for ever.
+        if _size(YAML(typ="safe", pure=True).compose(text), {}) > _MOST_VALUES:
+            raise SvdtuneError(_too_much(source))
         found = YAML(typ="safe", pure=True).load(text)
+    except SvdtuneError:
+        raise
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f" line {mark.line + 1}" if mark else ""
@@ -96,6 +102,23 @@ def read_yaml(text: str, source: str) -> Any:
     return found
 
 
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a node stands for, each alias counted as often as it is used; too many where it contains itself."""
+    if id(node) not in known:
+        known[id(node)] = _MOST_VALUES + 1
+        inner = node.value if isinstance(node, SequenceNode | MappingNode) else []
+        parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = min(1 + sum(_size(part, known) for part in parts), _MOST_VALUES + 1)
+    return known[id(node)]
+
+
+def _too_much(source: str) -> str:
+    return (
+        f"{source} is not a recipe: expected at most {_MOST_VALUES:,} values, at most {_DEEPEST} deep; it has more, or "
+        "anchors that contain each other"
+    )
+
+
 def _check_shape(found: Any, source: str) -> None:
     """Refuse names that are no texts, and what a few anchors can blow up to: every alias counts as often as it is used."""
     waiting, count = [(found, 0)], 0
@@ -103,10 +126,7 @@ def _check_shape(found: Any, source: str) -> None:
         value, depth = waiting.pop()
         count += 1
         if count > _MOST_VALUES or depth > _DEEPEST:
-            raise SvdtuneError(
-                f"{source} is not a recipe: expected at most {_MOST_VALUES:,} values, at most {_DEEPEST} deep; it has more, "
-                "or anchors that contain each other"
-            )
+            raise SvdtuneError(_too_much(source))
         if isinstance(value, dict):
             if names := [name for name in value if not isinstance(name, str)]:
                 raise SvdtuneError(

@@ -66,3 +66,35 @@ def test_what_was_written_is_read(tmp_path: Path, rows: list[dict[str, object]])
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert read_rows(tmp_path / "a.jsonl") == read_rows(tmp_path / "a.json") == rows
+
+
+@given(
+    text=st.text(max_size=20),
+    encoding=st.sampled_from(["utf-8-sig", "utf-16", "utf-32", "utf-7", "cp1252", "shift_jis"]),
+)
+@pytest.mark.parametrize("ending", WHOLE)
+def test_other_encodings(ending: str, tmp_path: Path, text: str, encoding: str) -> None:
+    """What is not UTF-8 is refused, or reads as other text: never as a traceback."""
+    whole = WHOLE[ending].decode() + text
+    path = tmp_path / f"rows{ending}"
+    path.write_bytes(whole.encode(encoding, errors="replace"))
+    message = refusal(path)
+    assert message is None or str(path) in message
+
+
+@given(data=st.data())
+def test_altered_parquet(tmp_path: Path, data: st.DataObject) -> None:
+    whole = parquet([{"q": "a", "n": 1}, {"q": "b", "n": 2}])
+    start = data.draw(st.integers(0, len(whole)))
+    stop = data.draw(st.integers(start, min(len(whole), start + 20)))
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(whole[:start] + data.draw(st.binary(max_size=8)) + whole[stop:])
+    message = refusal(path)
+    assert message is None or str(path) in message
+
+
+def parquet(rows: list[dict[str, object]]) -> bytes:
+    pyarrow = pytest.importorskip("pyarrow")
+    sink = pyarrow.BufferOutputStream()
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -99,3 +100,25 @@ def test_anything_in_the_place_of_a_methods_setting(name: str, value: object) ->
     settings["method"][name] = value
     message = refusal(settings)
     assert message is None or name in message
+
+
+@given(
+    depth=st.integers(3, 40),
+    width=st.integers(2, 20),
+    kind=st.sampled_from(["list", "mapping", "merge"]),
+)
+def test_anchors_that_blow_up(tmp_path: Path, depth: int, width: int, kind: str) -> None:
+    """Some bytes that stand for width^depth values: refused or read, in no time."""
+    lines = ["a0: &a0 [x]" if kind == "list" else "a0: &a0 {x: 1}"]
+    for level in range(1, depth):
+        above = f"*a{level - 1}"
+        inner = {
+            "list": f"[{', '.join([above] * width)}]",
+            "mapping": "{" + ", ".join(f"k{n}: {above}" for n in range(width)) + "}",
+            "merge": "{" + f"<<: [{', '.join([above] * width)}]" + ", y: 1}",
+        }[kind]
+        lines.append(f"a{level}: &a{level} {inner}")
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(SvdtuneError, match=r"recipe\.yaml"):
+        load_recipe(path)
