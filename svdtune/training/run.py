@@ -110,6 +110,8 @@ def _prepare(recipe: Recipe, console: Console) -> Prepared:
     train_examples = _read(recipe, recipe.data.train)
     eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
     check_leaks(recipe, train_examples, eval_examples or [], console)
+    if processes.under_deepspeed():
+        early = training_arguments(recipe, len(train_examples))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
     loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
     train_rows = _encode(recipe, train_examples, loaded, console)
     eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
@@ -198,6 +200,11 @@ def _fit(
             data_collator=Collator(prepared.loaded.tokenizer.pad_token_id),
             callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, progress, stop],
         )
+        if recipe.analysis is not None and (trainer.is_fsdp2 or trainer.is_deepspeed_enabled):
+            raise processes.everywhere(
+                "analysis: samples of how far the weights have moved need them whole in one process; leave the section out "
+                "under FSDP and DeepSpeed, and run `svdtune analyze` on the finished run"
+            )
         trainer.remove_callback(PrinterCallback)
         if checkpoint is not None:
             trainer.load_before_sharding(str(checkpoint))
