@@ -1,12 +1,11 @@
 """What the start of an adapter takes from the base weights: ranks, factors, fingerprints; shared out among processes.
 
-Weights that are themselves sharded (FSDP, ZeRO-3) are gathered one by one by all processes together, so there each of them
-does all of the work.
+See `svdtune.spectra.sharing`.
 """
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,42 +37,54 @@ class Work:
         self.targets = targets
         self.shapes = {name: spectra.matrix_shape(module) for name, module in targets.items()}
         self.weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
-        self.shared = together and not any(is_sharded(module) for module in targets.values())
+        self.shared = together and sharing.is_on()
+        self.spread = any(is_sharded(module) for module in targets.values())
 
     def ranks(self, names: list[str], threshold: float) -> dict[str, int]:
         """The rank at a threshold of each layer, by name."""
-        return self._share(names, lambda some: spectra.ranks(self._of(some), threshold))
+
+        def compute(weights: spectra.Weights) -> dict[str, int]:
+            return spectra.ranks(weights, threshold)
+
+        return self._among(names).numbers(compute) if self.shared else compute(self._of(names))
 
     def ranked_factors(self, names: list[str], threshold: float) -> tuple[dict[str, int], dict[str, Factors]]:
         """The same with the leading factors, which a process without the weights does not get."""
-        return self._share_factors(names, lambda some: spectra.ranked_factors(self._of(some), threshold))
+        return self._factors(names, lambda weights: spectra.ranked_factors(weights, threshold))
 
     def factors(self, ranks: Mapping[str, int], *, exact: bool) -> dict[str, Factors]:
         """The leading factors of each layer in `ranks`, as many as it says."""
 
-        def compute(some: list[str]):
-            return spectra.factors(self.weights, {name: ranks[name] for name in some}, exact=exact)
+        def compute(weights: spectra.Weights) -> Iterator[tuple[str, Factors]]:
+            return spectra.factors(weights, {name: ranks[name] for name in weights}, exact=exact)
 
-        return self._share_factors(list(ranks), compute)[1]
+        return self._factors(list(ranks), compute)[1]
+
+    def _factors(self, names: list[str], compute: Any) -> tuple[dict[str, int], dict[str, Factors]]:
+        if self.shared:
+            return self._among(names).factors(compute)
+        found = dict(compute(self._of(names)))
+        return {name: len(factors.s) for name, factors in found.items()}, found
 
     def fingerprints(self) -> dict[str, str]:
         """Of the base weights that have one, by name."""
-        found = self._share(list(self.targets), lambda some: {name: fingerprint(self.targets[name]) for name in some})
-        return {name: value for name, value in found.items() if value is not None}
+        shared = self.shared and not self.spread
+        among = self._among(list(self.targets)) if shared else None
+        mine = [name for name in self.targets if among is None or self._reads(name, among)]
+        found = {name: value for name in mine if (value := fingerprint(self.targets[name])) is not None}
+        told = processes.gather(found) if shared else [found]
+        return {name: value for some in told for name, value in some.items()}
+
+    def _reads(self, name: str, among: sharing.Sharing) -> bool:
+        return (0 if among.main_only else among.owner[name]) == processes.index()
 
     def _of(self, names: list[str]) -> spectra.Weights:
         return {name: self.weights[name] for name in names}
 
-    def _share(self, names: list[str], compute: Any) -> dict[str, Any]:
+    def _among(self, names: list[str]) -> sharing.Sharing:
         shapes = {name: self.shapes[name] for name in names}
-        return sharing.share(shapes, compute) if self.shared else dict(compute(names))
-
-    def _share_factors(self, names: list[str], compute: Any) -> tuple[dict[str, int], dict[str, Factors]]:
-        if not self.shared:
-            found = dict(compute(names))
-            return {name: len(factors.s) for name, factors in found.items()}, found
         devices = {name: device_and_dtype(_base(self.targets[name]))[0] for name in names}
-        return sharing.share_factors({name: self.shapes[name] for name in names}, compute, devices)
+        return sharing.Sharing(shapes, self._of(names), self.spread, devices)
 
 
 def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module]) -> None:

@@ -3,19 +3,25 @@
 Each process does its part, results go to all: every process has the same ranks and, bit for bit, the same factors with the
 same signs, each weight was decomposed once, and its entry in the disk cache was written by one process.
 
+Where a weight cannot be read by one process alone, work goes in rounds of one weight for each process: one that is spread over
+processes is put together by all of them, one that the main process alone has is sent. So nobody holds more than one.
+
 Every process must take part. SVDTUNE_SHARED_INIT=off switches it off, for programs that adapt a model in some processes alone.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from svdtune import processes
+from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
+from svdtune.spectra.decompose import Weights
 
 Shapes = Mapping[str, tuple[int, int]]
 Result = TypeVar("Result")
@@ -36,90 +42,126 @@ def _says_yes(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def owners(shapes: Shapes) -> dict[str, int]:
-    """The process that decomposes each weight: the costliest first, each to whoever has least to do.
-
-    The cost of a weight is that of its Gram matrix, out · in · min(out, in).
-    """
-    if not all(processes.gather(has_weights())):
-        return dict.fromkeys(shapes, 0)
-    costs = {name: out * inner * min(out, inner) for name, (out, inner) in shapes.items()}
-    loads = [0.0] * processes.count()
-    owner = {}
-    for name in sorted(costs, key=costs.__getitem__, reverse=True):
-        owner[name] = min(range(len(loads)), key=loads.__getitem__)
-        loads[owner[name]] += costs[name]
-    return owner
-
-
-def share(shapes: Shapes, compute: Callable[[list[str]], Mapping[str, Result]]) -> dict[str, Result]:
-    """compute() over all names, each done by one process; small results (they are pickled).
+class Sharing:
+    """The division of some weights among the processes.
 
     Args:
         shapes: (out, in) of each weight, by name; the same in every process.
-        compute: from some of the names to their results.
-
-    Raises:
-        SvdtuneError: in every process, if one fails.
+        weights: functions that read them.
+        spread: whether a weight is put together by all processes that call its function.
+        devices: where to put factors that another process found, by name.
     """
-    if not is_on():
-        return dict(compute(list(shapes)))
-    owner = owners(shapes)
-    own = [name for name in shapes if owner[name] == processes.index()]
-    found = processes.jointly(lambda: dict(compute(own)))
-    told = processes.gather(found)
-    return {name: told[owner[name]][name] for name in shapes}
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        weights: Mapping[str, Callable[[], Tensor]],
+        spread: bool,
+        devices: Mapping[str, torch.device],
+    ):
+        self.shapes, self.weights, self.spread, self.devices = shapes, weights, spread, devices
+        self.main_only = not all(processes.gather(has_weights()))
+        # A weight costs what its Gram matrix does. In rounds, alike ones meet.
+        self.order = sorted(shapes, key=lambda name: -math.prod(shapes[name]) * min(shapes[name]))
+        if spread or self.main_only:
+            self.owner = {name: place % processes.count() for place, name in enumerate(self.order)}
+        else:
+            self.owner = self._balanced()
+
+    def _balanced(self) -> dict[str, int]:
+        """The costliest first, each to whoever has least to do."""
+        loads = [0.0] * processes.count()
+        owner = {}
+        for name in self.order:
+            owner[name] = min(range(len(loads)), key=loads.__getitem__)
+            loads[owner[name]] += math.prod(self.shapes[name]) * min(self.shapes[name])
+        return owner
+
+    def numbers(self, compute: Callable[[Weights], Mapping[str, Result]]) -> dict[str, Result]:
+        """compute() over all weights, each done by one process; small results (they are pickled).
+
+        Raises:
+            SvdtuneError: in every process, if one fails.
+        """
+        return self._told(processes.jointly(lambda: self._own(compute)))
+
+    def factors(
+        self, compute: Callable[[Weights], Iterable[tuple[str, Factors]]]
+    ) -> tuple[dict[str, int], dict[str, Factors]]:
+        """compute() over all weights, each done by one process: how many factors each has, and the factors.
+
+        A process without the model's weights gets the numbers alone.
+
+        Raises:
+            SvdtuneError: in every process, if one fails.
+        """
+        own = processes.jointly(lambda: self._own(compute))
+        ranks = self._told({name: len(factors.s) for name, factors in own.items()})
+        found = {}
+        for name in self.shapes:
+            sent = self._sent(name, own.pop(name, None), ranks[name])
+            if has_weights():
+                found[name] = sent
+        return ranks, found
+
+    def _told(self, own: Mapping[str, Result]) -> dict[str, Result]:
+        told = processes.gather(own)
+        return {name: told[self.owner[name]][name] for name in self.shapes}
+
+    def _own(self, compute: Callable[[Weights], Any]) -> dict[str, Any]:
+        """The results of this process's part."""
+        if not (self.spread or self.main_only):
+            mine = [name for name in self.shapes if self.owner[name] == processes.index()]
+            return dict(compute({name: self.weights[name] for name in mine}))
+        found, failed = {}, None
+        for start in range(0, len(self.order), processes.count()):
+            mine = {}
+            for name in self.order[start : start + processes.count()]:
+                matrix = self.weights[name]() if self.spread else self._handed(name)
+                if self.owner[name] == processes.index():
+                    mine[name] = _on_accelerator(matrix)
+            try:
+                found |= dict(compute(mine)) if failed is None else {}
+            except SvdtuneError as error:  # the others still wait for this process in the rounds to come
+                failed = error
+        if failed is not None:
+            raise failed
+        return found
+
+    def _handed(self, name: str) -> Tensor | None:
+        """A weight that only the main process has, in the process that is to decompose it."""
+        matrix = self.weights[name]() if processes.is_main() else None
+        dtype = processes.from_main(None if matrix is None else matrix.dtype)
+        if self.owner[name] == 0:
+            return matrix
+        if processes.is_main():
+            dist.send(matrix.contiguous().to(processes.device()), self.owner[name])
+        elif self.owner[name] == processes.index():
+            matrix = torch.empty(self.shapes[name], dtype=dtype, device=processes.device())
+            dist.recv(matrix, 0)
+            return matrix
+        return None
+
+    def _sent(self, name: str, own: Factors | None, k: int) -> Factors:
+        """One weight's k factors, from the process that found them, in every process: their very bytes."""
+        out, inner = self.shapes[name]
+        sizes = (out * k, k, k * inner)
+        if own is None:
+            flat = torch.empty(sum(sizes), device=processes.device())
+        else:
+            flat = torch.cat([part.flatten() for part in own]).to(processes.device())
+        dist.broadcast(flat, src=self.owner[name])
+        U, s, Vh = (_apart(part, self.devices[name]) for part in flat.split(sizes))
+        return Factors(U.view(out, k), s, Vh.view(k, inner))
 
 
-def share_factors(
-    shapes: Shapes,
-    compute: Callable[[list[str]], Iterable[tuple[str, Factors]]],
-    devices: Mapping[str, torch.device],
-) -> tuple[dict[str, int], dict[str, Factors]]:
-    """compute() over all names, each done by one process: how many factors each has, and the factors.
-
-    A process without the model's weights gets the numbers alone.
-
-    Args:
-        shapes: (out, in) of each weight, by name; the same in every process.
-        compute: from some of the names to their factors.
-        devices: where to put the factors that other processes found, by name.
-
-    Raises:
-        SvdtuneError: in every process, if one fails.
-    """
-    if not is_on():
-        found = dict(compute(list(shapes)))
-        return {name: len(factors.s) for name, factors in found.items()}, found
-    own: dict[str, Factors] = {}
-
-    def counted(names: list[str]) -> dict[str, int]:
-        own.update(compute(names))
-        return {name: len(factors.s) for name, factors in own.items()}
-
-    ranks = share(shapes, counted)
-    if not all(processes.gather(has_weights())):
-        return ranks, own
-    owner = owners(shapes)
-    return ranks, {
-        name: _sent(own.pop(name, None), shape, ranks[name], owner[name], devices[name])
-        for name, shape in shapes.items()
-    }
-
-
-def _sent(own: Factors | None, shape: tuple[int, int], k: int, owner: int, device: torch.device) -> Factors:
-    """One weight's k factors, from the process that found them, in every process: their very bytes."""
-    out, inner = shape
-    sizes = (out * k, k, k * inner)
-    if own is None:
-        flat = torch.empty(sum(sizes), device=processes.device())
-    else:
-        flat = torch.cat([part.flatten() for part in own]).to(processes.device())
-    dist.broadcast(flat, src=owner)
-    if own is not None:
-        return own
-    U, s, Vh = (_apart(part, device) for part in flat.split(sizes))
-    return Factors(U.view(out, k), s, Vh.view(k, inner))
+def _on_accelerator(matrix: Tensor) -> Tensor:
+    """A weight where it is decomposed fastest."""
+    if not torch.accelerator.is_available():
+        return matrix
+    return matrix.to(
+        torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    )
 
 
 def _apart(part: Tensor, device: torch.device) -> Tensor:

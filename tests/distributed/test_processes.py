@@ -41,6 +41,20 @@ def test_a_start_is_shared_out_and_the_same_in_every_process(several: list[dict]
         assert start["fingerprints"] == alone["fingerprints"]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_where_the_main_process_alone_has_the_weights_the_others_help_it(several: list[dict], method: str) -> None:
+    alone = started(method)
+    starts = [found["main alone"][method] for found in several]
+    assert starts[0]["digest"] == alone["digest"]
+    assert (
+        len({start["digest"] for start in starts[1:]} - {alone["digest"]}) == 1
+    )  # nothing: theirs comes when it is sharded
+    assert all(start["ranks"] == alone["ranks"] for start in starts)
+    assert all(start["fingerprints"] == alone["fingerprints"] for start in starts)
+    if alone["decomposed"]:
+        assert max(start["decomposed"] for start in starts) < alone["decomposed"]
+
+
 def test_each_spectrum_is_cached_once(several: list[dict]) -> None:
     assert several[0]["cached"] == len(several[0]["starts"]["sara"]["ranks"])
 

@@ -168,6 +168,7 @@ def test_zero_makes_the_run_of_one_process(alone: Path, tiny_folder: Path, tmp_p
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
         "ACCELERATE_CONFIG_DS_FIELDS": "",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": str(stage == 3),  # partitioned as it is loaded
         "DS_ACCELERATOR": "cpu",
     }
     run = recipe(tiny_folder, tmp_path / "run", 2)

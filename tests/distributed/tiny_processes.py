@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,7 @@ def run(index: int, processes: int, folder: Path, steps: int) -> None:
     found = {
         "starts": {method: started(method) for method in METHODS},
         "another start": started("sorsa"),
+        "main alone": {method: main_alone(method, index) for method in METHODS},
         "drawn apart": drawn_apart(index),
         "another model": failure(lambda: adapt(tiny(seed=int(index == processes - 1)), "sorsa")),
         "another rank": failure(lambda: get_peft_model(tiny(), svdtune.SorsaConfig(r=2 + min(index, 1)))),
@@ -41,8 +43,20 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
     return get_peft_model(model, METHODS[method]())
 
 
-def started(method: str) -> dict[str, Any]:
+def main_alone(method: str, index: int) -> dict[str, Any]:
+    """How an adapter starts where, as under FSDP's RAM-efficient loading, the main process alone has the weights."""
+    model = tiny()
+    if index > 0:
+        for parameter in model.parameters():
+            parameter.data.zero_()
+    settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": str(index)}
+    with mock.patch.dict(os.environ, settings):
+        return started(method, model)
+
+
+def started(method: str, model: nn.Module | None = None) -> dict[str, Any]:
     """How an adapter starts: its tensors' digest, and how many weights this process decomposed for it."""
+    model = model or tiny()
     counts = {
         name: Counted(getattr(decompose, name)) for name in ("top_factors", "factors_at_threshold", "settled_spectrum")
     }
@@ -50,7 +64,7 @@ def started(method: str) -> dict[str, Any]:
         setattr(decompose, name, counted)
     try:
         torch.manual_seed(1)
-        model = adapt(tiny(), method)
+        model = adapt(model, method)
     finally:
         for name, counted in counts.items():
             setattr(decompose, name, counted.function)
