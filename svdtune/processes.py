@@ -41,7 +41,21 @@ def is_main() -> bool:
 
 def under_deepspeed() -> bool:
     """Whether Accelerate was started with DeepSpeed, whose configuration then says in what to compute."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return _says_yes("ACCELERATE_USE_DEEPSPEED")
+
+
+def under_fsdp() -> bool:
+    """Whether Accelerate was started with FSDP."""
+    return _says_yes("ACCELERATE_USE_FSDP")
+
+
+def main_alone_loads() -> bool:
+    """Whether the first process of a host alone loads the model: FSDP's RAM-efficient loading."""
+    return count() > 1 and under_fsdp() and _says_yes("FSDP_CPU_RAM_EFFICIENT_LOADING")
+
+
+def _says_yes(variable: str) -> bool:
+    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
 
 
 def device() -> torch.device:

@@ -33,13 +33,8 @@ def is_on() -> bool:
 
 
 def has_weights() -> bool:
-    """Whether this process has the model's weights: under FSDP's RAM-efficient loading only the first of each host does."""
-    efficient = all(_says_yes(name) for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"))
-    return not efficient or processes.count() == 1 or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _says_yes(variable: str) -> bool:
-    return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
+    """Whether this process has the model's weights."""
+    return not processes.main_alone_loads() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Sharing:

@@ -135,6 +135,7 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
     loaded, train_rows = prepared.loaded, prepared.train_rows
     set_seed(recipe.training.seed)
     started = time.monotonic()
+    _place(loaded.model, prepared.args)
     name, options = recipe.method.name, recipe.method.options
     model = adapt(loaded.model, name, with_steps(name, options, total_steps(recipe, len(train_rows))))
     init_seconds = time.monotonic() - started
@@ -176,6 +177,13 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
             _save(model, state, loaded, result, recipe, summary)
     processes.jointly(lambda: None)  # no process ends before the result is there
     return RunResult(folder, result, summary)
+
+
+def _place(model: Any, args: TrainingArguments) -> None:
+    """Put a model that this process will hold whole where it trains, which is also where it is decomposed fastest."""
+    whole = not processes.under_deepspeed() and not processes.under_fsdp()
+    if torch.accelerator.is_available() and whole and not getattr(model, "is_quantized", False):
+        model.to(args.device)
 
 
 def _fit(
