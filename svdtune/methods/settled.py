@@ -27,6 +27,7 @@ from svdtune.methods.fused import FusedLinear, RowSlice
 from svdtune.methods.layer import SvdLayer
 from svdtune.methods.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.starting import Work, check_agreement
+from svdtune.spectra import sharing
 
 
 class Settled:
@@ -38,6 +39,7 @@ class Settled:
         layer_cls: the method's layer.
         load_only: whether values come from a file, so that no weight is decomposed.
         shared: ids of the parameters that several modules hold.
+        present: whether this process has the model's weights.
         ranks: by layer.
         fingerprints: of the base weights, by layer, where they have one.
         factors: by layer, where the adapter starts from them.
@@ -48,6 +50,7 @@ class Settled:
     def __init__(self, config: SvdConfig, model: nn.Module, layer_cls: type[SvdLayer], load_only: bool):
         self.config, self.model, self.layer_cls, self.load_only = config, model, layer_cls, load_only
         self.shared = shared_weights(model)
+        self.present = sharing.has_weights(model)
         self.ranks: dict[str, int] = {}
         self.fingerprints: dict[str, str] = {}
         self.factors: dict[str, Factors] = {}
@@ -103,12 +106,12 @@ class Settled:
             if isinstance(base, spectra.CONVOLUTIONS):
                 self.kernels[name] = kernel_of(base)
         if not self.load_only:
-            check_agreement(config, targets)
+            check_agreement(config, targets, self.present)
         given = {name: self._given_rank(name) for name in targets}
         measured = [name for name, rank in given.items() if rank is None]
         if measured:
             self._check_readable(measured)
-        work = Work(targets, together=not self.load_only)
+        work = Work(targets, together=not self.load_only, present=self.present)
         takes_factors = config.needs_factors and not self.load_only
         if measured and takes_factors and not config.compact:
             ranks, factors = work.ranked_factors(measured, config.threshold)

@@ -31,10 +31,11 @@ class Work:
     Args:
         targets: the layers by name.
         together: whether every process takes part, so that the work can be shared out.
+        present: whether this process has the weights.
     """
 
-    def __init__(self, targets: Mapping[str, nn.Module], together: bool):
-        self.targets = targets
+    def __init__(self, targets: Mapping[str, nn.Module], together: bool, present: bool):
+        self.targets, self.present = targets, present
         self.shapes = {name: spectra.matrix_shape(module) for name, module in targets.items()}
         self.weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
         self.shared = together and sharing.is_on()
@@ -84,10 +85,10 @@ class Work:
     def _among(self, names: list[str]) -> sharing.Sharing:
         shapes = {name: self.shapes[name] for name in names}
         devices = {name: device_and_dtype(_base(self.targets[name]))[0] for name in names}
-        return sharing.Sharing(shapes, self._of(names), self.spread, devices)
+        return sharing.Sharing(shapes, self._of(names), self.spread, self.present, devices)
 
 
-def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module]) -> None:
+def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present: bool) -> None:
     """Make sure that every process adapts the same layers of the same model in the same way.
 
     Raises:
@@ -100,7 +101,7 @@ def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module]) -> None
         "the adapter's settings": {name: value for name, value in settings.items() if name not in _WRITTEN},
         "the layers to adapt": {name: spectra.matrix_shape(module) for name, module in targets.items()},
     }
-    if all(processes.gather(sharing.has_weights())):
+    if all(processes.gather(present)):
         facts["the base model's weights"] = {name: _sample(module) for name, module in targets.items()}
     advice = "Start every process with the same recipe or configuration, the same model and the same versions of it"
     processes.agree(facts, advice)

@@ -81,7 +81,7 @@ class SvdTuner(BaseTuner):
         targets = dict(self._settled.layers(dict(self._targets(peft_config, model))))
         if peft_config.initialized:
             check_same_layers(peft_config.ranks, targets)
-            if sharing.has_weights():
+            if self._settled.present:
                 check_base(peft_config.base_fingerprint, targets)
         self._settled.settle(targets)
 
@@ -160,7 +160,7 @@ class SvdTuner(BaseTuner):
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
         factors = self._settled.factors.pop(name, None)
         # Without the weights, the adapter's values come from the main process when the model is sharded.
-        weightless = not self._settled.load_only and not sharing.has_weights()
+        weightless = not self._settled.load_only and not self._settled.present
         load_only = self._settled.load_only or weightless
         layer.update_layer(adapter_name, self._settled.ranks[name], config, factors, load_only)
         if weightless:

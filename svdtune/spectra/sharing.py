@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
@@ -32,9 +32,10 @@ def is_on() -> bool:
     return processes.count() > 1 and os.environ.get("SVDTUNE_SHARED_INIT", "").strip().lower() != "off"
 
 
-def has_weights() -> bool:
-    """Whether this process has the model's weights."""
-    return not processes.main_alone_loads() or os.environ.get("LOCAL_RANK", "0") == "0"
+def has_weights(model: nn.Module) -> bool:
+    """Whether this process has a model's weights. Quantized ones Transformers loads in every process, whatever is set."""
+    loads = not processes.main_alone_loads() or getattr(model, "is_quantized", False)
+    return loads or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Sharing:
@@ -44,6 +45,7 @@ class Sharing:
         shapes: (out, in) of each weight, by name; the same in every process.
         weights: functions that read them.
         spread: whether a weight is put together by all processes that call its function.
+        present: whether this process has the weights (or its part of them).
         devices: where to put factors that another process found, by name.
     """
 
@@ -52,10 +54,12 @@ class Sharing:
         shapes: Shapes,
         weights: Mapping[str, Callable[[], Tensor]],
         spread: bool,
+        present: bool,
         devices: Mapping[str, torch.device],
     ):
         self.shapes, self.weights, self.spread, self.devices = shapes, weights, spread, devices
-        self.main_only = not all(processes.gather(has_weights()))
+        self.present = present
+        self.main_only = not all(processes.gather(present))
         # A weight costs what its Gram matrix does. In rounds, alike ones meet.
         self.order = sorted(shapes, key=lambda name: -math.prod(shapes[name]) * min(shapes[name]))
         if spread or self.main_only:
@@ -95,7 +99,7 @@ class Sharing:
         found = {}
         for name in self.shapes:
             sent = self._sent(name, own.pop(name, None), ranks[name])
-            if has_weights():
+            if self.present:
                 found[name] = sent
         return ranks, found
 
