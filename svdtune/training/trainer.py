@@ -197,9 +197,21 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
         )
     except (ValueError, ImportError) as error:
         raise SvdtuneError(f"the training section cannot be used here: {error}") from error
+    if processes.under_deepspeed():
+        _check_deepspeed(args)
     if args.n_gpu > 1:
         args._n_gpu = 1  # one process, one GPU: DataParallel would split batches and copy the adapter every step
     return args
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    for section in ("bf16", "fp16"):
+        if args.deepspeed_plugin.deepspeed_config.get(section, {}).get("enabled") is True:
+            raise SvdtuneError(
+                f"DeepSpeed's {section} section rounds the adapter itself to 16 bits. In its configuration set "
+                f'"{section}": {{"enabled": false}} and "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}}, as '
+                "configs/accelerate/zero2.json does"
+            )
 
 
 def _renamed(checkpointing: bool, by_length: bool) -> dict[str, Any]:
