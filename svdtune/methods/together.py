@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from transformers import DynamicCache
 
@@ -153,7 +152,7 @@ class Together:
             repeated = len({turn.layer for turn in now.turns}) < len(now.turns)
             self._follow([] if repeated else now.turns)
             # FSDP gathers the tensors of a block when the block is called: not yet, at the beginning of a pass.
-            self._small = self._small and not any(isinstance(module, FSDPModule) for module in model.modules())
+            self._small = self._small and not any(hasattr(m, "set_reshard_after_forward") for m in model.modules())
 
     def _follow(self, turns: list[Turn]) -> None:
         """Make the turns of a pass the plan of the next."""

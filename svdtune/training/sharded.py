@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from svdtune import processes
 
 
 def is_spread(model: nn.Module) -> bool:
     """Whether processes hold parts of the model's parameters: under FSDP2, or ZeRO-3."""
-    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+    return any(hasattr(p, "full_tensor") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
@@ -36,7 +35,7 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _whole(parameter: Tensor) -> Tensor:
-    if isinstance(parameter, DTensor):
+    if hasattr(parameter, "full_tensor"):
         return parameter.detach().full_tensor()
     with _gathered(parameter):
         return parameter.detach().clone()
@@ -56,7 +55,9 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     state = optimizer.state_dict()
     whole = {}
     for number, values in state["state"].items():
-        gathered = {key: value.full_tensor() if isinstance(value, DTensor) else value for key, value in values.items()}
+        gathered = {
+            key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in values.items()
+        }
         if processes.is_main():
             whole[number] = {
                 key: value.cpu() if isinstance(value, Tensor) else value for key, value in gathered.items()
@@ -80,6 +81,8 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 
 def _spread_like(parameter: Tensor, value: Any) -> Any:
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
+    if not hasattr(parameter, "full_tensor") or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -55,6 +54,8 @@ class RunTrainer(Trainer):
                 "in Accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
             )
         if self.is_fsdp2:
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     def get_train_dataloader(self) -> DataLoader:

@@ -7,30 +7,37 @@ The sum is all that has to be sent, r² numbers a factor, all factors at once; r
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.math import gram
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor; what may not be there in a torch without distributed training is not imported for it."""
+    return hasattr(tensor, "to_local")
+
+
 def rows(factor: Tensor) -> Tensor:
     """The rows of a factor that this process holds: all of them, unless the factor is sharded."""
-    return factor.to_local() if isinstance(factor, DTensor) else factor
+    return factor.to_local() if is_sharded(factor) else factor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor put together, where it is sharded; every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def as_gradient(own: Tensor, factor: Tensor) -> Tensor:
     """A gradient for a factor from that of its rows."""
-    if not isinstance(factor, DTensor):
+    if not is_sharded(factor):
         return own
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         own, factor.device_mesh, factor.placements, run_check=False, shape=factor.shape, stride=factor.stride()
     )
@@ -43,9 +50,9 @@ def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
     Raises:
         SvdtuneError: a factor is sharded otherwise than by rows.
     """
-    by_groups: dict[tuple[dist.ProcessGroup, ...], list[DTensor]] = defaultdict(list)
+    by_groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
     for factor in factors:
-        if isinstance(factor, DTensor):
+        if is_sharded(factor):
             by_groups[_spread_over(factor)].append(factor)
     found: dict[int, Tensor] = {}
     for groups, sharded in by_groups.items():
@@ -55,7 +62,7 @@ def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
     return found
 
 
-def _spread_over(factor: DTensor) -> tuple[dist.ProcessGroup, ...]:
+def _spread_over(factor: Tensor) -> tuple[Any, ...]:
     """The groups of processes over which a factor's rows are spread."""
     groups = []
     for dimension, placement in enumerate(factor.placements):
@@ -69,7 +76,7 @@ def _spread_over(factor: DTensor) -> tuple[dist.ProcessGroup, ...]:
     return tuple(groups)
 
 
-def _sum_over(groups: Sequence[dist.ProcessGroup], grams: list[Tensor], like: DTensor) -> None:
+def _sum_over(groups: Sequence[Any], grams: list[Tensor], like: Tensor) -> None:
     """Sum matrices over processes, in place, in one message a group."""
     flat = torch.cat([one.flatten() for one in grams])
     device = flat.device
