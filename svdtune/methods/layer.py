@@ -203,6 +203,10 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         """Whether an adapter's values are still to come from a checkpoint."""
         return adapter in self._awaited
 
+    def filled_elsewhere(self, adapter: str) -> None:
+        """Called where another process starts an adapter and hands out its values, with the base weights, later."""
+        self._awaited.discard(adapter)
+
     def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         """Called with an adapter's tensors from a checkpoint, by name in `trained` and `frozen`, before they are copied."""
         self._loading = adapter

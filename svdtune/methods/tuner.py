@@ -164,7 +164,7 @@ class SvdTuner(BaseTuner):
         load_only = self._settled.load_only or weightless
         layer.update_layer(adapter_name, self._settled.ranks[name], config, factors, load_only)
         if weightless:
-            layer._awaited.discard(adapter_name)
+            layer.filled_elsewhere(adapter_name)
         if config.compact and factors is not None:
             layer.recomputable.add(adapter_name)
         if layer is not target and adapter_name not in self.active_adapters:

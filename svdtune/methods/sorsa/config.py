@@ -66,6 +66,12 @@ class SorsaConfig(SvdConfig):
                 "weight alone, or split the unquantized model first and quantize its residual: "
                 "svdtune.export.splitting.split_checkpoint"
             )
+        weight = getattr(base, "weight", None)
+        if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
+            raise SvdtuneError(
+                f"layout='residual' subtracts from the weight, but that of {name!r} is spread over processes already. Use "
+                "layout='delta', which leaves the weight alone"
+            )
         if shared:
             raise SvdtuneError(
                 f"layout='residual' subtracts from the weight of {name!r}, but other modules have the same weight (an output "

@@ -89,6 +89,11 @@ class SorsaLinear(LowRankLayer):
             weight += (self.frozen_P0[adapter] @ self.frozen_V0[adapter].mT).to(weight)
         return weight
 
+    def filled_elsewhere(self, adapter: str) -> None:
+        super().filled_elsewhere(adapter)
+        if self.configs[adapter].layout != "delta":
+            self._subtracted.add(adapter)
+
     def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
         super().before_load(adapter, tensors)
         same = all(
