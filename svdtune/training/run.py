@@ -137,7 +137,8 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
     started = time.monotonic()
     _place(loaded.model, prepared.args)
     name, options = recipe.method.name, recipe.method.options
-    model = adapt(loaded.model, name, with_steps(name, options, total_steps(recipe, len(train_rows))))
+    options = with_steps(name, options, total_steps(recipe, len(train_rows)))
+    model = processes.jointly(lambda: adapt(loaded.model, name, options))
     init_seconds = time.monotonic() - started
     model.config.use_cache = False
     show_adapted(console, model)

@@ -14,7 +14,7 @@ from tiny_steps import METHODS, shard, start, tiny, train
 from torch import nn
 
 import svdtune
-from svdtune.methods.sorsa.regularizer import trained_factors
+from svdtune.methods.sorsa.regularizer import sorsa_layers, trained_factors
 from svdtune.spectra import decompose
 
 
@@ -26,6 +26,7 @@ def run(index: int, processes: int, folder: Path, steps: int) -> None:
         "starts": {method: started(method) for method in METHODS},
         "another start": started("sorsa"),
         "main alone": {method: main_alone(method, index) for method in METHODS},
+        "residual": residual_alone(index),
         "drawn apart": drawn_apart(index),
         "another model": failure(lambda: adapt(tiny(seed=int(index == processes - 1)), "sorsa")),
         "another rank": failure(lambda: get_peft_model(tiny(), svdtune.SorsaConfig(r=2 + min(index, 1)))),
@@ -44,14 +45,30 @@ def adapt(model: nn.Module, method: str) -> nn.Module:
 
 
 def main_alone(method: str, index: int) -> dict[str, Any]:
-    """How an adapter starts where, as under FSDP's RAM-efficient loading, the main process alone has the weights."""
+    """How an adapter starts where the main process alone has the weights."""
+    with mock.patch.dict(os.environ, EFFICIENT | {"LOCAL_RANK": str(index)}):
+        return started(method, loaded_by_main(index))
+
+
+def residual_alone(index: int) -> list[list[str]]:
+    """The adapters whose principal part each layer takes to be lost from its weight, in the same case."""
+    config = svdtune.SorsaConfig(r=3, layout="residual", target_modules=["q_proj"])
+    with mock.patch.dict(os.environ, EFFICIENT | {"LOCAL_RANK": str(index)}):
+        model = get_peft_model(loaded_by_main(index), config)
+    return [sorted(layer._subtracted) for layer in sorsa_layers(model)]
+
+
+# FSDP's RAM-efficient loading
+EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+
+
+def loaded_by_main(index: int) -> nn.Module:
+    """A model that is empty in all processes but the first."""
     model = tiny()
     if index > 0:
         for parameter in model.parameters():
             parameter.data.zero_()
-    settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "LOCAL_RANK": str(index)}
-    with mock.patch.dict(os.environ, settings):
-        return started(method, model)
+    return model
 
 
 def started(method: str, model: nn.Module | None = None) -> dict[str, Any]:
