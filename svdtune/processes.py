@@ -20,6 +20,7 @@ import torch.distributed as dist
 from svdtune.errors import SvdtuneError
 
 Result = TypeVar("Result")
+_HOST = torch.device("cpu")
 # What gloo says of a connection that is gone, in a plain RuntimeError.
 _LOST = "gloo|Connection (closed|reset|refused)|Timed out waiting|Broken pipe"
 
@@ -58,10 +59,14 @@ def _says_yes(variable: str) -> bool:
     return os.environ.get(variable, "").strip().lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def device() -> torch.device:
-    """Where tensors must lie to be sent: the CPU if the default group can, else this process's accelerator."""
-    if count() == 1 or "cpu:" in dist.get_backend_config(dist.group.WORLD):
-        return torch.device("cpu")
+def device(near: torch.device = _HOST) -> torch.device:
+    """Where tensors must lie to be sent: on `near`'s kind of device if the default group can, else where it can."""
+    if count() == 1:
+        return near
+    able = dist.get_backend_config(dist.group.WORLD)
+    kind = near.type if f"{near.type}:" in able else "cpu" if "cpu:" in able else None
+    if kind == "cpu":
+        return _HOST
     return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
 
 

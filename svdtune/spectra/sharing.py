@@ -145,10 +145,8 @@ class Sharing:
         """One weight's k factors, from the process that found them, in every process: their very bytes."""
         out, inner = self.shapes[name]
         sizes = (out * k, k, k * inner)
-        if own is None:
-            flat = torch.empty(sum(sizes), device=processes.device())
-        else:
-            flat = torch.cat([part.flatten() for part in own]).to(processes.device())
+        flat = torch.empty(sum(sizes)) if own is None else torch.cat([part.flatten() for part in own])
+        flat = flat.to(processes.device(self.devices[name]))
         dist.broadcast(flat, src=self.owner[name])
         U, s, Vh = (_apart(part, self.devices[name]) for part in flat.split(sizes))
         return Factors(U.view(out, k), s, Vh.view(k, inner))
