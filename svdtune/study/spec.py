@@ -1,19 +1,36 @@
 """The study file: which methods are compared, on what, at which budgets, with how many seeds. Strict, as recipes are."""
 
+from collections.abc import Iterator
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from svdtune.data.catalogue import CATALOGUE, GROUPS
+from svdtune.data.catalogue import CATALOGUE, scored
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.training.extending import merge, read_settings, read_text, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
-from svdtune.training.recipe import check_recipe, set_at
+from svdtune.training.recipe import Evaluation, Source, check_recipe, set_at
 
 Settings = dict[str, Any]
+
+
+def _rates(rates: list[float]) -> list[float]:
+    if len(set(rates)) < len(rates) or not rates or min(rates) <= 0:
+        raise ValueError(f"expected different learning rates above 0; got {rates}")
+    return rates
+
+
+def _values(values: list[Any]) -> list[Any]:
+    if not values or any(value in values[:at] for at, value in enumerate(values)):
+        raise ValueError(f"expected different values, one or more; got {values!r:.60}")
+    return values
+
+
+Rates = Annotated[list[float], AfterValidator(_rates)]
 
 
 class _Section(BaseModel):
@@ -25,11 +42,13 @@ class Arm(_Section):
 
     method: Settings | None = Field(None, description="As in a recipe; none for the recipe's own.")
     settings: Settings = Field(default_factory=dict, description="Changes to the recipe for this arm.")
-    grid: dict[str, list[Any]] = Field(default_factory=dict, description="Dotted settings; an arm for each value.")
+    grid: dict[str, Annotated[list[Any], AfterValidator(_values)]] = Field(
+        default_factory=dict, description="Dotted settings; an arm for each value."
+    )
     ranks: Literal["uniform", "sara", "random"] = Field(
         "uniform", description="Ranks of the layers: one; those of SARA; or SARA's dealt out anew with each seed."
     )
-    learning_rates: list[float] | None = Field(None, min_length=1, description="Candidates of this arm alone.")
+    learning_rates: Rates | None = Field(None, description="Candidates of this arm alone.")
     tuned_as: str | None = Field(None, description="Take the learning rate found for that arm.")
     budget: bool = Field(True, description="Whether the study's budgets set its size.")
     untrained: bool = Field(False, description="Score the base model as it is.")
@@ -38,7 +57,7 @@ class Arm(_Section):
 class Tune(_Section):
     """How learning rates are found: the same small search for every arm, never on test data."""
 
-    learning_rates: list[float] = Field(min_length=1, description="Candidates.")
+    learning_rates: Rates = Field(description="Candidates.")
     share: float = Field(0.1, gt=0, lt=1, description="Of the training rows, held out where a recipe has no data.eval.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the search, and of what is held out.")
     extend: int = Field(0, ge=0, le=8, description="So many more candidates, where the best is the first or the last.")
@@ -51,24 +70,24 @@ class Study(_Section):
     question: str = Field("", description="One sentence: what the study is to find out.")
     tasks: dict[str, str] = Field(min_length=1, description="Name → recipe file, relative to the study file.")
     settings: Settings = Field(default_factory=dict, description="Changes to every recipe.")
-    budgets: list[int | str] = Field(default_factory=list, description="Trained parameters: 500k, 1.5M, or 0.1%.")
+    budgets: list[int | float | str] = Field(default_factory=list, description="Trained parameters: 500k, 1.5M, 0.1%.")
     arms: dict[str, Arm] = Field(min_length=1)
     tune: Tune | None = Field(None, description="None: the learning rates are those of the recipes.")
-    seeds: list[int] = Field(min_length=1)
+    seeds: list[int]
     baseline: str | None = Field(None, description="The arm that the others are compared with.")
 
-    @field_validator("budgets")
+    @field_validator("budgets", mode="before")
     @classmethod
-    def _are_budgets(cls, budgets: list[int | str]) -> list[int | str]:
-        for budget in budgets:
+    def _are_budgets(cls, budgets: Any) -> Any:
+        for budget in budgets if isinstance(budgets, list) else []:
             parse_budget(str(budget))
         return budgets
 
     @field_validator("seeds")
     @classmethod
     def _distinct(cls, seeds: list[int]) -> list[int]:
-        if len(set(seeds)) < len(seeds) or min(seeds, default=0) < 0:
-            raise ValueError(f"expected different seeds from 0 up; got {seeds}")
+        if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
+            raise ValueError(f"expected different seeds from 0 up, below 2³²; got {seeds}")
         return seeds
 
 
@@ -101,9 +120,12 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
     problems += _references(study)
     tasks = {}
     for name, recipe in study.tasks.items():
-        settings = merge(read_settings(path.parent / recipe), study.settings)
-        settings.pop("output", None)
-        tasks[name] = settings
+        try:
+            tasks[name] = merge(read_settings(path.parent / recipe), study.settings)
+        except SvdtuneError as error:
+            problems.append(Problem(f"tasks.{name}", str(error)))
+        else:
+            tasks[name].pop("output", None)
     problems += _recipe_problems(study, tasks)
     refuse(problems, str(path))
     return study, tasks
@@ -130,16 +152,18 @@ def _expanded(given: Any) -> tuple[dict[str, Arm], list[Problem]]:
         for values in product(*arm.grid.values()):
             point = dict(zip(arm.grid, values, strict=True))
             label = " ".join([name, *(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())])
+            if label in arms:
+                problems.append(Problem(f"arms.{name}", f"there are two arms {label!r}, grids expanded; rename one"))
             try:
                 arms[label] = _at(arm, point)
             except SvdtuneError as error:
-                problems.append(Problem(f"arms.{name}.grid", str(error)))
+                problems.append(Problem(f"arms.{name}.grid", str(error).removeprefix("--")))
     return arms, problems
 
 
 def _at(arm: Arm, point: Settings) -> Arm:
     """An arm at one point of its grid."""
-    changes: Settings = {"method": dict(arm.method or {}), **{k: dict(v) for k, v in arm.settings.items()}}
+    changes: Settings = {"method": deepcopy(arm.method or {}), **deepcopy(arm.settings)}
     for dotted, value in point.items():
         set_at(changes, dotted, value)
     method = changes.pop("method")
@@ -154,7 +178,7 @@ def _references(study: Study) -> list[Problem]:
         problems.append(Problem("baseline", f"there is no arm {study.baseline!r}; there are {known}"))
     for name, arm in study.arms.items():
         other = study.arms.get(arm.tuned_as or "")
-        if arm.tuned_as is not None and (other is None or other.tuned_as is not None):
+        if arm.tuned_as is not None and (other is None or other.tuned_as is not None or other.untrained):
             problems.append(
                 Problem(f"arms.{name}.tuned_as", f"expected an arm that is tuned itself; got {arm.tuned_as!r}")
             )
@@ -162,37 +186,42 @@ def _references(study: Study) -> list[Problem]:
             problems.append(Problem(f"arms.{name}", "tuned_as excludes learning_rates; give one of them"))
         if study.tune is None and len(arm.learning_rates or []) > 1:
             problems.append(Problem(f"arms.{name}.learning_rates", "choosing among several needs the section tune"))
-        if arm.untrained and arm.method is not None:
-            problems.append(Problem(f"arms.{name}", "an untrained arm has no method"))
+        own = [key for key in ("method", "learning_rates", "tuned_as") if getattr(arm, key) is not None]
+        if arm.untrained and own:
+            problems.append(Problem(f"arms.{name}", f"an untrained arm has no {own[0]}; take one of them out"))
     return problems
 
 
 def _recipe_problems(study: Study, tasks: dict[str, Settings]) -> list[Problem]:
-    """What is wrong with the recipe of any arm on any task; said once where all arms share it."""
+    """What is wrong with the recipe of any arm on any task; said once where several share it."""
     found: dict[str, str] = {}
     for task, recipe in tasks.items():
-        if not recipe.get("evaluation"):
-            found["the recipe has no evaluation section, which says what a run is scored on"] = f"tasks.{task}"
-        elif _searches_on_test(recipe):
-            found["data.eval is what the runs are scored on; the search for learning rates must not see it"] = (
-                f"tasks.{task}"
-            )
         for name, arm in study.arms.items():
-            try:
-                check_recipe({**arm_settings(recipe, arm), "output": {"dir": "runs"}}, "")
-            except SvdtuneError as error:
-                for line in str(error).splitlines()[1:]:
-                    found.setdefault(line.strip(), f"arm {name} on {task}")
+            settings = arm_settings(recipe, arm)
+            for message in _problems_of(settings):
+                found.setdefault(message, f"arm {name} on {task}")
     return [Problem(where, message) for message, where in found.items()]
 
 
-def _searches_on_test(recipe: Settings) -> bool:
-    """Whether data.eval names a split that the evaluation section scores."""
-    held_out = (recipe.get("data") or {}).get("eval")
-    source = held_out.get("source") if isinstance(held_out, dict) else held_out
-    section = recipe["evaluation"] if isinstance(recipe["evaluation"], dict) else {}
-    sets = [name for group in section.get("data") or [] for name in GROUPS.get(group, (group,))]
-    if source not in sets or source not in CATALOGUE:
-        return False
-    split = held_out.get("split") if isinstance(held_out, dict) else None
-    return (split or "train") == (section.get("split") or CATALOGUE[source].test)
+def _problems_of(settings: Settings) -> Iterator[str]:
+    try:
+        recipe = check_recipe({**settings, "output": {"dir": "runs"}}, "")
+    except SvdtuneError as error:
+        first, *lines = str(error).splitlines()
+        yield from map(str.strip, lines or [first])
+        return
+    if recipe.evaluation is None:
+        yield "the recipe has no evaluation section, which says what a run is scored on"
+    elif recipe.data.eval is not None and _is_scored(recipe.data.eval, recipe.evaluation):
+        yield "data.eval is what the runs are scored on; the search for learning rates must not see it"
+
+
+def _is_scored(held_out: Source, evaluation: Evaluation) -> bool:
+    """Whether held-out rows may be among those that the evaluation section scores."""
+    split = held_out.split or "train"
+    for one in (one for group in evaluation.data for one in scored(group)):
+        same = held_out.source in CATALOGUE and CATALOGUE[held_out.source].files == one.files
+        # Of test rows there are several splits, which overlap.
+        if same and (split == (evaluation.split or one.test) or split not in ("train", "valid")):
+            return True
+    return False

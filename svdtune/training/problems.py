@@ -35,6 +35,8 @@ def from_pydantic(error: ValidationError, model: type[BaseModel]) -> Iterator[Pr
             yield Problem(path, unknown(path, list(settings_at(model, item["loc"][:-1])), list(all_settings(model))))
         elif item["type"] == "missing":
             yield Problem(path, "is required")
+        elif item["type"] in ("too_short", "string_too_short"):
+            yield Problem(path, f"is empty; expected {'a text' if 'string' in item['type'] else 'one entry or more'}")
         elif item["type"] == "value_error":
             yield Problem(path, item["msg"].removeprefix("Value error, "))
         elif item["type"] in ("model_type", "model_attributes_type", "dict_type"):
