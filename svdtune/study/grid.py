@@ -106,7 +106,7 @@ class Cell:
             return False
         first = best == self.candidates[0]
         near = self.candidates[1] if first else self.candidates[-2]
-        beyond = float(f"{best * best / near:.1g}")
+        beyond = _rounded(best * best / near, best)
         self.candidates = [beyond, *self.candidates] if first else [*self.candidates, beyond]
         self.extended += 1
         return True
@@ -139,8 +139,8 @@ class Fits:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         try:
-            self._known = json.loads(path.read_text(encoding="utf-8")) if path else {}
-        except (OSError, ValueError):
+            self._known = dict(json.loads(path.read_text(encoding="utf-8"))) if path else {}
+        except (OSError, ValueError, TypeError):
             self._known = {}
 
     def __call__(self, method: Settings, model: str, budget: int | None, ranks: str, seed: int) -> Settings:
@@ -210,6 +210,12 @@ def _fitted(recipe: Settings, arm: Arm, budget: int | None, fits: Fits, where: s
 
     by_seed(0)
     return by_seed
+
+
+def _rounded(rate: float, best: float) -> float:
+    """The rate with as few digits as keep it on its side of the best."""
+    tried = (float(f"{rate:.{digits}g}") for digits in range(1, 17))
+    return next((found for found in tried if found != best and (found < best) == (rate < best)), rate)
 
 
 def count_of(budget: str, model: str) -> int:
