@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -30,6 +31,7 @@ from svdtune.system import explain_write_errors, replace_text
 Record = dict[str, Any]
 FITS = "fits.json"
 _GRACE = 60.0  # seconds for a checkpoint after Ctrl-C
+_OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -146,40 +148,56 @@ def run_studies(
 
 
 class _Runner:
-    """The queue of ready jobs and the processes that work on them."""
+    """The queue of ready jobs and the processes that work on them.
+
+    A run that finds too little memory beside others on its GPU is made again when it has the GPU to itself.
+    """
 
     def __init__(self, studies: list[_Study], output: Path, how: How, tell: Callable[[str], None]) -> None:
         self.studies, self.output, self.how, self.tell = studies, output, how, tell
         self.waiting: list[tuple[int, int, str]] = []  # (study, cell, key), the earliest first
+        self.crowded: list[str] = []  # runs that wait for a GPU of their own
+        self.alone: set[str] = set()  # runs that have one, or had
         self.jobs: dict[str, Job] = {}
         self.records: dict[str, Record] = {}
         self.running: dict[Future[Record], str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.free = [how.gpus[i % len(how.gpus)] if how.gpus else "" for i in range(how.processes)]
-        self.stopping = False
+        self.shared = how.processes > max(1, len(how.gpus))
+        self.signals = 0
 
     def run(self) -> None:
         """Until every cell is done."""
-        with ThreadPoolExecutor(self.how.processes) as pool:
+        with ThreadPoolExecutor(self.how.processes) as pool, self._signals_counted():
             try:
                 self._refill()
-                while self.waiting or self.running:
-                    while self.free and self.waiting:
-                        key = heapq.heappop(self.waiting)[2]
-                        self.running[pool.submit(self._make, self.jobs[key], self.free.pop())] = key
-                    for done in wait(self.running, return_when=FIRST_COMPLETED).done:
+                while (self.waiting or self.running or self.crowded) and not self.signals:
+                    for key, device in self._startable():
+                        self.running[pool.submit(self._make, self.jobs[key], device)] = key
+                    for done in wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED).done:
                         self._finished(self.running.pop(done), done.result())
-                    self._refill()
-            except KeyboardInterrupt:
-                self._stop()
-                raise KeyboardInterrupt(
-                    f"stopped with {len(self.records)} runs done; the same command goes on"
-                ) from None
-            except BaseException:
-                self._stop(signal.SIGKILL)
-                raise
+            finally:
+                if self.running:
+                    self.tell(f"stopping {len(self.running)} runs, which write their checkpoints first")
+                    self._stop()
         for one in self.studies:
             one.write(self.how.command)
+        if self.signals:
+            raise KeyboardInterrupt(f"stopped with {len(self.records)} runs done; the same command goes on")
+
+    def _startable(self) -> Iterator[tuple[str, str]]:
+        """The runs to start now, each with its device."""
+        if self.alone.intersection(self.running.values()):
+            return
+        while self.free and self.waiting:
+            yield heapq.heappop(self.waiting)[2], self.free.pop()
+        if not self.running and not self.waiting:
+            for device in set(self.free):
+                if self.crowded:
+                    key = self.crowded.pop(0)
+                    self.alone.add(key)
+                    self.free.remove(device)
+                    yield key, device
 
     def _refill(self) -> None:
         """Queue what has become ready, and give every study the records that are there already."""
@@ -232,12 +250,12 @@ class _Runner:
             # In a session of its own: Ctrl-C is the runner's to hand on.
             with subprocess.Popen(command, stdout=log, start_new_session=True, **pipes) as process:
                 self.processes[job.key] = process
-                if self.stopping:
+                if self.signals:
                     process.kill()
                 status = process.wait()
             del self.processes[job.key]
         record = read_record(place.record, job.key)
-        if record is None and not self.stopping:
+        if record is None and not self.signals:
             ended = f"signal {-status}" if status < 0 else f"status {status}"
             record = record_of(described, place.run, {}, f"its process ended with {ended}; see {place.log}")
             write_record(place.record, record)
@@ -246,26 +264,47 @@ class _Runner:
     def _finished(self, key: str, record: Record) -> None:
         if not record:
             return
+        name = self.jobs[key].name
+        if self.shared and key not in self.alone and record["status"] == "failed" and _OUT_OF_MEMORY in record["error"]:
+            Place.of(self.jobs[key], self.output).record.unlink()
+            self.crowded.append(key)
+            self.tell(f"later: {name} · out of memory beside others; it will have a GPU to itself")
+            return
         self.records[key] = record
         self._refill()
         for one in self.studies:
             if key in one.records:
                 one.write(self.how.command)
-        queued = len(self.waiting) + len(self.running)
-        self.tell(f"{len(self.records)} done, {queued} waiting · {self.jobs[key].name} · {outcome(record)}")
+        queued = len(self.waiting) + len(self.running) + len(self.crowded)
+        self.tell(f"{len(self.records)} done, {queued} waiting · {name} · {outcome(record)}")
 
-    def _stop(self, number: int = signal.SIGTERM) -> None:
-        """End the processes: kindly, so that they write checkpoints, and after a while not."""
-        self.stopping = True
-        deadline = time.monotonic() + _GRACE
+    def _stop(self) -> None:
+        """End the processes: kindly, so that they write checkpoints; after a while, or at a second signal, not."""
+        first, deadline = self.signals, time.monotonic() + _GRACE
+        self.signals = max(1, first)  # nothing new starts
         for process in list(self.processes.values()):
-            process.send_signal(number)
+            process.terminate()
+        while self.processes and time.monotonic() < deadline and self.signals <= max(1, first):
+            time.sleep(0.1)
+        for process in list(self.processes.values()):
+            process.kill()
+
+    @contextmanager
+    def _signals_counted(self) -> Iterator[None]:
+        """Ctrl-C, and SIGTERM, which schedulers send before they kill, are counted; the loop looks at the count."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def count(*_: Any) -> None:
+            self.signals += 1
+
+        before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            for process in list(self.processes.values()):
-                process.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            for process in list(self.processes.values()):
-                process.kill()
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def outcome(record: Record) -> str:

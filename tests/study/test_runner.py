@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
-from svdtune.study.grid import cells
-from svdtune.study.records import read_record
+from svdtune.study.grid import Job, cells
+from svdtune.study.records import Place, read_record, record_of, write_record
 from svdtune.study.results import read_results
-from svdtune.study.runner import How, run_studies
+from svdtune.study.runner import How, _Runner, run_studies
 from svdtune.study.spec import load_study
 
 QV = ["q_proj", "v_proj"]
@@ -118,6 +120,31 @@ def test_a_killed_process_is_a_failed_run_and_says_where_its_log_is(write_study,
     (found,) = run(write_study())
     assert found["status"] == "failed"
     assert found["error"].startswith("its process ended with signal 9; see out/logs/math-lora")
+
+
+def test_a_run_without_memory_beside_others_gets_a_gpu_to_itself(write_study, monkeypatch) -> None:
+    arms = {"lora": {"method": {"name": "lora"}, "grid": {"method.r": [1, 2, 3]}}}
+    together = threading.Barrier(3)
+
+    def make(self: _Runner, job: Job, device: str) -> dict:
+        described = {**asdict(job), "key": job.key}
+        crowded = job.key not in self.alone
+        if crowded:
+            together.wait()
+        else:
+            assert len(self.running) == 1
+        error = "out of memory on the GPU (9 GiB in use at most)" if crowded or job.recipe["method"]["r"] == 3 else None
+        place = Place.of(job, self.output)
+        write_record(place.record, record_of(described, place.run, {}, error))
+        return read_record(place.record, job.key)
+
+    monkeypatch.setattr(_Runner, "_make_on", make)
+    told: list[str] = []
+    study = load_study(write_study(arms=arms))
+    run_studies({"study": study}, Path("out"), How(processes=3, gpus=("0",)), told.append)
+    runs = json.loads(Path("out/study/results.json").read_text())["runs"]
+    assert [found["status"] for found in runs] == ["finished", "finished", "failed"]
+    assert sum(line.startswith("later: math-lora") for line in told) == 3
 
 
 def test_one_runner_a_folder(write_study) -> None:
