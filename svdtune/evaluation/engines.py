@@ -8,7 +8,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svdtune.evaluation.decoding import Completion, Decoding, complete_batch, context_length, end_token_ids
+from svdtune.evaluation.decoding import Completion, Decoding, complete_in_rounds, context_length, end_token_ids
 from svdtune.models import LoadedModel
 
 
@@ -70,7 +70,7 @@ class TransformersEngine:
     ) -> list[Completion]:
         """Complete a batch, padded on the left; all of it is drawn with the first seed."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._ends[0]
-        return complete_batch(self._model, prompts, max_new_tokens, self._ends, pad, decoding=decoding, seed=seeds[0])
+        return complete_in_rounds(self._model, prompts, max_new_tokens, self._ends, pad, decoding, seeds[0])
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

@@ -7,7 +7,8 @@ import torch
 from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import Decoding, complete_batch, end_token_ids, plan_batches
+from svdtune.evaluation import decoding
+from svdtune.evaluation.decoding import Decoding, complete_batch, complete_in_rounds, end_token_ids, plan_batches
 from svdtune.models import LoadedModel, load
 
 PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
@@ -40,6 +41,30 @@ def test_equals_the_plain_loop_and_stops_at_end_tokens(loaded: LoadedModel) -> N
         assert completion.tokens == tokens[:stop]
         assert completion.ended is (stop is not None)
     assert complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)[3].tokens == []
+
+
+def test_rounds_give_the_same_completions_and_let_go_of_what_has_ended(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = complete_batch(loaded.model, PROMPTS, 12, [257], pad=1)
+    ends = [whole[1].tokens[4], whole[3].tokens[0]]
+    batches: list[tuple[int, int]] = []
+
+    def counted(model, prompts, limit, *rest, **settings):
+        batches.append((len(prompts), limit))
+        return complete_batch(model, prompts, limit, *rest, **settings)
+
+    monkeypatch.setattr(decoding, "complete_batch", counted)
+    monkeypatch.setattr(decoding, "_ROUND", 2)
+    expected = complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)
+    assert complete_in_rounds(loaded.model, PROMPTS, 12, ends, 1) == expected
+    running = [sum(len(one.tokens) >= taken for one in expected) for taken in (0, 2, 4, 8)]
+    assert batches == list(zip(running, (2, 2, 4, 4), strict=True))[: len(batches)]
+    assert sum(rows * limit for rows, limit in batches) < 4 * 12
+    batches.clear()
+    for drawn in (Decoding(temperature=1.0), Decoding(beams=2)):
+        complete_in_rounds(loaded.model, PROMPTS, 12, ends, 1, drawn)
+    assert batches == [(4, 12)] * 2, "what is drawn, or searched for, is not cut up"
 
 
 def test_the_checkpoints_own_generation_settings_do_not_leak_in(loaded: LoadedModel) -> None:
