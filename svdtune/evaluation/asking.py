@@ -220,8 +220,8 @@ class Together:
         if decoding.temperature > 0 or decoding.samples > 1:
             return self._engine.complete(prompts, max_new_tokens, decoding, seeds)
         keys = [(max_new_tokens, tuple(prompt)) for prompt in prompts]
-        if any(key not in self._done for key in keys):
-            waiting = list(self._prompts.pop(max_new_tokens, {})) or [key[1] for key in keys]
+        if missing := {prompt: None for limit, prompt in keys if (limit, prompt) not in self._done}:
+            waiting = list(missing | self._prompts.pop(max_new_tokens, {}))
             for batch in plan_batches(waiting, self._batch_size):
                 some = [waiting[place] for place in batch]
                 completed = self._engine.complete(some, max_new_tokens, decoding, [0] * len(some))
