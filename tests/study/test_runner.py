@@ -147,6 +147,17 @@ def test_a_run_without_memory_beside_others_gets_a_gpu_to_itself(write_study, mo
     assert sum(line.startswith("later: math-lora") for line in told) == 3
 
 
+def test_a_folder_that_cannot_be_written_stops_the_study_in_a_sentence(write_study) -> None:
+    study = write_study()
+    Path("out").mkdir()
+    Path("out/records").write_text("in the way")
+    with pytest.raises(SvdtuneError, match="cannot write out: a part of that path is a file; the same command"):
+        run(study)
+    Path("out/records").unlink()
+    (found,) = run(study)
+    assert found["status"] == "finished"
+
+
 def test_one_runner_a_folder(write_study) -> None:
     import fcntl
 
