@@ -21,6 +21,8 @@ from svdtune.errors import SvdtuneError
 
 Result = TypeVar("Result")
 _HOST = torch.device("cpu")
+# What launchers tell a process beside WORLD_SIZE.
+_PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # What gloo says of a connection that is gone, in a plain RuntimeError.
 _LOST = "gloo|Connection (closed|reset|refused)|Timed out waiting|Broken pipe"
 
@@ -37,7 +39,12 @@ def index() -> int:
 
 def is_main() -> bool:
     """Whether this process looks after files and prints: the first, also before torch.distributed has been started."""
-    return index() == 0 if count() > 1 else os.environ.get("RANK", "0") == "0"
+    return index() == 0 if count() > 1 else launched() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def launched() -> int:
+    """How many processes the launcher started; 1 where there was none. Schedulers set RANK for runs of one process too."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def under_deepspeed() -> bool:
@@ -182,9 +189,19 @@ def start(on_cpu: bool, timeout: datetime.timedelta) -> bool:
     """Join the processes that torchrun or Accelerate started; whether that was still to be done.
 
     Both the host and the GPUs get a backend: control messages and parameters that are offloaded travel over the host.
+
+    Raises:
+        SvdtuneError: the launcher did not say all that a process must know. Without LOCAL_RANK Accelerate would take each
+            process for one that runs alone.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    if launched() == 1 or dist.is_initialized():
         return False
+    if missing := [name for name in _PLACE if name not in os.environ]:
+        raise SvdtuneError(
+            f"WORLD_SIZE is {launched()}, which says that this is one of several processes, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; start the run with torchrun or accelerate launch, which set all "
+            "of them, or unset WORLD_SIZE to run alone"
+        )
     backend = "gloo"
     if not on_cpu:
         kind = torch.accelerator.current_accelerator().type

@@ -128,7 +128,7 @@ app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty
 
 def _another_tells() -> bool:
     """Whether this is not the first of several processes."""
-    return os.environ.get("RANK", "0") != "0"
+    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 def _version(asked: bool) -> None:

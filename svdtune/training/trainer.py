@@ -1,7 +1,6 @@
 """Hugging Face's Trainer, set up from a recipe; it adds tokens a second and L_reg to every log, and seals checkpoints."""
 
 import math
-import os
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -234,7 +233,7 @@ def total_steps(recipe: Recipe, rows: int) -> int:
     t = recipe.training
     if t.max_steps is not None:
         return t.max_steps
-    batches = math.ceil(rows / (t.batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    batches = math.ceil(rows / (t.batch_size * processes.launched()))
     return math.ceil((t.epochs or 1.0) * math.ceil(batches / t.gradient_accumulation))
 
 
