@@ -1,0 +1,83 @@
+"""A study in the making: what each cell waits for, given the records there are, and the results as far as they go."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from svdtune.study.grid import Cell, Job
+from svdtune.study.records import record_of, results_of
+from svdtune.study.results import RESULTS
+from svdtune.study.spec import Study
+from svdtune.system import explain_write_errors, replace_text
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Making:
+    """One study, and the records there are of its runs.
+
+    Attributes:
+        name, study: which.
+        cells: its cells.
+        models: by task, the model.
+        folder: where its results go.
+        records: by key, the runs that are done.
+    """
+
+    name: str
+    study: Study
+    cells: list[Cell]
+    models: dict[str, str]
+    folder: Path
+    records: dict[str, Record] = field(default_factory=dict)
+
+    def next_jobs(self, cell: Cell) -> list[Job]:
+        """What a cell waits for: the rest of its search, or its final runs; nothing where it is done."""
+        if search := self.search(cell):
+            return search
+        if cell.like is not None and self.search(cell.like):
+            return []
+        if self.rate_of(cell) is None and not cell.spec.untrained:
+            self._give_up(cell)
+        return [job for job in self.finals(cell) if job.key not in self.records]
+
+    def search(self, cell: Cell) -> list[Job]:
+        """The runs that a cell's search still needs, those of an extended one included."""
+        while True:
+            waiting = [job for job in cell.search() if job.key not in self.records]
+            if waiting or not cell.searched or not cell.extend(self.rate_of(cell)):
+                return waiting
+
+    def finals(self, cell: Cell) -> list[Job]:
+        """The runs that count, as far as is known with which learning rate."""
+        rate = self.rate_of(cell)
+        return cell.finals(cell.candidates[0] if rate is None else rate, self.study.seeds)
+
+    def rate_of(self, cell: Cell) -> float | None:
+        """The learning rate of a cell's final runs, as far as its search has come."""
+        if cell.like is not None:
+            return self.rate_of(cell.like)
+        if not cell.searched:
+            return cell.candidates[0]
+        found = {job.learning_rate: self.records.get(job.key, {}) for job in cell.search()}
+        finished = {rate: r.get("eval_loss") for rate, r in found.items() if r.get("status") == "finished"}
+        return cell.choose({rate: loss for rate, loss in finished.items() if rate is not None})
+
+    def _give_up(self, cell: Cell) -> None:
+        """No learning rate worked: the final runs are failed ones."""
+        for job in self.finals(cell):
+            error = f"no learning rate of {', '.join(f'{rate:g}' for rate in cell.candidates)} came to a loss"
+            described = {**asdict(job), "key": job.key, "learning_rate": None}
+            self.records[job.key] = record_of(described, self.folder / "none", {}, error)
+
+    def write(self, command: str) -> None:
+        """Write the results there are so far, in the study's order."""
+        jobs = [job for cell in self.cells for job in (*cell.search(), *self.finals(cell))]
+        known = [self.records[key] for key in dict.fromkeys(job.key for job in jobs) if key in self.records]
+        with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            replace_text(
+                self.folder / RESULTS, json.dumps(results_of(self.study, self.models, known, command), indent=1) + "\n"
+            )
