@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
+from svdtune.errors import SvdtuneError
+
 app = typer.Typer()
+
+TAKEN = ("data", "jobs", "logs", "records", "runs")
+"""Folders that the runs of all studies share."""
 
 
 @app.command()
@@ -33,12 +38,11 @@ def study(
     from rich.console import Console
 
     from svdtune.study.page import write_page
+    from svdtune.study.results import read_results
     from svdtune.study.runner import How, devices, run_studies
     from svdtune.study.spec import load_study
 
-    names = [path.stem for path in files]
-    if len(set(names)) < len(names):
-        raise typer.BadParameter(f"two study files are called {max(names, key=names.count)!r}; their results would mix")
+    _check_names(files)
     studies = {path.stem: load_study(path) for path in files}
     console = Console(stderr=True, highlight=False)
     if dry_run:
@@ -51,6 +55,21 @@ def study(
     for results in run_studies(studies, output, how, console.print):
         write_page(results, results.parent)
         typer.echo(f"results: {results.parent / 'README.md'}")
+        runs = read_results(results).runs
+        if failed := sum(run.status == "failed" for run in runs):
+            typer.echo(f"{failed} of {len(runs)} runs failed; the page says why, and --retry makes them again")
+
+
+def _check_names(files: list[Path]) -> None:
+    """Refuse two studies of one name, and one named as a folder of runs: results lie in a folder of the study's name."""
+    names = [path.stem for path in files]
+    for path, name in zip(files, names, strict=True):
+        if names.count(name) > 1:
+            raise SvdtuneError(f"two study files are called {name}, and their results would mix; rename one of them")
+        if name in TAKEN:
+            raise SvdtuneError(
+                f"{path}: {name} is what a folder beside the results is called; name the study otherwise"
+            )
 
 
 def _describe(studies: dict, output: Path) -> None:

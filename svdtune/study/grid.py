@@ -14,7 +14,7 @@ from svdtune.planning import parse_budget
 from svdtune.study.budget import fit
 from svdtune.study.counting import opened
 from svdtune.study.spec import Arm, Settings, Study, Tune, arm_settings
-from svdtune.system import replace_text
+from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.extending import merge
 
 Phase = Literal["tune", "final"]
@@ -149,8 +149,9 @@ class Fits:
         if key not in self._known:
             self._known[key] = fit(method, model, budget, ranks, seed).method
             if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                replace_text(self.path, json.dumps(self._known))
+                with explain_write_errors(self.path):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    replace_text(self.path, json.dumps(self._known))
         return self._known[key]
 
 
