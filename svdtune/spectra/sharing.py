@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from svdtune import processes
-from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.spectra.decompose import Weights
 
@@ -121,7 +120,7 @@ class Sharing:
                     mine[name] = _on_accelerator(matrix)
             try:
                 found |= dict(compute(mine)) if failed is None else {}
-            except SvdtuneError as error:  # the others still wait for this process in the rounds to come
+            except Exception as error:  # whatever it is, the others wait for this process in the rounds to come
                 failed = error
         if failed is not None:
             raise failed
@@ -129,7 +128,7 @@ class Sharing:
 
     def _handed(self, name: str) -> Tensor | None:
         """A weight that only the main process has, in the process that is to decompose it."""
-        matrix = self.weights[name]() if processes.is_main() else None
+        matrix = processes.jointly(lambda: self.weights[name]() if processes.is_main() else None)
         dtype = processes.from_main(None if matrix is None else matrix.dtype)
         if self.owner[name] == 0:
             return matrix

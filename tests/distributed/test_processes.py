@@ -75,6 +75,7 @@ def test_random_starts_are_the_main_processes(several: list[dict]) -> None:
         ("another model", "disagree on the base model's weights: process {last} differs"),
         ("another rank", "disagree on the adapter's settings: process"),
         ("one bad weight", "model.layers.1.mlp.up_proj"),
+        ("one unreadable weight", "the weight cannot be read"),
     ],
 )
 def test_what_one_process_cannot_do_all_refuse_with_one_sentence(several: list[dict], case: str, expected: str) -> None:
@@ -83,6 +84,13 @@ def test_what_one_process_cannot_do_all_refuse_with_one_sentence(several: list[d
     sentence, everywhere = sentences.pop()
     assert everywhere
     assert expected.format(last=len(several) - 1) in sentence
+
+
+def test_an_unknown_error_in_one_process_ends_the_rounds_of_all(several: list[dict]) -> None:
+    last = len(several) - 1
+    *others, own = (found["one failed decomposition"] for found in several)
+    assert own == ("no room", False)
+    assert set(others) == {(f"process {last} of {len(several)}: RuntimeError: no room", True)}
 
 
 def test_the_regularizer_of_sharded_factors_is_that_of_whole_ones(several: list[dict]) -> None:

@@ -14,6 +14,7 @@ from tiny_steps import METHODS, shard, start, tiny, train
 from torch import nn
 
 import svdtune
+from svdtune.methods import starting
 from svdtune.methods.sorsa.regularizer import sorsa_layers, trained_factors
 from svdtune.spectra import decompose
 
@@ -31,6 +32,8 @@ def run(index: int, processes: int, folder: Path, steps: int) -> None:
         "another model": failure(lambda: adapt(tiny(seed=int(index == processes - 1)), "sorsa")),
         "another rank": failure(lambda: get_peft_model(tiny(), svdtune.SorsaConfig(r=2 + min(index, 1)))),
         "one bad weight": failure(lambda: adapt(broken(tiny()), "sorsa")),
+        "one unreadable weight": unreadable(index),
+        "one failed decomposition": undecomposable(index, processes - 1),
         "regularizer": regularizer_gradients(shard),
         "steps": {
             (strategy, method): train(method, strategy, steps) for strategy in ("ddp", "fsdp2") for method in METHODS
@@ -126,12 +129,40 @@ def broken(model: nn.Module) -> nn.Module:
     return model
 
 
+def unreadable(index: int) -> tuple[str, bool]:
+    """What is said where the main process alone has the weights and cannot read one of them."""
+
+    def read(module: nn.Module) -> torch.Tensor:
+        if module.weight.shape == (44, 32):
+            raise svdtune.SvdtuneError("the weight cannot be read")
+        return original(module)
+
+    original = starting.original_weight
+    with mock.patch.object(starting, "original_weight", read):
+        return failure(lambda: main_alone("sorsa", index))
+
+
+def undecomposable(index: int, failing: int) -> tuple[str, bool]:
+    """The same where one process fails, in the first round already, with an error that svdtune does not know."""
+
+    def decompose_or_fail(*args: Any, **kwargs: Any) -> Any:
+        if index == failing:
+            raise RuntimeError("no room")
+        return original(*args, **kwargs)
+
+    original = decompose.top_factors
+    with mock.patch.object(decompose, "top_factors", decompose_or_fail):
+        return failure(lambda: main_alone("sorsa", index))
+
+
 def failure(work: Callable[[], Any]) -> tuple[str, bool]:
     """The sentence with which something is refused, and whether every process says it."""
     try:
         work()
     except svdtune.SvdtuneError as error:
         return str(error), error.everywhere
+    except RuntimeError as error:
+        return str(error), False
     return "", False
 
 
