@@ -1,11 +1,13 @@
 """`svdtune study` on the command line: names that would mix results, and places that cannot be written."""
 
+import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from svdtune.cli import app
+from svdtune.study import runner
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,9 @@ def test_names(files: list[str], message: str) -> None:
     assert message in result.stderr
 
 
-def test_a_dry_run_that_cannot_keep_what_it_fitted(tiny_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def study(tiny_folder: Path, tmp_path: Path) -> Path:
+    """A study file beside its recipe."""
     data = "{train: arithmetic, prompt: question, completion: solution, answer: answer}"
     (tmp_path / "recipe.yaml").write_text(
         f"model: {tiny_folder}\nmethod: {{name: lora}}\ndata: {data}\ntraining: {{learning_rate: 1e-3}}\n"
@@ -35,14 +39,43 @@ def test_a_dry_run_that_cannot_keep_what_it_fitted(tiny_folder: Path, tmp_path: 
         "title: One\ntasks: {a: recipe.yaml}\nbudgets: [3k]\nseeds: [1]\n"
         "arms: {lora: {method: {name: lora, target_modules: all-linear}}}\n"
     )
-    words = ["study", str(tmp_path / "one.yaml"), "--dry-run", "--output"]
-    result = CliRunner().invoke(app, [*words, str(tmp_path / "recipe.yaml")])
+    return tmp_path / "one.yaml"
+
+
+def test_a_dry_run_that_cannot_keep_what_it_fitted(study: Path) -> None:
+    words = ["study", str(study), "--dry-run", "--output"]
+    result = CliRunner().invoke(app, [*words, str(study)])
     assert result.exit_code == 2
     assert "fits.json: " in result.stderr
     assert "; name another output" in result.stderr
-    result = CliRunner().invoke(app, [*words, str(tmp_path / "out")])
+    result = CliRunner().invoke(app, [*words, str(study.parent / "out")])
     assert result.exit_code == 0, result.stderr
     assert (
         "a · lora at 3,000 parameters: name lora, target_modules all-linear, r 3, lora_alpha 6; 0 + 1 runs"
         in result.stdout
     )
+
+
+def test_failed_runs_are_counted_at_the_end(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = {
+        "key": "0",
+        "arm": "lora",
+        "task": "a",
+        "budget": 3000,
+        "phase": "final",
+        "learning_rate": 1e-3,
+        "method": {},
+    }
+    runs = [run | {"seed": seed, "status": status} for seed, status in enumerate(("failed", "finished", "diverged"))]
+
+    def pretend(studies: dict, output: Path, *_: object) -> list[Path]:
+        path = output / "one" / "results.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps({"title": "One", "svdtune": "0", "runs": runs}))
+        return [path]
+
+    monkeypatch.setattr(runner, "run_studies", pretend)
+    result = CliRunner().invoke(app, ["study", str(study), "--output", str(study.parent / "out")])
+    assert result.exit_code == 0, result.stderr
+    assert f"results: {study.parent / 'out' / 'one' / 'README.md'}" in result.stdout
+    assert "1 of 3 runs failed; the page says why, and --retry makes them again" in result.stdout

@@ -7,6 +7,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from svdtune.errors import SvdtuneError
+from svdtune.study import counting
 from svdtune.study.budget import fit
 from svdtune.training.method import adapt, method_problems
 
@@ -182,3 +183,19 @@ def test_what_a_section_fixes_by_itself_stays_and_is_counted(folder):
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(folder, section, budget, ranks, message):
     with pytest.raises(SvdtuneError, match=re.escape(message)):
         fit(section, folder, budget, ranks)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (NotImplementedError(), "what lora trains cannot be counted without the model's weights; leave it out of the"),
+        (TypeError("no such layer"), "the method lora cannot be put on this model: no such layer"),
+    ],
+)
+def test_what_peft_cannot_set_up_without_weights(folder, monkeypatch, error, message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(counting, "adapt", refuse)
+    with pytest.raises(SvdtuneError, match=re.escape(message)):
+        fit({"name": "lora", **ALL}, folder, 1000)

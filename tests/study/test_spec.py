@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+import svdtune
 from svdtune.errors import SvdtuneError
-from svdtune.study.spec import load_study
+from svdtune.study.spec import Arm, Study, Tune, load_study
 
 LORA = {"method": {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}}
 TUNE = {"learning_rates": [1e-3, 1e-2]}
@@ -189,3 +190,19 @@ def test_a_grid_becomes_an_arm_for_each_value(write_study) -> None:
 def test_an_arm_may_name_its_model_in_one_word(write_study, tiny_folder: Path) -> None:
     study, _ = load_study(write_study(arms={"lora": LORA | {"settings": {"model": str(tiny_folder)}}}))
     assert study.arms["lora"].settings == {"model": str(tiny_folder)}
+
+
+DOCS = Path(svdtune.__file__).parent.parent / "docs" / "studies.md"
+
+
+def test_the_documented_study_loads(study_folder: Path) -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (study_folder / "first.yaml").write_text(example)
+    study, _ = load_study(study_folder / "first.yaml")
+    assert list(study.arms) == ["base", "lora", "sara"]
+
+
+@pytest.mark.parametrize(("section", "head"), [(Study, "key"), (Arm, "an arm's key"), (Tune, "a key of `tune`")])
+def test_every_setting_is_documented(section: type[Study], head: str) -> None:
+    table = DOCS.read_text().split(f"| {head} | |\n", 1)[1].split("\n\n", 1)[0]
+    assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(section.model_fields)
