@@ -5,6 +5,7 @@ Everything that can be refused is refused before the first step: the recipe, the
 
 import datetime
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
 
 
 def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResult:
-    main, folder = processes.is_main(), Path(recipe.output.dir)
+    folder = Path(recipe.output.dir)
     prepared = processes.jointly(lambda: _prepare(recipe, console))
     _check_agreement(recipe, prepared)
     loaded, train_rows = prepared.loaded, prepared.train_rows
@@ -147,12 +148,11 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
         tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
-    watching = []
-    if recipe.analysis is not None and main:
+    watching: list[TrainerCallback] = []
+    if recipe.analysis is not None and processes.is_main():
         watching = [SampleMovement(model, folder, **recipe.analysis.model_dump())]
+    _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with explain_write_errors(folder, _WRITING):
-        if main:
-            start_run(recipe) if checkpoint is None else take_up(checkpoint, console)
         trainer, outcome = _fit(model, checkpoint, prepared, watching, console, recipe)
     model.config.use_cache = True
     trained, total = parameter_counts(model)
@@ -173,11 +173,18 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
     }
     result = folder / (FULL_MODEL if recipe.method.name == FULL else ADAPTER)
     state = saved_state(model) if is_spread(model) else None
-    if main:
-        with explain_write_errors(folder, _WRITING):
-            _save(model, state, loaded, result, recipe, summary)
-    processes.jointly(lambda: None)  # no process ends before the result is there
+    _by_main(lambda: _save(model, state, loaded, result, recipe, summary), folder)
     return RunResult(folder, result, summary)
+
+
+def _by_main(write: Callable[[], None], folder: Path) -> None:
+    """Have the main process write into the run folder; no process goes on before that is done, nor where it fails."""
+
+    def work() -> None:
+        with explain_write_errors(folder, _WRITING):
+            write()
+
+    processes.jointly(work if processes.is_main() else lambda: None)
 
 
 def _place(model: Any, args: TrainingArguments) -> None:

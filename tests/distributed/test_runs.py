@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -144,6 +145,28 @@ def test_a_killed_process_ends_the_others_with_one_sentence_and_a_run_to_go_on_f
     assert fault(checkpoint) is None
     train(recipe(tiny_folder, tmp_path / "run", 4), resume=True)
     check_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("when", ["start", "end"])
+def test_what_the_main_process_cannot_write_ends_all_with_its_sentence(
+    tiny_folder: Path, tmp_path: Path, when: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe(tiny_folder, tmp_path / "run", 2)))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "full_disk.py"), str(path)]
+    started = [
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env=shared | {"RANK": n, "LOCAL_RANK": n, "FULL_AT": when}
+        )
+        for n in ("0", "1")
+    ]
+    main, other = (process.communicate()[0].strip() for process in started)
+    assert re.fullmatch("process 0 of 2: cannot write .*: the disk is full; free or name another place .*", main)
+    assert other == main
 
 
 def test_all_processes_stop_after_the_same_step_when_one_is_told_to(tiny_folder: Path, tmp_path: Path) -> None:
