@@ -77,7 +77,8 @@ class ZeroFactors:
             return Place(group, flat.start, own.start, own.numel)
         _, offset, size = self.zero.grad_position[self.zero.get_param_id(factor)]
         start = size * dist.get_rank(factor.ds_process_group)
-        return Place(group, offset, start, max(0, min(size, factor.ds_numel - start)))
+        numel = min(size, factor.ds_numel - start)  # what is beyond the parameter's end fills partitions up to one size
+        return Place(group, offset, start, numel) if numel > 0 else None
 
     @torch.no_grad()
     def add_gradients(self, optimizer: torch.optim.Optimizer, max_learning_rate: float) -> Tensor | None:
