@@ -48,7 +48,7 @@ class RunTrainer(Trainer):
         self._logged_tokens, self._logged_at = 0, time.monotonic()
         self.is_fsdp2 = self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 2
         if self.is_fsdp_enabled and not self.is_fsdp2:
-            raise SvdtuneError(
+            raise processes.everywhere(
                 "FSDP's first version flattens what it shards, which takes the adapter's matrices apart; set fsdp_version: 2 "
                 "in Accelerate's configuration, as configs/accelerate/fsdp2.yaml does"
             )
@@ -59,8 +59,9 @@ class RunTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        # Label smoothing takes the mean over a batch's labels, of which there must be some.
-        if self.args.label_smoothing_factor == 0:
+        # Label smoothing, and models that are not told how many labels a step has, take the mean over a batch's labels, of
+        # which there must be some.
+        if self.args.label_smoothing_factor == 0 and self.model_accepts_loss_kwargs:
             fill_up(loader)
         return loader
 
