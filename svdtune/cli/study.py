@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def study(
 
     _check_names(files)
     studies = {path.stem: load_study(path) for path in files}
-    console = Console(stderr=True, highlight=False)
+    tell = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _describe(studies, output)
         return
@@ -52,7 +53,7 @@ def study(
 
     processes, gpus = devices(per_gpu, torch.cuda.device_count())
     how = How(processes, gpus, eval_batch_size, retry, drop_weights, shlex.join(["svdtune", *sys.argv[1:]]))
-    for results in run_studies(studies, output, how, console.print):
+    for results in run_studies(studies, output, how, tell):
         write_page(results, results.parent)
         typer.echo(f"results: {results.parent / 'README.md'}")
         runs = read_results(results).runs

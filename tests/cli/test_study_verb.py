@@ -1,6 +1,7 @@
 """`svdtune study` on the command line: names that would mix results, and places that cannot be written."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,10 @@ def test_failed_runs_are_counted_at_the_end(study: Path, monkeypatch: pytest.Mon
     }
     runs = [run | {"seed": seed, "status": status} for seed, status in enumerate(("failed", "finished", "diverged"))]
 
-    def pretend(studies: dict, output: Path, *_: object) -> list[Path]:
+    said = f"{' and so on' * 20}: pip install 'svdtune[study]'"
+
+    def pretend(studies: dict, output: Path, how: object, tell: Callable[[str], None]) -> list[Path]:
+        tell(said)
         path = output / "one" / "results.json"
         path.parent.mkdir(parents=True)
         path.write_text(json.dumps({"title": "One", "svdtune": "0", "runs": runs}))
@@ -78,4 +82,5 @@ def test_failed_runs_are_counted_at_the_end(study: Path, monkeypatch: pytest.Mon
     result = CliRunner().invoke(app, ["study", str(study), "--output", str(study.parent / "out")])
     assert result.exit_code == 0, result.stderr
     assert f"results: {study.parent / 'out' / 'one' / 'README.md'}" in result.stdout
+    assert said in result.stderr, "in one line, brackets and all"
     assert "1 of 3 runs failed; the page says why, and --retry makes them again" in result.stdout
