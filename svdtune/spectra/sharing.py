@@ -144,7 +144,9 @@ class Sharing:
         """One weight's k factors, from the process that found them, in every process: their very bytes."""
         out, inner = self.shapes[name]
         sizes = (out * k, k, k * inner)
-        flat = torch.empty(sum(sizes)) if own is None else torch.cat([part.flatten() for part in own])
+        flat = (
+            torch.empty(sum(sizes), dtype=torch.float32) if own is None else torch.cat([part.flatten() for part in own])
+        )
         flat = flat.to(processes.device(self.devices[name]))
         dist.broadcast(flat, src=self.owner[name])
         U, s, Vh = (_apart(part, self.devices[name]) for part in flat.split(sizes))

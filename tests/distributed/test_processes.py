@@ -55,6 +55,10 @@ def test_where_the_main_process_alone_has_the_weights_the_others_help_it(several
         assert max(start["decomposed"] for start in starts) < alone["decomposed"]
 
 
+def test_factors_are_sent_as_they_are_whatever_dtype_a_program_prefers(several: list[dict]) -> None:
+    assert {found["another default dtype"] for found in several} == {started("sorsa")["digest"]}
+
+
 def test_every_process_knows_of_a_residual_that_the_main_process_took(several: list[dict]) -> None:
     assert all(found["residual"] == [["default"], ["default"]] for found in several)
 

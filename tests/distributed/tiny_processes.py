@@ -28,6 +28,7 @@ def run(index: int, processes: int, folder: Path, steps: int) -> None:
         "another start": started("sorsa"),
         "main alone": {method: main_alone(method, index) for method in METHODS},
         "residual": residual_alone(index),
+        "another default dtype": in_float64(),
         "drawn apart": drawn_apart(index),
         "another model": failure(lambda: adapt(tiny(seed=int(index == processes - 1)), "sorsa")),
         "another rank": failure(lambda: get_peft_model(tiny(), svdtune.SorsaConfig(r=2 + min(index, 1)))),
@@ -45,6 +46,16 @@ def run(index: int, processes: int, folder: Path, steps: int) -> None:
 
 def adapt(model: nn.Module, method: str) -> nn.Module:
     return get_peft_model(model, METHODS[method]())
+
+
+def in_float64() -> str:
+    """The digest of a start in a program that makes tensors in float64 unless told otherwise."""
+    model = tiny()
+    torch.set_default_dtype(torch.float64)
+    try:
+        return digest(adapt(model, "sorsa"))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def main_alone(method: str, index: int) -> dict[str, Any]:
