@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors, Spectrum, factors_at_threshold, settled_spectrum, top_factors
 from svdtune.linalg import spectrum as decompose
@@ -148,7 +149,8 @@ def _each(
     one (launches, eigenvalues on a few multiprocessors, hashing on the host) hide behind another's. On a CPU small weights take
     one core each, and large ones all cores, one after the other. It changes no result.
     """
-    disable = None if progress is None else not progress
+    # None leaves it to tqdm, which looks whether stderr is a terminal: of several processes that share it, the main one's.
+    disable = (None if processes.is_main() else True) if progress is None else not progress
     crew = _Crew()
     try:
         for name, weight in tqdm(weights.items(), desc=f"svdtune {what}", unit="weight", delay=1.0, disable=disable):

@@ -1,12 +1,16 @@
 """What the environment says of the processes there are."""
 
 import datetime
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
+import torch
 
 from svdtune import processes
 from svdtune.cli import _another_tells
 from svdtune.errors import SvdtuneError
+from svdtune.spectra import decompose
 
 
 def test_a_rank_alone_does_not_silence_a_run_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,6 +28,20 @@ def test_of_several_processes_that_have_not_met_yet_one_is_the_main_one(monkeypa
     monkeypatch.setenv("RANK", "0")
     assert processes.is_main()
     assert not _another_tells()
+
+
+def test_of_several_processes_one_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    disabled: list[bool | None] = []
+
+    def bar(items: Iterable, *, disable: bool | None, **_: Any) -> Iterable:
+        disabled.append(disable)
+        return items
+
+    monkeypatch.setattr(decompose, "tqdm", bar)
+    for main in (True, False):
+        monkeypatch.setattr(processes, "is_main", lambda main=main: main)
+        dict(decompose.spectra({"weight": torch.eye(3)}))
+    assert disabled == [None, True]
 
 
 def test_processes_that_do_not_know_their_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
