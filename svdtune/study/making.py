@@ -67,8 +67,11 @@ class Making:
 
     def _give_up(self, cell: Cell) -> None:
         """No learning rate worked: the final runs are failed ones."""
+        searched = cell.like or cell
+        reasons = [self.records[job.key]["error"] for job in searched.search()]
+        rates = ", ".join(f"{rate:g}" for rate in searched.candidates)
+        error = f"no learning rate of {rates} came to a loss; the last one: {reasons[-1]}"
         for job in self.finals(cell):
-            error = f"no learning rate of {', '.join(f'{rate:g}' for rate in cell.candidates)} came to a loss"
             described = {**asdict(job), "key": job.key, "learning_rate": None}
             self.records[job.key] = record_of(described, self.folder / "none", {}, error)
 

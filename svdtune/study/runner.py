@@ -21,7 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
+from svdtune.models.loading import locate
+from svdtune.planning import open_checkpoint
 from svdtune.study.grid import Fits, Job, cells, model_name
 from svdtune.study.making import Making
 from svdtune.study.records import Place, read_record, record_of, write_record
@@ -74,9 +77,12 @@ def run_studies(
         The results files.
 
     Raises:
-        SvdtuneError: another runner works in the folder, a method cannot be fitted, or the disk is full.
+        SvdtuneError: a model or its training rows are not there, another runner works in the folder, a method cannot be fitted,
+            or the disk is full.
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
+    for recipe in (recipe for _, tasks in studies.values() for recipe in tasks.values()):
+        _check_sources(recipe)
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
         fits = Fits(output / FITS)
         making = [
@@ -85,6 +91,13 @@ def run_studies(
         ]
         _Runner(making, output, how, tell).run()
     return [one.folder / RESULTS for one in making]
+
+
+def _check_sources(recipe: Settings) -> None:
+    """Make sure that a task's model and training rows are there, which every run would find out for itself."""
+    open_checkpoint(locate(model_name(recipe)), weights=False)
+    train = recipe["data"]["train"]
+    read_rows(**(train if isinstance(train, dict) else {"source": train}))
 
 
 class _Runner:
@@ -118,7 +131,7 @@ class _Runner:
                         self._finished(self.running.pop(done), done.result())
             finally:
                 if self.running:
-                    self.tell(f"stopping {len(self.running)} runs, which write their checkpoints first")
+                    self.tell(f"stopping; runs that write a checkpoint first: {len(self.running)}")
                     self._stop()
         for one in self.studies:
             one.write(self.how.command)

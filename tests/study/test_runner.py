@@ -107,10 +107,16 @@ def test_failed_and_diverged_runs_are_in_the_results_and_are_retried_on_request(
 
 
 def test_an_arm_that_no_learning_rate_suits_has_failed_final_runs(write_study) -> None:
-    arms = {"lora": {"method": {"name": "lora", "r": 2}, "settings": {"data": {"max_length": 8, "overlong": "drop"}}}}
-    runs = run(write_study(arms=arms, tune={"learning_rates": [1e-3, 1e-2]}, seeds=[1, 2]))
+    short = {"data": {"max_length": 8, "overlong": "drop"}}
+    arms = {
+        "lora": {"method": {"name": "lora", "r": 2}, "settings": short},
+        "as lora": {"method": {"name": "lora", "r": 1}, "tuned_as": "lora"},
+    }
+    runs = run(write_study(arms=arms, tune={"learning_rates": [1e-3, 1e-2]}, seeds=[1]))
     assert [(found["phase"], found["status"]) for found in runs] == [("tune", "failed")] * 2 + [("final", "failed")] * 2
-    assert runs[-1]["error"] == "no learning rate of 0.001, 0.01 came to a loss"
+    assert runs[-1]["error"].startswith(
+        "no learning rate of 0.001, 0.01 came to a loss; the last one: no example is left"
+    )
 
 
 def test_a_killed_process_is_a_failed_run_and_says_where_its_log_is(write_study, monkeypatch) -> None:
@@ -156,6 +162,16 @@ def test_a_folder_that_cannot_be_written_stops_the_study_in_a_sentence(write_stu
     Path("out/records").unlink()
     (found,) = run(study)
     assert found["status"] == "finished"
+
+
+def test_a_model_or_data_that_is_not_there_is_said_once_before_any_run(write_study) -> None:
+    with pytest.raises(SvdtuneError, match="there is no model at nowhere/to/be/found: expected a Transformers folder"):
+        run(write_study(settings={"model": "nowhere/to/be/found"}))
+    Path("data/sara_math/math_data.json").rename("gone.json")
+    study = write_study()
+    with pytest.raises(SvdtuneError, match=r"sara_math \(train\) is not in the data folder"):
+        run(study)
+    assert not Path("out/jobs").exists()
 
 
 def test_one_runner_a_folder(write_study) -> None:
