@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from svdtune import processes
 from svdtune.methods.sorsa.layer import SorsaLinear
-from svdtune.methods.sorsa.math import penalty
+from svdtune.methods.sorsa.math import gram
 from svdtune.methods.sorsa.regularizer import sorsa_layers
 from svdtune.methods.sorsa.sharded import rows, summed_grams, whole
 
@@ -88,12 +88,8 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
     if not factors:
         return None
     grams = summed_grams(f for _, f in factors)
-    errors = torch.stack(
-        [
-            (penalty(rows(f.detach())[None], of_whole=_alone(grams.get(id(f))))[0][0] / math.sqrt(f.shape[1])).cpu()
-            for _, f in factors
-        ]
-    )
+    there = factors[0][1].device  # one wait for the device, not one a factor
+    errors = torch.stack([_error(f.detach(), grams.get(id(f))).to(there) for _, f in factors]).cpu()
     worst = int(errors.nan_to_num(torch.inf).argmax())
     if errors[worst] <= ORTHONORMALITY:
         return None
@@ -103,15 +99,18 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
     )
 
 
-def _alone(matrix: Tensor | None) -> Tensor | None:
-    return None if matrix is None else matrix[None]
+def _error(factor: Tensor, of_whole: Tensor | None) -> Tensor:
+    """‖MᵀM − I‖_F / √r of a factor M; `of_whole` is MᵀM where these are some of its rows."""
+    E = gram(rows(factor)[None])[0] if of_whole is None else of_whole.clone()
+    E.diagonal().sub_(1)
+    return torch.linalg.matrix_norm(E).float() / math.sqrt(factor.shape[1])
 
 
 def _lowest_value(layers: list[SorsaLinear]) -> str | None:
     """What is to be said of singular values below 0, None where there are none."""
     values = _trained(layers, "sorsa_s")
-    counts = torch.stack([(whole(s.detach()) < 0).sum().cpu() for _, s in values]) if values else torch.zeros(0)
-    if not int(counts.sum()):
+    below = sum((whole(s.detach()) < 0).sum().to(values[0][1].device) for _, s in values)
+    if not int(below):
         return None
     total = sum(s.numel() for _, s in values)
-    return f"{int(counts.sum())} of SORSA's {total} singular values have fallen below 0"
+    return f"{int(below)} of SORSA's {total} singular values have fallen below 0"
