@@ -18,12 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from svdtune import processes
 from svdtune._version import __version__
-from svdtune.data import Collator, Example, encode_all, read_rows, to_examples
-from svdtune.data.examples import fields_of
-from svdtune.errors import SvdtuneError
+from svdtune.data import Collator
 from svdtune.methods.card import add_section
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
-from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors
 from svdtune.training.advice import launch_bound
 from svdtune.training.allocating import AllocateRanks
@@ -31,14 +29,14 @@ from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.card import training_section
 from svdtune.training.filling import FilledRows
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
-from svdtune.training.leaks import check_leaks
 from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, adapted_modules, with_steps
+from svdtune.training.preparing import Prepared, prepare
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
-from svdtune.training.recipe import Recipe, Source
+from svdtune.training.recipe import Recipe
 from svdtune.training.sampling import SampleMovement
 from svdtune.training.sharded import is_spread, saved_state
-from svdtune.training.trainer import RunTrainer, total_steps, training_arguments
+from svdtune.training.trainer import RunTrainer, total_steps
 from svdtune.training.watching import WatchNumbers
 
 Rows = list[dict[str, list[int]]]
@@ -97,28 +95,6 @@ def train(
     return result
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What a run needs before its model is adapted."""
-
-    loaded: LoadedModel
-    train_rows: Rows
-    eval_rows: Rows | None
-    args: TrainingArguments
-
-
-def _prepare(recipe: Recipe, console: Console) -> Prepared:
-    train_examples = _read(recipe, recipe.data.train)
-    eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
-    check_leaks(recipe, train_examples, eval_examples or [], console)
-    if processes.under_deepspeed():
-        early = training_arguments(recipe, len(train_examples))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
-    loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
-    train_rows = _encode(recipe, train_examples, loaded, console)
-    eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
-    return Prepared(loaded, train_rows, eval_rows, training_arguments(recipe, len(train_rows)))
-
-
 def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
     parameters = prepared.loaded.model.named_parameters()
     facts = {
@@ -131,7 +107,7 @@ def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
 
 def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResult:
     folder = Path(recipe.output.dir)
-    prepared = processes.jointly(lambda: _prepare(recipe, console))
+    prepared = processes.jointly(lambda: prepare(recipe, console))
     _check_agreement(recipe, prepared)
     loaded, train_rows = prepared.loaded, prepared.train_rows
     set_seed(recipe.training.seed)
@@ -252,49 +228,3 @@ def _save(
     if recipe.method.name != FULL:
         add_section(result, "Training", training_section(recipe, summary))
     write_summary(result.parent, summary)
-
-
-def _read(recipe: Recipe, source: Source) -> list[Example]:
-    data = recipe.data
-    rows = read_rows(
-        source.source,
-        source.split,
-        config=source.config,
-        limit=source.limit,
-        seed=source.seed,
-        fields=fields_of(data.prompt, data.completion),
-    )
-    return to_examples(rows, data.prompt, data.completion, source=source.source)
-
-
-def _load(recipe: Recipe, *, chat: bool) -> LoadedModel:
-    section = recipe.model
-    loaded = load(
-        section.name,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        end_token=section.end_token,
-    )
-    check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and recipe.data.max_length > context:
-        raise SvdtuneError(
-            f"data.max_length is {recipe.data.max_length}, and the context of {section.name} is {context} tokens; "
-            f"set data.max_length to at most that"
-        )
-    return loaded
-
-
-def _encode(recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console) -> Rows:
-    data = recipe.data
-    rows, overlong = encode_all(
-        examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, overlong=data.overlong
-    )
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    how = "cut off at" if data.overlong == "cut" else "left out as longer than"
-    note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
-    source = examples[0].name.rpartition(" row ")[0]
-    console.print(f"data      {source}: {len(rows):,} examples, {tokens:,} tokens{note}", highlight=False)
-    return rows

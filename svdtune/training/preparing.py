@@ -1,0 +1,90 @@
+"""What a run needs before its model is adapted: rows read, checked for leaks and encoded, and the base model loaded."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from transformers import TrainingArguments
+
+from svdtune import processes
+from svdtune.data import Example, encode_all, read_rows, to_examples
+from svdtune.data.examples import fields_of
+from svdtune.errors import SvdtuneError
+from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.training.leaks import check_leaks
+from svdtune.training.recipe import Recipe, Source
+from svdtune.training.trainer import training_arguments
+
+Rows = list[dict[str, list[int]]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs before its model is adapted."""
+
+    loaded: LoadedModel
+    train_rows: Rows
+    eval_rows: Rows | None
+    args: TrainingArguments
+
+
+def prepare(recipe: Recipe, console: Console) -> Prepared:
+    """Read, check and load what a recipe names.
+
+    Raises:
+        SvdtuneError: if a part is missing or does not fit the others, or if test questions are among the training rows.
+    """
+    train_examples = _read(recipe, recipe.data.train)
+    eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
+    check_leaks(recipe, train_examples, eval_examples or [], console)
+    if processes.under_deepspeed():
+        early = training_arguments(recipe, len(train_examples))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
+    loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
+    train_rows = _encode(recipe, train_examples, loaded, console)
+    eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
+    return Prepared(loaded, train_rows, eval_rows, training_arguments(recipe, len(train_rows)))
+
+
+def _read(recipe: Recipe, source: Source) -> list[Example]:
+    data = recipe.data
+    rows = read_rows(
+        source.source,
+        source.split,
+        config=source.config,
+        limit=source.limit,
+        seed=source.seed,
+        fields=fields_of(data.prompt, data.completion),
+    )
+    return to_examples(rows, data.prompt, data.completion, source=source.source)
+
+
+def _load(recipe: Recipe, *, chat: bool) -> LoadedModel:
+    section = recipe.model
+    loaded = load(
+        section.name,
+        dtype=section.dtype,
+        attn_implementation=section.attn_implementation,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        end_token=section.end_token,
+    )
+    check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
+    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and recipe.data.max_length > context:
+        raise SvdtuneError(
+            f"data.max_length is {recipe.data.max_length}, and the context of {section.name} is {context} tokens; "
+            f"set data.max_length to at most that"
+        )
+    return loaded
+
+
+def _encode(recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console) -> Rows:
+    data = recipe.data
+    rows, overlong = encode_all(
+        examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, overlong=data.overlong
+    )
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    how = "cut off at" if data.overlong == "cut" else "left out as longer than"
+    note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
+    source = examples[0].name.rpartition(" row ")[0]
+    console.print(f"data      {source}: {len(rows):,} examples, {tokens:,} tokens{note}", highlight=False)
+    return rows
