@@ -211,7 +211,7 @@ class Together:
         for one in asked:
             items = to_items(one.examples, engine.tokenizer, one.form.template_for(engine.tokenizer), one.form.answer)
             self._prompts.setdefault(one.form.max_new_tokens, {}).update((tuple(item.tokens), None) for item in items)
-        self._done: dict[tuple[int, tuple[int, ...]], Completion] = {}
+        self._done: dict[tuple[int, Decoding, tuple[int, ...]], Completion] = {}
 
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
@@ -219,13 +219,13 @@ class Together:
         """Complete a batch; with what waits in the other sets, where nothing is drawn by chance."""
         if decoding.temperature > 0 or decoding.samples > 1:
             return self._engine.complete(prompts, max_new_tokens, decoding, seeds)
-        keys = [(max_new_tokens, tuple(prompt)) for prompt in prompts]
-        if missing := {prompt: None for limit, prompt in keys if (limit, prompt) not in self._done}:
+        keys = [(max_new_tokens, decoding, tuple(prompt)) for prompt in prompts]
+        if missing := {key[-1]: None for key in keys if key not in self._done}:
             waiting = list(missing | self._prompts.pop(max_new_tokens, {}))
             for batch in plan_batches(waiting, self._batch_size):
                 some = [waiting[place] for place in batch]
                 completed = self._engine.complete(some, max_new_tokens, decoding, [0] * len(some))
-                self._done.update(zip(((max_new_tokens, prompt) for prompt in some), completed, strict=True))
+                self._done.update(zip(((max_new_tokens, decoding, prompt) for prompt in some), completed, strict=True))
         return [self._done[key] for key in keys]
 
 

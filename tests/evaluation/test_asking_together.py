@@ -54,3 +54,10 @@ def test_what_is_drawn_is_drawn_batch_by_batch(data, tiny_folder: Path) -> None:
     assert Together(engine, sets, 4).complete(prompts, 6, Decoding(), [0, 0]) == engine.complete(
         prompts, 6, Decoding(), [0, 0]
     )
+
+
+def test_another_decoding_is_not_answered_from_the_first_ones_completions(data, tiny_folder: Path) -> None:
+    engine = TransformersEngine(load(tiny_folder))
+    together = Together(engine, [], 4)
+    for decoding in (Decoding(), Decoding(no_repeat_ngram_size=1)):
+        assert together.complete([[5, 6, 7]], 8, decoding, [0]) == engine.complete([[5, 6, 7]], 8, decoding, [0])
