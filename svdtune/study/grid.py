@@ -48,12 +48,17 @@ class Job:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
+    def cell(self) -> Settings:
+        """Its place in its study, which its key leaves open: other studies, or cells, may share the run."""
+        return {"arm": self.arm, "task": self.task, "budget": self.budget, "seed": self.seed}
+
+    @property
     def name(self) -> str:
         """What its files are called."""
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         budget = "" if self.budget is None else f"-{self.budget}"
         text = f"{self.task}-{self.arm}{budget}-{self.phase}{rate}-seed{self.seed}"
-        return f"{re.sub(r'[^A-Za-z0-9.=+-]+', '_', text)}-{self.key}"
+        return f"{file_name(text)}-{self.key}"
 
 
 @dataclass
@@ -226,6 +231,11 @@ def count_of(budget: str, model: str) -> int:
         return count
     assert share is not None
     return round(share * sum(p.numel() for p in opened(model).model.parameters()))
+
+
+def file_name(text: str) -> str:
+    """The text without what is no part of a plain file name."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text)
 
 
 def model_name(recipe: Settings) -> str:

@@ -76,9 +76,9 @@ class Making:
             self.records[job.key] = record_of(described, self.folder / "none", {}, error)
 
     def write(self, command: str) -> None:
-        """Write the results there are so far, in the study's order."""
+        """Write the results there are so far, in the study's order; a run that several cells share is there for each."""
         jobs = [job for cell in self.cells for job in (*cell.search(), *self.finals(cell))]
-        known = [self.records[key] for key in dict.fromkeys(job.key for job in jobs) if key in self.records]
+        known = [self.records[job.key] | job.cell for job in jobs if job.key in self.records]
         with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
             self.folder.mkdir(parents=True, exist_ok=True)
             replace_text(

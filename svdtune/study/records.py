@@ -1,5 +1,6 @@
 """What is written down of a run: one small JSON file, there once the run is done, and the study's results made of them."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from typing import Any
 
 from svdtune._version import __version__
 from svdtune.evaluation import Evaluation
-from svdtune.study.grid import Job
+from svdtune.study.grid import Job, file_name
 from svdtune.study.results import pack
 from svdtune.study.spec import Study
 from svdtune.system import explain_write_errors, replace_text
@@ -39,14 +40,16 @@ class Place:
 
     @classmethod
     def of(cls, job: Job, output: Path) -> "Place":
-        """The places of a job's files below the output folder."""
-        data = output / "data" / f"{job.task}-{'-'.join(map(str, job.heldout or ()))}"
+        """The places of a job's files below the output folder; held-out rows are shared by the jobs that hold out the same."""
+        data = job.recipe["data"]
+        parts = [[data.get(name) for name in ("train", "prompt", "completion")], job.heldout]
+        held_out = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return cls(
             output / "runs" / job.name,
             output / "records" / f"{job.name}.json",
             output / "logs" / f"{job.name}.log",
             output / "jobs" / f"{job.name}.json",
-            data,
+            output / "data" / f"{file_name(job.task)}-{held_out}",
         )
 
 

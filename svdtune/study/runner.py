@@ -161,8 +161,7 @@ class _Runner:
                 for c, cell in enumerate(one.cells):
                     for job in one.next_jobs(cell):
                         if (record := self._known(job)) is not None:
-                            # Another study may have made the run under other names.
-                            one.records[job.key] = record | {"arm": job.arm, "task": job.task, "budget": job.budget}
+                            one.records[job.key] = record
                             again = True
                         elif job.key not in self.jobs:
                             self.jobs[job.key] = job
@@ -170,9 +169,12 @@ class _Runner:
 
     def _known(self, job: Job) -> Record | None:
         if job.key not in self.records and job.key not in self.jobs:
-            found = read_record(Place.of(job, self.output).record, job.key)
-            if found is not None and not (self.how.retry and found["status"] == "failed"):
-                self.records[job.key] = found
+            own = Place.of(job, self.output).record
+            # Another study, or this one before an arm was renamed, may have made the run under another name.
+            others = sorted(own.parent.glob(f"*-{job.key}.json"))
+            found = [record for path in (own, *others) if (record := read_record(path, job.key)) is not None]
+            if found and not (self.how.retry and found[0]["status"] == "failed"):
+                self.records[job.key] = found[0]
         return self.records.get(job.key)
 
     def _make(self, job: Job, device: str) -> Record:

@@ -61,10 +61,11 @@ def _run(job: dict[str, Any], place: Place) -> int:
         name = "out of memory" if is_out_of_memory(error) else type(error).__name__
         sentence = str(error) if isinstance(error, SvdtuneError) else f"{name}: {error}"
         record = record_of(job, place.run, {}, sentence[:500])
-    if job["drop_weights"]:
+    write_record(place.record, record | {"seconds": round(time.monotonic() - started, 1)})
+    # Not those of a failed run: it may be made again, and perhaps only its scores are missing.
+    if job["drop_weights"] and record["status"] != "failed":
         for folder in (*place.run.glob("checkpoint-*"), place.run / ADAPTER, place.run / FULL_MODEL):
             shutil.rmtree(folder, ignore_errors=True)
-    write_record(place.record, record | {"seconds": round(time.monotonic() - started, 1)})
     return 0
 
 
@@ -105,7 +106,8 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, round(share * len(rows)))
     kept, out = [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
-    texts = [[json.dumps(row.get(prompt, row), sort_keys=True) for row in part] for part in (kept, out)]
+    asked = fields_of(prompt)
+    texts = [[json.dumps([row.get(name) for name in asked], sort_keys=True) for row in part] for part in (kept, out)]
     leaked = {at for at, _ in leaks(texts[1], texts[0])}
     out = [row for at, row in enumerate(out) if at not in leaked]
     if not out or not kept:

@@ -183,6 +183,22 @@ def test_held_out_rows_are_a_share_and_every_row_is_in_one_part(write_study, tmp
     assert held_out(other.search()[0], tmp_path / "three")[1] != held
 
 
+def test_each_training_set_has_held_out_rows_of_its_own(write_study, tmp_path: Path) -> None:
+    few = LORA | {"settings": {"data": {"train": {"source": "sara_math", "limit": 8}}}}
+    all_rows, few_rows = (cell.search()[0] for cell in made(write_study(arms={"all": LORA, "few": few}, tune=TUNE)))
+    assert [len(part) for part in held_out(all_rows, tmp_path / "out")] == [30, 10]
+    assert [len(part) for part in held_out(few_rows, tmp_path / "out")] == [6, 2]
+
+
+def test_questions_in_a_template_are_compared_without_their_answers(write_study, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "sara_math" / "math_data.json"
+    rows = json.loads(path.read_text())
+    path.write_text(json.dumps([*rows, *(row | {"output": "In other words."} for row in rows)]))
+    (cell,) = made(write_study(arms={"a": LORA}, tune=TUNE, settings={"data": {"prompt": "Q: {instruction}"}}))
+    train, held = held_out(cell.search()[0], tmp_path / "out")
+    assert not {row["instruction"] for row in train} & {row["instruction"] for row in held}
+
+
 def test_a_held_out_row_whose_question_is_trained_on_is_left_out_of_both(write_study, tmp_path: Path) -> None:
     path = tmp_path / "data" / "sara_math" / "math_data.json"
     rows = json.loads(path.read_text())

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
+from svdtune.study import worker
 from svdtune.study.grid import Job, cells
 from svdtune.study.records import Place, read_record, record_of, write_record
 from svdtune.study.results import read_results
@@ -78,6 +79,42 @@ def test_nothing_is_run_twice_not_even_for_another_study(write_study) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path("out/records").iterdir()} == before
     results = [json.loads(Path("out", name, "results.json").read_text()) for name in ("first", "second")]
     assert results[0]["runs"] == results[1]["runs"]
+
+
+def test_a_run_that_was_made_under_another_name_is_not_made_again(write_study) -> None:
+    method = {"method": {"name": "lora", "r": 2, "target_modules": QV}}
+    run(write_study("first", arms={"lora": method}))
+    before = [path.name for path in Path("out/records").iterdir()]
+    (found,) = run(write_study("second", arms={"LoRA, renamed": method}))
+    assert found["arm"] == "LoRA, renamed"
+    assert [path.name for path in Path("out/records").iterdir()] == before
+
+
+def test_a_run_that_two_arms_share_is_made_once_and_stands_for_both(write_study) -> None:
+    method = {"method": {"name": "lora", "r": 2, "target_modules": QV}}
+    runs = run(write_study(arms={"one": method, "two": method}, tune={"learning_rates": [1e-3, 1e-2]}))
+    assert [(found["arm"], found["phase"]) for found in runs] == [
+        (arm, phase) for arm in ("one", "two") for phase in ("tune", "tune", "final")
+    ]
+    assert len(list(Path("out/records").iterdir())) == 3
+
+
+def test_a_run_that_failed_in_scoring_keeps_the_weights_it_is_scored_with_later(write_study, monkeypatch) -> None:
+    (cell,) = cells(*load_study(write_study()))
+    (job,) = cell.finals(1e-3, [1])
+    place = Place.of(job, Path("out"))
+    described = {**asdict(job), "key": job.key, "name": job.name, "eval_batch_size": 4, "drop_weights": True}
+
+    def too_large(*_) -> None:
+        raise SvdtuneError("out of memory with 4 completions at once")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "_score", too_large)
+        worker._run(described, place)
+    assert read_record(place.record, job.key)["status"] == "failed"
+    worker._run(described, place)
+    assert read_record(place.record, job.key)["status"] == "finished"
+    assert not (place.run / "adapter").exists()
 
 
 def test_failed_and_diverged_runs_are_in_the_results_and_are_retried_on_request(write_study) -> None:
