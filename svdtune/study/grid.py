@@ -18,6 +18,7 @@ from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.extending import merge
 
 Phase = Literal["tune", "final"]
+_LONGEST = 160  # characters of a run's name before its key: file systems take 255 in all
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Job:
         rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
         budget = "" if self.budget is None else f"-{self.budget}"
         text = f"{self.task}-{self.arm}{budget}-{self.phase}{rate}-seed{self.seed}"
-        return f"{file_name(text)}-{self.key}"
+        return f"{file_name(text)[:_LONGEST]}-{self.key}"
 
 
 @dataclass

@@ -149,6 +149,7 @@ def _expanded(given: Any) -> tuple[dict[str, Arm], list[Problem]]:
         except ValidationError as error:
             problems += [Problem(f"arms.{name}.{p.path}".rstrip("."), p.message) for p in from_pydantic(error, Arm)]
             continue
+        problems += [Problem(f"arms.{name}", message) for message in _method_problems(arm)]
         for values in product(*arm.grid.values()):
             point = dict(zip(arm.grid, values, strict=True))
             label = " ".join([name, *(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())])
@@ -159,6 +160,15 @@ def _expanded(given: Any) -> tuple[dict[str, Arm], list[Problem]]:
             except SvdtuneError as error:
                 problems.append(Problem(f"arms.{name}.grid", str(error).removeprefix("--")))
     return arms, problems
+
+
+def _method_problems(arm: Arm) -> Iterator[str]:
+    """Where it is not clear which method an arm means."""
+    if arm.method is not None and "method" in arm.settings:
+        yield "method and settings.method are two methods; give one of them"
+    parts = [key for key in arm.grid if key.startswith("method.")]
+    if arm.method is None and "method" not in arm.settings and parts and "method.name" not in parts:
+        yield f"the grid's {parts[0]} needs a method section in the arm, with a name; copy the recipe's there"
 
 
 def _at(arm: Arm, point: Settings) -> Arm:

@@ -146,6 +146,16 @@ def test_an_arm_takes_the_rate_of_the_cell_of_its_budget(write_study) -> None:
         made(file)
 
 
+def test_no_grid_makes_a_name_that_file_systems_refuse(write_study, tmp_path: Path) -> None:
+    many = [f"model.layers.{n}.self_attn.q_proj" for n in range(30)]
+    arms = {"lora": {"method": {"name": "lora"}, "grid": {"method.target_modules": [many, many[:15]]}}}
+    jobs = [cell.finals(1e-3, [1])[0] for cell in made(write_study(arms=arms))]
+    for job in jobs:
+        (tmp_path / f"{job.name}.json").touch()
+    assert jobs[0].name != jobs[1].name
+    assert jobs[0].name.endswith(f"-{jobs[0].key}")
+
+
 def test_what_cannot_be_fitted_names_the_arm(write_study) -> None:
     file = write_study(arms={"whole": {"method": {"name": "full"}}}, budgets=[3000])
     with pytest.raises(SvdtuneError, match="arm whole on math: no setting of full says how many parameters it trains"):

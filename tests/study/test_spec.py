@@ -90,6 +90,14 @@ def test_what_a_study_may_not_say(write_study, settings: dict, message: str) -> 
             {"lora": LORA | {"grid": {"method.r.x": [1]}}},
             "arms.lora.grid: method.r.x: method.r is 2 in the recipe, not a",
         ),
+        (
+            {"lora": LORA | {"settings": {"method": {"name": "sara"}}}},
+            "arms.lora: method and settings.method are two methods; give one of them",
+        ),
+        (
+            {"lora": {"grid": {"method.r": [1, 2]}}},
+            "arms.lora: the grid's method.r needs a method section in the arm, with a name",
+        ),
         ({"lora": LORA | {"grid": {"method.rnk": [1]}}}, "arm lora rnk=1 on math: method.rnk: unknown setting"),
         (
             {"lora r=1": LORA, "lora": LORA | {"grid": {"method.r": [1, 2]}}},
