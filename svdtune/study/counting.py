@@ -80,9 +80,8 @@ def adapted(checkpoint: Checkpoint, method: Mapping[str, Any]) -> PreTrainedMode
         except (ValueError, TypeError) as error:
             raise SvdtuneError(f"the method {name} cannot be put on this model: {error}") from error
     for parameter_name, parameter in model.named_parameters():
-        if (
-            ".ranknum." in parameter_name
-        ):  # AdaLoRA's own count of ranks, which PEFT forgets to freeze on the meta device
+        # AdaLoRA's own count of ranks, which PEFT forgets to freeze on the meta device.
+        if ".ranknum." in parameter_name:
             parameter.requires_grad_(False)
     return model
 

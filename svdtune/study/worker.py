@@ -70,10 +70,12 @@ def _run(job: dict[str, Any], place: Place) -> int:
 
 
 def _train(recipe: Recipe, run: Path) -> None:
-    """Train, or go on training, or find that it was done."""
-    if (run / SUMMARY).is_file():
+    """Train, or go on training, or find that it was done and the weights are still there."""
+    finished = (run / SUMMARY).is_file()
+    if finished and any((run / weights).is_dir() for weights in (ADAPTER, FULL_MODEL)):
         return
-    resume = latest_checkpoint(run)[0] is not None
+    shutil.rmtree(run / "evaluations", ignore_errors=True)  # of weights that were dropped
+    resume = not finished and latest_checkpoint(run)[0] is not None
     train(recipe, resume=resume, overwrite=not resume and (run / RECIPE).is_file(), console=Console(stderr=True))
 
 

@@ -1,7 +1,6 @@
 """The runner: every run once, whatever interrupts it, and a table of results that hides nothing."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -115,6 +114,15 @@ def test_a_run_that_failed_in_scoring_keeps_the_weights_it_is_scored_with_later(
     worker._run(described, place)
     assert read_record(place.record, job.key)["status"] == "finished"
     assert not (place.run / "adapter").exists()
+
+
+def test_a_run_whose_record_and_weights_are_gone_is_trained_again(write_study) -> None:
+    study = write_study()
+    run(study, how=How(drop_weights=True))
+    (record,) = Path("out/records").iterdir()
+    record.write_text('{"key": "cut o')
+    (found,) = run(study, how=How(drop_weights=True))
+    assert found["status"] == "finished", found["error"]
 
 
 def test_failed_and_diverged_runs_are_in_the_results_and_are_retried_on_request(write_study) -> None:
@@ -295,4 +303,3 @@ def test_records_of_other_runs_and_damaged_ones_do_not_count(tmp_path: Path) -> 
     assert read_record(path, "abc") is None
     path.write_text('{"key": "abc", "status": "finished"}')
     assert read_record(path, "abc") == {"key": "abc", "status": "finished"}
-    assert os.getpid()
