@@ -75,7 +75,8 @@ def _train(recipe: Recipe, run: Path) -> None:
     if finished and any((run / weights).is_dir() for weights in (ADAPTER, FULL_MODEL)):
         return
     shutil.rmtree(run / "evaluations", ignore_errors=True)  # of weights that were dropped
-    resume = not finished and latest_checkpoint(run)[0] is not None
+    # Only a checkpoint of this very recipe: held-out rows may have come to lie elsewhere since.
+    resume = not finished and latest_checkpoint(run)[0] is not None and read_run(run) == recipe
     train(recipe, resume=resume, overwrite=not resume and (run / RECIPE).is_file(), console=Console(stderr=True))
 
 
