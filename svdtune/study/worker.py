@@ -29,7 +29,7 @@ from svdtune.study.records import Place, record_of, scores_of, write_record
 from svdtune.system import is_out_of_memory, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
-from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY
+from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 
 
 def main(path: Path) -> int:
