@@ -31,6 +31,7 @@ from svdtune.study.records import Place, read_record, record_of, write_record
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
 from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.recipe import Source
 
 Record = dict[str, Any]
 FITS = "fits.json"
@@ -81,8 +82,7 @@ def run_studies(
             or the disk is full.
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
-    for recipe in (recipe for _, tasks in studies.values() for recipe in tasks.values()):
-        _check_sources(recipe)
+    _check_sources([recipe for _, tasks in studies.values() for recipe in tasks.values()])
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
         fits = Fits(output / FITS)
         making = [
@@ -93,11 +93,15 @@ def run_studies(
     return [one.folder / RESULTS for one in making]
 
 
-def _check_sources(recipe: Settings) -> None:
-    """Make sure that a task's model and training rows are there, which every run would find out for itself."""
-    open_checkpoint(locate(model_name(recipe)), weights=False)
-    train = recipe["data"]["train"]
-    read_rows(**(train if isinstance(train, dict) else {"source": train}))
+def _check_sources(recipes: Sequence[Settings]) -> None:
+    """Make sure that the tasks' models and training rows are there, which every run would find out for itself."""
+    for model in dict.fromkeys(model_name(recipe) for recipe in recipes):
+        open_checkpoint(locate(model), weights=False)
+    sources = {
+        source.model_dump_json(): source for source in (Source.model_validate(r["data"]["train"]) for r in recipes)
+    }
+    for source in sources.values():
+        read_rows(**source.model_dump())
 
 
 class _Runner:

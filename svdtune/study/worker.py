@@ -30,6 +30,7 @@ from svdtune.system import is_out_of_memory, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
+from svdtune.training.recipe import Source as RowSource
 
 
 def main(path: Path) -> int:
@@ -50,9 +51,8 @@ def _run(job: dict[str, Any], place: Place) -> int:
         if not job["untrained"]:
             _train(recipe, place.run)
         record = record_of(job, place.run, {})
-        if (
-            record["status"] == "finished" and recipe.evaluation is not None
-        ):  # weights that are no numbers answer nothing
+        # Weights that are no numbers answer nothing.
+        if record["status"] == "finished" and recipe.evaluation is not None:
             record["scores"] = _score(recipe, place.run, job)
     except (KeyboardInterrupt, Interrupted):
         return 130  # no record: the next start goes on
@@ -103,9 +103,9 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
         return recipe
     share, seed = job["heldout"]
     data = recipe["data"]
-    source = data["train"] if isinstance(data["train"], dict) else {"source": data["train"]}
+    source = RowSource.model_validate(data["train"])
     prompt = data.get("prompt", "prompt")
-    rows = read_rows(**source, fields=fields_of(prompt, data.get("completion", "completion")))
+    rows = read_rows(**source.model_dump(), fields=fields_of(prompt, data.get("completion", "completion")))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, round(share * len(rows)))
     kept, out = [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
@@ -115,15 +115,16 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
     out = [row for at, row in enumerate(out) if at not in leaked]
     if not out or not kept:
         raise SvdtuneError(
-            f"{source['source']} has {len(rows)} rows, too few to hold a share of {share:g} out (tune.share)"
+            f"{source.source} has {len(rows)} rows, too few to hold a share of {share:g} out (tune.share)"
         )
-    for name, part in (("train", kept), ("heldout", out)):
-        path = place.data.with_name(f"{place.data.name}-{name}.jsonl")
+    files = {}
+    for name, part in (("train", kept), ("eval", out)):
+        path = place.data.with_name(f"{place.data.name}-{'heldout' if name == 'eval' else name}.jsonl")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, "".join(json.dumps(row) + "\n" for row in part))
-    files = {name: str(place.data.with_name(f"{place.data.name}-{name}.jsonl")) for name in ("train", "heldout")}
-    return {**recipe, "data": {**data, "train": {"source": files["train"]}, "eval": {"source": files["heldout"]}}}
+        files[name] = {"source": str(path)}
+    return {**recipe, "data": {**data, **files}}
 
 
 def _end_with_runner() -> None:
