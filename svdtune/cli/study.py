@@ -24,6 +24,10 @@ def study(
     eval_batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     retry: Annotated[bool, typer.Option("--retry", help="Make failed runs again.")] = False,
     drop_weights: Annotated[bool, typer.Option("--drop-weights", help="Keep no adapter of a scored run.")] = False,
+    published: Annotated[
+        Path | None,
+        typer.Option(help="Folder of published studies; their runs are not made again.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and stop.")] = False,
 ) -> None:
     """Compare methods: matched in trained parameters, tuned alike, repeated over seeds.
@@ -52,7 +56,7 @@ def study(
     import torch
 
     processes, gpus = devices(per_gpu, torch.cuda.device_count())
-    how = How(processes, gpus, eval_batch_size, retry, drop_weights, shlex.join(["svdtune", *sys.argv[1:]]))
+    how = How(processes, gpus, eval_batch_size, retry, drop_weights, shlex.join(["svdtune", *sys.argv[1:]]), published)
     for results in run_studies(studies, output, how, tell):
         write_page(results, results.parent)
         typer.echo(f"results: {results.parent / 'README.md'}")

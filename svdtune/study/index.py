@@ -31,7 +31,7 @@ def _row(name: str, study: Results) -> list[str]:
     return [
         link,
         escape(study.question or ""),
-        escape(study.machine.get("device", "")),
+        escape(study.devices),
         str(len(study.runs)),
         str(unfinished),
     ]

@@ -96,10 +96,10 @@ def _how(study: Results) -> Iterator[tuple[str, str]]:
     """How the study was run, as rows of a table."""
     finals = [run for run in study.runs if run.phase == "final"]
     searches = [run for run in study.runs if run.phase == "tune"]
-    machine = dict(study.machine)
-    yield "machine", escape(machine.pop("device", "not recorded"))
-    versions = {"svdtune": study.svdtune, **machine}
-    yield "versions", escape(", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield "machine", escape(study.devices or "not recorded")
+    versions = [f"svdtune {study.svdtune}"]
+    versions += [f"{name} {version}" for one in study.machines for name, version in one.items() if name != "device"]
+    yield "versions", escape(", ".join(dict.fromkeys(versions)))
     for task in dict.fromkeys(run.task for run in study.runs):
         yield f"task {escape(task)}", escape("; ".join(_task(study, task)))
     yield "seeds", ", ".join(str(seed) for seed in study.spec.get("seeds") or sorted({run.seed for run in finals}))

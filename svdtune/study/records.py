@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from svdtune._version import __version__
+from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation
 from svdtune.study.grid import Job, file_name
-from svdtune.study.results import pack
+from svdtune.study.results import RESULTS, pack, read_results
 from svdtune.study.spec import Study
 from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.folder import LOG, SUMMARY
@@ -122,10 +123,36 @@ def read_record(path: Path, key: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("key") == key else None
 
 
+def published(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records, by key, of the runs that did not fail in the `results.json` of the studies in a folder.
+
+    Raises:
+        SvdtuneError: there are none, or one of them cannot be read.
+    """
+    paths = sorted(folder.glob(f"*/{RESULTS}"))
+    if not paths:
+        raise SvdtuneError(f"{folder} has no published study: expected {RESULTS} in folders in it")
+    found = {}
+    for path in paths:
+        read_results(path)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        for run in results["runs"]:
+            if run["status"] != "failed":
+                found[run["key"]] = run | {"machine": results["machines"][run.get("machine", 0)]}
+    return found
+
+
 def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
-    """`results.json` of a study: its settings, by task the model, the machine, and every run in the order of the study."""
+    """`results.json` of a study: its settings, by task the model, the machines, and every run in the order of the study.
+
+    Where there are several machines, a run's `machine` says which of them made it, counted from 0.
+    """
     runs = [dict(record) for record in records]
-    machines = [run.pop("machine") for run in runs]
+    made_on = [run.pop("machine") for run in runs]
+    machines = [one for at, one in enumerate(made_on) if one not in made_on[:at]]
+    if len(machines) > 1:
+        for run, one in zip(runs, made_on, strict=True):
+            run["machine"] = machines.index(one)
     return {
         "title": study.title,
         "question": study.question,
@@ -134,7 +161,7 @@ def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str,
         "models": models,
         "svdtune": __version__,
         "command": command,
-        "machine": machines[0] if machines else {},
+        "machines": machines,
         "runs": runs,
     }
 

@@ -104,10 +104,15 @@ class Results(_Part):
     baseline: str | None = None
     spec: dict[str, Any] = {}
     svdtune: str
-    machine: dict[str, Any] = {}
+    machines: list[dict[str, Any]] = []
     models: dict[str, str] = {}
     command: str | None = None
     runs: list[Run]
+
+    @property
+    def devices(self) -> str:
+        """What the runs were made on."""
+        return " and ".join(dict.fromkeys(one["device"] for one in self.machines if "device" in one))
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "Results":

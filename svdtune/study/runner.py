@@ -27,7 +27,7 @@ from svdtune.models.loading import locate
 from svdtune.planning import open_checkpoint
 from svdtune.study.grid import Fits, Job, cells, model_name
 from svdtune.study.making import Making
-from svdtune.study.records import Place, read_record, record_of, write_record
+from svdtune.study.records import Place, published, read_record, record_of, write_record
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
 from svdtune.system import explain_write_errors, replace_text
@@ -50,6 +50,7 @@ class How:
         retry: whether failed runs are made again.
         drop_weights: whether a run's adapter is deleted once it is scored.
         command: what the user called, for the results.
+        published: a folder of studies whose runs are not made again.
     """
 
     processes: int = 1
@@ -58,6 +59,7 @@ class How:
     retry: bool = False
     drop_weights: bool = False
     command: str = ""
+    published: Path | None = None
 
 
 def run_studies(
@@ -107,16 +109,19 @@ def _check_sources(recipes: Sequence[Settings]) -> None:
 class _Runner:
     """The queue of ready jobs and the processes that work on them.
 
-    A run that finds too little memory beside others on its GPU is made again when it has the GPU to itself.
+    A run that finds too little memory beside others on its GPU is made again: at once, since its longest rows may just have
+    met theirs, and the next time when it has the GPU to itself.
     """
 
     def __init__(self, studies: list[Making], output: Path, how: How, tell: Callable[[str], None]) -> None:
         self.studies, self.output, self.how, self.tell = studies, output, how, tell
         self.waiting: list[tuple[int, int, str]] = []  # (study, cell, key), the earliest first
+        self.again: set[str] = set()  # runs that once found too little memory beside others
         self.crowded: list[str] = []  # runs that wait for a GPU of their own
         self.alone: set[str] = set()  # runs that have one, or had
         self.jobs: dict[str, Job] = {}
         self.records: dict[str, Record] = {}
+        self.published = {} if how.published is None else published(how.published)
         self.running: dict[Future[Record], str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.free = [how.gpus[i % len(how.gpus)] if how.gpus else "" for i in range(how.processes)]
@@ -179,6 +184,9 @@ class _Runner:
             found = [record for path in (own, *others) if (record := read_record(path, job.key)) is not None]
             if found and not (self.how.retry and found[0]["status"] == "failed"):
                 self.records[job.key] = found[0]
+            elif job.key in self.published:
+                write_record(own, self.published[job.key])
+                self.records[job.key] = self.published[job.key]
         return self.records.get(job.key)
 
     def _make(self, job: Job, device: str) -> Record:
@@ -196,6 +204,7 @@ class _Runner:
             "name": job.name,
             "eval_batch_size": self.how.eval_batch_size,
             "drop_weights": self.how.drop_weights,
+            "shared": self.shared,
             "place": {name: str(path) for name, path in asdict(place).items()},
         }
         for path in (place.job, place.log):
@@ -226,8 +235,13 @@ class _Runner:
         name = self.jobs[key].name
         if self.shared and key not in self.alone and record["status"] == "failed" and _OUT_OF_MEMORY in record["error"]:
             Place.of(self.jobs[key], self.output).record.unlink()
-            self.crowded.append(key)
-            self.tell(f"later: {name} · out of memory beside others; it will have a GPU to itself")
+            if key in self.again:
+                self.crowded.append(key)
+                self.tell(f"later: {name} · out of memory beside others; it will have a GPU to itself")
+            else:
+                self.again.add(key)
+                heapq.heappush(self.waiting, (-1, 0, key))
+                self.tell(f"later: {name} · out of memory beside others; it will be made again")
             return
         self.records[key] = record
         self._refill()

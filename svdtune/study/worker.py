@@ -5,6 +5,7 @@ leaves no run behind that a second runner would meet.
 """
 
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -12,11 +13,14 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
+from transformers import TrainerCallback
 
 from svdtune.data import read_rows
 from svdtune.data.examples import fields_of
@@ -25,12 +29,25 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
 from svdtune.evaluation.asking import Together, ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.export.opening import Source, find_source, open_source
+from svdtune.models import LoadedModel
 from svdtune.study.records import Place, record_of, scores_of, write_record
 from svdtune.system import is_out_of_memory, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Source as RowSource
+
+
+class LeaveMemory(TrainerCallback):
+    """Hands memory that batches of long rows took back to the GPU, for the runs beside this one.
+
+    PyTorch keeps what it has taken once, and rows grouped by length come longest first. It waits for the device, so not at
+    every step.
+    """
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available() and (state.global_step < 4 or state.global_step % 16 == 0):
+            torch.cuda.empty_cache()
 
 
 def main(path: Path) -> int:
@@ -49,7 +66,7 @@ def _run(job: dict[str, Any], place: Place) -> int:
     try:
         recipe = check_recipe({**_with_heldout(job, place), "output": {"dir": str(place.run)}}, job["name"])
         if not job["untrained"]:
-            _train(recipe, place.run)
+            _train(recipe, place.run, [LeaveMemory()] if job["shared"] else [])
         record = record_of(job, place.run, {})
         # Weights that are no numbers answer nothing.
         if record["status"] == "finished" and recipe.evaluation is not None:
@@ -69,7 +86,7 @@ def _run(job: dict[str, Any], place: Place) -> int:
     return 0
 
 
-def _train(recipe: Recipe, run: Path) -> None:
+def _train(recipe: Recipe, run: Path, callbacks: list[TrainerCallback]) -> None:
     """Train, or go on training, or find that it was done and the weights are still there."""
     finished = (run / SUMMARY).is_file()
     if finished and any((run / weights).is_dir() for weights in (ADAPTER, FULL_MODEL)):
@@ -77,20 +94,37 @@ def _train(recipe: Recipe, run: Path) -> None:
     shutil.rmtree(run / "evaluations", ignore_errors=True)  # of weights that were dropped
     # Only a checkpoint of this very recipe: held-out rows may have come to lie elsewhere since.
     resume = not finished and latest_checkpoint(run)[0] is not None and read_run(run) == recipe
-    train(recipe, resume=resume, overwrite=not resume and (run / RECIPE).is_file(), console=Console(stderr=True))
+    overwrite = not resume and (run / RECIPE).is_file()
+    train(recipe, resume=resume, overwrite=overwrite, console=Console(stderr=True), callbacks=callbacks)
 
 
 def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The scores of every set of the recipe's evaluation section, as a record has them."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # of the training
     found = Source(recipe.model.name, None, run, recipe) if job["untrained"] else find_source(run)
     loaded = open_source(found, **({"device": "cuda"} if torch.cuda.is_available() else {}))
     sets = [prepare(recipe, name) for name in sets_to_ask(recipe, None, None)]
-    engine = Together(TransformersEngine(loaded), sets, job["eval_batch_size"])
+    engine = Together(TransformersEngine(in_float32(loaded)), sets, job["eval_batch_size"])
     scores: dict[str, Evaluation] = {}
     for asked in sets:
         folder = output_folder(run, found.base, asked.rows.source, asked.form.task)
         scores[asked.rows.source] = ask(engine, asked, folder, job["eval_batch_size"], decoding_of(recipe))
     return {name: scores_of(score) for name, score in scores.items()}
+
+
+def in_float32(loaded: LoadedModel) -> LoadedModel:
+    """The model in float32, its adapter merged into the weights where its method can be: as exact, and three times as fast.
+
+    The weights become float32 first, so nothing that was trained is rounded.
+    """
+    model = loaded.model.float()
+    if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
+        # Methods that cannot be merged say so before they change a weight.
+        with suppress(NotImplementedError, SvdtuneError):
+            model = model.merge_and_unload()
+    return LoadedModel(model, loaded.tokenizer, loaded.name)
 
 
 def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Everything that can be refused is refused before the first step: the recipe, the
 
 import datetime
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,12 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, console: Console | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    console: Console | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
     """Train as a recipe says.
 
@@ -75,6 +80,7 @@ def train(
         resume: go on from the run folder's latest checkpoint; the losses continue as if it had not stopped.
         overwrite: delete an earlier run in the folder.
         console: where to print; standard error by default.
+        callbacks: more callbacks for the Trainer.
 
     Raises:
         SvdtuneError: for everything a user can set right.
@@ -89,7 +95,7 @@ def train(
         checkpoint = processes.from_main(
             processes.jointly(lambda: check_run(recipe, resume=resume, overwrite=overwrite) if main else None)
         )
-        result = _train(recipe, checkpoint, console)
+        result = _train(recipe, checkpoint, console, callbacks)
     if joined:
         processes.stop()
     return result
@@ -105,7 +111,9 @@ def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
     processes.agree(facts, "Start every process with the same command, on the same files")
 
 
-def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResult:
+def _train(
+    recipe: Recipe, checkpoint: Path | None, console: Console, callbacks: Sequence[TrainerCallback]
+) -> RunResult:
     folder = Path(recipe.output.dir)
     prepared = processes.jointly(lambda: prepare(recipe, console))
     _check_agreement(recipe, prepared)
@@ -124,9 +132,9 @@ def _train(recipe: Recipe, checkpoint: Path | None, console: Console) -> RunResu
         tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
-    watching: list[TrainerCallback] = []
+    watching = [*callbacks]
     if recipe.analysis is not None and processes.is_main():
-        watching = [SampleMovement(model, folder, **recipe.analysis.model_dump())]
+        watching.append(SampleMovement(model, folder, **recipe.analysis.model_dump()))
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, watching, console, recipe)

@@ -69,7 +69,7 @@ def made_results(runs: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     spec = {"tasks": {"math": "../recipes/math.yaml"}, "arms": arms, "seeds": list(SEEDS), "tune": {"share": 0.1}}
     machine = {"device": "NVIDIA H200", "torch": "2.13.0", "peft": "0.21.2", "transformers": "5.23.0"}
     head = {"title": "A study", "question": "Which is better?", "baseline": "lora", "spec": spec, "svdtune": "0.1.0"}
-    return {**head, "command": "svdtune study studies/small/math.yaml", "machine": machine, "runs": runs} | changes
+    return {**head, "command": "svdtune study studies/small/math.yaml", "machines": [machine], "runs": runs} | changes
 
 
 def read(runs: list[dict[str, Any]], **changes: Any) -> Results:

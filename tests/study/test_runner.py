@@ -1,6 +1,7 @@
 """The runner: every run once, whatever interrupts it, and a table of results that hides nothing."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,7 +103,14 @@ def test_a_run_that_failed_in_scoring_keeps_the_weights_it_is_scored_with_later(
     (cell,) = cells(*load_study(write_study()))
     (job,) = cell.finals(1e-3, [1])
     place = Place.of(job, Path("out"))
-    described = {**asdict(job), "key": job.key, "name": job.name, "eval_batch_size": 4, "drop_weights": True}
+    described = {
+        **asdict(job),
+        "key": job.key,
+        "name": job.name,
+        "eval_batch_size": 4,
+        "drop_weights": True,
+        "shared": True,
+    }
 
     def too_large(*_) -> None:
         raise SvdtuneError("out of memory with 4 completions at once")
@@ -132,10 +140,8 @@ def test_failed_and_diverged_runs_are_in_the_results_and_are_retried_on_request(
             "settings": {"data": {"max_length": 8, "overlong": "drop"}},
         },
         "too fast": {
-            "method": {"name": "lora", "r": 2, "target_modules": QV},
-            "settings": {
-                "training": {"learning_rate": 1e5, "schedule": "constant", "max_grad_norm": 0.0, "max_steps": 12}
-            },
+            "method": {"name": "lora", "r": 2, "lora_alpha": 10**38, "target_modules": QV},
+            "settings": {"training": {"learning_rate": 1e6, "schedule": "constant", "max_grad_norm": 0.0}},
         },
     }
     failed, diverged = run(write_study(arms=arms))
@@ -173,7 +179,9 @@ def test_a_killed_process_is_a_failed_run_and_says_where_its_log_is(write_study,
     assert found["error"].startswith("its process ended with signal 9; see out/logs/math-lora")
 
 
-def test_a_run_without_memory_beside_others_gets_a_gpu_to_itself(write_study, monkeypatch) -> None:
+def test_a_run_without_memory_beside_others_is_made_again_and_then_gets_a_gpu_to_itself(
+    write_study, monkeypatch
+) -> None:
     arms = {"lora": {"method": {"name": "lora"}, "grid": {"method.r": [1, 2, 3]}}}
     together = threading.Barrier(3)
 
@@ -195,7 +203,8 @@ def test_a_run_without_memory_beside_others_gets_a_gpu_to_itself(write_study, mo
     run_studies({"study": study}, Path("out"), How(processes=3, gpus=("0",)), told.append)
     runs = json.loads(Path("out/study/results.json").read_text())["runs"]
     assert [found["status"] for found in runs] == ["finished", "finished", "failed"]
-    assert sum(line.startswith("later: math-lora") for line in told) == 3
+    later = [line.rpartition("; ")[2] for line in told if line.startswith("later: math-lora")]
+    assert later == ["it will be made again"] * 3 + ["it will have a GPU to itself"] * 3
 
 
 def test_a_folder_that_cannot_be_written_stops_the_study_in_a_sentence(write_study) -> None:
@@ -303,3 +312,25 @@ def test_records_of_other_runs_and_damaged_ones_do_not_count(tmp_path: Path) -> 
     assert read_record(path, "abc") is None
     path.write_text('{"key": "abc", "status": "finished"}')
     assert read_record(path, "abc") == {"key": "abc", "status": "finished"}
+
+
+def test_published_runs_are_taken_over_and_failed_ones_are_made(write_study) -> None:
+    study = write_study(tune={"learning_rates": [1e-3, 1e-2]})
+    before = run(study)
+    results = Path("docs/study/results.json")
+    results.parent.mkdir(parents=True)
+    described = json.loads(Path("out/study/results.json").read_text())
+    described["machines"][0]["device"] = "another machine"
+    described["runs"][0] |= {"status": "failed", "error": "its process ended with signal 9"}
+    results.write_text(json.dumps(described))
+    shutil.rmtree("out")
+    told: list[str] = []
+    run_studies({"study": load_study(study)}, Path("out"), How(published=Path("docs")), told.append)
+    assert len(told) == 1
+    again = json.loads(Path("out/study/results.json").read_text())
+    assert [one["device"] for one in again["machines"]][1] == "another machine"
+    assert [found.pop("machine") for found in again["runs"]] == [0, 1, 1]
+    assert [found["key"] for found in again["runs"]] == [found["key"] for found in before]
+    assert again["runs"][1:] == before[1:]
+    with pytest.raises(SvdtuneError, match=r"out/runs has no published study: expected results\.json in folders in it"):
+        run_studies({"study": load_study(study)}, Path("elsewhere"), How(published=Path("out/runs")))
