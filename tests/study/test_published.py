@@ -1,14 +1,31 @@
 """Every published study's page, made again from its results, is the page that is published."""
 
+import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
 from svdtune.study.index import write_index
 from svdtune.study.page import write_page
+from svdtune.study.results import read_results
 
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 STUDIES = sorted(path.parent for path in PUBLISHED.glob("*/results.json"))
+
+# SARA's Tables 1 (LoRA, SARA: five sets without AQuA, and the average), 4 and 12.
+TABLE_1 = {
+    "LLaMA-7B": (([58.50, 75.95, 92.73, 88.24, 24.24], 60.53), ([60.00, 79.75, 89.09, 84.31, 24.62], 62.18)),
+    "LLaMA-13B": (([66.00, 82.28, 95.45, 89.22, 36.74], 65.21), ([71.50, 81.01, 93.64, 88.24, 36.36], 66.37)),
+    "GPT-J-6B": (([47.00, 65.82, 72.73, 76.47, 11.36], 46.54), ([50.50, 65.82, 79.09, 74.51, 12.50], 51.65)),
+}
+TABLE_4 = {"SARA": 62.18, "V = 0": 58.85, "w/o Λ": 49.40, "w/o Λ, V = 0": 58.42}
+PAPERS = {
+    "math": [*(fmean(sets) for pair in TABLE_1.values() for sets, _ in pair), 23.53, 35.29]
+    + [sara - lora for (_, lora), (_, sara) in TABLE_1.values()],
+    "ablations": [TABLE_4["SARA"] - other for other in TABLE_4.values()],
+    "scale": [58.60, 60.53, TABLE_4["SARA"]],
+}
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
@@ -19,6 +36,46 @@ def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path, monkeypatc
     again = f"make it again: python -m svdtune.study.page docs/results/{study.name}"
     assert (tmp_path / "README.md").read_bytes() == (study / "README.md").read_bytes(), again
     assert {path.name for path in written} == {path.name for path in (study / "README.md", *study.glob("*.svg"))}, again
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_what_is_said_of_the_numbers_quotes_them(study: Path) -> None:
+    """Every number with a decimal point in `findings.md` stands in the page's tables, or is a paper's."""
+    _, said, made = re.split(r"## (?:What the numbers say|How it was run)\n", (study / "README.md").read_text())
+    known = set(re.findall(r"\d+\.\d+", made)) | {f"{number:.1f}" for number in PAPERS.get(study.name, [])}
+    assert set(re.findall(r"\d+\.\d+", said)) <= known
+
+
+def test_the_guide_quotes_measurements() -> None:
+    """Every score and time in `docs/guide.md` stands in a study's page or among the timings."""
+    docs = PUBLISHED.parent
+    pages = [(study / "README.md").read_text() for study in STUDIES] + [(docs / "performance.md").read_text()]
+    known = {number for page in pages for number in re.findall(r"\d+\.\d+", page)}
+    known |= {"0.9", "0.02"}  # sizes, which `svdtune plan` says
+    assert set(re.findall(r"\d+\.\d+", (docs / "guide.md").read_text())) <= known
+
+
+def test_the_guide_starts_from_the_learning_rates_found() -> None:
+    guide = (PUBLISHED.parent / "guide.md").read_text()
+    rows = [line.split("|") for line in guide.splitlines() if re.fullmatch(r"\|[^|]*\|[^|]*\|[^|]*\|[^|]*\|", line)]
+    told = {row[1].strip(): row[2].split()[0] for row in rows if re.match(r" \de-\d", row[2])}
+    named = {"full": "full fine-tuning", "prefix": "prefix tuning", "lora": "LoRA, α = 2 r", "dora": "DoRA, α = 2 r"}
+    named |= {
+        "rslora": "rsLoRA, α = 16",
+        "pissa": "PiSSA, α = 2 r",
+        "adalora": "AdaLoRA",
+        "vera": "VeRA",
+        "miss": "MiSS",
+    }
+    named |= {"series": "series adapter", "parallel": "parallel adapter", "sara": "SARA", "sorsa": "SORSA"}
+    named |= {"mosara": "Mo-SARA", "sara without Λ": "SARA without Λ"}
+    best: dict[str, tuple[float, float]] = {}
+    for study in ("math", "ablations"):
+        for run in read_results(PUBLISHED / study / "results.json").runs:
+            if run.phase == "tune" and run.eval_loss is not None and run.arm in named:
+                found = (run.eval_loss, run.learning_rate)
+                best[named[run.arm]] = min(best.get(named[run.arm], found), found)
+    assert {name: float(rate) for name, rate in told.items()} == {name: rate for name, (_, rate) in best.items()}
 
 
 def test_the_list_of_studies_is_complete(tmp_path: Path) -> None:
