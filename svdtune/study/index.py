@@ -20,7 +20,7 @@ def write_index(folder: Path) -> Path:
     """
     rows = [_row(path.parent.name, read_results(path)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
     with explain_write_errors(folder):
-        body = table(["study", "question", "machine", "runs", "not finished"], rows, left=3)
+        body = table(["study", "question", "machine", "runs", "failed or diverged", "not run yet"], rows, left=3)
         replace_text(folder / "README.md", f"{_HEAD}\n\n{body}\n")
     return folder / "README.md"
 
@@ -34,4 +34,5 @@ def _row(name: str, study: Results) -> list[str]:
         escape(study.devices),
         str(len(study.runs)),
         str(unfinished),
+        str(study.not_run),
     ]

@@ -103,7 +103,7 @@ def _how(study: Results) -> Iterator[tuple[str, str]]:
     for task in dict.fromkeys(run.task for run in study.runs):
         yield f"task {escape(task)}", escape("; ".join(_task(study, task)))
     yield "seeds", ", ".join(str(seed) for seed in study.spec.get("seeds") or sorted({run.seed for run in finals}))
-    yield "runs that count", _outcomes(finals)
+    yield "runs that count", _outcomes(finals) + (f", {study.not_run} not run yet" if study.not_run else "")
     tune = study.spec.get("tune") or {}
     if searches:
         chosen = "learning rate with the lowest loss on held-out rows"

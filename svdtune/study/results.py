@@ -110,6 +110,17 @@ class Results(_Part):
     runs: list[Run]
 
     @property
+    def not_run(self) -> int:
+        """How many of the final runs that the study plans it does not have."""
+        seeds, budgets = len(self.spec.get("seeds") or ()), len(self.spec.get("budgets") or ()) or 1
+        planned = 0
+        for arm in (self.spec.get("arms") or {}).values():
+            untrained = arm.get("untrained", False)
+            planned += (1 if untrained else seeds) * (1 if untrained or not arm.get("budget", True) else budgets)
+        planned *= len(self.spec.get("tasks") or ())
+        return max(0, planned - sum(run.phase == "final" for run in self.runs))
+
+    @property
     def devices(self) -> str:
         """What the runs were made on."""
         return " and ".join(dict.fromkeys(one["device"] for one in self.machines if "device" in one))

@@ -115,7 +115,7 @@ def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str
 
 
 def in_float32(loaded: LoadedModel) -> LoadedModel:
-    """The model in float32, its adapter merged into the weights where its method can be: as exact, and three times as fast.
+    """The model in float32, its adapter merged into the weights where its method can be: as exact, and faster.
 
     The weights become float32 first, so nothing that was trained is rounded.
     """

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.study import counting
@@ -18,18 +19,7 @@ pytestmark = [
 
 
 def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            tie_word_embeddings=True,
-        )
-    )
+    return tiny_llama(num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")

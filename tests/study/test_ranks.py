@@ -5,7 +5,8 @@ from collections import Counter
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 from svdtune.linalg import rank_at_threshold
 from svdtune.study.budget import fit
@@ -24,24 +25,10 @@ BUDGETS = {"mosara": 3000}  # it ends at 3,992 here
 BUDGET = 7000
 
 
-def llama():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-        )
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("study") / "model"
-    model = llama()
+    model = tiny_llama(num_hidden_layers=4, num_key_value_heads=2, vocab_size=64)
     with torch.no_grad():  # spectra that differ from layer to layer, as trained ones do
         for index, parameter in enumerate(p for p in model.parameters() if p.ndim == 2):
             U, s, Vh = torch.linalg.svd(parameter, full_matrices=False)

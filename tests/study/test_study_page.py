@@ -221,8 +221,8 @@ def test_the_list_of_studies(tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     lines = write_index(tmp_path).read_text().splitlines()
     assert lines[-2:] == [
-        r"| [A \| B](a/README.md) |  | NVIDIA H200 | 1 | 0 |",
-        "| [A study](b/README.md) | Which is better? | NVIDIA H200 | 60 | 11 |",
+        r"| [A \| B](a/README.md) |  | NVIDIA H200 | 1 | 0 | 2 |",
+        "| [A study](b/README.md) | Which is better? | NVIDIA H200 | 60 | 11 | 0 |",
     ]
 
 

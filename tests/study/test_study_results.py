@@ -36,6 +36,15 @@ def test_what_a_file_says(tmp_path):
     assert found.runs[1].loss is None
 
 
+def test_how_many_final_runs_are_not_there():
+    """Two tasks at two budgets: three seeds of one arm at each, one arm without a size once, the untrained model once."""
+    arms = {"base": {"untrained": True}, "lora": {}, "full": {"budget": False}}
+    spec = {"tasks": {"math": "m.yaml", "e2e": "e.yaml"}, "budgets": ["300k", "2M"], "seeds": [1, 2, 3], "arms": arms}
+    found = [made_run("base", method=None, budget=None), made_run("lora"), made_run("lora", phase="tune")]
+    assert read(found, spec=spec).not_run == 2 * (1 + 2 * 3 + 3) - 2
+    assert read(found, spec={}).not_run == 0
+
+
 def test_a_run_with_a_score_that_is_no_number_has_no_average():
     nothing = {"metric": "BLEU", "value": float("nan"), "n": 9}
     assert read([made_run(scores={"e2e": nothing})]).runs[0].average is None
