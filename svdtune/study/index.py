@@ -3,17 +3,14 @@
 from pathlib import Path
 
 from svdtune.study.markdown import escape, table
-from svdtune.study.results import RESULTS, Results, read_results
+from svdtune.study.results import RESULTS, Results, read_findings, read_results
 from svdtune.system import explain_write_errors, replace_text
 
-_HEAD = """\
-# Studies
-
-Every page is made of the `results.json` beside it by `python -m svdtune.study.page`, which tests repeat."""
+_FOOT = "Every page is made of the `results.json` beside it by `python -m svdtune.study.page`."
 
 
 def write_index(folder: Path) -> Path:
-    """Write the list of the studies in the folders of a folder, by their names.
+    """Write the list of the studies in the folders of a folder, by name, below what its `findings.md` says if it has one.
 
     Raises:
         SvdtuneError: some results cannot be read, or the folder cannot be written.
@@ -21,7 +18,8 @@ def write_index(folder: Path) -> Path:
     rows = [_row(path.parent.name, read_results(path)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
     with explain_write_errors(folder):
         body = table(["study", "question", "machine", "runs", "failed or diverged", "not run yet"], rows, left=3)
-        replace_text(folder / "README.md", f"{_HEAD}\n\n{body}\n")
+        parts = ["# Studies", read_findings(folder), body, _FOOT]
+        replace_text(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
     return folder / "README.md"
 
 

@@ -18,11 +18,10 @@ from svdtune.study.arms import tables
 from svdtune.study.index import write_index
 from svdtune.study.markdown import block, code, escape, table
 from svdtune.study.plots import write_figures
-from svdtune.study.results import RESULTS, Results, Run, read_results
+from svdtune.study.results import RESULTS, Results, Run, read_findings, read_results
 from svdtune.study.table import all_sections, title
 from svdtune.system import explain_write_errors, replace_text
 
-FINDINGS = "findings.md"
 PAGE = "README.md"
 _READING = """\
 Scores are means over the finished seeds ± their sample standard deviation; in parentheses Student's 95 % interval.
@@ -50,8 +49,7 @@ def write_page(results: Path, folder: Path) -> list[Path]:
         SvdtuneError: the results cannot be read, scipy or matplotlib is not installed, or the folder cannot be written.
     """
     study = read_results(results)
-    findings = results.parent / FINDINGS
-    said = findings.read_text(encoding="utf-8").strip() if findings.is_file() else ""
+    said = read_findings(results.parent)
     found = tables(study)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.system import explain_read_error
 
 RESULTS = "results.json"
+FINDINGS = "findings.md"
 _SHARES = ("accuracy", "pass@")  # metrics that are shares of items: they are averaged, and shown in per cent
 
 
@@ -160,6 +161,12 @@ def read_results(path: Path) -> Results:
         found = [f"{'.'.join(map(str, each['loc'])) or 'runs'}: {each['msg']}" for each in error.errors()]
         more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
         raise SvdtuneError(f"{path} is no study's results: {'; '.join(found[:5])}{more}") from error
+
+
+def read_findings(folder: Path) -> str:
+    """What was written by hand about the results in a folder; nothing where nothing was."""
+    path = folder / FINDINGS
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
 def pack(correct: "np.ndarray | list[bool]") -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
@@ -27,19 +28,9 @@ class Block(nn.Module):
 
 
 def llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return LlamaForCausalLM(config).to(dtype)
+    sizes = {"hidden_size": 24, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3}
+    model = tiny_llama(**sizes, vocab_size=32, pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    return model.to(dtype).train()
 
 
 def logits(model: nn.Module) -> torch.Tensor:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import save_tiny_llama
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from svdtune.cli import app
@@ -55,24 +56,8 @@ METHODS = {
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
     """A model folder with 6 heads of 8 and 3 of keys and values, as SmolLM2-135M has 9 and 3."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    folder = tmp_path_factory.mktemp("models") / "grouped"
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 6, "num_key_value_heads": 3}
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "grouped", tiny_tokenizer, **sizes)
 
 
 def recipe(model: Path, method: dict[str, Any], folder: Path) -> dict[str, Any]:

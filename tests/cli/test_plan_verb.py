@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
 from typer.testing import CliRunner
 
 from svdtune.cli import app
@@ -15,15 +14,7 @@ from svdtune.training.recipe import Method
 
 @pytest.fixture
 def folder(tmp_path):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=64,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tiny_llama(vocab_size=64).save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny import save_tiny_llama
+from transformers import PreTrainedTokenizerFast
 
 from svdtune import SorsaConfig
 from svdtune.evaluation import Decoding
@@ -25,23 +26,19 @@ def test_a_sorsa_adapter_served_as_lora(
     pytest.importorskip("vllm", reason="needs vLLM")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = LlamaConfig(
-        vocab_size=len(tiny_tokenizer),
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_tiny_llama(
+        base,
+        tiny_tokenizer,
         hidden_size=128,
         intermediate_size=128,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=64,  # vLLM's kernels have a least size
         max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=tiny_tokenizer.eos_token_id,
-        pad_token_id=tiny_tokenizer.pad_token_id,
+        tie_word_embeddings=False,
         initializer_range=0.2,
     )
-    base, adapter = tmp_path / "base", tmp_path / "adapter"
-    LlamaForCausalLM(config).save_pretrained(base)
-    tiny_tokenizer.save_pretrained(base)
     model = get_peft_model(load(base).model, SorsaConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
@@ -42,9 +42,7 @@ VALUES = st.recursive(
 
 @pytest.fixture(scope="module")
 def base():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=20)).eval()
+    return tiny_llama(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
 
 
 @pytest.fixture(scope="module", params=CONFIGS)

@@ -7,7 +7,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_gpt2, tiny_llama
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
@@ -21,15 +22,8 @@ WRITTEN_BY_PEFT = ("base_model_name_or_path", "weights_sha256")
 
 @pytest.fixture
 def folder(tmp_path):
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
-    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    model = tiny_llama(num_hidden_layers=3, num_key_value_heads=2, vocab_size=64).bfloat16()
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
     return tmp_path / "base"
 
 
@@ -96,8 +90,7 @@ def test_it_loads_and_computes_the_same(folder, tmp_path, case):
 
 @pytest.mark.parametrize("slices", ["auto", {"c_attn": ["q", "v"]}])
 def test_slices_and_transposed_weights(tmp_path, slices):
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    tiny_gpt2().save_pretrained(tmp_path / "base")
 
     def method():
         return MoSaraConfig(threshold=0.4, target_modules=["c_attn", "c_proj"], fused_slices=slices)
@@ -156,14 +149,7 @@ def test_what_cannot_be_started_is_refused_before_anything_is_written(folder, tm
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_residual_layout_on_a_shared_weight_is_refused_as_on_the_model(tmp_path):
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "vocab_size": 64,
-    }
-    LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True)).save_pretrained(tmp_path / "base")
+    tiny_llama(num_hidden_layers=1, vocab_size=64, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     made = initialise_adapter(
         open_checkpoint(tmp_path / "base"), SorsaConfig(r=2, target_modules=["lm_head"]), tmp_path / "delta"
     )

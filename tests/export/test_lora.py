@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_gpt2, tiny_llama
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.lora import VLLM_RANKS, combine, export_lora, truncated
@@ -56,13 +56,7 @@ assert "svdtune" not in sys.modules
 
 
 def model_of(family: str):
-    torch.manual_seed(0)
-    if family == "gpt2":
-        return GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0)
-        ).eval()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=False)).eval()
+    return tiny_gpt2() if family == "gpt2" else tiny_llama(tie_word_embeddings=False)
 
 
 def trained(config, family: str = "llama"):

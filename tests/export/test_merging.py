@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_gpt2
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
@@ -138,10 +139,7 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
 )
 def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> None:
     """Square Conv1D weights lie transposed; an adapted end of tied embeddings parts from the other."""
-    model = GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=258, bos_token_id=0, eos_token_id=0, n_positions=256)
-    )
-    base = saved(model, tmp_path / "base", tiny_tokenizer)
+    base = saved(tiny_gpt2(vocab_size=258, n_positions=256), tmp_path / "base", tiny_tokenizer)
     config.task_type = "CAUSAL_LM"
     adapter = save_adapter(base, tmp_path / "adapter", config)
     report = merge(find_source(adapter), tmp_path / "merged", check=True)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
 
 from svdtune import SorsaConfig, SvdtuneError
 from svdtune.export.lora import export_lora
@@ -88,8 +89,7 @@ def test_the_quantized_residual_is_nearer_to_the_model(tiny_tokenizer, tmp_path)
                 setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
         return model.to("cpu")
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=258, pad_token_id=1)).save_pretrained(tmp_path / "base")
+    tiny_llama(hidden_size=64, intermediate_size=128, vocab_size=258, pad_token_id=1).save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")
     before = logits(load(tmp_path / "base").model)
     split = split_checkpoint(tmp_path / "base", tmp_path / "split", SorsaConfig(r=8))

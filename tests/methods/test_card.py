@@ -8,7 +8,8 @@ import torch
 from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.methods.card import add_section, with_section
@@ -24,8 +25,7 @@ TOKENS = torch.arange(1, 25).view(2, 12)
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60)).save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 

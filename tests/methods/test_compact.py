@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tiny import tiny_gpt2, tiny_llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.linalg import top_factors
@@ -25,12 +25,7 @@ TOKENS = torch.arange(1, 25).view(2, 12)
 
 
 def base(family="llama", dtype=torch.float32):
-    torch.manual_seed(0)
-    if family == "gpt2":
-        settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 0}
-        return GPT2LMHeadModel(GPT2Config(**settings)).to(dtype).eval()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60)).to(dtype).eval()
+    return (tiny_gpt2() if family == "gpt2" else tiny_llama()).to(dtype)
 
 
 def trained(name, family="llama", dtype=torch.float32, **settings):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from peft import get_peft_model
+from tiny import tiny_llama
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 
@@ -17,9 +17,7 @@ CHOSEN, REJECTED = torch.arange(1, 25).view(2, 12), torch.arange(25, 49).view(2,
 
 
 def base(dtype):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60)).to(dtype)
+    return tiny_llama().to(dtype).train()
 
 
 def log_probability(model, ids):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 
@@ -13,13 +14,12 @@ CONFIGS = {
     "sorsa": (SorsaConfig, {}),
     "residual": (SorsaConfig, {"layout": "residual"}),
 }
-SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
 TOKENS = torch.arange(5)[None]
 
 
 def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES)).half().eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tiny_llama(**sizes, vocab_size=9).half()
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from test_peft_verbs import CONFIGS, config_of, layers, move
 from test_training_step import literal
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
 
 from svdtune import regularize
 from svdtune.methods import kernels
@@ -19,9 +19,7 @@ TOKENS = torch.arange(0, 240).view(4, 60)
 
 
 def adapted(name: str, dtype=torch.float32, **settings):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=256)).to(dtype)
+    model = tiny_llama(hidden_size=128, intermediate_size=192, vocab_size=256).to(dtype).train()
     return move(get_peft_model(model, config_of(name, **settings)), 0.05).cuda()
 
 

@@ -8,7 +8,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama as base
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 
@@ -18,13 +19,7 @@ CONFIGS = {
     "sorsa": (SorsaConfig, {"r": 4}),
     "residual": (SorsaConfig, {"r": 4, "layout": "residual"}),
 }
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 TOKENS = torch.arange(1, 25).view(2, 12)
-
-
-def base(**changes):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(SIZES | changes))).eval()
 
 
 def save(name, folder):

@@ -5,7 +5,8 @@ import sys
 
 import torch
 from peft import get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 
@@ -36,15 +37,7 @@ for dtype in (torch.float32, torch.bfloat16):
 
 
 def test_logits_are_the_same(tmp_path):
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 60,
-    }
-    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    tiny_llama().save_pretrained(tmp_path / "base")
     for dtype in (torch.float32, torch.bfloat16):
         for name, config in CONFIGS.items():
             base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from tiny import tiny_gpt2, tiny_llama
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.methods.observing import observed_layers
@@ -23,7 +24,7 @@ METHODS = {
 
 def tiny() -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+    return tiny_llama(vocab_size=32, **sizes).train()
 
 
 def disturb(model: nn.Module) -> None:
@@ -89,9 +90,7 @@ def test_without_an_adapter_all_linear_layers_but_the_head() -> None:
 def test_several_heads_are_no_matrix_and_slices_are_layers() -> None:
     several = MoSaraConfig(threshold=0.3, num_heads=3, target_modules=TARGETS)
     assert observed_layers(get_peft_model(tiny(), several)) == []
-    gpt2 = GPT2LMHeadModel(
-        GPT2Config(vocab_size=32, bos_token_id=0, eos_token_id=0, n_positions=16, n_embd=16, n_layer=1, n_head=2)
-    )
+    gpt2 = tiny_gpt2(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2).train()
     config: PeftConfig = SaraConfig(threshold=0.3, target_modules=["c_attn"], fused_slices="auto")
     layers = observed_layers(get_peft_model(gpt2, config))
     assert [layer.name.rpartition(".")[2] for layer in layers] == ["q", "v"]

@@ -12,7 +12,8 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_gpt2, tiny_llama
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 
@@ -42,15 +43,8 @@ FAMILIES = ["llama", "gpt2"]
 
 
 def model_of(family: str, dtype=torch.float32):
-    torch.manual_seed(0)
-    if family == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0)
-        )
-    else:
-        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60, tie_word_embeddings=False))
-    return model.to(dtype).eval()
+    model = tiny_gpt2() if family == "gpt2" else tiny_llama(num_key_value_heads=2, tie_word_embeddings=False)
+    return model.to(dtype)
 
 
 def config_of(name: str, **settings):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import MERGEABLE, TOKENS, UNCHANGED_AT_START, config_of, layers, move
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
 
 from svdtune import SorsaConfig, SvdtuneError
 from svdtune.methods.quantized import is_quantized
@@ -67,11 +67,7 @@ def quantized(layer: torch.nn.Linear, kind: str) -> torch.nn.Module:
 
 
 def plain_model():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(
-        LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=60, tie_word_embeddings=False)
-    ).eval()
+    return tiny_llama(hidden_size=64, intermediate_size=128, num_key_value_heads=2, tie_word_embeddings=False)
 
 
 def model_of(kind: str):

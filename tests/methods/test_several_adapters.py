@@ -5,19 +5,13 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama as base
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.lora import export_lora
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 WAY_ROUND = r"Export each adapter to LoRA \(`svdtune export ADAPTER --to lora --output FOLDER`\)"
-
-
-def base():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60)).eval()
 
 
 def sorsa(*targets):

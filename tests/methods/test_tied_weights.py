@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import CONFIGS, MERGEABLE, logits, move
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import tiny_gpt2, tiny_llama
 
 from svdtune import SorsaConfig, SvdtuneError
 
@@ -15,12 +15,7 @@ pytestmark = [
 
 
 def model_of(family: str):
-    torch.manual_seed(0)
-    if family == "gpt2":
-        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 0}
-        return GPT2LMHeadModel(GPT2Config(**sizes)).eval()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    return LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=60, tie_word_embeddings=True)).eval()
+    return tiny_gpt2(n_layer=1) if family == "gpt2" else tiny_llama(num_hidden_layers=1, tie_word_embeddings=True)
 
 
 def adapted(family: str, name: str):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold
@@ -33,18 +33,8 @@ def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=64,
-            tie_word_embeddings=True,
-        )
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_key_value_heads": 2, "vocab_size": 64}
+    return tiny_llama(**sizes, tie_word_embeddings=True).train()
 
 
 @pytest.fixture

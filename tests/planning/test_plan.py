@@ -7,14 +7,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     LlamaModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -29,17 +28,8 @@ QV = ["q_proj", "v_proj"]
 
 
 def llama(**changes):
-    torch.manual_seed(0)
-    settings = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "tie_word_embeddings": True,
-    }
-    return LlamaForCausalLM(LlamaConfig(**settings | changes))
+    settings = {"num_hidden_layers": 3, "num_key_value_heads": 2, "vocab_size": 64, "tie_word_embeddings": True}
+    return tiny_llama(**settings | changes).train()
 
 
 @pytest.fixture
@@ -329,9 +319,7 @@ def saved(model, folder):
 @pytest.mark.parametrize(("method", "config"), [("sara", SaraConfig), ("mosara", MoSaraConfig), ("sorsa", SorsaConfig)])
 @pytest.mark.parametrize("slices", ["auto", {"c_attn": ["q", "v"]}])
 def test_slices_of_fused_projections(method, config, slices, tmp_path):
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0))
-    checkpoint = saved(model, tmp_path)
+    checkpoint = saved(tiny_gpt2(), tmp_path)
     plan = make_plan(checkpoint, method, threshold=0.3, target_modules=["c_attn", "c_proj"], fused_slices=slices)
     section = json.loads(json.dumps(plan.method_section()))
     assert section.pop("name") == method
@@ -352,9 +340,8 @@ def test_slices_of_fused_projections(method, config, slices, tmp_path):
 
 
 def test_lora_has_no_slices(tmp_path):
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=60, bos_token_id=0, eos_token_id=0))
     with pytest.raises(SvdtuneError, match="lora adapts the whole weight of a fused projection"):
-        make_plan(saved(model, tmp_path), "lora", r=2, target_modules=["c_attn"], fused_slices="auto")
+        make_plan(saved(tiny_gpt2(n_layer=1), tmp_path), "lora", r=2, target_modules=["c_attn"], fused_slices="auto")
 
 
 def test_convolutions(tmp_path):

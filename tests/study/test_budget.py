@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def llama():
-    return tiny_llama(num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True)
+    return tiny_llama(num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True).train()
 
 
 @pytest.fixture(scope="module")

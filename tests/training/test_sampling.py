@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
@@ -31,7 +32,7 @@ CONFIGS = {
 
 def tiny() -> LlamaForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_hidden_layers=2, **sizes))
+    return tiny_llama(vocab_size=32, **sizes).train()
 
 
 @pytest.mark.parametrize("method", CONFIGS)
