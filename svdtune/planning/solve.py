@@ -37,11 +37,12 @@ class RankTable:
             return 1.0
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if fits(self.at(self.steps[middle])) else (low, middle)
-        if low < 0:
-            return None
-        # Ranks are the same on (steps[low − 1], steps[low]].
-        return _shortest_between(self.steps[low - 1] if low else 0.0, self.steps[low])
+            low, high = (middle, high) if fits(self.at(sum(self._step(middle)) / 2)) else (low, middle)
+        return _shortest_between(*self._step(low)) if low >= 0 else None
+
+    def _step(self, index: int) -> tuple[float, float]:
+        """Between these thresholds ranks are the same; at the upper one too, but for rounding."""
+        return self.steps[index - 1] if index else 0.0, self.steps[index]
 
 
 def _shortest_between(low: float, high: float) -> float:
