@@ -54,12 +54,12 @@ def test_delta_d_jumps_where_two_close_values_change_places_and_the_angle_does_n
     U, V = orthonormal(40, 40), orthonormal(40, 40)
     values = torch.linspace(1, 40, 40, dtype=torch.float64).flip(0)
     values[:8] += 50  # the widest gap lies after the eighth
-    values[3] = values[2] - 1e-3
+    values[3] = values[2] - 1e-2  # far enough apart that fp32 does not mix their vectors
     swapped = values.clone()
     swapped[2], swapped[3] = values[3], values[2]
     start, now = (compared_factors(U @ torch.diag(v) @ V.mT) for v in (values, swapped))
     found = deviation(start, now)
-    assert found.delta_sigma < 1e-4  # the weight moved by a thousandth of a singular value
+    assert found.delta_sigma < 1e-3  # the weight moved by a hundredth in two of its singular values
     assert found.delta_d == pytest.approx(2 / 40, abs=1e-3)  # and two of forty pairs of vectors turned by 90°
     assert found.p == 8
     assert found.angle < 0.05
