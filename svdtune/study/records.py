@@ -136,9 +136,10 @@ def published(folder: Path) -> dict[str, dict[str, Any]]:
     for path in paths:
         read_results(path)
         results = json.loads(path.read_text(encoding="utf-8"))
+        machines = results.get("machines") or [{}]
         for run in results["runs"]:
             if run["status"] != "failed":
-                found[run["key"]] = run | {"machine": results["machines"][run.get("machine", 0)]}
+                found[run["key"]] = run | {"machine": machines[run.get("machine", 0)]}
     return found
 
 

@@ -88,6 +88,7 @@ class Run(_Part):
     curve: list[tuple[Number, Number]] = []
     scores: dict[str, Score] = {}
     movement: dict[str, Any] | None = None
+    machine: int = Field(0, ge=0)
 
     @property
     def average(self) -> float | None:
@@ -133,6 +134,8 @@ class Results(_Part):
         if twice:
             task, budget, arm, seed = twice[0]
             raise ValueError(f"task {task}, budget {budget}, arm {arm}, seed {seed} is there twice")
+        if (last := max((run.machine for run in self.runs), default=0)) >= max(1, len(self.machines)):
+            raise ValueError(f"a run was made on machine {last}, counted from 0, but there are {len(self.machines)}")
         for task in dict.fromkeys(run.task for run in self.runs):
             scores = [score for run in self.runs if run.task == task for score in run.scores.values()]
             metrics = {"a share" if score.is_share else score.metric for score in scores}

@@ -63,6 +63,7 @@ def test_a_run_with_a_score_that_is_no_number_has_no_average():
         ({"status": "lost"}, "'finished', 'failed' or 'diverged'"),
         ({"seed": "one"}, r"runs\.1\.seed"),
         ({"seed": 1}, "is there twice"),
+        ({"machine": 1}, "made on machine 1, counted from 0, but there are 1"),
         ({"scores": {"e2e": {"metric": "BLEU", "value": 0.5, "n": 120}}}, "no common average: BLEU, a share"),
         ({"scores": {"svamp": {"metric": "accuracy", "value": 0.5, "n": 99}}}, "disagree on how many items"),
     ],
