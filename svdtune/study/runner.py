@@ -180,10 +180,10 @@ class _Runner:
         if job.key not in self.records and job.key not in self.jobs:
             own = Place.of(job, self.output).record
             # Another study, or this one before an arm was renamed, may have made the run under another name.
-            others = sorted(own.parent.glob(f"*-{job.key}.json"))
-            found = [record for path in (own, *others) if (record := read_record(path, job.key)) is not None]
-            if found and not (self.how.retry and found[0]["status"] == "failed"):
-                self.records[job.key] = found[0]
+            paths = (own, *sorted(own.parent.glob(f"*-{job.key}.json")))
+            found = next(filter(None, (read_record(path, job.key) for path in paths)), None)
+            if found is not None and not (self.how.retry and found["status"] == "failed"):
+                self.records[job.key] = found
             elif job.key in self.published:
                 write_record(own, self.published[job.key])
                 self.records[job.key] = self.published[job.key]

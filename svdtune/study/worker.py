@@ -152,8 +152,8 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
             f"{source.source} has {len(rows)} rows, too few to hold a share of {share:g} out (tune.share)"
         )
     files = {}
-    for name, part in (("train", kept), ("eval", out)):
-        path = place.data.with_name(f"{place.data.name}-{'heldout' if name == 'eval' else name}.jsonl")
+    for name, called, part in (("train", "train", kept), ("eval", "heldout", out)):
+        path = place.data.with_name(f"{place.data.name}-{called}.jsonl")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, "".join(json.dumps(row) + "\n" for row in part))

@@ -39,7 +39,6 @@ from svdtune.training.sharded import is_spread, saved_state
 from svdtune.training.trainer import RunTrainer, total_steps
 from svdtune.training.watching import WatchNumbers
 
-Rows = list[dict[str, list[int]]]
 _GO_ON = "Start the run again with --resume: it goes on from its latest checkpoint"
 # How long a process waits for another, which may be decomposing weights or writing a checkpoint.
 _PATIENCE = datetime.timedelta(minutes=30)

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from svdtune import processes
 from svdtune.methods.sorsa.layer import SorsaLinear
-from svdtune.methods.sorsa.math import gram
+from svdtune.methods.sorsa.math import gram_error
 from svdtune.methods.sorsa.regularizer import sorsa_layers
 from svdtune.methods.sorsa.sharded import rows, summed_grams, whole
 
@@ -101,9 +101,8 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
 
 def _error(factor: Tensor, of_whole: Tensor | None) -> Tensor:
     """‖MᵀM − I‖_F / √r of a factor M; `of_whole` is MᵀM where these are some of its rows."""
-    E = gram(rows(factor)[None])[0] if of_whole is None else of_whole.clone()
-    E.diagonal().sub_(1)
-    return torch.linalg.matrix_norm(E).float() / math.sqrt(factor.shape[1])
+    E = gram_error(rows(factor)[None], None if of_whole is None else of_whole[None])
+    return torch.linalg.matrix_norm(E)[0].float() / math.sqrt(factor.shape[1])
 
 
 def _lowest_value(layers: list[SorsaLinear]) -> str | None:

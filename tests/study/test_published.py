@@ -59,16 +59,23 @@ def test_the_guide_starts_from_the_learning_rates_found() -> None:
     guide = (PUBLISHED.parent / "guide.md").read_text()
     rows = [line.split("|") for line in guide.splitlines() if re.fullmatch(r"\|[^|]*\|[^|]*\|[^|]*\|[^|]*\|", line)]
     told = {row[1].strip(): row[2].split()[0] for row in rows if re.match(r" \de-\d", row[2])}
-    named = {"full": "full fine-tuning", "prefix": "prefix tuning", "lora": "LoRA, α = 2 r", "dora": "DoRA, α = 2 r"}
-    named |= {
+    named = {
+        "full": "full fine-tuning",
+        "lora": "LoRA, α = 2 r",
         "rslora": "rsLoRA, α = 16",
+        "dora": "DoRA, α = 2 r",
         "pissa": "PiSSA, α = 2 r",
         "adalora": "AdaLoRA",
         "vera": "VeRA",
         "miss": "MiSS",
+        "prefix": "prefix tuning",
+        "series": "series adapter",
+        "parallel": "parallel adapter",
+        "sara": "SARA",
+        "sara without Λ": "SARA without Λ",
+        "mosara": "Mo-SARA",
+        "sorsa": "SORSA",
     }
-    named |= {"series": "series adapter", "parallel": "parallel adapter", "sara": "SARA", "sorsa": "SORSA"}
-    named |= {"mosara": "Mo-SARA", "sara without Λ": "SARA without Λ"}
     best: dict[str, tuple[float, float]] = {}
     for study in ("math", "ablations"):
         for run in read_results(PUBLISHED / study / "results.json").runs:

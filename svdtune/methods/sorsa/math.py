@@ -61,6 +61,13 @@ def gram(factors: Tensor) -> Tensor:
         return factors.mT @ factors
 
 
+def gram_error(factors: Tensor, of_whole: Tensor | None = None) -> Tensor:
+    """E = MᵀM − I [n, r, r] of factors [n, d, r]; where these are some rows of sharded ones, `of_whole` is `gram` of all."""
+    E = gram(factors) if of_whole is None else of_whole.clone()
+    E.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return E
+
+
 def penalty(
     factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0, of_whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -72,8 +79,7 @@ def penalty(
     """
     with torch.autocast(factors.device.type, enabled=False), _full_fp32_matmul():
         factors = factors if factors.dtype == torch.float64 else factors.float()
-        E = gram(factors) if of_whole is None else of_whole.clone()
-        E.diagonal(dim1=-2, dim2=-1).sub_(1)
+        E = gram_error(factors, of_whole)
         norms = torch.linalg.matrix_norm(E)
         length = norms if smooth_eps == 0 else torch.sqrt(norms.square() + smooth_eps**2)
         slope = torch.where(length > 0, 2 / length, 0) * weight
