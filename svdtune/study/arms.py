@@ -9,7 +9,7 @@ import numpy as np
 
 from svdtune.evaluation.interval import wilson_interval
 from svdtune.study.results import Results, Run
-from svdtune.study.statistics import CHANCE, Difference, Spread, against_level, holm, over_items, over_seeds, spread
+from svdtune.study.statistics import CHANCE, Difference, Spread, against_levels, holm, over_items, over_seeds, spread
 
 AVERAGE = "average"
 LOSS = "training loss"
@@ -179,7 +179,7 @@ def _levels(arm: Arm, arms: Sequence[Arm], columns: Sequence[Column]) -> dict[st
             continue
         cell, n = arm.cells[column.label], arm.finished[0].scores[column.of].n
         if column.of in CHANCE:
-            side = against_level(cell, n, CHANCE[column.of])
+            side = against_levels(cell, n, *CHANCE[column.of])
             found |= {} if side > 0 else {column.label: "below chance" if side else "at chance"}
         elif base is not None and arm is not base and column.label in base.cells:
             limit = wilson_interval(round(base.cells[column.label].mean * n), n).high

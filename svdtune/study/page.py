@@ -24,7 +24,8 @@ from svdtune.system import explain_write_errors, replace_text
 
 PAGE = "README.md"
 _READING = """\
-Scores are means over the finished seeds ± their sample standard deviation; in parentheses Student's 95 % interval.
+Scores are means over the finished seeds ± their sample standard deviation; in parentheses Student's 95 % interval. The share is
+of all parameters, an adapter's frozen ones included: Mo-SARA keeps its singular vectors beside the weights.
 
 A difference to the baseline has two intervals, for two questions. *Over seeds* (paired t-test): would training again, with
 other seeds, say the same on these items? *Over items* (sign-flip permutation test of every item's mean over the seeds): would

@@ -173,11 +173,13 @@ def _searched(run: Run, chosen: bool) -> str:
 def _legend(found: Table) -> Iterator[str]:
     """What the marks mean, of those that the table has."""
     used = {level for arm in found.arms for level in arm.levels.values()}
-    chances = ", ".join(f"{escape(c.label)} {CHANCE[c.of]:.0%}" for c in found.columns if c.of in CHANCE)
+    sets = [(escape(column.label), *CHANCE[column.of]) for column in found.columns if column.of in CHANCE]
     if "at chance" in used:
-        yield f"† at chance: one of the score's intervals, over seeds or over items, has the chance level in it ({chances})."
+        levels = ", ".join(f"{name} {one:.1%}" for name, _, one in sets)
+        yield f"† at chance: not above what one answer to every question comes to ({levels}), over seeds or over items."
     if "below chance" in used:
-        yield f"‡ below chance: both intervals lie below it ({chances}); answers are wrong in kind rather than guessed."
+        levels = ", ".join(f"{name} {guessed:.0%}" for name, guessed, _ in sets)
+        yield f"‡ below chance: below what guessing comes to ({levels}), over seeds and items: wrong in kind."
     if "at the base's level" in used:
         yield "§ at the base's level: not above the 95 % interval of the untrained base."
     if any(_name(arm, found.budget).endswith("*") for arm in found.arms):

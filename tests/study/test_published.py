@@ -1,6 +1,7 @@
 """Every published study's page, made again from its results, is the page that is published."""
 
 import re
+from operator import sub
 from pathlib import Path
 from statistics import fmean
 
@@ -13,17 +14,29 @@ from svdtune.study.results import FINDINGS, read_results
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 STUDIES = sorted(path.parent for path in PUBLISHED.glob("*/results.json"))
 
-# SARA's Tables 1 (LoRA, SARA: five sets without AQuA, and the average), 4 and 12.
+# Of SARA's tables: 1 (LoRA, SARA: five sets without AQuA, and the average), 2 (averages on LLaMA-7B), 3 (BLEU), 4, 8, 9 and 12.
 TABLE_1 = {
     "LLaMA-7B": (([58.50, 75.95, 92.73, 88.24, 24.24], 60.53), ([60.00, 79.75, 89.09, 84.31, 24.62], 62.18)),
     "LLaMA-13B": (([66.00, 82.28, 95.45, 89.22, 36.74], 65.21), ([71.50, 81.01, 93.64, 88.24, 36.36], 66.37)),
     "GPT-J-6B": (([47.00, 65.82, 72.73, 76.47, 11.36], 46.54), ([50.50, 65.82, 79.09, 74.51, 12.50], 51.65)),
 }
+MO_SARA = 58.95  # on LLaMA-7B
+TABLE_2 = {"LoRA": 74.7, "SARA": 78.5}
+TABLE_3 = {"full": 68.2, "DyLoRA": 69.2, "AdaLoRA": 68.2, "LoRA": 70.4, "VeRA": 69.1, "Mo-SARA": 69.4, "SARA": 70.4}
+PARAMETERS_3 = [0.094, 0.39]  # in millions, the least and the most of an adapter here
 TABLE_4 = {"SARA": 62.18, "V = 0": 58.85, "w/o Λ": 49.40, "w/o Λ, V = 0": 58.42}
+WITHOUT_V = 52.88
+TABLE_8 = {"LoRA": [51.16, 55.82, 49.41, 38.60], "SARA": [55.77, 56.41, 53.24, 42.56]}
+TABLE_9 = {"LoRA": [58.35, 60.53, 59.98, 60.06], "SARA": [58.57, 62.18, 60.24, 60.28]}
 PAPERS = {
     "math": [*(fmean(sets) for pair in TABLE_1.values() for sets, _ in pair), 23.53, 35.29]
-    + [sara - lora for (_, lora), (_, sara) in TABLE_1.values()],
-    "ablations": [TABLE_4["SARA"] - other for other in TABLE_4.values()] + [*TABLE_4.values()],
+    + [sara - lora for (_, lora), (_, sara) in TABLE_1.values()]
+    + [TABLE_1["LLaMA-7B"][0][1] - MO_SARA],
+    "commonsense": [*TABLE_2.values()],
+    "e2e": [*TABLE_3.values(), *PARAMETERS_3],
+    "ablations": [TABLE_4["SARA"] - other for other in TABLE_4.values()] + [*TABLE_4.values(), MO_SARA - WITHOUT_V],
+    "layers": [*TABLE_8["LoRA"], *TABLE_8["SARA"], *map(sub, TABLE_8["SARA"], TABLE_8["LoRA"])],
+    "parameters": [*map(sub, TABLE_9["SARA"], TABLE_9["LoRA"])],
     "scale": [58.60, 60.53, TABLE_4["SARA"]],
 }
 
@@ -40,10 +53,12 @@ def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_what_is_said_of_the_numbers_quotes_them(study: Path) -> None:
-    """Every number with a decimal point in `findings.md` stands in the page's tables, or is a paper's."""
+    """Every number with a decimal point in `findings.md` stands in the page's tables, a linked page, or a paper."""
     _, said, made = re.split(r"## (?:What the numbers say|How it was run)\n", (study / "README.md").read_text())
-    known = set(re.findall(r"\d+\.\d+", made)) | {f"{number:.1f}" for number in PAPERS.get(study.name, [])}
-    assert set(re.findall(r"\d+\.\d+", said)) <= known
+    linked = [(study / path).read_text() for path in re.findall(r"\]\((\.\./\w+/README\.md)\)", said)]
+    known = {number for text in (made, *linked) for number in re.findall(r"\d+\.\d+", text)}
+    known |= {f"{number:.1f}" for number in PAPERS.get(study.name, [])}
+    assert set(re.findall(r"\d+\.\d+", said)) - known == set()
 
 
 def test_the_guide_quotes_measurements() -> None:

@@ -1,14 +1,16 @@
 """A study's statistics against published examples, and the quick sign-flip test against scipy's permutation test."""
 
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
 from svdtune.study import statistics
-from svdtune.study.statistics import against_level, holm, over_items, over_seeds, spread
+from svdtune.study.statistics import CHANCE, against_levels, holm, over_items, over_seeds, spread
 
 # Student's own data: hours of sleep gained by ten patients with two drugs (R's `sleep`).
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
@@ -127,7 +129,20 @@ def test_holms_correction():
     ],
 )
 def test_off_a_level_only_where_seeds_and_items_both_say_so(scores, n, side):
-    assert against_level(spread(scores), n, 0.2) == side
+    assert against_levels(spread(scores), n, 0.2, 0.2) == side
+
+
+def test_between_two_levels_is_off_neither():
+    assert [against_levels(spread([score]), 5000, 0.2, 0.3) for score in (0.1, 0.25, 0.4)] == [-1, 0, 1]
+
+
+def test_what_one_answer_to_all_questions_comes_to(shared_data, monkeypatch):
+    monkeypatch.setenv("SVDTUNE_DATA", str(shared_data))
+    for name, (guessed, one_answer) in CHANCE.items():
+        if name != "hellaswag":  # its test split is not there
+            answers = Counter(row["answer"] for row in read_rows(name, split="unseen" if name == "aqua" else "test"))
+            assert one_answer == max(answers.values()) / answers.total()
+            assert guessed <= one_answer
 
 
 def test_without_scipy_the_error_names_what_to_install(monkeypatch):
