@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _COLOURS = ("#0060a8", "#b84a00", "#00724f", "#96307f", "#7a5f00", "#b3262b", "#4b4fc4", "#50565e")
 _DASHES = ("-", "--", ":", "-.")
 _MARKS = "os^D"
+_LOOKS = len(_COLOURS) * len(_MARKS)
 
 
 def figures(data: dict[str, Any]) -> "dict[str, Figure]":
@@ -87,13 +88,13 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def style_of(i: int) -> dict[str, Any]:
-    """Colour, mark and dashes of the i-th of several; the first 32 are all different."""
+    """Colour, mark and dashes of the i-th of several; the first `_LOOKS` are all different."""
     turn = (i + i // len(_COLOURS)) % 4
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[turn], "linestyle": _DASHES[turn]}
 
 
 def _draw_lines(axes: "Axes", numbers: Lines) -> None:
-    many = len(numbers.series) > 12 and numbers.joined
+    many = len(numbers.series) > _LOOKS and numbers.joined
     for i, one in enumerate(numbers.series):
         style = style_of(i) | {"markersize": 3, "linewidth": 0.7 if many else 1.4}
         style |= {} if numbers.joined else {"linestyle": "none"}

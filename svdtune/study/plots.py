@@ -1,4 +1,4 @@
-"""A study's figures: score by parameters, differences to the baseline, training loss, movement, learning rates."""
+"""A study's figures: scores, differences to the baseline, training loss, movement, learning rates."""
 
 import math
 import re
@@ -28,6 +28,9 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
     """
     for task in dict.fromkeys(table.task for table in tables):
         of_task = [table for table in tables if table.task == task]
+        if len(of_task) == 1:
+            yield from _scores(of_task[0])
+            continue
         for name, caption, figure in _lines([by_parameters(of_task)]):
             _add_untrained(figure, of_task[0])
             yield name, caption, figure
@@ -50,7 +53,7 @@ def write_figures(tables: Sequence[Table], folder: Path) -> list[tuple[str, str]
 
 
 def by_parameters(tables: Sequence[Table]) -> Lines:
-    """A task's main score against trained parameters, with Student's 95 % interval over seeds."""
+    """The main score of a task of several budgets against trained parameters, with Student's 95 % interval over seeds."""
     main, share = tables[0].main, tables[0].share
     series = []
     names = list(dict.fromkeys(arm.name for table in tables for arm in table.arms))
@@ -65,14 +68,13 @@ def by_parameters(tables: Sequence[Table]) -> Lines:
             series.append(Series(_label(name), [count * aside for count in points], y, spread))
     y_label = f"{main}, %" if share else main
     name = f"{tables[0].task}: {main} by trained parameters"
-    joined = len(tables) > 1
     file = _file("score", tables[0].task)
     x = "trained parameters (points moved apart)"
     sizes = [table.budget for table in tables if table.budget] + [
         arm.trained for t in tables for arm in t.arms if arm.trained
     ]
-    ticks = _ticks(sizes, lambda size: f"{size / 1e6:.3g}M" if size >= 1e6 else f"{size / 1e3:.3g}k")
-    return Lines(file, _label(name), x, _label(y_label), series, "x", joined, ticks)
+    ticks = _ticks(sizes, _size)
+    return Lines(file, _label(name), x, _label(y_label), series, "x", ticks=ticks)
 
 
 def losses(table: Table) -> Lines:
@@ -80,7 +82,7 @@ def losses(table: Table) -> Lines:
     series = [_curve(arm) for arm in table.arms]
     caption = f"{title(table)}: training loss, mean and range over seeds"
     known = [one for one in series if one]
-    return Lines(_file("loss", table), _label(caption), "step", "training loss", known, band=True)
+    return Lines(_file("loss", table), _label(caption), "step", "training loss", known, "y", band=True)
 
 
 def search(table: Table) -> Lines:
@@ -93,7 +95,7 @@ def search(table: Table) -> Lines:
             series.append(Series(_label(arm.name), *zip(*known, strict=True)))
     caption = f"{title(table)}: search for the learning rate"
     ticks = _ticks([rate for one in series for rate in one.x], "{:g}".format)
-    return Lines(_file("search", table), _label(caption), "learning rate", "held-out loss", series, "x", ticks=ticks)
+    return Lines(_file("search", table), _label(caption), "learning rate", "held-out loss", series, "xy", ticks=ticks)
 
 
 def movement(table: Table) -> Lines:
@@ -111,25 +113,58 @@ def movement(table: Table) -> Lines:
 def draw_differences(table: Table, caption: str) -> "Figure":
     """Every arm's difference to the baseline as a point, with its intervals over seeds and over items."""
     arms = [arm for arm in table.arms if arm.seeds or arm.items]
-    figure = new_figure(_label(caption), height=1.4 + 0.36 * len(arms))
+    kinds = {"over seeds": [arm.seeds for arm in arms], "over items": [arm.items for arm in arms]}
+    points = {kind: [one and (one.value, one.interval) for one in found] for kind, found in kinds.items() if any(found)}
+    figure = _rows(caption, [arm.name for arm in arms], points, table.share)
     axes = figure.axes[0]
-    for i, (attribute, text, shift) in enumerate((("seeds", "over seeds", -0.13), ("items", "over items", 0.13))):
-        rows = [(at, found) for at, arm in enumerate(arms) if (found := getattr(arm, attribute))]
-        if not rows:
-            continue
-        values = [_scaled(found.value, table.share) for _, found in rows]
-        ends = [found.interval or Interval(found.value, found.value) for _, found in rows]
-        low = [value - _scaled(end.low, table.share) for value, end in zip(values, ends, strict=True)]
-        high = [_scaled(end.high, table.share) - value for value, end in zip(values, ends, strict=True)]
-        style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
-        axes.errorbar(values, [at + shift for at, _ in rows], xerr=[low, high], label=text, **style)
     axes.axvline(0, color=_GREY, linewidth=1)
-    axes.set_yticks(range(len(arms)), [_label(arm.name) for arm in arms])
-    axes.set_ylim(len(arms) - 0.5, -0.5)
-    points = ", points" if table.share else ""
-    axes.set_xlabel(_label(f"{table.main}, less that of {table.baseline}{points}; 95 % intervals"))
-    axes.grid(alpha=0.3, axis="x")
+    unit = ", points" if table.share else ""
+    axes.set_xlabel(_label(f"{table.main}, less that of {table.baseline}{unit}; 95 % intervals"))
     axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def draw_scores(table: Table, caption: str) -> "Figure":
+    """The main score of every trained arm as a point, with Student's 95 % interval over seeds."""
+    arms = _scored(table)
+    cells = [arm.cells[table.main] for arm in arms]
+    names = [f"{arm.name} · {_size(arm.trained)}" if arm.trained else arm.name for arm in arms]
+    figure = _rows(caption, names, {"": [(cell.mean, cell.interval) for cell in cells]}, table.share)
+    figure.axes[0].set_xlabel(_label(f"{table.main}{', %' if table.share else ''}; 95 % intervals over seeds"))
+    return figure
+
+
+def _scores(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
+    if _scored(table):
+        caption = f"{table.task}: {table.main}, and trained parameters"
+        yield _file("score", table.task), caption, draw_scores(table, caption)
+
+
+def _scored(table: Table) -> list[Arm]:
+    return [arm for arm in table.arms if table.main in arm.cells and not arm.untrained]
+
+
+def _rows(
+    caption: str,
+    names: Sequence[str],
+    points: dict[str, list[tuple[float, Interval | None] | None]],
+    share: bool,
+) -> "Figure":
+    """A row for each name, with a point and its interval of every kind; None is no point."""
+    figure = new_figure(_label(caption), height=1.4 + 0.36 * len(names))
+    axes = figure.axes[0]
+    for i, (kind, found) in enumerate(points.items()):
+        shift = 0.26 * (i - (len(points) - 1) / 2)
+        known = [(at + shift, *one) for at, one in enumerate(found) if one is not None]
+        values = [_scaled(value, share) for _, value, _ in known]
+        ends = [interval or Interval(value, value) for _, value, interval in known]
+        low = [value - _scaled(end.low, share) for value, end in zip(values, ends, strict=True)]
+        high = [_scaled(end.high, share) - value for value, end in zip(values, ends, strict=True)]
+        style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
+        axes.errorbar(values, [at for at, _, _ in known], xerr=[low, high], label=kind or None, **style)
+    axes.set_yticks(range(len(names)), [_label(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(alpha=0.3, axis="x")
     return figure
 
 
@@ -170,6 +205,10 @@ def _ticks(values: Sequence[float], text: Callable[[float], str]) -> dict[float,
         if all(abs(math.log10(value / other)) > apart for other in kept):
             kept.append(value)
     return {value: text(value) for value in kept}
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}k"
 
 
 def _scaled(value: float, share: bool) -> float:

@@ -182,13 +182,30 @@ def test_the_forest_has_a_row_for_every_arm_that_is_compared() -> None:
 
 
 def test_many_arms_have_a_legend_outside_and_looks_of_their_own() -> None:
-    runs = [made_run(f"arm {i}", s) for i in range(20) for s in SEEDS]
+    sizes = [{"budget": size, "trained_parameters": size} for size in (300_000, 600_000)]
+    runs = [made_run(f"arm {i}", s, **size) for i in range(20) for s in SEEDS for size in sizes]
     drawn = {name: figure for name, _, figure in figures(tables(read(runs, baseline="arm 0")))}
     figure = drawn["score-math"]
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 20
     looks = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
     assert len(looks) == 20
+
+
+def test_scores_of_one_budget_have_a_row_for_every_trained_arm() -> None:
+    runs = [made_run("base", 1, method=None, budget=None, trained_parameters=0)]
+    runs += [
+        made_run(arm, s, trained_parameters=size) for arm, size in (("a", 300_000), ("b", 2_400_000)) for s in SEEDS
+    ]
+    (found,) = tables(read(runs))
+    axes = {name: figure for name, _, figure in figures([found])}["score-math"].axes[0]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a · 300k", "b · 2.4M"]
+    (points,) = axes.containers
+    assert list(points.lines[0].get_xdata()) == pytest.approx(
+        [100 * arm.cells["average"].mean for arm in found.arms[1:]]
+    )
+    (bars,) = points.lines[2]
+    assert bars.get_segments()[0][:, 0] == pytest.approx([100 * end for end in found.arms[1].cells["average"].interval])
 
 
 def test_labels_that_differ_in_punctuation_alone_have_files_of_their_own(tmp_path: Path) -> None:
