@@ -3,11 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from svdtune.planning import Checkpoint, Plan
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -71,9 +74,7 @@ def plan(
     """
     from svdtune.cli.asking import check_device
     from svdtune.cli.fitting import Fitting, setting_of
-    from svdtune.models.loading import locate
-    from svdtune.planning import SHAPES, draw, make_plan, open_checkpoint, open_shape
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.planning import draw, make_plan
 
     check_device(device)
     setting = setting_of(
@@ -90,11 +91,7 @@ def plan(
     )
     if (threshold, budget, match_lora, r) == (None, None, None, None) and method in ("sara", "mosara"):
         threshold = 0.01 if method == "sara" else 0.5
-    if model in SHAPES and not Path(model).exists():
-        checkpoint = open_shape(model)
-    else:  # with a rank given, a configuration is enough
-        alone = r is not None and Path(model, "config.json").is_file()
-        checkpoint = open_checkpoint(model if alone else locate(model), weights=r is None)
+    checkpoint = _open(model, weights=r is None)
     made = make_plan(
         checkpoint,
         method,
@@ -111,23 +108,35 @@ def plan(
     )
     console = Console()
     console.print(_ranks_table(made))
-    console.print(
-        f"{made.method.name}: [bold]{made.trained:,}[/] trained parameters in {len(made.layers)} modules, "
-        f"{made.share:.4%} of {made.base_parameters + made.trained + made.frozen:,}"
-        + (f", threshold {made.threshold:g}" if made.threshold is not None else "")
-    )
+    console.print(_in_all(made))
     fitting = Fitting(made, checkpoint.model, setting, memory, link)
     for line in fitting.lines():
         console.print(line, highlight=False, soft_wrap=True)
     if json_file is not None:
-        document = made.to_json() | fitting.to_json()
-        with explain_write_errors(json_file):
-            json_file.parent.mkdir(parents=True, exist_ok=True)
-            replace_text(json_file, json.dumps(document, indent=2) + "\n")
+        _write(json_file, made.to_json() | fitting.to_json())
         console.print(f"wrote {json_file}")
     if chart is not None:
         draw(made, chart)
         console.print(f"wrote {chart}")
+
+
+def _open(model: str, weights: bool) -> "Checkpoint":
+    """What the argument names, with its weights where they are asked for."""
+    from svdtune.models.loading import locate
+    from svdtune.planning import SHAPES, open_checkpoint, open_shape
+
+    if model in SHAPES and not Path(model).exists():
+        return open_shape(model)
+    alone = not weights and Path(model, "config.json").is_file()  # then a configuration is enough
+    return open_checkpoint(model if alone else locate(model), weights=weights)
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    from svdtune.system import explain_write_errors, replace_text
+
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def names(text: str | None) -> list[str] | str | None:
@@ -166,7 +175,15 @@ def _slices(given: list[str] | None) -> dict[str, list[str]] | str | None:
     return found
 
 
-def _ranks_table(made) -> Table:
+def _in_all(made: "Plan") -> str:
+    return (
+        f"{made.method.name}: [bold]{made.trained:,}[/] trained parameters in {len(made.layers)} modules, "
+        f"{made.share:.4%} of {made.base_parameters + made.trained + made.frozen:,}"
+        + (f", threshold {made.threshold:g}" if made.threshold is not None else "")
+    )
+
+
+def _ranks_table(made: "Plan") -> Table:
     """One row a kind of module: its ranks by depth as bars, and their range."""
     from svdtune.planning import by_depth
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -164,56 +164,90 @@ def make_plan(
         )
     if r is None and not checkpoint.readers:
         raise SvdtuneError(f"{checkpoint.name} is a shape without weights, and {chosen[0]} takes them; give r instead")
-    costs = find_method(method, num_heads=num_heads, gate=gate)
-    modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
-    targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)
-    names = list(targets)
-    shapes = {name: (target.in_features, target.out_features) for name, target in targets.items()}
-    base = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-
-    def plan(ranks: Mapping[str, int], theta: float | None) -> Plan:
-        layers = tuple(
-            Layer(name, i, o, ranks[name], costs.trained(ranks[name], i, o)) for name, (i, o) in shapes.items()
-        )
-        options: dict[str, Any] = {"num_heads": num_heads} if costs.name == "mosara" else {}
-        if options and gate != "softmax":
-            options["gate"] = gate
-        exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
-        sliced = {name: target.module for name, target in targets.items() if target.rows is not None}
-        settings = (stated, exclude or None, base, fused_slices, sliced)
-        return Plan(checkpoint.name, costs, options, theta, layers, *settings)
-
-    if r is not None:
-        for name, (i, o) in shapes.items():
-            if not 1 <= r <= min(i, o):
-                raise SvdtuneError(f"r = {r} is outside 1 … {min(i, o)}, the ranks that {name} [{o}, {i}] can have")
-        return plan(dict.fromkeys(names, r), None)
-
-    def weight(target: Target) -> Tensor:
-        whole = checkpoint.weight(target.module)
-        return (whole if target.rows is None else target.rows.matrix(whole)).to(device)
-
-    weights = {name: partial(weight, target) for name, target in targets.items()}
-    if threshold is not None:
-        return plan(spectra.ranks(weights, threshold, progress=progress), threshold)
-
-    table = RankTable(dict(spectra.spectra(weights, progress=progress)))
     if match_lora is not None and match_lora < 1:
         raise SvdtuneError(f"match_lora must be a rank >= 1; got {match_lora}")
-    share, count = parse_budget(budget) if budget is not None else (None, None)
-    if match_lora is not None:
+    costs = find_method(method, num_heads=num_heads, gate=gate)
+    options: dict[str, Any] = {"num_heads": num_heads} if costs.name == "mosara" else {}
+    if options and gate != "softmax":
+        options["gate"] = gate
+    modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
+    targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)
+    exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
+    frame = _Frame(checkpoint, costs, options, targets, stated, exclude or None, fused_slices)
+    if r is not None:
+        return frame.with_rank(r)
+    weights = frame.weights(device)
+    if threshold is not None:
+        return frame.plan(spectra.ranks(weights, threshold, progress=progress), threshold)
+    if budget is not None:
+        share, count = parse_budget(budget)
+    else:
+        assert match_lora is not None
         sizes = (spectra.matrix_shape(checkpoint.model.get_submodule(name)) for name in modules)
-        count = sum(match_lora * sum(shape) for shape in sizes)
+        share, count = None, sum(match_lora * sum(shape) for shape in sizes)
+    return frame.within(RankTable(dict(spectra.spectra(weights, progress=progress))), share, count)
 
-    def fits(ranks: Sequence[int]) -> bool:
-        candidate = plan(dict(zip(names, ranks, strict=True)), None)
-        return candidate.share <= share if share is not None else candidate.trained <= count
 
-    theta = table.largest_threshold(fits)
-    if theta is None:
-        least = plan(dict.fromkeys(names, 1), None)
-        raise SvdtuneError(
-            f"{costs.name} trains at least {least.trained:,} parameters here ({least.share:.4%}), rank 1 everywhere, which is "
-            f"more than the budget of {f'{share:.4%}' if share is not None else f'{count:,}'}; adapt fewer modules"
+@dataclass(frozen=True)
+class _Frame:
+    """All of a plan but its ranks: what is said of a `Plan`, and the adapted layers by name."""
+
+    checkpoint: Checkpoint
+    method: Method
+    options: dict[str, Any]
+    targets: Mapping[str, Target]
+    target_modules: list[str] | str
+    exclude_modules: list[str] | str | None
+    fused_slices: Mapping[str, Sequence[str]] | str | None
+
+    def plan(self, ranks: Mapping[str, int], threshold: float | None = None) -> Plan:
+        """The plan with these ranks by layer."""
+        layers = []
+        for name, target in self.targets.items():
+            i, o, k = target.in_features, target.out_features, ranks[name]
+            layers.append(Layer(name, i, o, k, self.method.trained(k, i, o)))
+        return Plan(
+            model=self.checkpoint.name,
+            method=self.method,
+            options=self.options,
+            threshold=threshold,
+            layers=tuple(layers),
+            target_modules=self.target_modules,
+            exclude_modules=self.exclude_modules,
+            base_parameters=sum(parameter.numel() for parameter in self.checkpoint.model.parameters()),
+            fused_slices=self.fused_slices,
+            modules={name: target.module for name, target in self.targets.items() if target.rows is not None},
         )
-    return plan(dict(zip(names, table.at(theta), strict=True)), theta)
+
+    def with_rank(self, r: int) -> Plan:
+        """The plan with one rank for all layers."""
+        for name, target in self.targets.items():
+            i, o = target.in_features, target.out_features
+            if not 1 <= r <= min(i, o):
+                raise SvdtuneError(f"r = {r} is outside 1 … {min(i, o)}, the ranks that {name} [{o}, {i}] can have")
+        return self.plan(dict.fromkeys(self.targets, r))
+
+    def within(self, table: RankTable, share: float | None, count: int | None) -> Plan:
+        """The plan at the largest threshold that trains at most this share of all parameters, or so many."""
+
+        def fits(ranks: Sequence[int]) -> bool:
+            candidate = self.plan(dict(zip(self.targets, ranks, strict=True)))
+            return candidate.share <= share if share is not None else candidate.trained <= (count or 0)
+
+        threshold = table.largest_threshold(fits)
+        if threshold is None:
+            least = self.plan(dict.fromkeys(self.targets, 1))
+            raise SvdtuneError(
+                f"{self.method.name} trains at least {least.trained:,} parameters here ({least.share:.4%}), rank 1 everywhere, "
+                f"which is more than the budget of {f'{share:.4%}' if share is not None else f'{count:,}'}; adapt fewer modules"
+            )
+        return self.plan(dict(zip(self.targets, table.at(threshold), strict=True)), threshold)
+
+    def weights(self, device: str) -> dict[str, Callable[[], Tensor]]:
+        """For each layer what reads its matrix [out, in] onto a device."""
+
+        def weight(target: Target) -> Tensor:
+            whole = self.checkpoint.weight(target.module)
+            return (whole if target.rows is None else target.rows.matrix(whole)).to(device)
+
+        return {name: partial(weight, target) for name, target in self.targets.items()}
