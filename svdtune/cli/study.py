@@ -4,11 +4,14 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svdtune.errors import SvdtuneError
+
+if TYPE_CHECKING:
+    from svdtune.study.records import Finished
 
 app = typer.Typer()
 
@@ -43,6 +46,7 @@ def study(
     from rich.console import Console
 
     from svdtune.study.page import write_page
+    from svdtune.study.records import Finished
     from svdtune.study.results import read_results
     from svdtune.study.runner import How, devices, run_studies
     from svdtune.study.spec import load_study
@@ -51,7 +55,7 @@ def study(
     studies = {path.stem: load_study(path) for path in files}
     tell = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
-        _describe(studies, output)
+        _describe(studies, output, Finished(output, published, retry))
         return
     import torch
 
@@ -77,22 +81,26 @@ def _check_names(files: list[Path]) -> None:
             )
 
 
-def _describe(studies: dict, output: Path) -> None:
-    """Print every arm with its method and how many runs it takes."""
-    from svdtune.study.grid import Fits, cells
-    from svdtune.study.runner import FITS
+def _describe(studies: dict, output: Path, finished: "Finished") -> None:
+    """Print every arm with its method, how many runs it takes, and how many of them are done."""
+    from svdtune.study.making import ready
+    from svdtune.study.runner import planned
 
-    fits = Fits(output / FITS)
-    for name, (study, tasks) in studies.items():
-        typer.echo(f"{name}: {study.title}")
+    making = planned(studies, output)
+    ready(making, finished.find)
+    for one in making:
+        typer.echo(f"{one.name}: {one.study.title}")
         runs = 0
-        for cell in cells(study, tasks, fits):
-            search, finals = cell.search(), cell.finals(cell.candidates[0], study.seeds)
+        for cell in one.cells:
+            search, finals = cell.search(), one.finals(cell)
             runs += len(search) + len(finals)
             size = "" if cell.budget is None else f" at {cell.budget:,} parameters"
             method = "untrained" if cell.spec.untrained else _words(finals[0].recipe["method"])
-            typer.echo(f"  {cell.task} · {cell.arm}{size}: {method}; {len(search)} + {len(finals)} runs")
-        typer.echo(f"  {runs} runs" + (", more where a search is extended" if study.tune and study.tune.extend else ""))
+            done = f", {done} done" if (done := one.done(cell)) else ""
+            typer.echo(f"  {cell.task} · {cell.arm}{size}: {method}; {len(search)} + {len(finals)} runs{done}")
+        done = f", {done} of them done" if (done := sum(map(one.done, one.cells))) else ""
+        extended = ", more where a search is extended" if one.study.tune and one.study.tune.extend else ""
+        typer.echo(f"  {runs} runs{done}{extended}")
 
 
 def _words(method: dict) -> str:

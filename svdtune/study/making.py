@@ -1,6 +1,7 @@
 """A study in the making: what each cell waits for, given the records there are, and the results as far as they go."""
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,10 @@ class Making:
         rate = self.rate_of(cell)
         return cell.finals(cell.candidates[0] if rate is None else rate, self.study.seeds)
 
+    def done(self, cell: Cell) -> int:
+        """How many of the runs that are planned for a cell so far there are."""
+        return sum(job.key in self.records for job in (*cell.search(), *self.finals(cell)))
+
     def rate_of(self, cell: Cell) -> float | None:
         """The learning rate of a cell's final runs, as far as its search has come."""
         if cell.like is not None:
@@ -84,3 +89,24 @@ class Making:
             replace_text(
                 self.folder / RESULTS, json.dumps(results_of(self.study, self.models, known, command), indent=1) + "\n"
             )
+
+
+def ready(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, Job]]:
+    """Give the studies the records there are; what can be made then, with the numbers of its study and its cell.
+
+    Args:
+        studies: run for run, one may wait for what another makes.
+        known: finds the record of a run, None where there is none.
+    """
+    while True:
+        found, waiting = False, {}
+        for s, one in enumerate(studies):
+            for c, cell in enumerate(one.cells):
+                for job in one.next_jobs(cell):
+                    if (record := known(job)) is not None:
+                        one.records[job.key] = record
+                        found = True
+                    else:
+                        waiting.setdefault(job.key, (s, c, job))
+        if not found:
+            return list(waiting.values())

@@ -143,6 +143,33 @@ def published(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+class Finished:
+    """The runs that need not be made, whichever study made them.
+
+    Args:
+        output: the folder of runs and records.
+        publications: a folder of published studies; None for none.
+        retry: whether failed runs are to be made again.
+
+    Raises:
+        SvdtuneError: as `published`.
+    """
+
+    def __init__(self, output: Path, publications: Path | None = None, retry: bool = False) -> None:
+        self.output, self.retry = output, retry
+        self.published = {} if publications is None else published(publications)
+
+    def find(self, job: Job) -> dict[str, Any] | None:
+        """The record of a job, from the output folder or else from what was published."""
+        own = Place.of(job, self.output).record
+        # Another study, or this one before an arm was renamed, may have made the run under another name.
+        paths = (own, *sorted(own.parent.glob(f"*-{job.key}.json")))
+        found = next(filter(None, (read_record(path, job.key) for path in paths)), None)
+        if found is not None and not (self.retry and found["status"] == "failed"):
+            return found
+        return self.published.get(job.key)
+
+
 def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
     """`results.json` of a study: its settings, by task the model, the machines, and every run in the order of the study.
 

@@ -26,8 +26,8 @@ from svdtune.errors import SvdtuneError
 from svdtune.models.loading import locate
 from svdtune.planning import open_checkpoint
 from svdtune.study.grid import Fits, Job, cells, model_name
-from svdtune.study.making import Making
-from svdtune.study.records import Place, published, read_record, record_of, write_record
+from svdtune.study.making import Making, ready
+from svdtune.study.records import Finished, Place, read_record, record_of, write_record
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
 from svdtune.system import explain_write_errors, replace_text
@@ -86,13 +86,22 @@ def run_studies(
     """
     _check_sources([recipe for _, tasks in studies.values() for recipe in tasks.values()])
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
-        fits = Fits(output / FITS)
-        making = [
-            Making(name, study, cells(study, tasks, fits), {t: model_name(r) for t, r in tasks.items()}, output / name)
-            for name, (study, tasks) in studies.items()
-        ]
+        making = planned(studies, output)
         _Runner(making, output, how, tell).run()
     return [one.folder / RESULTS for one in making]
+
+
+def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path) -> list[Making]:
+    """The studies with every cell's method fitted, and no record yet.
+
+    Raises:
+        SvdtuneError: a method cannot be fitted, or a model's weights cannot be read.
+    """
+    fits = Fits(output / FITS)
+    return [
+        Making(name, study, cells(study, tasks, fits), {t: model_name(r) for t, r in tasks.items()}, output / name)
+        for name, (study, tasks) in studies.items()
+    ]
 
 
 def _check_sources(recipes: Sequence[Settings]) -> None:
@@ -121,7 +130,7 @@ class _Runner:
         self.alone: set[str] = set()  # runs that have one, or had
         self.jobs: dict[str, Job] = {}
         self.records: dict[str, Record] = {}
-        self.published = {} if how.published is None else published(how.published)
+        self.finished = Finished(output, how.published, how.retry)
         self.running: dict[Future[Record], str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.free = [how.gpus[i % len(how.gpus)] if how.gpus else "" for i in range(how.processes)]
@@ -163,30 +172,18 @@ class _Runner:
 
     def _refill(self) -> None:
         """Queue what has become ready, and give every study the records that are there already."""
-        again = True
-        while again:
-            again = False
-            for s, one in enumerate(self.studies):
-                for c, cell in enumerate(one.cells):
-                    for job in one.next_jobs(cell):
-                        if (record := self._known(job)) is not None:
-                            one.records[job.key] = record
-                            again = True
-                        elif job.key not in self.jobs:
-                            self.jobs[job.key] = job
-                            heapq.heappush(self.waiting, (s, c, job.key))
+        for s, c, job in ready(self.studies, self._known):
+            if job.key not in self.jobs:
+                self.jobs[job.key] = job
+                heapq.heappush(self.waiting, (s, c, job.key))
 
     def _known(self, job: Job) -> Record | None:
         if job.key not in self.records and job.key not in self.jobs:
-            own = Place.of(job, self.output).record
-            # Another study, or this one before an arm was renamed, may have made the run under another name.
-            paths = (own, *sorted(own.parent.glob(f"*-{job.key}.json")))
-            found = next(filter(None, (read_record(path, job.key) for path in paths)), None)
-            if found is not None and not (self.how.retry and found["status"] == "failed"):
+            found = self.finished.find(job)
+            if found is not None:
                 self.records[job.key] = found
-            elif job.key in self.published:
-                write_record(own, self.published[job.key])
-                self.records[job.key] = self.published[job.key]
+                if found is self.finished.published.get(job.key):
+                    write_record(Place.of(job, self.output).record, found)
         return self.records.get(job.key)
 
     def _make(self, job: Job, device: str) -> Record:

@@ -239,7 +239,7 @@ def test_a_saved_figure_stands_alone(opened: Any, file: Path) -> None:
 def test_numbers_below_a_figure(opened: Any, file: Path) -> None:
     page = opened(file)
     page.locator("#loss summary").click()
-    assert page.locator("#loss details tbody tr").count() == 300
+    playwright.expect(page.locator("#loss details tbody tr")).to_have_count(300)  # made once it is open
     assert page.locator("#loss details th").all_inner_texts() == ["series", "step", "loss"]
 
 

@@ -324,9 +324,12 @@ def test_published_runs_are_taken_over_and_failed_ones_are_made(write_study) -> 
     described["runs"][0] |= {"status": "failed", "error": "its process ended with signal 9"}
     results.write_text(json.dumps(described))
     shutil.rmtree("out")
+    dry = ["study", str(study), "--dry-run", "--published", "docs", "--output", "out"]
+    assert "2 + 1 runs, 1 done\n  3 runs, 1 of them done\n" in CliRunner().invoke(app, dry).stdout
     told: list[str] = []
     run_studies({"study": load_study(study)}, Path("out"), How(published=Path("docs")), told.append)
     assert len(told) == 1
+    assert "2 + 1 runs, 3 done\n  3 runs, 3 of them done\n" in CliRunner().invoke(app, dry).stdout
     again = json.loads(Path("out/study/results.json").read_text())
     assert [one["device"] for one in again["machines"]][1] == "another machine"
     assert [found.pop("machine") for found in again["runs"]] == [0, 1, 1]
