@@ -11,7 +11,8 @@ import typer
 from svdtune.errors import SvdtuneError
 
 if TYPE_CHECKING:
-    from svdtune.study.records import Finished
+    from svdtune.study.records import KnownRuns
+    from svdtune.study.spec import Settings, Study
 
 app = typer.Typer()
 
@@ -46,7 +47,7 @@ def study(
     from rich.console import Console
 
     from svdtune.study.page import write_page
-    from svdtune.study.records import Finished
+    from svdtune.study.records import KnownRuns
     from svdtune.study.results import read_results
     from svdtune.study.runner import How, devices, run_studies
     from svdtune.study.spec import load_study
@@ -55,7 +56,7 @@ def study(
     studies = {path.stem: load_study(path) for path in files}
     tell = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
-        _describe(studies, output, Finished(output, published, retry))
+        _describe(studies, output, KnownRuns(output, published, retry))
         return
     import torch
 
@@ -81,26 +82,30 @@ def _check_names(files: list[Path]) -> None:
             )
 
 
-def _describe(studies: dict, output: Path, finished: "Finished") -> None:
-    """Print every arm with its method, how many runs it takes, and how many of them are done."""
-    from svdtune.study.making import ready
+def _describe(studies: "dict[str, tuple[Study, dict[str, Settings]]]", output: Path, known: "KnownRuns") -> None:
+    """Print every arm with its method, how many runs it takes, and what became of those that were made."""
+    from svdtune.study.making import take_up
     from svdtune.study.runner import planned
 
     making = planned(studies, output)
-    ready(making, finished.find)
+    take_up(making, known.find)
     for one in making:
         typer.echo(f"{one.name}: {one.study.title}")
-        runs = 0
+        runs = done = failed = 0
         for cell in one.cells:
             search, finals = cell.search(), one.finals(cell)
-            runs += len(search) + len(finals)
+            made = one.made(cell)
             size = "" if cell.budget is None else f" at {cell.budget:,} parameters"
             method = "untrained" if cell.spec.untrained else _words(finals[0].recipe["method"])
-            done = f", {done} done" if (done := one.done(cell)) else ""
-            typer.echo(f"  {cell.task} · {cell.arm}{size}: {method}; {len(search)} + {len(finals)} runs{done}")
-        done = f", {done} of them done" if (done := sum(map(one.done, one.cells))) else ""
-        extended = ", more where a search is extended" if one.study.tune and one.study.tune.extend else ""
-        typer.echo(f"  {runs} runs{done}{extended}")
+            typer.echo(f"  {cell.task} · {cell.arm}{size}: {method}; {len(search)} + {len(finals)} runs{_made(*made)}")
+            runs, done, failed = runs + len(search) + len(finals), done + made[0], failed + made[1]
+        searching = one.study.tune and one.study.tune.extend and any(map(one.search, one.cells))
+        more = ", more where a search is extended" if searching else ""
+        typer.echo(f"  {runs} runs{_made(done, failed)}{more}")
+
+
+def _made(done: int, failed: int) -> str:
+    return (f", {done} done" if done else "") + (f", {failed} failed (--retry makes them again)" if failed else "")
 
 
 def _words(method: dict) -> str:

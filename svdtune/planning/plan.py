@@ -173,7 +173,8 @@ def make_plan(
     modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
     targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)
     exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
-    frame = _Frame(checkpoint, costs, options, targets, stated, exclude or None, fused_slices)
+    base = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    frame = _Frame(checkpoint, costs, options, targets, stated, exclude or None, base, fused_slices)
     if r is not None:
         return frame.with_rank(r)
     weights = frame.weights(device)
@@ -198,6 +199,7 @@ class _Frame:
     targets: Mapping[str, Target]
     target_modules: list[str] | str
     exclude_modules: list[str] | str | None
+    base_parameters: int
     fused_slices: Mapping[str, Sequence[str]] | str | None
 
     def plan(self, ranks: Mapping[str, int], threshold: float | None = None) -> Plan:
@@ -214,7 +216,7 @@ class _Frame:
             layers=tuple(layers),
             target_modules=self.target_modules,
             exclude_modules=self.exclude_modules,
-            base_parameters=sum(parameter.numel() for parameter in self.checkpoint.model.parameters()),
+            base_parameters=self.base_parameters,
             fused_slices=self.fused_slices,
             modules={name: target.module for name, target in self.targets.items() if target.rows is not None},
         )
@@ -228,11 +230,12 @@ class _Frame:
         return self.plan(dict.fromkeys(self.targets, r))
 
     def within(self, table: RankTable, share: float | None, count: int | None) -> Plan:
-        """The plan at the largest threshold that trains at most this share of all parameters, or so many."""
+        """The plan at the largest threshold that trains at most this share of all parameters, or this many: one of the two."""
+        assert (share is None) != (count is None)
 
         def fits(ranks: Sequence[int]) -> bool:
             candidate = self.plan(dict(zip(self.targets, ranks, strict=True)))
-            return candidate.share <= share if share is not None else candidate.trained <= (count or 0)
+            return candidate.share <= share if share is not None else candidate.trained <= count
 
         threshold = table.largest_threshold(fits)
         if threshold is None:

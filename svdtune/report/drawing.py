@@ -88,7 +88,7 @@ def save(figure: "Figure", path: Path) -> None:
 
 
 def style_of(i: int) -> dict[str, Any]:
-    """Colour, mark and dashes of the i-th of several; the first `_LOOKS` are all different."""
+    """Colour, mark and dashes of the i-th of several; the first 32 are all different."""
     turn = (i + i // len(_COLOURS)) % 4
     return {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[turn], "linestyle": _DASHES[turn]}
 
@@ -115,7 +115,7 @@ def _draw_lines(axes: "Axes", numbers: Lines) -> None:
         axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     if not many and len(numbers.series) > 8:  # it would cover the figure
-        axes.figure.set_figwidth(8)
+        axes.figure.set_size_inches(8, max(axes.figure.get_figheight(), 0.6 + 0.18 * len(numbers.series)))
         axes.figure.legend(loc="outside right upper", frameon=False, fontsize="x-small")
     elif not many:
         axes.legend(frameon=False, fontsize="small")

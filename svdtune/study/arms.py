@@ -179,7 +179,8 @@ def _levels(arm: Arm, arms: Sequence[Arm], columns: Sequence[Column]) -> dict[st
             continue
         cell, n = arm.cells[column.label], arm.finished[0].scores[column.of].n
         if column.of in CHANCE:
-            side = against_levels(cell, n, *CHANCE[column.of])
+            chance = CHANCE[column.of]
+            side = against_levels(cell, n, chance.guessed, chance.best(n))
             found |= {} if side > 0 else {column.label: "below chance" if side else "at chance"}
         elif base is not None and arm is not base and column.label in base.cells:
             limit = wilson_interval(round(base.cells[column.label].mean * n), n).high

@@ -56,9 +56,15 @@ class Making:
         rate = self.rate_of(cell)
         return cell.finals(cell.candidates[0] if rate is None else rate, self.study.seeds)
 
-    def done(self, cell: Cell) -> int:
-        """How many of the runs that are planned for a cell so far there are."""
-        return sum(job.key in self.records for job in (*cell.search(), *self.finals(cell)))
+    def made(self, cell: Cell) -> tuple[int, int]:
+        """How many of the runs that are planned for a cell so far are done, and how many failed."""
+        there = [
+            (job, self.records[job.key]) for job in (*cell.search(), *self.finals(cell)) if job.key in self.records
+        ]
+        # Where no learning rate worked, final runs fail without being made.
+        made = [record["status"] for job, record in there if record["learning_rate"] == job.learning_rate]
+        failed = made.count("failed")
+        return len(made) - failed, failed
 
     def rate_of(self, cell: Cell) -> float | None:
         """The learning rate of a cell's final runs, as far as its search has come."""
@@ -91,22 +97,28 @@ class Making:
             )
 
 
-def ready(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, Job]]:
-    """Give the studies the records there are; what can be made then, with the numbers of its study and its cell.
+def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, Job]]:
+    """Give studies the records that there are, and extend their searches as far as these go.
 
     Args:
-        studies: run for run, one may wait for what another makes.
-        known: finds the record of a run, None where there is none.
+        studies: changed; they may wait for the same runs.
+        known: finds the record of a run, None where it is to be made.
+
+    Returns:
+        What can be made now: (number of the study, number of its cell, job), each run once, where it first comes up.
     """
-    while True:
-        found, waiting = False, {}
+    waiting: dict[str, tuple[int, int, Job]] = {}
+    found = True
+    while found:
+        found = False
         for s, one in enumerate(studies):
             for c, cell in enumerate(one.cells):
                 for job in one.next_jobs(cell):
-                    if (record := known(job)) is not None:
+                    if job.key in waiting:
+                        continue
+                    if (record := known(job)) is None:
+                        waiting[job.key] = (s, c, job)
+                    else:
                         one.records[job.key] = record
                         found = True
-                    else:
-                        waiting.setdefault(job.key, (s, c, job))
-        if not found:
-            return list(waiting.values())
+    return list(waiting.values())

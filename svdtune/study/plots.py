@@ -35,9 +35,7 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
             _add_untrained(figure, of_task[0])
             yield name, caption, figure
     for table in tables:
-        if any(arm.seeds or arm.items for arm in table.arms):
-            caption = f"{title(table)}: difference to {table.baseline}"
-            yield _file("differences", table), caption, draw_differences(table, caption)
+        yield from _differences(table)
         yield from _lines([losses(table), movement(table), search(table)])
 
 
@@ -110,38 +108,39 @@ def movement(table: Table) -> Lines:
     return Lines(_file("movement", table), _label(f"{title(table)}: ΔD against ΔΣ"), "ΔΣ", "ΔD", series)
 
 
-def draw_differences(table: Table, caption: str) -> "Figure":
+def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
     """Every arm's difference to the baseline as a point, with its intervals over seeds and over items."""
     arms = [arm for arm in table.arms if arm.seeds or arm.items]
-    kinds = {"over seeds": [arm.seeds for arm in arms], "over items": [arm.items for arm in arms]}
-    points = {kind: [one and (one.value, one.interval) for one in found] for kind, found in kinds.items() if any(found)}
+    if not arms:
+        return
+    points = {
+        kind: [one and (one.value, one.interval) for one in found]
+        for kind, found in (
+            ("over seeds", [arm.seeds for arm in arms]),
+            ("over items", [arm.items for arm in arms]),
+        )
+    }
+    caption = f"{title(table)}: difference to {table.baseline}"
     figure = _rows(caption, [arm.name for arm in arms], points, table.share)
     axes = figure.axes[0]
     axes.axvline(0, color=_GREY, linewidth=1)
     unit = ", points" if table.share else ""
     axes.set_xlabel(_label(f"{table.main}, less that of {table.baseline}{unit}; 95 % intervals"))
     axes.legend(frameon=False, fontsize="small")
-    return figure
-
-
-def draw_scores(table: Table, caption: str) -> "Figure":
-    """The main score of every trained arm as a point, with Student's 95 % interval over seeds."""
-    arms = _scored(table)
-    cells = [arm.cells[table.main] for arm in arms]
-    names = [f"{arm.name} · {_size(arm.trained)}" if arm.trained else arm.name for arm in arms]
-    figure = _rows(caption, names, {"": [(cell.mean, cell.interval) for cell in cells]}, table.share)
-    figure.axes[0].set_xlabel(_label(f"{table.main}{', %' if table.share else ''}; 95 % intervals over seeds"))
-    return figure
+    yield _file("differences", table), caption, figure
 
 
 def _scores(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
-    if _scored(table):
-        caption = f"{table.task}: {table.main}, and trained parameters"
-        yield _file("score", table.task), caption, draw_scores(table, caption)
-
-
-def _scored(table: Table) -> list[Arm]:
-    return [arm for arm in table.arms if table.main in arm.cells and not arm.untrained]
+    """The main score of every trained arm as a point, with its interval over seeds; the base, far to the left, is left out."""
+    arms = [arm for arm in table.arms if table.main in arm.cells and not arm.untrained]
+    if not arms:
+        return
+    cells = [arm.cells[table.main] for arm in arms]
+    names = [f"{arm.name} · {_size(arm.trained)}" if arm.trained else arm.name for arm in arms]
+    caption = f"{table.task}: {table.main}, and trained parameters"
+    figure = _rows(caption, names, {"over seeds": [(cell.mean, cell.interval) for cell in cells]}, table.share)
+    figure.axes[0].set_xlabel(_label(f"{table.main}{', %' if table.share else ''}; 95 % intervals over seeds"))
+    yield _file("score", table.task), caption, figure
 
 
 def _rows(
@@ -150,18 +149,20 @@ def _rows(
     points: dict[str, list[tuple[float, Interval | None] | None]],
     share: bool,
 ) -> "Figure":
-    """A row for each name, with a point and its interval of every kind; None is no point."""
+    """A row for each name, with a point and its interval of every kind, in the kind's own look; None is no point."""
     figure = new_figure(_label(caption), height=1.4 + 0.36 * len(names))
     axes = figure.axes[0]
     for i, (kind, found) in enumerate(points.items()):
         shift = 0.26 * (i - (len(points) - 1) / 2)
         known = [(at + shift, *one) for at, one in enumerate(found) if one is not None]
+        if not known:
+            continue
         values = [_scaled(value, share) for _, value, _ in known]
         ends = [interval or Interval(value, value) for _, value, interval in known]
         low = [value - _scaled(end.low, share) for value, end in zip(values, ends, strict=True)]
         high = [_scaled(end.high, share) - value for value, end in zip(values, ends, strict=True)]
         style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
-        axes.errorbar(values, [at for at, _, _ in known], xerr=[low, high], label=kind or None, **style)
+        axes.errorbar(values, [at for at, _, _ in known], xerr=[low, high], label=kind, **style)
     axes.set_yticks(range(len(names)), [_label(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
@@ -208,7 +209,12 @@ def _ticks(values: Sequence[float], text: Callable[[float], str]) -> dict[float,
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e6:.3g}M" if count >= 1e6 else f"{count / 1e3:.3g}k"
+    """A count in three digits: 305k, 1.22M, 6.74B."""
+    rounded = float(f"{count:.3g}")
+    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if rounded >= unit:
+            return f"{rounded / unit:g}{letter}"
+    return f"{rounded:g}"
 
 
 def _scaled(value: float, share: bool) -> float:

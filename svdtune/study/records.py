@@ -143,8 +143,8 @@ def published(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-class Finished:
-    """The runs that need not be made, whichever study made them.
+class KnownRuns:
+    """The runs that were made before, whichever study made them.
 
     Args:
         output: the folder of runs and records.
@@ -160,14 +160,14 @@ class Finished:
         self.published = {} if publications is None else published(publications)
 
     def find(self, job: Job) -> dict[str, Any] | None:
-        """The record of a job, from the output folder or else from what was published."""
+        """The record of a job, None where it is to be made. One that says that it failed counts where there is no other."""
         own = Place.of(job, self.output).record
         # Another study, or this one before an arm was renamed, may have made the run under another name.
-        paths = (own, *sorted(own.parent.glob(f"*-{job.key}.json")))
-        found = next(filter(None, (read_record(path, job.key) for path in paths)), None)
-        if found is not None and not (self.retry and found["status"] == "failed"):
-            return found
-        return self.published.get(job.key)
+        paths = dict.fromkeys((own, *sorted(own.parent.glob(f"*-{job.key}.json"))))
+        found = [record for path in paths if (record := read_record(path, job.key)) is not None]
+        done = next((record for record in found if record["status"] != "failed"), None)
+        failed = None if self.retry else next(iter(found), None)
+        return done or self.published.get(job.key) or failed
 
 
 def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:

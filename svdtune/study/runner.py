@@ -26,8 +26,8 @@ from svdtune.errors import SvdtuneError
 from svdtune.models.loading import locate
 from svdtune.planning import open_checkpoint
 from svdtune.study.grid import Fits, Job, cells, model_name
-from svdtune.study.making import Making, ready
-from svdtune.study.records import Finished, Place, read_record, record_of, write_record
+from svdtune.study.making import Making, take_up
+from svdtune.study.records import KnownRuns, Place, read_record, record_of, write_record
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
 from svdtune.system import explain_write_errors, replace_text
@@ -81,21 +81,25 @@ def run_studies(
 
     Raises:
         SvdtuneError: a model or its training rows are not there, another runner works in the folder, a method cannot be fitted,
-            or the disk is full.
+            nothing is published where `how` says so, or the disk is full.
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
     _check_sources([recipe for _, tasks in studies.values() for recipe in tasks.values()])
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
+        known = KnownRuns(output, how.published, how.retry)
         making = planned(studies, output)
-        _Runner(making, output, how, tell).run()
+        _Runner(making, known, output, how, tell).run()
     return [one.folder / RESULTS for one in making]
 
 
 def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path) -> list[Making]:
-    """The studies with every cell's method fitted, and no record yet.
+    """The studies with every cell's method fitted, and no record yet; the fits are kept in the output folder.
+
+    Args:
+        studies, output: as in `run_studies`.
 
     Raises:
-        SvdtuneError: a method cannot be fitted, or a model's weights cannot be read.
+        SvdtuneError: a method cannot be fitted, a model's weights cannot be read, or the folder cannot be written.
     """
     fits = Fits(output / FITS)
     return [
@@ -122,15 +126,16 @@ class _Runner:
     met theirs, and the next time when it has the GPU to itself.
     """
 
-    def __init__(self, studies: list[Making], output: Path, how: How, tell: Callable[[str], None]) -> None:
-        self.studies, self.output, self.how, self.tell = studies, output, how, tell
+    def __init__(
+        self, studies: list[Making], known: KnownRuns, output: Path, how: How, tell: Callable[[str], None]
+    ) -> None:
+        self.studies, self.known, self.output, self.how, self.tell = studies, known, output, how, tell
         self.waiting: list[tuple[int, int, str]] = []  # (study, cell, key), the earliest first
         self.again: set[str] = set()  # runs that once found too little memory beside others
         self.crowded: list[str] = []  # runs that wait for a GPU of their own
         self.alone: set[str] = set()  # runs that have one, or had
         self.jobs: dict[str, Job] = {}
         self.records: dict[str, Record] = {}
-        self.finished = Finished(output, how.published, how.retry)
         self.running: dict[Future[Record], str] = {}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.free = [how.gpus[i % len(how.gpus)] if how.gpus else "" for i in range(how.processes)]
@@ -172,17 +177,17 @@ class _Runner:
 
     def _refill(self) -> None:
         """Queue what has become ready, and give every study the records that are there already."""
-        for s, c, job in ready(self.studies, self._known):
+        for s, c, job in take_up(self.studies, self._known):
             if job.key not in self.jobs:
                 self.jobs[job.key] = job
                 heapq.heappush(self.waiting, (s, c, job.key))
 
     def _known(self, job: Job) -> Record | None:
         if job.key not in self.records and job.key not in self.jobs:
-            found = self.finished.find(job)
+            found = self.known.find(job)
             if found is not None:
                 self.records[job.key] = found
-                if found is self.finished.published.get(job.key):
+                if found is self.known.published.get(job.key):
                     write_record(Place.of(job, self.output).record, found)
         return self.records.get(job.key)
 

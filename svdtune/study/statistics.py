@@ -8,24 +8,42 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.interval import Z95, Interval, wilson_interval
 
-# Of sets that offer a few answers each, what comes without reading a question: by guessing, and by the one answer that is right
-# most often in the test split.
+
+class Chance(NamedTuple):
+    """What comes without reading the questions of a set that offers a few answers to each.
+
+    Attributes:
+        guessed: The share that guessing has right.
+        right: How many the one answer has right that is right most often; 0 where nobody counted.
+        n: Of how many items, so that another split or a part is not measured by it.
+    """
+
+    guessed: float
+    right: int = 0
+    n: int = 0
+
+    def best(self, n: int) -> float:
+        """The share that can be had in n items: by one answer to all where these are the items counted, else by guessing."""
+        return self.right / n if self.right and n == self.n else self.guessed
+
+
 CHANCE = {
-    "aqua": (1 / 5, 16 / 51),
-    "arc_challenge": (1 / 4, 311 / 1172),
-    "arc_easy": (1 / 4, 633 / 2376),
-    "boolq": (1 / 2, 2033 / 3270),
-    "hellaswag": (1 / 4, 1 / 4),  # the latter was not counted
-    "openbookqa": (1 / 4, 138 / 500),
-    "piqa": (1 / 2, 928 / 1838),
-    "siqa": (1 / 3, 657 / 1954),
-    "winogrande": (1 / 2, 639 / 1267),
+    "aqua": Chance(1 / 5, 16, 51),  # SARA's held-out questions
+    "arc_challenge": Chance(1 / 4, 311, 1172),
+    "arc_easy": Chance(1 / 4, 633, 2376),
+    "boolq": Chance(1 / 2, 2033, 3270),
+    "hellaswag": Chance(1 / 4),
+    "openbookqa": Chance(1 / 4, 138, 500),
+    "piqa": Chance(1 / 2, 928, 1838),
+    "siqa": Chance(1 / 3, 657, 1954),
+    "winogrande": Chance(1 / 2, 639, 1267),
 }
 _EXACT = 1_000_000  # outcomes of a permutation test that are still enumerated
 _DRAWS = 99_999

@@ -173,12 +173,13 @@ def _searched(run: Run, chosen: bool) -> str:
 def _legend(found: Table) -> Iterator[str]:
     """What the marks mean, of those that the table has."""
     used = {level for arm in found.arms for level in arm.levels.values()}
-    sets = [(escape(column.label), *CHANCE[column.of]) for column in found.columns if column.of in CHANCE]
+    scores = {name: one for arm in found.arms for run in arm.finished for name, one in run.scores.items()}
+    sets = [(escape(c.label), CHANCE[c.of], scores[c.of].n) for c in found.columns if c.of in CHANCE and c.of in scores]
     if "at chance" in used:
-        levels = ", ".join(f"{name} {one:.1%}" for name, _, one in sets)
+        levels = ", ".join(f"{name} {chance.best(n):.1%}" for name, chance, n in sets)
         yield f"† at chance: not above what one answer to every question comes to ({levels}), over seeds or over items."
     if "below chance" in used:
-        levels = ", ".join(f"{name} {guessed:.0%}" for name, guessed, _ in sets)
+        levels = ", ".join(f"{name} {chance.guessed:.0%}" for name, chance, _ in sets)
         yield f"‡ below chance: below what guessing comes to ({levels}), over seeds and items: wrong in kind."
     if "at the base's level" in used:
         yield "§ at the base's level: not above the 95 % interval of the untrained base."

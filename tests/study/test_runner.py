@@ -11,13 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from made_results import made_results, made_run
 from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.study import worker
 from svdtune.study.grid import Job, cells
-from svdtune.study.records import Place, read_record, record_of, write_record
+from svdtune.study.records import KnownRuns, Place, read_record, record_of, write_record
 from svdtune.study.results import read_results
 from svdtune.study.runner import How, _Runner, run_studies
 from svdtune.study.spec import load_study
@@ -168,6 +169,11 @@ def test_an_arm_that_no_learning_rate_suits_has_failed_final_runs(write_study) -
     assert runs[-1]["error"].startswith(
         "no learning rate of 0.001, 0.01 came to a loss; the last one: no example is left"
     )
+    dry = ["study", "study.yaml", "--dry-run", "--output", "out"]
+    said = CliRunner().invoke(app, dry).stdout
+    assert "2 + 1 runs, 2 failed (--retry makes them again)\n" in said
+    assert "0 + 1 runs\n  4 runs, 2 failed" in said  # final runs that nobody tried
+    assert "failed" not in CliRunner().invoke(app, [*dry, "--retry"]).stdout
 
 
 def test_a_killed_process_is_a_failed_run_and_says_where_its_log_is(write_study, monkeypatch) -> None:
@@ -314,6 +320,26 @@ def test_records_of_other_runs_and_damaged_ones_do_not_count(tmp_path: Path) -> 
     assert read_record(path, "abc") == {"key": "abc", "status": "finished"}
 
 
+def test_a_failed_run_counts_only_where_no_other_record_says_more(write_study) -> None:
+    (cell,) = cells(*load_study(write_study()))
+    (job,) = cell.finals(1e-3, [1])
+    own = Place.of(job, Path("out")).record
+    record = {"key": job.key, "status": "failed"}
+    write_record(own, record)
+    assert KnownRuns(Path("out")).find(job) == record
+    assert KnownRuns(Path("out"), retry=True).find(job) is None
+    other = own.with_name(f"other-{job.key}.json")
+    write_record(other, record | {"status": "finished"})
+    for retry in (False, True):
+        assert KnownRuns(Path("out"), retry=retry).find(job)["status"] == "finished"
+    other.unlink()
+    results = Path("docs/study/results.json")
+    results.parent.mkdir(parents=True)
+    run = made_run(seed=1, key=job.key)
+    results.write_text(json.dumps(made_results([run])))
+    assert KnownRuns(Path("out"), Path("docs")).find(job)["status"] == "finished"
+
+
 def test_published_runs_are_taken_over_and_failed_ones_are_made(write_study) -> None:
     study = write_study(tune={"learning_rates": [1e-3, 1e-2]})
     before = run(study)
@@ -325,11 +351,11 @@ def test_published_runs_are_taken_over_and_failed_ones_are_made(write_study) -> 
     results.write_text(json.dumps(described))
     shutil.rmtree("out")
     dry = ["study", str(study), "--dry-run", "--published", "docs", "--output", "out"]
-    assert "2 + 1 runs, 1 done\n  3 runs, 1 of them done\n" in CliRunner().invoke(app, dry).stdout
+    assert "2 + 1 runs, 1 done\n  3 runs, 1 done\n" in CliRunner().invoke(app, dry).stdout
     told: list[str] = []
     run_studies({"study": load_study(study)}, Path("out"), How(published=Path("docs")), told.append)
     assert len(told) == 1
-    assert "2 + 1 runs, 3 done\n  3 runs, 3 of them done\n" in CliRunner().invoke(app, dry).stdout
+    assert "2 + 1 runs, 3 done\n  3 runs, 3 done\n" in CliRunner().invoke(app, dry).stdout
     again = json.loads(Path("out/study/results.json").read_text())
     assert [one["device"] for one in again["machines"]][1] == "another machine"
     assert [found.pop("machine") for found in again["runs"]] == [0, 1, 1]

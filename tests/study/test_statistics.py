@@ -138,11 +138,17 @@ def test_between_two_levels_is_off_neither():
 
 def test_what_one_answer_to_all_questions_comes_to(shared_data, monkeypatch):
     monkeypatch.setenv("SVDTUNE_DATA", str(shared_data))
-    for name, (guessed, one_answer) in CHANCE.items():
-        if name != "hellaswag":  # its test split is not there
+    for name, chance in CHANCE.items():
+        if chance.right:
             answers = Counter(row["answer"] for row in read_rows(name, split="unseen" if name == "aqua" else "test"))
-            assert one_answer == max(answers.values()) / answers.total()
-            assert guessed <= one_answer
+            assert (chance.right, chance.n) == (max(answers.values()), answers.total())
+
+
+def test_one_answer_is_a_level_for_the_items_it_was_counted_on():
+    assert CHANCE["aqua"].best(51) == 16 / 51
+    assert CHANCE["aqua"].best(254) == 1 / 5
+    assert CHANCE["hellaswag"].best(10_042) == 1 / 4
+    assert all(chance.guessed <= chance.best(chance.n) for chance in CHANCE.values())
 
 
 def test_without_scipy_the_error_names_what_to_install(monkeypatch):

@@ -147,8 +147,17 @@ def test_ticks_stand_at_the_budgets_and_the_rates_that_were_tried() -> None:
     assert list(by_parameters(math).ticks.values()) == ["300k", "2.4M", "89.4M"]
     assert list(search_figure(math[0]).ticks.values()) == ["0.0003", "0.001", "0.003"]
     sizes = [100_000 + 1_000 * i for i in range(30)]
-    runs = [made_run(f"arm {size}", budget=None, trained_parameters=size) for size in sizes]
+    runs = [made_run(f"arm {size}", budget=size, trained_parameters=size) for size in sizes]
     assert 4 <= len(by_parameters(tables(read(runs))).ticks) <= 9
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(6_738_415_616, "6.74B"), (999_800, "1M"), (1_221_120, "1.22M"), (305_280, "305k"), (500, "500")]
+)
+def test_a_size_has_three_digits(size: int, text: str) -> None:
+    runs = [made_run("a", s, trained_parameters=size) for s in SEEDS]
+    drawn = {name: figure for name, _, figure in figures(tables(read(runs)))}
+    assert [label.get_text() for label in drawn["score-math"].axes[0].get_yticklabels()] == [f"a · {text}"]
 
 
 def test_the_untrained_base_is_a_line_across() -> None:
@@ -156,7 +165,17 @@ def test_the_untrained_base_is_a_line_across() -> None:
     drawn = {name: figure.axes[0] for name, _, figure in figures(found)}
     assert [text.get_text() for text in drawn["score-math"].texts] == ["base"]
     assert drawn["score-math"].texts[0].get_position()[1] == pytest.approx(100 * found[0].arms[0].cells["average"].mean)
-    assert not drawn["score-e2e"].texts
+
+
+def test_losses_have_logarithmic_axes() -> None:
+    drawn = {name: figure.axes[0] for name, _, figure in figures(tables(read(whole_study()["runs"])))}
+    assert drawn["loss-math-300000"].get_yscale() == "log"
+    assert [getattr(drawn["search-math-300000"], f"get_{axis}scale")() for axis in "xy"] == ["log", "log"]
+
+
+def test_a_task_without_a_trained_arm_has_no_figure_of_scores() -> None:
+    base = made_run("base", 1, method=None, budget=None, trained_parameters=0, curve=[])
+    assert not list(figures(tables(read([base]))))
 
 
 def test_a_loss_curve_has_the_steps_that_all_seeds_logged() -> None:
@@ -183,13 +202,15 @@ def test_the_forest_has_a_row_for_every_arm_that_is_compared() -> None:
 
 def test_many_arms_have_a_legend_outside_and_looks_of_their_own() -> None:
     sizes = [{"budget": size, "trained_parameters": size} for size in (300_000, 600_000)]
-    runs = [made_run(f"arm {i}", s, **size) for i in range(20) for s in SEEDS for size in sizes]
+    runs = [made_run(f"arm {i}", s, **size) for i in range(32) for s in SEEDS for size in sizes]
     drawn = {name: figure for name, _, figure in figures(tables(read(runs, baseline="arm 0")))}
     figure = drawn["score-math"]
     (legend,) = figure.legends
-    assert len(legend.get_texts()) == 20
+    assert len(legend.get_texts()) == 32
+    figure.draw_without_rendering()
+    assert legend.get_window_extent().y0 >= 0
     looks = {(c.lines[0].get_color(), c.lines[0].get_marker()) for c in figure.axes[0].containers}
-    assert len(looks) == 20
+    assert len(looks) == 32
 
 
 def test_scores_of_one_budget_have_a_row_for_every_trained_arm() -> None:
