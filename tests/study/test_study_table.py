@@ -189,9 +189,8 @@ def test_chance_and_the_base_are_named_for_what_they_are():
     assert marks["sara"][2] == "†"
     assert marks["lora"][0] not in "†‡§"
     assert marks["sara"][1] not in "†‡§"
-    assert (
-        "one answer to every question comes to (aqua 20.0%, boolq 50.0%)" in text
-    )  # of 120 items, which nobody counted
+    # Of 120 items, for which no one answer was counted.
+    assert "one answer to every question comes to (aqua 20.0%, boolq 50.0%)" in text
     assert "guessing comes to (aqua 20%, boolq 50%)" in text
     assert cell(text, "base", "seeds") == "1"
     assert "base" not in rows(comparison_table(found))
