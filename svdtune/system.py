@@ -4,12 +4,14 @@ Light to import: the command line takes its last resort from here.
 """
 
 import errno
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from svdtune.errors import SvdtuneError
 
@@ -76,6 +78,17 @@ def explain_read_error(error: OSError) -> str:
 def replace_text(path: Path, text: str) -> None:
     """`replace_bytes` of a text in UTF-8."""
     replace_bytes(path, text.encode())
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a document as indented JSON, whole or not at all, and its folder where that is missing.
+
+    Raises:
+        SvdtuneError: it cannot be written.
+    """
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def replace_bytes(path: Path, data: bytes) -> None:

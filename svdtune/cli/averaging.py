@@ -1,6 +1,5 @@
 """The averages that `evaluate` shows and keeps where it scores several data sets."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ def report_averages(results: "dict[str, Evaluation]", path: Path) -> str:
     Sets whose items are neither right nor wrong (E2E) are in no average.
     """
     from svdtune.evaluation.averages import average, average_json
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.system import write_json
 
     kept: dict[str, Any] = {"sets": {name: _set_json(result) for name, result in results.items()}}
     lines = []
@@ -33,9 +32,7 @@ def report_averages(results: "dict[str, Evaluation]", path: Path) -> str:
                 f"{kind} average ({mode}) {value:.1%}, 95 % interval {low:.1%} to {high:.1%}; "
                 f"{len(scores)} sets, {found.n} items"
             )
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(kept, indent=2) + "\n")
+    write_json(path, kept)
     return "\n".join([*lines, f"averages: {path}"])
 
 

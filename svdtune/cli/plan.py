@@ -1,9 +1,8 @@
 """`svdtune plan`: ranks, parameters and memory of an adapter before anything trains."""
 
-import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -75,6 +74,7 @@ def plan(
     from svdtune.cli.asking import check_device
     from svdtune.cli.fitting import Fitting, setting_of
     from svdtune.planning import draw, make_plan
+    from svdtune.system import write_json
 
     check_device(device)
     setting = setting_of(
@@ -113,7 +113,7 @@ def plan(
     for line in fitting.lines():
         console.print(line, highlight=False, soft_wrap=True)
     if json_file is not None:
-        _write(json_file, made.to_json() | fitting.to_json())
+        write_json(json_file, made.to_json() | fitting.to_json())
         console.print(f"wrote {json_file}")
     if chart is not None:
         draw(made, chart)
@@ -129,14 +129,6 @@ def _open(model: str, weights: bool) -> "Checkpoint":
         return open_shape(model)
     alone = not weights and Path(model, "config.json").is_file()  # then a configuration is enough
     return open_checkpoint(model if alone else locate(model), weights=weights)
-
-
-def _write(path: Path, document: dict[str, Any]) -> None:
-    from svdtune.system import explain_write_errors, replace_text
-
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def names(text: str | None) -> list[str] | str | None:
@@ -176,6 +168,7 @@ def _slices(given: list[str] | None) -> dict[str, list[str]] | str | None:
 
 
 def _in_all(made: "Plan") -> str:
+    """What all layers train together, and their share of the adapted model."""
     return (
         f"{made.method.name}: [bold]{made.trained:,}[/] trained parameters in {len(made.layers)} modules, "
         f"{made.share:.4%} of {made.base_parameters + made.trained + made.frozen:,}"

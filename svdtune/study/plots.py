@@ -60,8 +60,7 @@ def by_parameters(tables: Sequence[Table]) -> Lines:
         points = {arm.trained: arm.cells[main] for arm in arms}  # an arm without a budget is in every table
         if points:
             y = [_scaled(cell.mean, share) for cell in points.values()]
-            ends = [cell.interval or Interval(cell.mean, cell.mean) for cell in points.values()]
-            spread = [(_scaled(low, share), _scaled(high, share)) for low, high in ends]
+            spread = [_ends(cell.mean, cell.interval, share) for cell in points.values()]
             aside = _ASIDE ** (at - (len(names) - 1) / 2)  # arms of one budget would hide each other
             series.append(Series(_label(name), [count * aside for count in points], y, spread))
     y_label = f"{main}, %" if share else main
@@ -113,13 +112,8 @@ def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
     arms = [arm for arm in table.arms if arm.seeds or arm.items]
     if not arms:
         return
-    points = {
-        kind: [one and (one.value, one.interval) for one in found]
-        for kind, found in (
-            ("over seeds", [arm.seeds for arm in arms]),
-            ("over items", [arm.items for arm in arms]),
-        )
-    }
+    kinds = {"over seeds": [arm.seeds for arm in arms], "over items": [arm.items for arm in arms]}
+    points = {kind: [one and (one.value, one.interval) for one in found] for kind, found in kinds.items()}
     caption = f"{title(table)}: difference to {table.baseline}"
     figure = _rows(caption, [arm.name for arm in arms], points, table.share)
     axes = figure.axes[0]
@@ -158,11 +152,11 @@ def _rows(
         if not known:
             continue
         values = [_scaled(value, share) for _, value, _ in known]
-        ends = [interval or Interval(value, value) for _, value, interval in known]
-        low = [value - _scaled(end.low, share) for value, end in zip(values, ends, strict=True)]
-        high = [_scaled(end.high, share) - value for value, end in zip(values, ends, strict=True)]
+        ends = [_ends(value, interval, share) for _, value, interval in known]
+        below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
+        above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
         style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
-        axes.errorbar(values, [at for at, _, _ in known], xerr=[low, high], label=kind, **style)
+        axes.errorbar(values, [at for at, _, _ in known], xerr=[below, above], label=kind, **style)
     axes.set_yticks(range(len(names)), [_label(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
@@ -215,6 +209,12 @@ def _size(count: float) -> str:
         if rounded >= unit:
             return f"{rounded / unit:g}{letter}"
     return f"{rounded:g}"
+
+
+def _ends(value: float, interval: Interval | None, share: bool) -> tuple[float, float]:
+    """Where a value's bar begins and ends: at the value itself where no interval is known."""
+    low, high = interval or (value, value)
+    return _scaled(low, share), _scaled(high, share)
 
 
 def _scaled(value: float, share: bool) -> float:
