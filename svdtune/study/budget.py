@@ -14,7 +14,7 @@ from svdtune.training.method import FULL, config_class, method_names
 
 # The setting that sizes a method, where it is not `r`.
 _KNOBS = {
-    "adalora": "target_r",
+    "adalora": "init_r",
     "bottleneck": "bottleneck_size",
     "fourierft": "n_frequency",
     "oft": "oft_block_size",
@@ -51,10 +51,10 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
     """Set a method's size so that what it trains comes nearest to a budget without going over it.
 
     The setting is `r` for most methods, `threshold` for SARA and Mo-SARA (each method by the other of the two where its section
-    gives that), `target_r` for AdaLoRA with `init_r` 1.5 times as large (its paper; what is counted is `init_r`, with which it
-    starts), `num_virtual_tokens` for prefix tuning and its like, the bottleneck's size for adapters. A method that cannot come
-    near the budget gets the value that comes nearest, and `trained` says so: VeRA, Mo-SARA and their like end at the largest
-    rank that a layer allows, and one whose least exceeds the budget gets its least.
+    gives that), `init_r` for AdaLoRA, the rank with which it starts, with `target_r` two thirds of it (its paper starts with
+    1.5 times the rank it ends with), `num_virtual_tokens` for prefix tuning and its like, the bottleneck's size for adapters.
+    A method that cannot come near the budget gets the value that comes nearest, and `trained` says so: VeRA, Mo-SARA and their
+    like end at the largest rank that a layer allows, and one whose least exceeds the budget gets its least.
 
     lora_alpha, a whole number, follows the rank: a section that gives `r` and `lora_alpha` keeps their ratio, one that gives
     `lora_alpha` alone keeps that number, and one that gives none gets 2r. With rslora, whose scale is lora_alpha / √r so that
@@ -146,8 +146,8 @@ def _sized(method: Mapping[str, Any], knob: str, value: int) -> dict[str, Any]:
     ratio = _ratio(method, value)
     if ratio is not None:
         section["lora_alpha"] = max(1, round(ratio * value))
-    if knob == "target_r":
-        section["init_r"] = -(-3 * value // 2)
+    if knob == "init_r":
+        section["target_r"] = max(1, round(value / 1.5))
     return section
 
 
@@ -173,7 +173,7 @@ def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget
     step = method.get(step_name, step)
     first = max(step, method.get("r_min", step))  # DyLoRA's lowest rank
     least = cost(first)
-    if knob in ("r", "target_r"):
+    if knob in ("r", "init_r"):
         # A larger rank than this makes no layer's update richer.
         highest = largest_rank(checkpoint, _sized(method, knob, first))
     else:

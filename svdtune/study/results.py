@@ -97,6 +97,19 @@ class Run(_Part):
         known = [value for value in values if value is not None]
         return fmean(known) if values and len(known) == len(values) else None
 
+    @property
+    def collapsed(self) -> bool:
+        """Whether training lost what it had learned: more than half of the fall of its loss, in means over tenths, came back.
+
+        False for a curve with fewer than ten points.
+        """
+        losses = [loss for _, loss in self.curve if loss is not None]
+        width = len(losses) // 10
+        if not width:
+            return False
+        tenths = [fmean(losses[end - width : end]) for end in range(width, len(losses) + 1)]
+        return tenths[-1] - min(tenths) > (tenths[0] - min(tenths)) / 2
+
 
 class Results(_Part):
     """All of a study."""

@@ -26,7 +26,7 @@ def score_table(found: Table) -> str:
         + [_seconds(arm)]
         for arm in found.arms
     ]
-    notes = [*_legend(found), *_broken(found)]
+    notes = [*_legend(found), *_broken(found), *_collapsed(found)]
     return "\n\n".join([table([*head, "seconds"], rows), *notes])
 
 
@@ -80,7 +80,7 @@ def learning_rate(arm: Arm) -> str:
 
 
 def seeds(arm: Arm) -> str:
-    """How many seeds finished, and what became of the others."""
+    """How many seeds finished, what became of the others, and how many finished with nothing learned."""
     total = len(arm.finished) + len(arm.broken) + len(arm.missing)
     if not arm.finished and not arm.broken:
         bad = Counter(run.status for run in arm.search if run.status != "finished")
@@ -90,6 +90,8 @@ def seeds(arm: Arm) -> str:
     outcomes = Counter("unscored" if run.status == "finished" else run.status for run in arm.broken)
     told = [f"{count} of {total} seeds {outcome}" for outcome, count in sorted(outcomes.items())]
     told += [f"{len(arm.missing)} of {total} seeds not run"] if arm.missing else []
+    collapsed = sum(run.collapsed for run in arm.finished)
+    told += [f"{collapsed} of {total} seeds collapsed"] if collapsed else []
     return "; ".join(told) or str(total)
 
 
@@ -195,15 +197,26 @@ def _broken(found: Table) -> Iterator[str]:
         yield "\n".join([head, "", *lines])
 
 
+def _collapsed(found: Table) -> Iterator[str]:
+    """Every final run that finished and yet lost what it had learned, by name."""
+    runs = [(arm, run) for arm in found.arms for run in arm.finished if run.collapsed]
+    if runs:
+        head = "Runs that collapsed: more than half of what their training loss had fallen came back. They count in the means:"
+        yield "\n".join([head, "", *(f"- {_run_name(arm, run)}" for arm, run in runs)])
+
+
 def _is_broken(arm: Arm, run: Run) -> bool:
     return run.status != "finished" or run in arm.broken
 
 
 def _broken_line(arm: Arm, run: Run) -> str:
-    rate = "" if run.learning_rate is None else f", learning rate {run.learning_rate:g}"
-    phase = "in the search" if run.phase == "tune" else f"seed {run.seed}"
     outcome = "has not all scores" if run.status == "finished" else run.status
-    return f"- {escape(arm.name)}, {phase}{rate}: {outcome}{': ' + escape(run.error) if run.error else ''}"
+    return f"- {_run_name(arm, run)}: {outcome}{': ' + escape(run.error) if run.error else ''}"
+
+
+def _run_name(arm: Arm, run: Run) -> str:
+    rate = "" if run.learning_rate is None else f", learning rate {run.learning_rate:g}"
+    return f"{escape(arm.name)}, {'in the search' if run.phase == 'tune' else f'seed {run.seed}'}{rate}"
 
 
 def all_sections(found: Table) -> Sequence[tuple[str, str]]:

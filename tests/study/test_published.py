@@ -14,7 +14,7 @@ from svdtune.study.results import FINDINGS, read_results
 PUBLISHED = Path(__file__).parents[2] / "docs" / "results"
 STUDIES = sorted(path.parent for path in PUBLISHED.glob("*/results.json"))
 
-# Of SARA's tables: 1 (LoRA, SARA: five sets without AQuA, and the average), 2 (averages on LLaMA-7B), 3 (BLEU), 4, 8, 9 and 12.
+# Of SARA's tables: 1 (LoRA, SARA: five sets without AQuA, and the average), 2 (averages on LLaMA-7B), 3 (BLEU), 4, and 8 to 12.
 TABLE_1 = {
     "LLaMA-7B": (([58.50, 75.95, 92.73, 88.24, 24.24], 60.53), ([60.00, 79.75, 89.09, 84.31, 24.62], 62.18)),
     "LLaMA-13B": (([66.00, 82.28, 95.45, 89.22, 36.74], 65.21), ([71.50, 81.01, 93.64, 88.24, 36.36], 66.37)),
@@ -28,6 +28,8 @@ TABLE_4 = {"SARA": 62.18, "V = 0": 58.85, "w/o Λ": 49.40, "w/o Λ, V = 0": 58.4
 WITHOUT_V = 52.88
 TABLE_8 = {"LoRA": [51.16, 55.82, 49.41, 38.60], "SARA": [55.77, 56.41, 53.24, 42.56]}
 TABLE_9 = {"LoRA": [58.35, 60.53, 59.98, 60.06], "SARA": [58.57, 62.18, 60.24, 60.28]}
+TABLE_10 = [56.56, 58.23, 58.31, 57.61]  # one head, by threshold
+TABLE_11 = [58.31, 58.38, 58.95, 59.21, 59.34]  # by heads
 PAPERS = {
     "math": [*(fmean(sets) for pair in TABLE_1.values() for sets, _ in pair), 23.53, 35.29]
     + [sara - lora for (_, lora), (_, sara) in TABLE_1.values()]
@@ -37,6 +39,7 @@ PAPERS = {
     "ablations": [TABLE_4["SARA"] - other for other in TABLE_4.values()] + [*TABLE_4.values(), MO_SARA - WITHOUT_V],
     "layers": [*TABLE_8["LoRA"], *TABLE_8["SARA"], *map(sub, TABLE_8["SARA"], TABLE_8["LoRA"])],
     "parameters": [*map(sub, TABLE_9["SARA"], TABLE_9["LoRA"])],
+    "heads": [*TABLE_10, *TABLE_11],
     "scale": [58.60, 60.53, TABLE_4["SARA"]],
 }
 

@@ -84,6 +84,28 @@ def test_a_finished_run_without_all_scores_does_not_count():
     assert "- lora, seed 1, learning rate 0.001: has not all scores" in score_table(found)
 
 
+@pytest.mark.parametrize(
+    ("losses", "collapsed"),
+    [
+        ([5.0, *[4.0 - i / 10 for i in range(30)]], False),
+        ([*[5.0] * 3, *[1.0] * 20, *[3.1] * 10], True),
+        ([*[5.0] * 3, *[1.0] * 20, *[2.9] * 10], False),
+        ([1.0, *[2.0] * 9], True),  # it never fell
+        ([1.0] * 10, False),
+        ([1.0, *[2.0] * 8], False),  # too short to say
+        ([5.0, 1.0, None, *[1.0] * 10, 5.0, 5.0], True),
+        ([], False),
+    ],
+)
+def test_a_finished_run_that_lost_what_it_had_learned_is_named_and_counts(losses, collapsed):
+    runs = study(lora=0.4)
+    runs[1]["curve"] = list(enumerate(losses))
+    text = score_table(tables(read(runs))[0])
+    assert cell(text, "lora", "seeds") == ("1 of 3 seeds collapsed" if collapsed else "3")
+    assert ("They count in the means:\n\n- lora, seed 2, learning rate 0.001" in text) == collapsed
+    assert cell(text, "lora", "average, %") == cell(score_table(tables(read(study(lora=0.4)))[0]), "lora", "average, %")
+
+
 def test_an_arm_without_any_run_and_one_that_only_searched_have_rows():
     runs = study(lora=0.4) + search("sara", {1e-3: None, 1e-2: None})
     spec = {"arms": {"sorsa": {}, "lora": {}}, "seeds": [1, 2, 3]}
