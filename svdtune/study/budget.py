@@ -28,6 +28,10 @@ _STEPS = {"gralora": ("gralora_k", 2)}
 _BY_SPECTRUM = ("sara", "mosara", "sorsa")
 _RATIO = 2
 """lora_alpha / r where a section does not say."""
+_ADALORA_KEEPS = 1 / 1.5
+"""target_r / init_r where a section does not say."""
+RULES = 2
+"""Raised when `fit` sizes a method differently than before: fits that were kept are then made again."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,15 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
     """Set a method's size so that what it trains comes nearest to a budget without going over it.
 
     The setting is `r` for most methods, `threshold` for SARA and Mo-SARA (each method by the other of the two where its section
-    gives that), `init_r` for AdaLoRA, the rank with which it starts, with `target_r` two thirds of it (its paper starts with
-    1.5 times the rank it ends with), `num_virtual_tokens` for prefix tuning and its like, the bottleneck's size for adapters.
+    gives that), `init_r` for AdaLoRA, the rank with which it starts, `num_virtual_tokens` for prefix tuning and its like, the
+    bottleneck's size for adapters. AdaLoRA's `target_r` keeps its ratio to `init_r` where the section gives both, and is two
+    thirds of it otherwise, rounded (its paper starts with 1.5 times the rank it ends with); so at rank 1 it gives up none.
     A method that cannot come near the budget gets the value that comes nearest, and `trained` says so: VeRA, Mo-SARA and their
     like end at the largest rank that a layer allows, and one whose least exceeds the budget gets its least.
 
-    lora_alpha, a whole number, follows the rank: a section that gives `r` and `lora_alpha` keeps their ratio, one that gives
-    `lora_alpha` alone keeps that number, and one that gives none gets 2r. With rslora, whose scale is lora_alpha / √r so that
-    lora_alpha need not follow the rank, it stays as it is.
+    lora_alpha, a whole number, follows the rank (AdaLoRA's `init_r`): a section that gives `r` and `lora_alpha` keeps their
+    ratio, one that gives `lora_alpha` alone keeps that number, and one that gives none gets 2r. With rslora, whose scale is
+    lora_alpha / √r so that lora_alpha need not follow the rank, it stays as it is.
 
     Ranks by layer are for LoRA (with DoRA, PiSSA and the rest of its class), DyLoRA, SARA, Mo-SARA and SORSA: see
     `svdtune.study.ranks.solve_ranks`. lora_alpha / r is then the same in every layer.
@@ -147,7 +152,9 @@ def _sized(method: Mapping[str, Any], knob: str, value: int) -> dict[str, Any]:
     if ratio is not None:
         section["lora_alpha"] = max(1, round(ratio * value))
     if knob == "init_r":
-        section["target_r"] = max(1, round(value / 1.5))
+        given = method.get("init_r") and method.get("target_r")
+        keeps = method["target_r"] / method["init_r"] if given else _ADALORA_KEEPS
+        section["target_r"] = max(1, round(value * keeps))
     return section
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
-from svdtune.study.budget import fit
+from svdtune.study.budget import RULES, fit
 from svdtune.study.counting import opened
 from svdtune.study.spec import Arm, Settings, Study, Tune, arm_settings
 from svdtune.system import explain_write_errors, replace_text
@@ -151,7 +151,7 @@ class Fits:
 
     def __call__(self, method: Settings, model: str, budget: int | None, ranks: str, seed: int) -> Settings:
         """`fit(...).method`, from the file where it is there."""
-        key = json.dumps([__version__, method, model, budget, ranks, seed], sort_keys=True)
+        key = json.dumps([__version__, RULES, method, model, budget, ranks, seed], sort_keys=True)
         if key not in self._known:
             self._known[key] = fit(method, model, budget, ranks, seed).method
             if self.path is not None:

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -99,16 +100,19 @@ class Run(_Part):
 
     @property
     def collapsed(self) -> bool:
-        """Whether training lost what it had learned: more than half of the fall of its loss, in means over tenths, came back.
+        """Whether the training loss ended above its start, or gave back more than half of its fall, in means over tenths.
 
-        False for a curve with fewer than ten points.
+        A rise that the loss's own noise could make does not count, and a curve with fewer than ten points is never judged.
         """
         losses = [loss for _, loss in self.curve if loss is not None]
         width = len(losses) // 10
         if not width:
             return False
         tenths = [fmean(losses[end - width : end]) for end in range(width, len(losses) + 1)]
-        return tenths[-1] - min(tenths) > (tenths[0] - min(tenths)) / 2
+        start = min(losses[0], tenths[0])  # the first tenth may hold the explosion
+        best = min(start, *tenths)
+        noise = median(abs(after - before) for before, after in pairwise(losses))
+        return tenths[-1] - best > max((start - best) / 2, 3 * noise)
 
 
 class Results(_Part):

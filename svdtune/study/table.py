@@ -80,7 +80,7 @@ def learning_rate(arm: Arm) -> str:
 
 
 def seeds(arm: Arm) -> str:
-    """How many seeds finished, what became of the others, and how many finished with nothing learned."""
+    """How many seeds finished, what became of the others, and how many of those that finished collapsed."""
     total = len(arm.finished) + len(arm.broken) + len(arm.missing)
     if not arm.finished and not arm.broken:
         bad = Counter(run.status for run in arm.search if run.status != "finished")
@@ -198,10 +198,13 @@ def _broken(found: Table) -> Iterator[str]:
 
 
 def _collapsed(found: Table) -> Iterator[str]:
-    """Every final run that finished and yet lost what it had learned, by name."""
+    """Every final run that finished and yet collapsed, by name."""
     runs = [(arm, run) for arm in found.arms for run in arm.finished if run.collapsed]
     if runs:
-        head = "Runs that collapsed: more than half of what their training loss had fallen came back. They count in the means:"
+        head = (
+            "Runs that collapsed: their training loss ended above its start, or gave back more than half of its fall. They "
+            "count in the means:"
+        )
         yield "\n".join([head, "", *(f"- {_run_name(arm, run)}" for arm, run in runs)])
 
 

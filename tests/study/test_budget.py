@@ -113,6 +113,7 @@ def test_a_method_that_cannot_come_near_takes_its_nearest(folder):
     assert most.trained == trained(most.method) < 10**7
     vera = fit(SECTIONS["vera"], folder, 10**7)
     assert vera.value == 32
+    assert fit(SECTIONS["adalora"], folder, 10**7).value == 32
     assert vera.trained == trained(vera.method)
     sorsa = fit(SECTIONS["sorsa"], folder, 10**7)  # the k and v projections are [16, 32]
     assert sorsa.value == 16
@@ -129,10 +130,22 @@ def test_lora_alpha_follows_the_rank(folder):
     assert "lora_alpha" not in fit(SECTIONS["vera"], folder, 3000).method
 
 
-@pytest.mark.parametrize(("budget", "starts", "ends"), [(1, 1, 1), (5000, 5, 3), (8000, 8, 5)])
-def test_adalora_starts_with_half_as_much_again(folder, budget, starts, ends):
-    method = fit(SECTIONS["adalora"], folder, budget).method
-    assert (method["init_r"], method["target_r"]) == (starts, ends)
+@pytest.mark.parametrize(
+    ("section", "budget", "starts", "ends", "alpha"),
+    [
+        ({}, 1, 1, 1, 2),
+        ({}, 2000, 2, 1, 4),
+        ({}, 4000, 4, 3, 8),
+        ({}, 8000, 8, 5, 16),
+        ({"init_r": 12, "target_r": 8, "lora_alpha": 12}, 8000, 8, 5, 8),
+        ({"init_r": 64, "target_r": 64, "lora_alpha": 64}, 8000, 8, 8, 8),
+        ({"init_r": 64, "target_r": 1}, 8000, 8, 1, 16),
+        ({"target_r": 8, "lora_alpha": 5}, 8000, 8, 5, 5),
+    ],
+)
+def test_adalora_is_sized_by_the_rank_it_starts_with(folder, section, budget, starts, ends, alpha):
+    method = fit(SECTIONS["adalora"] | section, folder, budget).method
+    assert (method["init_r"], method["target_r"], method["lora_alpha"]) == (starts, ends, alpha)
 
 
 def test_slices_of_fused_projections_are_counted(tmp_path):

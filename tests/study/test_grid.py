@@ -165,9 +165,13 @@ def test_what_cannot_be_fitted_names_the_arm(write_study) -> None:
 def test_fits_are_kept_and_a_damaged_file_is_made_anew(write_study, tmp_path: Path, monkeypatch) -> None:
     file, kept = write_study(arms={"lora": LORA}, budgets=[3000]), tmp_path / "out" / "fits.json"
     method = made(file, fits=Fits(kept))[0].method_of(0)
-    monkeypatch.setattr(grid, "fit", None)
-    assert made(file, fits=Fits(kept))[0].method_of(0) == method
-    monkeypatch.undo()
+    with monkeypatch.context() as without:
+        without.setattr(grid, "fit", None)
+        assert made(file, fits=Fits(kept))[0].method_of(0) == method
+    with monkeypatch.context() as later:
+        later.setattr(grid, "RULES", grid.RULES + 1)
+        made(file, fits=Fits(kept))
+        assert len(json.loads(kept.read_text())) == 2
     for damaged in ("", "[1]", "3", '{"a'):
         kept.write_text(damaged)
         assert made(file, fits=Fits(kept))[0].method_of(0) == method

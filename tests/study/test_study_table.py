@@ -93,6 +93,9 @@ def test_a_finished_run_without_all_scores_does_not_count():
         ([1.0, *[2.0] * 9], True),  # it never fell
         ([1.0] * 10, False),
         ([1.0, *[2.0] * 8], False),  # too short to say
+        ([0.8, 1.1, 4.3, 12.0, *[4.0] * 36], True),  # the first tenth holds the explosion
+        ([1.0 + 0.05 * (-1) ** i for i in range(59)] + [1.1], False),  # flat but for noise
+        ([*[5.0 - i / 10 for i in range(40)], 6.0], False),  # one spike
         ([5.0, 1.0, None, *[1.0] * 10, 5.0, 5.0], True),
         ([], False),
     ],
@@ -100,6 +103,7 @@ def test_a_finished_run_without_all_scores_does_not_count():
 def test_a_finished_run_that_lost_what_it_had_learned_is_named_and_counts(losses, collapsed):
     runs = study(lora=0.4)
     runs[1]["curve"] = list(enumerate(losses))
+    runs += [run | {"curve": runs[1]["curve"]} for run in search("lora", {1e-3: 0.4, 3e-3: 0.5})]  # not a final run
     text = score_table(tables(read(runs))[0])
     assert cell(text, "lora", "seeds") == ("1 of 3 seeds collapsed" if collapsed else "3")
     assert ("They count in the means:\n\n- lora, seed 2, learning rate 0.001" in text) == collapsed
