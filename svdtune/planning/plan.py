@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -173,8 +173,19 @@ def make_plan(
     modules, stated = resolve_targets(checkpoint.model, target_modules, exclude_modules)
     targets = layers_of(checkpoint.model, modules, costs.name, fused_slices)
     exclude = exclude_modules if isinstance(exclude_modules, str) else list(exclude_modules or [])
-    base = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    frame = _Frame(checkpoint, costs, options, targets, stated, exclude or None, base, fused_slices)
+    blank = Plan(
+        model=checkpoint.name,
+        method=costs,
+        options=options,
+        threshold=None,
+        layers=(),
+        target_modules=stated,
+        exclude_modules=exclude or None,
+        base_parameters=sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+        fused_slices=fused_slices,
+        modules={name: target.module for name, target in targets.items() if target.rows is not None},
+    )
+    frame = _Frame(checkpoint, blank, targets)
     if r is not None:
         return frame.with_rank(r)
     weights = frame.weights(device)
@@ -191,35 +202,19 @@ def make_plan(
 
 @dataclass(frozen=True)
 class _Frame:
-    """All of a plan but its ranks: what is said of a `Plan`, and the adapted layers by name."""
+    """All of a plan but its ranks: a `Plan` without layers, and the layers to adapt by name."""
 
     checkpoint: Checkpoint
-    method: Method
-    options: dict[str, Any]
+    blank: Plan
     targets: Mapping[str, Target]
-    target_modules: list[str] | str
-    exclude_modules: list[str] | str | None
-    base_parameters: int
-    fused_slices: Mapping[str, Sequence[str]] | str | None
 
     def plan(self, ranks: Mapping[str, int], threshold: float | None = None) -> Plan:
         """The plan with these ranks by layer."""
         layers = []
         for name, target in self.targets.items():
             i, o, k = target.in_features, target.out_features, ranks[name]
-            layers.append(Layer(name, i, o, k, self.method.trained(k, i, o)))
-        return Plan(
-            model=self.checkpoint.name,
-            method=self.method,
-            options=self.options,
-            threshold=threshold,
-            layers=tuple(layers),
-            target_modules=self.target_modules,
-            exclude_modules=self.exclude_modules,
-            base_parameters=self.base_parameters,
-            fused_slices=self.fused_slices,
-            modules={name: target.module for name, target in self.targets.items() if target.rows is not None},
-        )
+            layers.append(Layer(name, i, o, k, self.blank.method.trained(k, i, o)))
+        return replace(self.blank, threshold=threshold, layers=tuple(layers))
 
     def with_rank(self, r: int) -> Plan:
         """The plan with one rank for all layers."""
@@ -240,9 +235,10 @@ class _Frame:
         threshold = table.largest_threshold(fits)
         if threshold is None:
             least = self.plan(dict.fromkeys(self.targets, 1))
+            budget = f"{share:.4%}" if share is not None else f"{count:,}"
             raise SvdtuneError(
-                f"{self.method.name} trains at least {least.trained:,} parameters here ({least.share:.4%}), rank 1 everywhere, "
-                f"which is more than the budget of {f'{share:.4%}' if share is not None else f'{count:,}'}; adapt fewer modules"
+                f"{least.method.name} trains at least {least.trained:,} parameters here ({least.share:.4%}), rank 1 "
+                f"everywhere, which is more than the budget of {budget}; adapt fewer modules"
             )
         return self.plan(dict(zip(self.targets, table.at(threshold), strict=True)), threshold)
 
