@@ -1,7 +1,6 @@
 """`svdtune analyze`: what happened in a run, computed from its files and written beside them."""
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,10 +102,8 @@ def _tasks(run: "Opened", data: list[str] | None, items: int) -> dict[str, list[
 
 def _write(path: Path, found: dict[str, Any]) -> None:
     """Write a file whole or not at all."""
-    from svdtune.export.folder import explain_write_errors
+    from svdtune.system import explain_write_errors, replace_text
 
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        os.replace(partial, path)
+        replace_text(path, json.dumps(found) + "\n")

@@ -1,6 +1,5 @@
 """`svdtune report`: one page about one or several runs, and its figures as files."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -32,8 +31,8 @@ def report(
     svdtune report runs/sorsa runs/lora runs/full --output comparison.html --figures figures
     """
     from svdtune.analysis import read_facts
-    from svdtune.export.folder import explain_write_errors
     from svdtune.report import add_analysis, gather, render
+    from svdtune.system import explain_write_errors, replace_text
     from svdtune.training.folder import ADAPTER, REPORT
 
     facts = [read_facts(run) for run in dict.fromkeys(runs)]
@@ -41,9 +40,7 @@ def report(
     page = output or Path(runs[0]).expanduser() / REPORT
     with explain_write_errors(page):
         page.parent.mkdir(parents=True, exist_ok=True)
-        partial = page.with_name(f".{page.name}.partial")
-        partial.write_text(render(data), encoding="utf-8")
-        os.replace(partial, page)
+        replace_text(page, render(data))
     for one in facts:
         adapter = Path(one["folder"]).expanduser() / ADAPTER
         if adapter.is_dir():
