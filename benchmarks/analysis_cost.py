@@ -20,7 +20,7 @@ from step import machine
 from svdtune.analysis import after, before, open_run, read_facts
 from svdtune.report import gather, render
 from svdtune.training import check_recipe, train
-from svdtune.training.sampling import DURING, read_samples
+from svdtune.training.movement import DURING, read_samples
 
 TARGETS = ["q_proj", "v_proj"]
 METHODS = {"sorsa": {"name": "sorsa", "r": 16, "target_modules": TARGETS}, "full": {"name": "full"}}

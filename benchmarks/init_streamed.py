@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import svdtune
-from svdtune.export.initialising import initialise_adapter
-from svdtune.planning import Checkpoint, initialisation_bytes, make_plan, open_shape
+from svdtune.checkpoint import Checkpoint, open_shape
+from svdtune.methods.start.disk import initialise_adapter
+from svdtune.planning import initialisation_bytes, make_plan
 
 
 def made_up(name: str, shape: tuple[int, int]) -> Tensor:
@@ -68,7 +69,7 @@ def held(what: str) -> int:
 def main() -> None:
     """Plan, start the adapter, print the line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", help="of svdtune.planning.SHAPES")
+    parser.add_argument("--shape", help="of svdtune.checkpoint.SHAPES")
     parser.add_argument("--hidden", type=int, help="instead: a narrow model of this H, I = 3.5 H")
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--r", type=int, default=128)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.testing import do_bench
 
-from svdtune.methods import kernels
-from svdtune.methods.lowrank import stacked
+from svdtune.methods.compute import kernels
+from svdtune.methods.compute.lowrank import stacked
 
 T, R, K, HEADS, P = 8192, 128, 914, 5, 0.05
 WIDTHS = (4096, 11008)

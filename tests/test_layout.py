@@ -13,6 +13,7 @@ ORDER = [
     "processes",
     "linalg",
     "spectra",
+    "checkpoint",
     "methods",
     "baselines",
     "planning",

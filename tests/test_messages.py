@@ -20,18 +20,19 @@ from typer.testing import CliRunner
 
 import svdtune
 from svdtune import SvdtuneError
+from svdtune.checkpoint import open_checkpoint
+from svdtune.checkpoint.names import build_skeleton, stored_names
+from svdtune.checkpoint.tensors import Stored, write_tensors
 from svdtune.cli import app
 from svdtune.data import gsm_symbolic
 from svdtune.data.catalogue import scored
 from svdtune.evaluation import vllm
 from svdtune.evaluation.decoding import Decoding
-from svdtune.export import initialising
-from svdtune.export.checkpoint import Stored, write_tensors
-from svdtune.export.opening import attach_adapter
-from svdtune.export.skeleton import build_skeleton, stored_names
+from svdtune.export.source import attach_adapter
 from svdtune.linalg import Spectrum, rank_at_threshold, top_factors
-from svdtune.methods.saved import read_adapter
-from svdtune.planning import draw, make_plan, open_checkpoint
+from svdtune.methods.files.adapter import read_adapter
+from svdtune.methods.start import disk
+from svdtune.planning import draw, make_plan
 from svdtune.spectra import base_weight, factors
 from svdtune.training import method
 from svdtune.training.method import build_config
@@ -43,7 +44,7 @@ WORDS = 3
 OUT_OF_REACH = {
     "evaluation/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
     "evaluation/sandbox/supervise.py": "a system without Landlock and seccomp",
-    "export/opening.py": "a hub that refuses",
+    "export/source.py": "a hub that refuses",
     "training/trainer.py": "FSDP",
     "methods/sorsa/zero.py": "DeepSpeed",
 }
@@ -127,7 +128,7 @@ def small() -> LlamaForCausalLM:
         (lambda: base_weight(torch.nn.ReLU()), "ReLU has no weight to decompose; leave it out of target_modules"),
         (lambda: build_config("lorra", {}), "'lorra' is no PEFT method; there are "),
         (
-            lambda: initialising._check(LlamaConfig()),
+            lambda: disk._check(LlamaConfig()),
             "expected the configuration of a SARA, Mo-SARA or SORSA adapter; got",
         ),
         (
@@ -223,9 +224,9 @@ def test_what_peft_refuses(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(method, "get_peft_model", refuse)
     with pytest.raises(SvdtuneError, match="the method lora cannot be put on this model: not this one"):
         method.adapt(small(), "lora", {})
-    monkeypatch.setattr(initialising, "get_peft_model", refuse)
+    monkeypatch.setattr(disk, "get_peft_model", refuse)
     with pytest.raises(SvdtuneError, match=r"no adapter can be put on \S+: not this one"):
-        initialising._on_meta(open_checkpoint(tiny_folder), svdtune.SorsaConfig(r=2))
+        disk._on_meta(open_checkpoint(tiny_folder), svdtune.SorsaConfig(r=2))
 
 
 def test_an_export_that_vllm_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from svdtune.data.check import check_file
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.predictions import Prediction, PredictionStore
 from svdtune.export import find_source, open_source
-from svdtune.methods.saved import read_adapter, read_config
+from svdtune.methods.files.adapter import read_adapter, read_config
 from svdtune.models import load
 from svdtune.spectra import store
 from svdtune.training.checkpoints import latest_checkpoint

@@ -2,10 +2,10 @@
 
 from svdtune.analysis.after import after
 from svdtune.analysis.before import THRESHOLDS, before
-from svdtune.analysis.comparing import comparisons
-from svdtune.analysis.opening import Opened, open_run
+from svdtune.analysis.comparisons import comparisons
+from svdtune.analysis.facts import Facts, read_facts
 from svdtune.analysis.routing import Routing, routing
-from svdtune.analysis.runs import Facts, read_facts
+from svdtune.analysis.weights import Opened, open_run
 
 __all__ = [
     "THRESHOLDS",

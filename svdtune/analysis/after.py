@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from svdtune.analysis.opening import Opened
+from svdtune.analysis.weights import Opened
 from svdtune.linalg import Factors, spectrum
 from svdtune.linalg.deviation import compared_factors, condition_number, deviation, product_values
-from svdtune.methods.layer import SvdLayer
-from svdtune.methods.observing import Observed
+from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.matrices import Observed
 from svdtune.spectra import base_weight
-from svdtune.training.sampling import side_by_side
+from svdtune.training.movement import side_by_side
 
 # So many leading singular values of a change are kept.
 KEPT = 32
@@ -23,7 +23,7 @@ def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
     """Compare every layer whose change is a matrix with the base model's own weight.
 
     Returns:
-        {"layers": {name: {…}}} with what `svdtune.training.sampling.Movement` holds, and
+        {"layers": {name: {…}}} with what `svdtune.training.movement.Movement` holds, and
         "delta": {"values", "sum", "stable_rank", "effective_rank"} of ΔW (its leading singular values, their whole sum,
         ‖ΔW‖_F² / σ₁², and exp of the entropy of σ / Σσ), and
         "energy": {"count", "left", "right"}, the shares of ‖ΔW‖_F² within the base's `count` leading left and right

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from svdtune.analysis.opening import Opened
+from svdtune.analysis.weights import Opened
 from svdtune.linalg import Spectrum, rank_at_threshold
-from svdtune.methods.layer import SvdLayer
+from svdtune.methods.layers.base import SvdLayer
 from svdtune.spectra import spectra
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from svdtune.analysis.opening import Opened
+from svdtune.analysis.weights import Opened
 from svdtune.errors import SvdtuneError
 from svdtune.methods.mosara.layer import MoSaraLinear
 

@@ -2,7 +2,7 @@
 
 from svdtune.baselines.bottleneck import BottleneckConfig, BottleneckModel
 from svdtune.baselines.dylora import DyLoraConfig, DyLoraModel
-from svdtune.methods.register import register
+from svdtune.methods.registration import register
 
 __all__ = ["BottleneckConfig", "BottleneckModel", "DyLoraConfig", "DyLoraModel"]
 

@@ -88,7 +88,7 @@ def _route(run: "Opened", folder: Path, data: list[str] | None, items: int) -> l
 def _tasks(run: "Opened", data: list[str] | None, items: int) -> dict[str, list[tuple[int, ...]]]:
     """The first prompts of each data set, in the form in which `evaluate` asks them."""
     from svdtune.evaluation import to_items
-    from svdtune.evaluation.asking import prepare, sets_to_ask
+    from svdtune.evaluation.questions import prepare, sets_to_ask
 
     recipe, tokenizer = run.source.recipe, run.loaded.tokenizer
     names = [name for given in data or [None] for name in sets_to_ask(recipe, given, None)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from svdtune.evaluation import Decoding, Evaluation, Metric, Score
-    from svdtune.evaluation.asking import Asked
+    from svdtune.evaluation.questions import Asked
     from svdtune.evaluation.vllm import VllmEngine
     from svdtune.export import Source
     from svdtune.models import LoadedModel
@@ -93,10 +93,10 @@ def evaluate(
     svdtune evaluate runs/sorsa --task e2e --beams 10 --length-penalty 0.8 --no-repeat-ngram-size 4
     svdtune evaluate runs/sorsa --task lm-eval:arc_easy,hellaswag
     """
-    from svdtune.cli.averaging import report_averages
+    from svdtune.cli.averages import report_averages
     from svdtune.evaluation import Decoding
-    from svdtune.evaluation.asking import decoding_of, output_folder, prepare, sets_to_ask
-    from svdtune.evaluation.card import add_scores
+    from svdtune.evaluation.questions import decoding_of, output_folder, prepare, sets_to_ask
+    from svdtune.evaluation.score_table import add_scores
     from svdtune.export import find_source
 
     found = find_source(source, adapter)
@@ -147,7 +147,7 @@ def _ask(
     from rich.console import Console
 
     from svdtune.cli.progress import counting
-    from svdtune.evaluation.asking import ask
+    from svdtune.evaluation.questions import ask
 
     try:
         with counting(f"evaluating on {asked.rows.source}", Console(stderr=True)) as on_progress:
@@ -161,7 +161,7 @@ def _opened(
     engine: Engine, source: "Source", dtype: str | None, device: str | None
 ) -> "Iterator[LoadedModel | VllmEngine]":
     """The model, ready to answer."""
-    from svdtune.cli.asking import placement
+    from svdtune.cli.options import placement
     from svdtune.evaluation.vllm import open_vllm
     from svdtune.export import open_source
 
@@ -184,7 +184,7 @@ def _run_harness(
     device: str | None,
 ) -> str:
     """Run tasks of lm-evaluation-harness; what the terminal shows of them."""
-    from svdtune.cli.asking import placement
+    from svdtune.cli.options import placement
     from svdtune.evaluation.harness import run_harness
     from svdtune.export import open_source
 

@@ -30,7 +30,7 @@ def generate(
     """
     from transformers import TextStreamer
 
-    from svdtune.cli.asking import choose_template, placement
+    from svdtune.cli.options import choose_template, placement
     from svdtune.data import Example, prompt_ids
     from svdtune.evaluation.decoding import complete_batch, context_length, end_token_ids
     from svdtune.evaluation.items import Item, check_items

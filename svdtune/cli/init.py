@@ -38,12 +38,12 @@ def init(
     """
     import torch
 
-    from svdtune.cli.asking import check_device
-    from svdtune.cli.fitting import size_text
+    from svdtune.checkpoint import open_checkpoint
+    from svdtune.cli.fit import size_text
+    from svdtune.cli.options import check_device
     from svdtune.cli.plan import names
-    from svdtune.export.initialising import initialise_adapter
+    from svdtune.methods.start.disk import initialise_adapter
     from svdtune.models.loading import locate
-    from svdtune.planning import open_checkpoint
     from svdtune.training.method import build_config
 
     check_device(device)

@@ -38,7 +38,7 @@ def merge(
     svdtune merge my-adapter --output merged --dtype bfloat16
     svdtune merge my-model --adapter my-adapter --output merged --no-check
     """
-    from svdtune.cli.asking import placement
+    from svdtune.cli.options import placement
     from svdtune.export import find_source
     from svdtune.export import merge as run_merge
 

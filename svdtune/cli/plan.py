@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from svdtune.planning import Checkpoint, Plan
+    from svdtune.checkpoint import Checkpoint
+    from svdtune.planning import Plan
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 _BARS = "▁▂▃▄▅▆▇█"
@@ -71,8 +72,8 @@ def plan(
 
       svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory 80 --batch 8 --length 2048
     """
-    from svdtune.cli.asking import check_device
-    from svdtune.cli.fitting import Fitting, setting_of
+    from svdtune.cli.fit import Fitting, setting_of
+    from svdtune.cli.options import check_device
     from svdtune.planning import draw, make_plan
     from svdtune.system import write_json
 
@@ -122,8 +123,8 @@ def plan(
 
 def _open(model: str, weights: bool) -> "Checkpoint":
     """What the argument names, with its weights where they are asked for."""
+    from svdtune.checkpoint import SHAPES, open_checkpoint, open_shape
     from svdtune.models.loading import locate
-    from svdtune.planning import SHAPES, open_checkpoint, open_shape
 
     if model in SHAPES and not Path(model).exists():
         return open_shape(model)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.decoding import Completion, Decoding, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
-from svdtune.export.opening import Source
+from svdtune.export.source import Source
 from svdtune.models import load_tokenizer, set_end_token
 from svdtune.models.loading import locate
 

@@ -2,7 +2,7 @@
 
 from svdtune.methods.closed import explain_refusals
 from svdtune.methods.mosara import MoSaraConfig, MoSaraModel
-from svdtune.methods.register import register
+from svdtune.methods.registration import register
 from svdtune.methods.sara import SaraConfig, SaraModel
 from svdtune.methods.sorsa import SorsaConfig, SorsaModel
 

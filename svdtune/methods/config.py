@@ -14,8 +14,8 @@ from torch import Tensor
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
-from svdtune.methods.card import write_card
-from svdtune.methods.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest, holds
+from svdtune.methods.files.card import write_card
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest, holds
 
 
 def _help(text: str) -> dict[str, str]:
@@ -36,11 +36,11 @@ class SvdConfig(PeftConfig):
         init_weights: True decomposes the weights. False fills the factors at random, so that the adapter changes the
             outputs from the start: for tests.
         compact: save without the frozen factors (SORSA's P₀ and V₀, Mo-SARA's U and V) and recompute them on loading; see
-            `svdtune.methods.compact`. Set it when the adapter is made: its factors are then computed in float64.
+            `svdtune.methods.files.compact`. Set it when the adapter is made: its factors are then computed in float64.
         fused_slices: what to adapt of projections that hold several matrices in one weight. None: the whole weight, as LoRA
             does. {"c_attn": ["q", "v"]}: these slices of modules of that name, each with a rank and factors of its own;
             for a model that svdtune does not know, {"in_proj": {"q": [groups, width, start, stop]}}, see
-            `svdtune.methods.rows`. "auto": of every projection known to be fused, the slices that the paper adapts.
+            `svdtune.methods.layers.rows`. "auto": of every projection known to be fused, the slices that the paper adapts.
         ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading reads ranks from here.
         slices: [groups, width, start, stop] of every adapted slice, by its name. Written by svdtune.
         kernels: groups, shape [in / groups, k, ...], dilation and padding mode of every adapted convolution. Written by

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.closed import WAY_ROUND
-from svdtune.methods.compact import leave_out, restore
+from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.fused import FusedLinear, RowSlice
-from svdtune.methods.integrity import check_base, check_same_layers, check_tensors
-from svdtune.methods.layer import SvdLayer, parameters_go_to_meta
-from svdtune.methods.quantized import backend_of, device_and_dtype
-from svdtune.methods.settled import Settled
-from svdtune.methods.starting import original_weight
-from svdtune.methods.together import Together
+from svdtune.methods.files.compact import leave_out, restore
+from svdtune.methods.files.integrity import check_base, check_same_layers, check_tensors
+from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
+from svdtune.methods.layers.quantized import backend_of, device_and_dtype
+from svdtune.methods.layers.slices import FusedLinear, RowSlice
+from svdtune.methods.sites import Settled
+from svdtune.methods.start.memory import original_weight
 from svdtune.spectra import sharing
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from svdtune.checkpoint.shards import shard_names
 from svdtune.errors import SvdtuneError
-from svdtune.methods.saved import read_json
+from svdtune.methods.files.adapter import read_json
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
-from svdtune.planning.shards import shard_names
 from svdtune.system import is_out_of_memory
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")

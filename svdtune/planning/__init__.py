@@ -2,21 +2,17 @@
 
 from svdtune.planning.anatomy import Anatomy, anatomy
 from svdtune.planning.chart import by_depth, draw
-from svdtune.planning.checkpoint import Checkpoint, open_checkpoint
-from svdtune.planning.decomposing import initialisation_bytes
+from svdtune.planning.decomposition import initialisation_bytes
 from svdtune.planning.levers import Choice, cheapest, devices_needed, fits, least
 from svdtune.planning.memory import Memory, Setting, estimate
 from svdtune.planning.methods import Method, method
 from svdtune.planning.plan import Layer, Plan, make_plan
-from svdtune.planning.shapes import SHAPES, open_shape
-from svdtune.planning.solve import RankTable, parse_budget
+from svdtune.planning.rank_table import RankTable, parse_budget
 from svdtune.planning.speed import StepTime, step_time
 from svdtune.planning.targets import resolve_targets
 
 __all__ = [
-    "SHAPES",
     "Anatomy",
-    "Checkpoint",
     "Choice",
     "Layer",
     "Memory",
@@ -36,8 +32,6 @@ __all__ = [
     "least",
     "make_plan",
     "method",
-    "open_checkpoint",
-    "open_shape",
     "parse_budget",
     "resolve_targets",
     "step_time",

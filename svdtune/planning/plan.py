@@ -10,11 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from svdtune import spectra
+from svdtune.checkpoint.model import Checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.planning.checkpoint import Checkpoint
 from svdtune.planning.methods import Method
 from svdtune.planning.methods import method as find_method
-from svdtune.planning.solve import RankTable, parse_budget
+from svdtune.planning.rank_table import RankTable, parse_budget
 from svdtune.planning.targets import Target, layers_of, resolve_targets
 
 

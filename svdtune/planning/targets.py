@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
-from svdtune.methods.rows import Rows, chosen_parts
-from svdtune.methods.settled import check_supported
+from svdtune.methods.layers.rows import Rows, chosen_parts
+from svdtune.methods.sites import check_supported
 from svdtune.spectra import matrix_shape
 
 CONFIGS = {config.method: config for config in (SaraConfig, MoSaraConfig, SorsaConfig)}

@@ -6,8 +6,8 @@ from typing import Any
 
 from svdtune._version import __version__
 from svdtune.analysis import Facts, comparisons
-from svdtune.analysis.runs import AVERAGE
-from svdtune.methods.card import TITLES
+from svdtune.analysis.facts import AVERAGE
+from svdtune.methods.files.card import TITLES
 
 _MEASURES = ("relative_change", "delta_d", "delta_sigma", "angle", "condition")
 

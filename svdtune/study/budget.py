@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.planning import Checkpoint
 from svdtune.study.counting import count, largest_rank, opened
 from svdtune.study.ranks import Source, ranks_at, solve_ranks, with_ranks
 from svdtune.training.method import FULL, config_class, method_names

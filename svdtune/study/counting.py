@@ -12,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.methods.fused import FusedLinear, RowSlice
-from svdtune.methods.rows import Rows
+from svdtune.methods.layers.rows import Rows
+from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.models.loading import locate
-from svdtune.planning import Checkpoint, open_checkpoint
 from svdtune.spectra import matrix_shape
 from svdtune.training.method import adapt
 

@@ -15,7 +15,7 @@ from svdtune.study.budget import RULES, fit
 from svdtune.study.counting import opened
 from svdtune.study.spec import Arm, Settings, Study, Tune, arm_settings
 from svdtune.system import explain_write_errors, replace_text
-from svdtune.training.extending import merge
+from svdtune.training.inheritance import merge
 
 Phase = Literal["tune", "final"]
 _LONGEST = 160  # characters of a run's name before its key: file systems take 255 in all

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from svdtune.evaluation.interval import Interval
-from svdtune.report.drawing import draw, new_figure, save, style_of
+from svdtune.report.figures import draw, new_figure, save, style_of
 from svdtune.report.numbers import Lines, Series
 from svdtune.study.arms import Arm, Table
 from svdtune.study.table import title

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from svdtune import spectra
+from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.planning import Checkpoint, RankTable
+from svdtune.planning import RankTable
 from svdtune.study.counting import Layer, count, layers
 
 Source = Literal["uniform", "sara", "random"]

@@ -16,7 +16,7 @@ from svdtune.study.results import RESULTS, pack, read_results
 from svdtune.study.spec import Study
 from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.folder import LOG, SUMMARY
-from svdtune.training.sampling import DURING, read_samples
+from svdtune.training.movement import DURING, read_samples
 
 _CURVE = 60  # points kept of a loss curve
 

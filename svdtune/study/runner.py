@@ -21,10 +21,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
 from svdtune.models.loading import locate
-from svdtune.planning import open_checkpoint
 from svdtune.study.grid import Fits, Job, cells, model_name
 from svdtune.study.making import Making, take_up
 from svdtune.study.records import KnownRuns, Place, read_record, record_of, write_record

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from svdtune.data.catalogue import CATALOGUE, scored
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
-from svdtune.training.extending import merge, read_settings, read_text, read_yaml
+from svdtune.training.inheritance import merge, read_settings, read_text, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.recipe import Evaluation, Source, check_recipe, set_at
 

@@ -27,8 +27,8 @@ from svdtune.data.examples import fields_of
 from svdtune.data.leaks import leaks
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
-from svdtune.evaluation.asking import Together, ask, decoding_of, output_folder, prepare, sets_to_ask
-from svdtune.export.opening import Source, find_source, open_source
+from svdtune.evaluation.questions import Together, ask, decoding_of, output_folder, prepare, sets_to_ask
+from svdtune.export.source import Source, find_source, open_source
 from svdtune.models import LoadedModel
 from svdtune.study.records import Place, record_of, scores_of, write_record
 from svdtune.system import is_out_of_memory, replace_text

@@ -3,7 +3,7 @@
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from svdtune.methods.together import SMALL_LAYER
+from svdtune.methods.compute.together import SMALL_LAYER
 
 
 def launch_bound(model: nn.Module, batch_size: int, tokens: float) -> str | None:

@@ -20,7 +20,7 @@ from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.system import replace_text
 from svdtune.training.checkpoints import WrittenBy, keep_up_to, latest_checkpoint, step_of, written_by
-from svdtune.training.extending import read_text, read_yaml
+from svdtune.training.inheritance import read_text, read_yaml
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
 RECIPE, LOG, SUMMARY, REPORT = "recipe.yaml", "train_log.jsonl", "training.json", "report.html"

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from svdtune.data.catalogue import scored
 from svdtune.data.prompts import TEMPLATES, is_template
 from svdtune.errors import SvdtuneError
-from svdtune.training.extending import read_settings, read_yaml
+from svdtune.training.inheritance import read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
 
@@ -152,7 +152,7 @@ class Evaluation(_Section):
 
 
 class Analysis(_Section):
-    """Samples of how far the weights have moved, taken while the run trains; see `svdtune.training.sampling`."""
+    """Samples of how far the weights have moved, taken while the run trains; see `svdtune.training.movement`."""
 
     samples: int = Field(20, ge=2, description="How many, spread evenly, the start and the end among them.")
     modules: list[str] | None = Field(None, description="Names or patterns of the layers; null: all adapted ones.")

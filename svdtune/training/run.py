@@ -19,25 +19,25 @@ from transformers.utils.logging import disable_progress_bar
 from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
-from svdtune.methods.card import add_section
+from svdtune.methods.files.card import add_section
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors
+from svdtune.training.adalora import AllocateRanks
 from svdtune.training.advice import launch_bound
-from svdtune.training.allocating import AllocateRanks
+from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
-from svdtune.training.card import training_section
-from svdtune.training.filling import FilledRows
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
+from svdtune.training.health import WatchNumbers
 from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, adapted_modules, with_steps
-from svdtune.training.preparing import Prepared, prepare
+from svdtune.training.movement import SampleMovement
+from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import parameter_counts, show_adapted, show_example
+from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
-from svdtune.training.sampling import SampleMovement
 from svdtune.training.sharded import is_spread, saved_state
 from svdtune.training.trainer import RunTrainer, total_steps
-from svdtune.training.watching import WatchNumbers
 
 _GO_ON = "Start the run again with --resume: it goes on from its latest checkpoint"
 # How long a process waits for another, which may be decomposing weights or writing a checkpoint.

@@ -16,9 +16,9 @@ from transformers.utils import is_torch_tf32_available
 from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
-from svdtune.training.allocating import all_ranks, load_state, save_state
+from svdtune.training.adalora import all_ranks, load_state, save_state
+from svdtune.training.batches import fill_up
 from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, keep_newest, note_processes, seal
-from svdtune.training.filling import fill_up
 from svdtune.training.recipe import Recipe
 from svdtune.training.sharded import saved_state, spread_optimizer_state, whole_optimizer_state
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from svdtune.cli import app
-from svdtune.methods.saved import read_adapter
+from svdtune.methods.files.adapter import read_adapter
 
 
 def run(*arguments):

@@ -14,8 +14,8 @@ from tiny_steps import METHODS, shard, start, tiny, train
 from torch import nn
 
 import svdtune
-from svdtune.methods import starting
 from svdtune.methods.sorsa.regularizer import sorsa_layers, trained_factors
+from svdtune.methods.start import memory
 from svdtune.spectra import decompose
 
 
@@ -148,8 +148,8 @@ def unreadable(index: int) -> tuple[str, bool]:
             raise svdtune.SvdtuneError("the weight cannot be read")
         return original(module)
 
-    original = starting.original_weight
-    with mock.patch.object(starting, "original_weight", read):
+    original = memory.original_weight
+    with mock.patch.object(memory, "original_weight", read):
         return failure(lambda: main_alone("sorsa", index))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from svdtune.evaluation import Decoding, TransformersEngine
-from svdtune.evaluation.asking import Together, ask, prepare
+from svdtune.evaluation.questions import Together, ask, prepare
 from svdtune.models import load
 
 SETS = {"SVAMP": 3, "AddSub": 2, "SingleEq": 4}

@@ -2,8 +2,8 @@
 
 import json
 
-from svdtune.evaluation.card import add_scores
-from svdtune.methods.card import add_section
+from svdtune.evaluation.score_table import add_scores
+from svdtune.methods.files.card import add_section
 
 INTERVAL = {"level": 0.95, "low": 0.4, "high": 0.6}
 RESULTS = {

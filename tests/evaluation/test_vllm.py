@@ -15,7 +15,7 @@ from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.evaluation import Decoding, Item, evaluate, get_task
 from svdtune.evaluation.decoding import complete_batch
 from svdtune.evaluation.vllm import open_vllm
-from svdtune.export.opening import find_source
+from svdtune.export.source import find_source
 from svdtune.models import load
 
 PROMPTS = [[70, 71, 72], [80], [90, 91]]

@@ -14,8 +14,8 @@ from tiny import tiny_llama
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
-from svdtune.export.opening import attach_adapter, find_source
-from svdtune.methods.saved import read_adapter
+from svdtune.export.source import attach_adapter, find_source
+from svdtune.methods.files.adapter import read_adapter
 
 CONFIGS = {"sara": SaraConfig(r=2), "mosara": MoSaraConfig(r=2), "sorsa": SorsaConfig(r=2)}
 WORDS = [

@@ -6,8 +6,8 @@ import pytest
 import torch
 from test_convolutions import adapted as convolution
 from test_convolutions import data
-from test_fused import adapted as fused
 from test_peft_verbs import CONFIGS, TOKENS
+from test_slices import adapted as fused
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

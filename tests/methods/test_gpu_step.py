@@ -10,8 +10,8 @@ from test_training_step import literal
 from tiny import tiny_llama
 
 from svdtune import regularize
-from svdtune.methods import kernels
-from svdtune.methods.lowrank import low_rank_linear
+from svdtune.methods.compute import kernels
+from svdtune.methods.compute.lowrank import low_rank_linear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -36,7 +36,7 @@ def gradients(model, autocast=False):
 @pytest.mark.parametrize("small_layer", [0, 4e9])  # layers with one input in one node, or all changes at once
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fp32(name, small_layer, monkeypatch):
-    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", small_layer)
+    monkeypatch.setattr("svdtune.methods.compute.together.SMALL_LAYER", small_layer)
     model = adapted(name)
     want = gradients(literal(copy.deepcopy(model)))
     for key, gradient in gradients(model).items():
@@ -46,7 +46,7 @@ def test_fp32(name, small_layer, monkeypatch):
 @pytest.mark.parametrize("small_layer", [0, 4e9])  # layers with one input in one node, or all changes at once
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_autocast_is_no_worse_than_the_literal_form(name, small_layer, monkeypatch):
-    monkeypatch.setattr("svdtune.methods.together.SMALL_LAYER", small_layer)
+    monkeypatch.setattr("svdtune.methods.compute.together.SMALL_LAYER", small_layer)
     model = adapted(name)
     truth = gradients(literal(copy.deepcopy(model)))
     rough = gradients(literal(copy.deepcopy(model)), autocast=True)
@@ -60,7 +60,7 @@ def test_bf16_autocast_is_no_worse_than_the_literal_form(name, small_layer, monk
 def test_dropout_in_the_kernels(name, r, monkeypatch):
     """The same outputs and gradients as dropout on a stored input with the same mask."""
     seed = torch.tensor(1234567, device="cuda")
-    monkeypatch.setattr("svdtune.methods.kernels.dropout_seed", lambda device: seed)
+    monkeypatch.setattr("svdtune.methods.compute.kernels.dropout_seed", lambda device: seed)
     p, torch_seed = 0.3, torch.Generator("cuda").manual_seed(0)
 
     def random(*shape):

@@ -6,11 +6,11 @@ SORSA's residual layout changes the base weight, so the base comes back to the r
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_fused import MODELS as FUSED_MODELS
-from test_fused import fused_name
-from test_fused import model_of as fused_model_of
 from test_model_families import FAMILIES, model_of, output
 from test_peft_verbs import CONFIGS, UNCHANGED_AT_START, move
+from test_slices import MODELS as FUSED_MODELS
+from test_slices import fused_name
+from test_slices import model_of as fused_model_of
 from torch import nn
 
 METHODS = ["sara", "mosara", "sorsa", "sorsa-residual"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from svdtune.methods.lowrank import add_low_rank
+from svdtune.methods.compute.lowrank import add_low_rank
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import math as sara
@@ -239,7 +239,7 @@ def test_delta_keeps_small_changes_that_bf16_products_would_lose():
 @pytest.mark.parametrize("layout", ["delta", "residual"])
 def test_zero_columns_change_nothing(layout, monkeypatch):
     """Odd ranks are filled up for tensor cores: the same outputs and gradients."""
-    monkeypatch.setattr("svdtune.methods.lowrank.alignment", lambda dtype, device: 8)
+    monkeypatch.setattr("svdtune.methods.compute.lowrank.alignment", lambda dtype, device: 8)
     for shape in SHAPES.values():
         frozen, trained = sorsa_case(shape, "random", layout, 0.3)
         compare(

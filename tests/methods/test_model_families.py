@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.export.lora import export_lora
-from svdtune.methods.fused import FusedLinear
+from svdtune.methods.layers.slices import FusedLinear
 
 METHODS = {
     "sara": (SaraConfig, {"r": 3}),

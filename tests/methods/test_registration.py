@@ -5,7 +5,7 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from svdtune import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
-from svdtune.methods.register import register
+from svdtune.methods.registration import register
 
 METHODS = [(SaraConfig, SaraModel), (MoSaraConfig, MoSaraModel), (SorsaConfig, SorsaModel)]
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svdtune.methods.changes import changes_at_once
-from svdtune.methods.lowrank import low_rank_linear
+from svdtune.methods.compute.changes import changes_at_once
+from svdtune.methods.compute.lowrank import low_rank_linear
 
 SLACK = 1.05  # rounding errors are random: LoRA's own differ by as much between seeds
 

@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from svdtune.checkpoint import SHAPES, Checkpoint, open_shape
 from svdtune.errors import SvdtuneError
 from svdtune.planning import (
-    SHAPES,
-    Checkpoint,
     Setting,
     anatomy,
     cheapest,
@@ -20,7 +19,6 @@ from svdtune.planning import (
     fits,
     least,
     make_plan,
-    open_shape,
     step_time,
 )
 from svdtune.planning.levers import RESERVE

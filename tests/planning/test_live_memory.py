@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdtune import SorsaConfig
-from svdtune.planning import Checkpoint, Setting, anatomy, estimate, make_plan
+from svdtune.checkpoint import Checkpoint
+from svdtune.planning import Setting, anatomy, estimate, make_plan
 
 BATCH, LENGTH, RANK = 4, 64, 8
 CONFIGS = {"sorsa": SorsaConfig, "lora": LoraConfig}

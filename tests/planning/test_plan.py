@@ -20,11 +20,12 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from svdtune.checkpoint import open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold, spectrum
 from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
-from svdtune.planning import Setting, anatomy, by_depth, draw, estimate, make_plan, open_checkpoint
-from svdtune.planning.solve import RankTable
+from svdtune.planning import Setting, anatomy, by_depth, draw, estimate, make_plan
+from svdtune.planning.rank_table import RankTable
 
 QV = ["q_proj", "v_proj"]
 

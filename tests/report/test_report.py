@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from svdtune.analysis import comparisons, read_facts
 from svdtune.cli import app
 from svdtune.report import all_numbers, figures, gather, render, write_figures
-from svdtune.report.drawing import draw, save
+from svdtune.report.figures import draw, save
 
 
 @pytest.fixture

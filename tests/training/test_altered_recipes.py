@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.extending import read_yaml
+from svdtune.training.inheritance import read_yaml
 from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe
 
 WHOLE = """\

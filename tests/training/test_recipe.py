@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.extending import read_yaml
+from svdtune.training.inheritance import read_yaml
 from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe, parse_overrides
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from svdtune.methods.lowrank import compute_dtype, filled
+from svdtune.methods.compute.lowrank import compute_dtype, filled
 from svdtune.methods.mosara.math import projections
 
 GATES = ("softmax", "top1", "none")

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
-from svdtune.methods.convolution import as_channels, expand, per_position, project
-from svdtune.methods.layer import SvdLayer
-from svdtune.methods.lowrank import compute_dtype
+from svdtune.methods.compute.lowrank import compute_dtype
+from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.convolution import as_channels, expand, per_position, project
 from svdtune.methods.mosara.config import MoSaraConfig
 from svdtune.methods.mosara.gates import add_top1, mean_head, top1, top1_linear
 from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start, ready, scaled_rows

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from svdtune.methods import kernels
-from svdtune.methods.lowrank import compute_dtype, filled
+from svdtune.methods.compute import kernels
+from svdtune.methods.compute.lowrank import compute_dtype, filled
 
 # k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes three times as long.
 COLUMNS = 64

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
-from svdtune.methods.lowrank import scaled
-from svdtune.methods.lowranklayer import LowRankLayer
+from svdtune.methods.compute.lowrank import scaled
+from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.sara.config import SaraConfig
 from svdtune.methods.sara.math import kaiming_factors
 

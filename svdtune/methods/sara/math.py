@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from svdtune.methods.lowrank import low_rank_linear, scaled
+from svdtune.methods.compute.lowrank import low_rank_linear, scaled
 
 
 def sara_linear(

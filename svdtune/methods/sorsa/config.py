@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig, is_number_in, one_of
-from svdtune.methods.quantized import is_quantized
+from svdtune.methods.layers.quantized import is_quantized
 
 DEFAULT_R = 64
 
@@ -22,7 +22,7 @@ class SorsaConfig(SvdConfig):
     Args:
         layout: "delta" leaves the weight alone and adds the change of its principal part. "residual" (the paper's letter)
             subtracts the principal part from the weight in place; in bf16 and fp16 that rounds the weight. "split": the base
-            checkpoint is a residual already, quantized or not; only adapters that `svdtune.export.splitting` wrote have it.
+            checkpoint is a residual already, quantized or not; only adapters that `svdtune.export.split` wrote have it.
         gamma: strength γ of the orthonormal regularizer (Eq. 6), 0 turns it off.
         reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum" (Eq. 4).
         smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient jumps at 0.
@@ -56,7 +56,7 @@ class SorsaConfig(SvdConfig):
         if self.layout == "split" and not self.initialized:
             raise SvdtuneError(
                 "layout='split' says that the base checkpoint has lost its principal part already; a new adapter cannot know "
-                "it. Write both with svdtune.export.splitting.split_checkpoint and load the adapter that it wrote"
+                "it. Write both with svdtune.export.split.split_checkpoint and load the adapter that it wrote"
             )
         if self.layout != "residual":
             return
@@ -64,7 +64,7 @@ class SorsaConfig(SvdConfig):
             raise SvdtuneError(
                 f"layout='residual' subtracts from the weight, but {name!r} is quantized. Use layout='delta', which leaves the "
                 "weight alone, or split the unquantized model first and quantize its residual: "
-                "svdtune.export.splitting.split_checkpoint"
+                "svdtune.export.split.split_checkpoint"
             )
         weight = getattr(base, "weight", None)
         if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from svdtune import spectra
 from svdtune.linalg import Factors
-from svdtune.methods.convolution import add_convolved
-from svdtune.methods.lowrank import add_low_rank, scaled
-from svdtune.methods.lowranklayer import LowRankLayer
+from svdtune.methods.compute.lowrank import add_low_rank, scaled
+from svdtune.methods.layers.convolution import add_convolved
+from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.sara.math import kaiming_factors
 from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.math import sorsa_pair

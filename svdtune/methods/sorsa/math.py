@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from svdtune.methods.lowrank import low_rank_linear, pair
+from svdtune.methods.compute.lowrank import low_rank_linear, pair
 
 
 def sorsa_linear(

@@ -1,0 +1,172 @@
+"""What the files of a run say, whichever of them there are: settings, log, scores, and what `svdtune analyze` left."""
+
+import json
+from pathlib import Path
+from typing import Any, TypedDict
+
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation.averages import average
+from svdtune.training.folder import ANALYSIS, LOG, RECIPE, SUMMARY, read_run
+from svdtune.training.method import FULL, build_config
+from svdtune.training.movement import DURING, read_samples
+from svdtune.training.recipe import Recipe
+
+AVERAGE = "average of sets"
+# What each part is called, and the command that makes it.
+_PARTS = {
+    "before": "spectra and ranks before training: svdtune analyze RUN",
+    "after": "the trained change: svdtune analyze RUN",
+    "routing": "routing of Mo-SARA's heads: svdtune analyze RUN --items 8",
+}
+
+
+class Score(TypedDict):
+    """One score of a run: a share or another metric, its 95 % interval (None if unknown), and how many items it is over."""
+
+    value: float
+    low: float | None
+    high: float | None
+    n: int
+
+
+class Facts(TypedDict):
+    """A run.
+
+    Attributes:
+        name: of its folder.
+        folder: the folder.
+        method: its method's name.
+        settings: what a comparison is made by: threshold, heads, rank, scale (α / r), first and last layer; None where it has
+            none.
+        summary: `training.json`.
+        log: lines of the log.
+        scores: by label, such as "gsm8k-number (strict)".
+        before, during, after, routing: what analysis left; None where it did not.
+        missing: a sentence for each part that is not there.
+    """
+
+    name: str
+    folder: str
+    method: str
+    settings: dict[str, Any]
+    summary: dict[str, Any]
+    log: list[dict[str, Any]]
+    scores: dict[str, Score]
+    before: dict[str, Any] | None
+    during: list[dict[str, Any]] | None
+    after: dict[str, Any] | None
+    routing: dict[str, Any] | None
+    missing: list[str]
+
+
+def read_facts(run: str | Path) -> Facts:
+    """Read a run folder; what is missing or damaged is named in `missing`, and everything else is still read.
+
+    Raises:
+        SvdtuneError: the folder is no run.
+    """
+    folder = Path(run).expanduser()
+    if not (folder / RECIPE).is_file():
+        raise SvdtuneError(f"{run} is not a run of svdtune: it has no {RECIPE}; name the folder `svdtune train` made")
+    recipe, missing = read_run(folder), []
+    parts = {part: _json(folder / ANALYSIS / f"{part}.json", missing) for part in _PARTS}
+    summary = _json(folder / SUMMARY, missing)
+    scores = _scores(folder, missing)
+    samples = _lines(folder / DURING, missing)
+    facts = Facts(
+        name=folder.resolve().name,
+        folder=str(run),
+        method=recipe.method.name,
+        settings=_settings(recipe),
+        summary=summary or {},
+        log=_lines(folder / LOG, missing),
+        scores=scores,
+        during=samples or None,
+        missing=missing,
+        **parts,
+    )
+    wants_routing = facts["settings"]["heads"] not in (None, 1)
+    # What a router changes depends on the token: it has routing in the place of a change.
+    wanted = ("before", "routing" if wants_routing else "after")
+    missing += [_PARTS[part] for part in wanted if parts[part] is None]
+    if summary is None:
+        missing.append("the result: the run is not finished (svdtune train RECIPE --resume)")
+    if not facts["log"]:
+        missing.append("loss and gradient norm: there is no train_log.jsonl")
+    if not scores:
+        missing.append("scores: svdtune evaluate RUN")
+    if not samples and not wants_routing:
+        missing.append("movement during training: an `analysis` section in the recipe, before training")
+    return facts
+
+
+def _json(path: Path, problems: list[str]) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError:
+        problems.append(f"{path.name} is damaged and was left out")
+        return None
+
+
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    try:
+        return read_samples(path)
+    except ValueError:
+        problems.append(f"{path.name} is damaged and was left out")
+        return []
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """What comparisons go by, defaults of the method included."""
+    config = None if recipe.method.name == FULL else build_config(recipe.method.name, recipe.method.options)
+    rank, alpha = getattr(config, "r", None), getattr(config, "lora_alpha", None)
+    chosen = getattr(config, "layers_to_transform", None)
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    return {
+        "threshold": getattr(config, "threshold", None),
+        "heads": getattr(config, "num_heads", None),
+        "rank": rank,
+        "scale": alpha / rank if alpha and rank else None,
+        "variant": _variant(config),
+        "layers": [min(chosen), max(chosen)] if chosen else None,
+        "model": recipe.model.name,
+        "seed": recipe.training.seed,
+    }
+
+
+def _variant(config: Any) -> str | None:
+    """The name under which a variant of LoRA is known."""
+    start = getattr(config, "init_lora_weights", None)
+    if getattr(config, "use_dora", False):
+        return "DoRA"
+    return "PiSSA" if isinstance(start, str) and start.startswith("pissa") else None
+
+
+def _scores(folder: Path, problems: list[str]) -> dict[str, Score]:
+    """The scores of every finished evaluation, and their average over sets where there are several."""
+    found: dict[str, Score] = {}
+    counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
+    for path in sorted(folder.glob("evaluations/*/result.json")):
+        name, result = path.parent.name, _json(path, problems)
+        if not isinstance(result, dict) or "n" not in result:
+            continue
+        for mode in counts:
+            if score := result.get(mode):
+                found[f"{name} ({mode})"] = _score(score["accuracy"], score.get("interval"), result["n"])
+                samples = result["n"] * result.get("settings", {}).get("samples", 1)
+                counts[mode][name] = (score["correct"], samples)
+        for metric, value in (result.get("metrics") or {}).items():
+            if isinstance(value, dict):
+                found[f"{name} {metric}"] = _score(value["value"], value.get("interval"), result["n"])
+    for mode, sets in counts.items():
+        if len(sets) > 1:
+            mean = average(sets)
+            found[f"{AVERAGE} ({mode})"] = _score(mean.macro, mean.macro_interval._asdict(), mean.n)
+    return found
+
+
+def _score(value: float, interval: dict[str, float] | None, n: int) -> Score:
+    interval = interval or {}
+    return Score(value=value, low=interval.get("low"), high=interval.get("high"), n=n)

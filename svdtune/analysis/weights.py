@@ -1,0 +1,94 @@
+"""Open a finished run with both of its weights: the one each layer has now and the base model's own."""
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.errors import SvdtuneError
+from svdtune.export.source import Source, base_folder, find_source, open_source
+from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.matrices import Observed, observed_layers, trained_layers
+from svdtune.models import LoadedModel
+from svdtune.spectra import matrix_shape
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A finished run.
+
+    Attributes:
+        source: which base, adapter and recipe.
+        loaded: the trained model.
+        wanted: names or patterns of the layers to look at; None for all.
+    """
+
+    source: Source
+    loaded: LoadedModel
+    wanted: Sequence[str] | None = None
+
+    @cached_property
+    def layers(self) -> list[Observed]:
+        """The layers that were trained.
+
+        Raises:
+            SvdtuneError: none is wanted.
+        """
+        found = trained_layers(self.loaded.model)
+        chosen = [layer for layer in found if self._is_wanted(layer.name)]
+        if not chosen:
+            there = ", ".join(dict.fromkeys(layer.name.rpartition(".")[2] for layer in found))
+            raise SvdtuneError(
+                f"{list(self.wanted or [])} matches no trained layer of {self.source.run}; there are {there}"
+            )
+        return chosen
+
+    @property
+    def matrices(self) -> list[Observed]:
+        """Those of the layers whose change is a matrix: not Mo-SARA with several heads."""
+        known = {layer.name for layer in observed_layers(self.loaded.model)}
+        return [layer for layer in self.layers if layer.name in known]
+
+    def start(self, layer: Observed) -> Tensor:
+        """The base model's own weight [out, in] of a layer.
+
+        Ours give it back exactly. Other methods may have changed it (PiSSA), so it is read from the base checkpoint again.
+        """
+        if isinstance(layer.module, SvdLayer):
+            return layer.start()
+        return self._checkpoint.weight(layer.name).to(layer.weight().dtype)
+
+    def shape(self, layer: Observed) -> tuple[int, int]:
+        """(out, in) of a layer's matrix, without reading it."""
+        return matrix_shape(layer.module)
+
+    @cached_property
+    def _checkpoint(self) -> Checkpoint:
+        assert self.source.recipe is not None
+        base = Source(self.source.recipe.model.name, recipe=self.source.recipe)
+        return open_checkpoint(base_folder(base))
+
+    def _is_wanted(self, name: str) -> bool:
+        return self.wanted is None or any(
+            fnmatch.fnmatch(name, pattern) or name.endswith(f".{pattern}") for pattern in self.wanted
+        )
+
+
+def open_run(run: str | Path, wanted: Sequence[str] | None = None) -> Opened:
+    """Load a finished run on the CPU.
+
+    Args:
+        run: a run folder.
+        wanted: names or patterns of the layers to look at ("q_proj", "*.3.*"); all trained ones by default.
+
+    Raises:
+        SvdtuneError: there is no finished run, or a part of it is missing.
+    """
+    source = find_source(run)
+    if source.run is None:
+        raise SvdtuneError(f"{run} is not a run of svdtune: analysis needs the folder that `svdtune train` left")
+    return Opened(source, open_source(source), wanted)

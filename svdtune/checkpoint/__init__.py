@@ -1,0 +1,6 @@
+"""A model on disk: its names, shapes and tensors, the model without its weights, and files that are written whole."""
+
+from svdtune.checkpoint.model import Checkpoint, open_checkpoint
+from svdtune.checkpoint.shapes import SHAPES, open_shape
+
+__all__ = ["SHAPES", "Checkpoint", "open_checkpoint", "open_shape"]

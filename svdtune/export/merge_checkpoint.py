@@ -1,0 +1,265 @@
+"""Merge an adapter into a plain Transformers checkpoint on disk, weight by weight, and compare what it gives with the adapter.
+
+No model is built for it: each tensor of the base checkpoint is copied, or merged and written, one in memory at a time. Files,
+their names and the dtype stay those of the base. A comparison of logits follows where the model fits into memory.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel
+
+from svdtune.checkpoint.folder import check_new_folder, new_folder
+from svdtune.checkpoint.names import StoredNames, build_skeleton, stored_names
+from svdtune.checkpoint.shards import INDEX, SINGLE
+from svdtune.checkpoint.tensors import FLOATING, Checkpoint, Computed, Stored, open_checkpoint, write_tensors
+from svdtune.errors import SvdtuneError
+from svdtune.export.comparison import Comparison, compare_checkpoint, why_not
+from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
+from svdtune.export.source import Source, adapter_of, base_folder
+from svdtune.methods.files.card import CARD, TITLES, front, table
+from svdtune.models import load, load_tokenizer, set_end_token
+
+# What is copied of the base folder besides its weights: everything but weights in other formats, its card, and the hidden.
+_LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
+_FOLDERS = ("additional_chat_templates",)
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge wrote.
+
+    Attributes:
+        output: folder of the checkpoint.
+        dtype: of the merged weights, as a word of Transformers; several, joined by commas, where the base mixes them.
+        layers: number of weights that the adapter changed.
+        comparison: the checkpoint's logits, read back from the disk, with the adapter's; None where they were not compared.
+        unchecked: why not.
+    """
+
+    output: Path
+    dtype: str
+    layers: int
+    comparison: Comparison | None
+    unchecked: str | None
+
+
+def merge(
+    source: Source,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    check: bool | None = None,
+) -> MergeReport:
+    """Write base + adapter as one checkpoint that needs neither PEFT nor svdtune.
+
+    Shards, dtype, tokenizer, generation config and the base folder's other files are kept. The checkpoint is written beside
+    `output`, compared with the adapter there, and only then moved into place.
+
+    Args:
+        source: a base model with an adapter.
+        output: folder to create.
+        dtype: of the checkpoint; "auto" keeps the base checkpoint's own, whatever the run was trained in.
+        device: where to compute the logits that are compared.
+        check: compare logits with the adapter's. By default where the model is a causal language model that fits into memory.
+
+    Raises:
+        SvdtuneError: there is no adapter, it cannot be merged (Mo-SARA with several heads: its update depends on the token)
+            or belongs to another base, `output` cannot be written, or the checkpoint does not give the adapter's outputs.
+    """
+    output = Path(output).expanduser()
+    folder = adapter_of(source, "merge")
+    if dtype != "auto" and dtype not in _words():
+        raise SvdtuneError(f"dtype {dtype!r} is none to merge in: expected auto, {', '.join(_words())}")
+    check_new_folder(output)
+    target = None if dtype == "auto" else _words()[dtype]
+    with new_folder(output) as work, _safetensors_of(source, output.absolute().parent) as base:
+        skeleton = build_skeleton(base.folder, read_peft_config(folder), trust_remote_code=source.trust_remote_code)
+        adapter = LayerwiseAdapter(folder, skeleton)
+        untied, dtypes = _write_weights(base, work, adapter, skeleton, target)
+        _copy_other_files(base.folder, work, source, skeleton)
+        _edit_config(work, untied, target)
+        weights = sum(_cast(base, name, stored, target).size for name, stored in base.tensors.items())
+        unchecked = "not asked for" if check is False else why_not(source, skeleton, base.folder, weights, device)
+        if check and unchecked:
+            raise SvdtuneError(f"the merged checkpoint cannot be compared with the adapter: {unchecked}")
+        comparison = None if unchecked else compare_checkpoint(source, work, dtype, device, dtypes)
+        words = ", ".join(sorted(str(each).removeprefix("torch.") for each in dtypes))
+        report = MergeReport(output, words, len(adapter.layers), comparison, unchecked)
+        (work / CARD).write_text(_card(source, adapter, report), encoding="utf-8")
+    return report
+
+
+def _words() -> dict[str, torch.dtype]:
+    return {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING.values()}
+
+
+@contextmanager
+def _safetensors_of(source: Source, beside: Path) -> Iterator[Checkpoint]:
+    """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion that is removed again."""
+    folder = base_folder(source)
+    found = open_checkpoint(folder) if folder.is_dir() else None
+    if found is not None:
+        yield found
+        return
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".svdtune-base-") as converted:
+        loaded = load(folder, trust_remote_code=source.trust_remote_code)
+        loaded.model.save_pretrained(converted)
+        loaded.tokenizer.save_pretrained(converted)
+        del loaded
+        found = open_checkpoint(Path(converted))
+        assert found is not None
+        yield found
+
+
+def _write_weights(
+    base: Checkpoint, work: Path, adapter: LayerwiseAdapter, skeleton: PreTrainedModel, target: torch.dtype | None
+) -> tuple[bool, set[torch.dtype]]:
+    """Write every weight; whether tied weights had to part, and the dtypes of the weights that were changed."""
+    with tqdm(desc="svdtune merge", unit="weight", delay=1.0) as bar:
+        new, added, untied = _plan(base, adapter, skeleton, target, bar)
+        weight_map: dict[str, str] = {}
+        total = 0
+        for file, shard in base.shards.items():
+            written: dict[str, Stored | Computed] = {}
+            for name, stored in shard.items():
+                written[name] = new.get(name) or _cast(base, name, stored, target)
+                written |= added.get(name, {})
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(work / file, written, base.metadata[file])
+            weight_map |= dict.fromkeys(written, file)
+            total += sum(tensor.size for tensor in written.values())
+    if SINGLE not in base.shards:
+        index = json.loads((base.folder / INDEX).read_text(encoding="utf-8"))
+        metadata = index.get("metadata")
+        index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
+        index["weight_map"] = dict(sorted(weight_map.items()))
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    computed = [tensor for group in (new, *added.values()) for tensor in group.values() if isinstance(tensor, Computed)]
+    return untied, {tensor.dtype for tensor in computed}
+
+
+def _plan(
+    base: Checkpoint, adapter: LayerwiseAdapter, skeleton: PreTrainedModel, target: torch.dtype | None, bar: tqdm
+) -> tuple[dict[str, Computed], dict[str, dict[str, Stored | Computed]], bool]:
+    """What takes the place of a stored tensor, what is written beside one, and whether tied embeddings part.
+
+    Where input and output embeddings are one weight and one of them is adapted, both are written, each with its own values.
+    """
+    tensors = base.tensors
+    names = stored_names(skeleton, tensors)
+    changed = {f"{layer}.weight": partial(_merged, base, adapter, names, layer) for layer in adapter.layers}
+    changed |= {parameter: partial(adapter.read, parameter) for parameter in adapter.replaced}
+    new: dict[str, Computed] = {}
+    added: dict[str, dict[str, Stored | Computed]] = {}
+    bar.total = len(changed)
+    untied = False
+    for parameter, compute in changed.items():
+        place = names.of(parameter)
+        dtype = target or _floating(place, tensors[place])
+        shape = tensors[place].shape
+        tensor = Computed(dtype, shape, partial(_rounded, parameter, compute, dtype, shape, bar))
+        if names.own(parameter) is not None:
+            new[place] = tensor
+        else:
+            added.setdefault(place, {})[parameter] = tensor
+        for twin in names.tied(parameter):
+            untied = True
+            if names.own(twin) is None and twin not in changed:
+                added.setdefault(place, {})[twin] = _cast(base, place, tensors[place], target)
+    return new, added, untied
+
+
+def _merged(base: Checkpoint, adapter: LayerwiseAdapter, names: StoredNames, layer: str) -> Tensor:
+    return adapter.merged(layer, base.read(names.of(f"{layer}.weight")))
+
+
+def _rounded(
+    parameter: str, compute: Callable[[], Tensor], dtype: torch.dtype, shape: tuple[int, ...], bar: tqdm
+) -> Tensor:
+    found = compute().to(dtype)
+    if tuple(found.shape) != shape:
+        raise SvdtuneError(
+            f"{parameter} is {list(found.shape)} in the adapter and {list(shape)} in the base checkpoint: it was made for a "
+            "base of another size, or with a resized vocabulary. Save that base first and name its folder"
+        )
+    if not torch.isfinite(found).all():
+        raise SvdtuneError(
+            f"{parameter} with the adapter in it does not fit {dtype}: it holds NaN or infinity; the adapter cannot be merged. "
+            "Is it broken? If not, use --dtype float32 (dtype='float32')"
+        )
+    bar.update()
+    return found
+
+
+def _floating(name: str, stored: Stored) -> torch.dtype:
+    if stored.dtype not in FLOATING:
+        raise SvdtuneError(
+            f"the base stores {name} as {stored.dtype}: a quantized checkpoint takes no merged weight. Name the full-precision "
+            "checkpoint that it was made from"
+        )
+    return FLOATING[stored.dtype]
+
+
+def _cast(base: Checkpoint, name: str, stored: Stored, target: torch.dtype | None) -> Stored | Computed:
+    if target is None or stored.dtype not in FLOATING or FLOATING[stored.dtype] == target:
+        return stored
+    return Computed(target, stored.shape, partial(base.read, name))
+
+
+def _copy_other_files(folder: Path, work: Path, source: Source, skeleton: PreTrainedModel) -> None:
+    """Tokenizer, configurations and whatever else stands in the base folder; with the run's end token where it set one."""
+    for path in sorted(folder.iterdir()):
+        weights = path.suffix in _LEFT_OUT or path.name.endswith(".index.json")
+        if path.is_file() and not weights and path.name != CARD and not path.name.startswith("."):
+            shutil.copyfile(path, work / path.name)
+        elif path.is_dir() and path.name in _FOLDERS:
+            shutil.copytree(path, work / path.name)
+    end_token = source.recipe.model.end_token if source.recipe else None
+    if end_token is not None:
+        tokenizer = load_tokenizer(folder)
+        if (folder / "generation_config.json").is_file():
+            skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+        set_end_token(skeleton, tokenizer, end_token)
+        tokenizer.save_pretrained(work)
+        skeleton.config.save_pretrained(work)
+        if skeleton.generation_config is not None:
+            skeleton.generation_config.save_pretrained(work)
+
+
+def _card(source: Source, adapter: LayerwiseAdapter, report: MergeReport) -> str:
+    method = adapter.config.peft_type.value
+    found = report.comparison
+    error = f"relative difference {found.relative:.1e}, at {found.positions} positions" if found else "not compared"
+    rows = {
+        "base model": f"`{source.base}`",
+        "adapter": TITLES.get(method.lower(), method),
+        "weights changed": report.layers,
+        "dtype of those": report.dtype,
+        "logits against the adapter's": error,
+    }
+    data = {"base_model": source.base, "library_name": "transformers", "tags": ["merged", "svdtune", method.lower()]}
+    return f"{front(data)}# {source.base} with an adapter merged into it\n\n{table(rows)}\n\nBy `svdtune merge`.\n"
+
+
+def _edit_config(work: Path, untied: bool, target: torch.dtype | None) -> None:
+    path = work / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if target is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(target).removeprefix("torch.")
+    if untied:
+        config["tie_word_embeddings"] = False
+    if untied or target is not None:
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

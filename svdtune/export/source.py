@@ -1,0 +1,202 @@
+"""Open what a command is given: a training run, an adapter folder, or a plain model with or without an adapter."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError, safe_open
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.files.adapter import read_json
+from svdtune.models import SMOLLM2, LoadedModel, load
+from svdtune.models.loading import locate
+from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
+from svdtune.training.recipe import Recipe
+
+_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A base model, and the adapter to put on it.
+
+    Attributes:
+        base: What `svdtune.models.load` takes: hub name, folder, or the embedded default's name.
+        adapter: Folder of a saved PEFT adapter, None for the base alone.
+        run: Folder of the training run both come from, None where they were named directly.
+        recipe: That run's recipe; its model section says how the base is loaded.
+    """
+
+    base: str
+    adapter: Path | None = None
+    run: Path | None = None
+    recipe: Recipe | None = None
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether the run was allowed to run code from the model's repository."""
+        return self.recipe is not None and self.recipe.model.trust_remote_code
+
+
+def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
+    """Work out what `given` is, reading small files only.
+
+    Args:
+        given: A run folder (`recipe.yaml`, `adapter/`), an adapter folder, a model folder, or a hub name.
+        adapter: An adapter folder to put on `given`, which then must be a model.
+
+    Raises:
+        SvdtuneError: If a path does not exist, a run is not finished, or two adapters are named.
+    """
+    folder = Path(given).expanduser()
+    if adapter is not None:
+        adapter = Path(adapter).expanduser()
+        _read_config(adapter)
+        if _is_run(folder) or _is_adapter(folder):
+            raise SvdtuneError(f"{given} brings its own adapter; with --adapter, name the base model instead")
+        return Source(str(given), adapter)
+    if _is_run(folder):
+        return _source_of_run(folder)
+    if not _is_adapter(folder):
+        return Source(str(given))
+    base = _read_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise SvdtuneError(f"{folder / _ADAPTER_CONFIG} does not name its base model; use BASE --adapter {folder}")
+    return Source(base, folder)
+
+
+def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
+    """Load the base model with its tokenizer, and put the adapter on it, ready for inference.
+
+    Args:
+        source: What to open.
+        **load_kwargs: Passed to `svdtune.models.load` (dtype, device, ...); they go before the recipe's.
+
+    Raises:
+        SvdtuneError: If a part is missing or the adapter was made for another model.
+    """
+    how = source.recipe.model.model_dump(exclude={"name"}) if source.recipe else {}
+    loaded = load(source.base, **how | load_kwargs)
+    if source.adapter is None:
+        return LoadedModel(loaded.model, loaded.tokenizer, str(source.run or source.base))
+    model = attach_adapter(loaded.model, source.adapter)
+    return LoadedModel(model, loaded.tokenizer, str(source.run or source.adapter))
+
+
+def base_folder(source: Source) -> Path:
+    """Where the base lies on this disk: its folder or GGUF file, fetched from the hub if it has to be.
+
+    Raises:
+        SvdtuneError: it does not exist, or cannot be fetched.
+    """
+    found = locate(source.base)
+    if isinstance(found, Path):
+        return found
+    revision = source.recipe.model.revision if source.recipe else None
+    # Weights in other formats than safetensors are left where they are.
+    kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
+    try:
+        return Path(snapshot_download(found, revision=revision, allow_patterns=kinds))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise SvdtuneError(f"the model {found!r} cannot be fetched: {_shortened(error)}") from error
+
+
+def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
+    """Load an adapter onto its base model and make sure that every one of its weights found its place.
+
+    PEFT only warns about weights that are missing and is silent about weights left over, so an adapter of a model with
+    more or fewer layers would half load.
+
+    Raises:
+        SvdtuneError: If the files are missing or damaged, or the adapter does not fit this model.
+    """
+    stored = _stored_keys(adapter)
+    device = next(model.parameters()).device
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+            # PEFT says so of every AdaLoRA that has given up ranks, and loads it as it was saved
+            warnings.filterwarnings("ignore", r"The following rank_pattern keys did not match .*\.lora_E'")
+            adapted = PeftModel.from_pretrained(model, adapter, torch_device=str(device))
+    except SvdtuneError:
+        raise
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise SvdtuneError(f"the adapter {adapter} does not fit this model: {_shortened(error)}") from error
+    expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    lacking, left_over = sorted(expected - stored), sorted(stored - expected - set(adapted.state_dict()))
+    if lacking or left_over:
+        first = f"the file lacks {lacking[0]}" if lacking else f"the model has no place for {left_over[0]}"
+        raise SvdtuneError(
+            f"the adapter {adapter} does not fit this model: {len(lacking) + len(left_over)} weights do not match "
+            f"({first}); it was made for another model"
+        )
+    return adapted.eval()
+
+
+def adapter_of(source: Source, task: str) -> Path:
+    """The adapter of what a command was given.
+
+    Raises:
+        SvdtuneError: there is none.
+    """
+    if source.adapter is not None:
+        return source.adapter
+    if source.base != SMOLLM2 and not Path(source.base).expanduser().exists():
+        raise SvdtuneError(f"there is no run or adapter folder {source.base}, so there is nothing to {task}")
+    raise SvdtuneError(f"{source.base} has no adapter, so there is nothing to {task}; name a run or an adapter folder")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file()
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / _ADAPTER_CONFIG).is_file()
+
+
+def _source_of_run(run: Path) -> Source:
+    if not (run / SUMMARY).is_file():
+        raise SvdtuneError(f"the run {run} is not finished; finish it with `svdtune train RECIPE --resume`")
+    recipe = read_run(run)
+    if (run / FULL_MODEL).is_dir():
+        return Source(str(run / FULL_MODEL), None, run, recipe)
+    _read_config(run / ADAPTER)
+    return Source(recipe.model.name, run / ADAPTER, run, recipe)
+
+
+def _read_config(adapter: Path) -> dict[str, Any]:
+    path = adapter / _ADAPTER_CONFIG
+    if not path.is_file():
+        found = "that folder does not exist" if not adapter.is_dir() else f"it has no {_ADAPTER_CONFIG}"
+        raise SvdtuneError(f"{adapter} is not an adapter folder: {found}")
+    found = read_json(path)
+    if str(found.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SvdtuneError(
+            f"{adapter} holds an adapter of type {found.get('peft_type')}, which PEFT {peft.__version__} does not know; "
+            f"upgrade PEFT, or see whether {path.name} is damaged"
+        )
+    return found
+
+
+def _stored_keys(adapter: Path) -> set[str]:
+    path = adapter / _ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise SvdtuneError(f"the adapter {adapter} has no {_ADAPTER_WEIGHTS}; save it again with save_pretrained")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except SafetensorError as error:
+        raise SvdtuneError(f"{path} is damaged: {error}") from error
+
+
+def _shortened(error: BaseException) -> str:
+    """The start of an error that may list every layer of a model."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2])[:300]

@@ -1,0 +1,86 @@
+"""SORSA on a quantized base as QPiSSA does it: decompose the weights, then quantize what is left.
+
+Quantization rounds each block of a weight by a share of its largest entry. The leading singular triplets hold much of what is
+large, so W − P₀ V₀ᵀ rounds less than W, and the adapter keeps P₀ V₀ᵀ itself in full precision:
+
+    ‖W − (Q(W − P₀ V₀ᵀ) + P₀ V₀ᵀ)‖ < ‖W − Q(W)‖
+
+Both parts are written once, offline; the residual is then loaded with any quantization and the adapter put on it.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import get_peft_model
+
+from svdtune.checkpoint.folder import check_new_folder, new_folder
+from svdtune.methods import SorsaConfig
+from svdtune.methods.files.integrity import fingerprint
+from svdtune.methods.sorsa.layer import SorsaLinear
+from svdtune.models import load
+
+RESIDUAL, ADAPTER = "residual", "adapter"
+
+
+@dataclass(frozen=True)
+class Split:
+    """What `split_checkpoint` wrote.
+
+    Attributes:
+        residual: folder of the base model without its principal part, to be loaded with or without quantization.
+        adapter: folder of the SORSA adapter that has it; with it the model starts as the one that was split.
+        ranks: rank by layer.
+    """
+
+    residual: Path
+    adapter: Path
+    ranks: dict[str, int]
+
+
+def split_checkpoint(
+    base: str | Path,
+    output: str | Path,
+    config: SorsaConfig | None = None,
+    *,
+    dtype: str = "auto",
+    device: str | None = None,
+    **load_kwargs: Any,
+) -> Split:
+    """Write a model as residual and SORSA adapter.
+
+    Then, for training on nf4:
+
+        model = AutoModelForCausalLM.from_pretrained(split.residual, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+        model = PeftModel.from_pretrained(model, split.adapter, is_trainable=True)
+
+    Disabling the adapter gives the model before training, to the rounding of the residual. Unloading it leaves the residual.
+
+    Args:
+        base: what `svdtune.models.load` takes; not quantized.
+        output: folder to create, with the folders `residual` and `adapter`.
+        config: ranks, target modules and the rest; its layout does not matter.
+        dtype: of the residual's weights; "auto" is the checkpoint's own. The subtraction is done in fp32.
+        device: where to decompose.
+        **load_kwargs: more for `svdtune.models.load`.
+
+    Raises:
+        SvdtuneError: the model is quantized or cannot be loaded, or `output` cannot be written.
+    """
+    output = Path(output).expanduser().absolute()
+    check_new_folder(output)
+    loaded = load(base, dtype=dtype, device=device, **load_kwargs)
+    how = {"layout": "residual", "compact": False}  # what a compact adapter leaves out comes from the whole weight
+    model = get_peft_model(loaded.model, dataclasses.replace(config or SorsaConfig(), **how))
+    config = model.peft_config["default"]
+    layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, SorsaLinear)}
+    config.base_fingerprint = {name: fingerprint(layer.get_base_layer()) for name, layer in layers.items()}
+    config.layout = "split"  # from here on nothing gives the weights their principal part back
+    config.base_model_name_or_path = str(output / RESIDUAL)
+    with new_folder(output) as work:
+        model.save_pretrained(work / ADAPTER, save_embedding_layers=False)  # PEFT would look for the residual's folder
+        residual = model.unload()
+        residual.save_pretrained(work / RESIDUAL)
+        loaded.tokenizer.save_pretrained(work / RESIDUAL)
+    return Split(output / RESIDUAL, output / ADAPTER, dict(config.ranks))

@@ -1,0 +1,1 @@
+"""What the layers compute: autograd nodes, and the Triton kernels below them."""

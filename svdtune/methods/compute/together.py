@@ -1,0 +1,271 @@
+"""What the layers of one model do together during a forward pass of it, where that is cheaper than each by itself.
+
+Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product with x, one sum of input
+gradients. In training small models, whose GPU waits for its launches, all weight changes are formed at once instead
+(`svdtune.methods.compute.changes`). And while a text is generated, each layer forms its pair for the first token alone:
+passes that extend one key-value cache have one set of parameters, or the cache itself would be out of date.
+
+Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the last one showed. What
+was done ahead is used only if layer, tensors and input are the very same objects, and forgotten when the pass ends, so a
+step of an optimizer can never lie between. (Fused optimizers move no version counter that would tell.)
+Otherwise a layer computes for itself, as it does
+
+- outside a pass of the whole model, when one of its blocks is called or recomputed under gradient checkpointing,
+- while saved tensors are packed by hooks (checkpointing, offloading), since a recomputation must save the same ones,
+- under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run shall repeat every bit.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache
+
+from svdtune.methods.compute.changes import Change, changes_at_once
+from svdtune.methods.compute.lowrank import (
+    LowRankLinear,
+    Part,
+    alignment,
+    cast,
+    compute_dtype,
+    linear_with_pair,
+    stacked,
+)
+
+SMALL_MODEL, SMALL_LAYER = 2**28, 4e9
+"""Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which launches outweigh arithmetic:
+4e9 take an H100 some 15 µs, a launch from Python as long, and a layer's own node makes six more of them."""
+
+
+class Turn(NamedTuple):
+    """What one layer did in a pass: for which adapter, with which tensors (U, s, V, P₀, V₀), in which dtype.
+
+    `input` numbers the inputs of a pass: layers with one number read one tensor. `rows` is how long it was, once.
+    """
+
+    layer: nn.Module
+    adapter: str
+    tensors: tuple[Tensor | None, ...]
+    dtype: torch.dtype
+    input: int
+    rows: int
+
+
+class Ahead(NamedTuple):
+    """An output that was computed before its layer was called, with what it is the answer to."""
+
+    x: Tensor
+    p: float
+    tensors: tuple[Tensor | None, ...]
+    y: Tensor
+
+
+class Pair(NamedTuple):
+    """The stacked factors A [in, w] and B [out, w] of `tensors`."""
+
+    tensors: tuple[Tensor | None, ...]
+    A: Tensor
+    B: Tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass: what was done ahead, how far it goes as the one before, and the latest input, also as [rows, in]."""
+
+    changes: dict[nn.Module, Change]
+    pairs: dict[nn.Module, Pair] | None = None
+    turns: list[Turn] = field(default_factory=list)
+    as_planned: bool = True
+    ahead: dict[nn.Module, Ahead] = field(default_factory=dict)
+    x: Tensor | None = None
+    flat: Tensor | None = None
+
+
+class Together:
+    """Watches the passes of one model and does ahead what its layers can share.
+
+    Attributes:
+        enabled: True or False; None for on with CUDA tensors alone.
+    """
+
+    def __init__(self) -> None:
+        self.enabled: bool | None = None
+        self._plan: list[Turn] = []
+        self._followers: dict[nn.Module, list[Turn]] = {}
+        self._apart: set[nn.Module] = set()
+        self._small = False
+        self._pass: Pass | None = None
+        self._pairs: dict[nn.Module, Pair] = {}
+        self._cache: weakref.ref | None = None
+
+    def __reduce__(self) -> tuple:
+        """A copy of a model is watched anew."""
+        return Together, ()
+
+    def watch(self, model: nn.Module) -> None:
+        """Begin a pass whenever `model` is called."""
+        if not self._hooks_on(model):
+            model.register_forward_pre_hook(self._begin, with_kwargs=True)
+            model.register_forward_hook(self._end, always_call=True)
+
+    def leave(self, model: nn.Module) -> None:
+        """Take the hooks off the model."""
+        for hooks, key in self._hooks_on(model):
+            del hooks[key]
+        self._pass = None
+        self._pairs.clear()
+        self._follow([])
+
+    def _hooks_on(self, model: nn.Module) -> list[tuple[dict, int]]:
+        """Our hooks: found on the model, since a copy of one has hooks but no handles to them."""
+        every = (model._forward_pre_hooks, model._forward_hooks)
+        return [
+            (hooks, key) for hooks in every for key, hook in hooks.items() if getattr(hook, "__self__", None) is self
+        ]
+
+    def _begin(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+        self._pass = None
+        if self.enabled is False or torch.compiler.is_compiling():
+            return
+        if not torch.is_grad_enabled():
+            self._pass = Pass({}, self._pairs_of(kwargs.get("past_key_values")))
+            return
+        self._pairs.clear()
+        if self.enabled or torch.cuda.is_available():
+            turns = self._plan if self._small else []
+            changes = changes_at_once([(turn.tensors, turn.dtype) for turn in turns])
+            found = zip(turns, changes, strict=True)
+            self._pass = Pass({turn.layer: change for turn, change in found if change is not None})
+
+    def _pairs_of(self, cache: Any) -> dict[nn.Module, Pair] | None:
+        """The pairs that were formed for the first tokens in a key-value cache; None where there is no such cache."""
+        if not isinstance(cache, DynamicCache):
+            return None
+        if self._cache is None or self._cache() is not cache or cache.get_seq_length() == 0:
+            self._pairs.clear()
+            self._cache = weakref.ref(cache, lambda _, pairs=self._pairs: pairs.clear())
+        return self._pairs
+
+    def _end(self, model: nn.Module, *_: Any) -> None:
+        now, self._pass = self._pass, None
+        if now is None:
+            return
+        self._apart.update(now.ahead)  # never called with that input, so they do not belong to their group
+        if now.ahead or not now.as_planned or len(now.turns) != len(self._plan):
+            repeated = len({turn.layer for turn in now.turns}) < len(now.turns)
+            self._follow([] if repeated else now.turns)
+            # FSDP gathers the tensors of a block when the block is called: not yet, at the beginning of a pass.
+            self._small = self._small and not any(hasattr(m, "set_reshard_after_forward") for m in model.modules())
+
+    def _follow(self, turns: list[Turn]) -> None:
+        """Make the turns of a pass the plan of the next."""
+        self._plan = turns
+        sizes = [turn.layer.in_features * turn.layer.out_features for turn in turns]
+        work = sum(turn.rows * size for turn, size in zip(turns, sizes, strict=True))
+        self._small = sum(sizes) <= SMALL_MODEL and work <= SMALL_LAYER * len(turns)
+        by_input: dict[int, list[Turn]] = {}
+        for turn in turns:
+            if turn.layer not in self._apart:
+                by_input.setdefault(turn.input, []).append(turn)
+        self._followers = {group[0].layer: group[1:] for group in by_input.values() if len(group) > 1}
+
+    def linear(
+        self, layer: nn.Module, adapter: str, x: Tensor, part: Part, x_adapter: Tensor | None, p: float
+    ) -> Tensor:
+        """`LowRankLinear` for one layer, with what of it was or can be done for several.
+
+        Args:
+            layer: a `LowRankLayer`.
+            adapter: its sole adapter.
+            x: [..., in].
+            part: what the layer computes.
+            x_adapter, p: dropout, as `LowRankLinear` takes it.
+        """
+        now = self._pass
+        if now is not None and now.pairs is not None and x_adapter is None and p == 0:
+            return _with_kept_pair(now.pairs, layer, x, part)
+        if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
+            return LowRankLinear.apply(x, x_adapter, p, *part)
+        tensors, dtype = part[2:], compute_dtype(x)
+        self._note(now, layer, adapter, x, tensors, dtype)
+        ahead = now.ahead.pop(layer, None)
+        if ahead is not None:
+            if ahead.x is x and ahead.p == p and x_adapter is None and _same(ahead.tensors, tensors):
+                return ahead.y
+            self._apart.add(layer)
+        change = now.changes.get(layer) if x_adapter is None and p == 0 else None
+        if change is not None and change.delta.dtype == dtype and _same(change.tensors, tensors):
+            return self._plain(now, x, part, change.delta)
+        followers = self._followers.get(layer) if torch.is_grad_enabled() and x_adapter is None else None
+        ready = [turn for turn in followers or () if turn.layer not in self._apart and _would_repeat(turn, p)]
+        if not ready:
+            return LowRankLinear.apply(x, x_adapter, p, *part)
+        flat = list(part)
+        for turn in ready:
+            flat += Part(*turn.layer.readable(), *turn.tensors)
+        y, *others = LowRankLinear.apply(x, None, p, *flat)
+        for turn, other in zip(ready, others, strict=True):
+            now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
+        return y
+
+    def _plain(self, now: Pass, x: Tensor, part: Part, delta: Tensor) -> Tensor:
+        """x Wᵀ + b + x ΔWᵀ with PyTorch's own nodes, which launch faster than one written in Python."""
+        if now.flat is None:
+            now.flat = cast(x, delta.dtype).reshape(-1, x.shape[-1])
+        y = F.linear(now.flat, cast(part.weight, delta.dtype), part.bias_or_output)
+        return y.addmm_(now.flat, delta).view(*x.shape[:-1], -1)
+
+    def _note(
+        self, now: Pass, layer: nn.Module, adapter: str, x: Tensor, tensors: Sequence, dtype: torch.dtype
+    ) -> None:
+        """Add a layer's turn to the pass: the planned one, where it is the same."""
+        turns = now.turns
+        number = 0 if not turns else turns[-1].input + (now.x is not x)
+        if now.x is not x:
+            now.x, now.flat = x, None
+        planned = self._plan[len(turns)] if len(turns) < len(self._plan) else None
+        if (
+            planned is not None
+            and planned.layer is layer
+            and planned.adapter == adapter
+            and planned.dtype is dtype
+            and planned.input == number
+            and _same(planned.tensors, tensors)
+        ):
+            turns.append(planned)
+        else:
+            now.as_planned = False
+            turns.append(Turn(layer, adapter, tensors, dtype, number, x.numel() // x.shape[-1]))
+
+
+def _with_kept_pair(pairs: dict[nn.Module, Pair], layer: nn.Module, x: Tensor, part: Part) -> Tensor:
+    """What `LowRankLinear` gives, to the bit, its pair formed once for all passes that share `pairs`."""
+    pair, dtype = pairs.get(layer), compute_dtype(x)
+    if pair is None or pair.A.dtype != dtype or not _same(pair.tensors, part[2:]):
+        pairs[layer] = pair = Pair(part[2:], *stacked(*part[2:], dtype, alignment(dtype, x.device)))
+    return linear_with_pair(x, part, pair.A, pair.B, dtype)
+
+
+def _would_repeat(turn: Turn, p: float) -> bool:
+    """Whether a layer would now do what it was seen to do."""
+    layer = turn.layer
+    return (
+        layer.sole_adapter() == turn.adapter
+        and layer.dropout_p(turn.adapter) == p
+        and _same(layer.product(turn.adapter), turn.tensors)
+    )
+
+
+def _same(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether two sequences hold the same objects."""
+    return all(map(is_, some, others))
+
+
+def _packs_saved_tensors() -> bool:
+    """Whether hooks on saved tensors are active."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

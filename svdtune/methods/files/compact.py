@@ -1,0 +1,124 @@
+"""Compact saving: frozen factors stay out of the file, and are recomputed from the base weight when the adapter is loaded.
+
+SORSA's P₀ and V₀ and Mo-SARA's U and V follow from the base weight. Computed in float64 and rounded to fp32 they come out the
+same, bit for bit, on the machine and thread count that made them; elsewhere up to rounding, which a hash would not forgive.
+So the file keeps, in place of a factor F [n, k], its probe: the products of four fixed vectors with every column, [4, k] in
+float64. A column that is turned, swapped or of the other sign changes them. What was recomputed must agree with them.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from svdtune import spectra
+from svdtune.errors import SvdtuneError
+from svdtune.methods.layers.base import SvdLayer
+
+PROBE = "_probe"
+# Largest difference of a column's probe, relative to the column's length. fp32's rounding leaves some 1e-7; a base in another
+# dtype turns a column by 1e-3 or more.
+TOLERANCE = 1e-5
+_PROBES = 4
+_ROOT = "base_model.model."
+
+
+def probe(factor: Tensor) -> Tensor:
+    """[4, k] in float64 on the CPU: the products of √2 cos(j i²), i = 1 … n, j = 1 … 4, with the columns of a factor [n, k]."""
+    rows = torch.arange(1, len(factor) + 1, dtype=torch.float64)
+    vectors = 2**0.5 * torch.cos(torch.arange(1, _PROBES + 1, dtype=torch.float64)[:, None] * rows**2)
+    return (vectors.to(factor.device) @ factor.detach().double()).cpu()
+
+
+def leave_out(state_dict: dict[str, Tensor], name: str, layer: SvdLayer, adapter: str) -> None:
+    """Put probes in the place of one layer's frozen tensors.
+
+    Args:
+        state_dict: of the model, to be saved; changed in place.
+        name: of the layer in the model.
+        layer: which.
+        adapter: whose tensors.
+
+    Raises:
+        SvdtuneError: the tensors were not computed so that they come out the same again.
+    """
+    if layer.frozen and adapter not in layer.recomputable:
+        raise SvdtuneError(
+            f"adapter {adapter!r} cannot be saved with compact=True: its frozen factors were not computed for that, and might "
+            "not come out the same again. Set compact=False in its configuration; a new adapter takes compact=True from "
+            "the start"
+        )
+    for part in layer.frozen:
+        state_dict[f"{name}.{part}{PROBE}.{adapter}"] = probe(state_dict.pop(f"{name}.{part}.{adapter}"))
+
+
+def restore(
+    state_dict: dict[str, Tensor],
+    given: Mapping[str, tuple[SvdLayer, dict[str, Tensor]]],
+    adapter: str,
+    weight_of: Callable[[SvdLayer], Tensor],
+) -> None:
+    """Add the frozen tensors that a compact file left out, recomputed in float64 and checked.
+
+    Args:
+        state_dict: to be loaded, with the model's keys, and with probes under the file's; changed in place.
+        given: by name, each adapted layer with its tensors in `state_dict`; those are changed too.
+        adapter: whose tensors.
+        weight_of: the base model's weight [out, in] at a layer.
+
+    Raises:
+        SvdtuneError: what came out is not what the adapter was trained with; the message names the layer.
+    """
+    probes = {name: _take_probes(state_dict, name, layer) for name, (layer, _) in given.items()}
+    found: dict[str, dict[str, Tensor]] = {}
+    lacking = []
+    for name, (layer, _) in given.items():
+        if not probes[name]:
+            layer.recomputable.discard(adapter)
+        elif layer.awaits(adapter):
+            lacking.append(name)
+        else:  # an adapter that is resumed has them
+            found[name] = {part: layer.adapter_tensor(part, adapter).detach() for part in layer.frozen}
+    if lacking:
+        weights = {name: partial(weight_of, given[name][0]) for name in lacking}
+        ranks = {name: given[name][0].r[adapter] for name in lacking}
+        for name, factors in spectra.factors(weights, ranks, exact=True):
+            found[name] = given[name][0].frozen_from(factors)
+            given[name][0].recomputable.add(adapter)
+    for name, frozen in found.items():
+        check_probes(name.removeprefix(_ROOT), frozen, probes[name])
+        given[name][1].update(frozen)
+        state_dict |= {f"{name}.{part}.{adapter}": tensor for part, tensor in frozen.items()}
+
+
+def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer) -> dict[str, Tensor]:
+    """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all of them."""
+    key = _ROOT + name.removeprefix(_ROOT)
+    probes = {part: state_dict.pop(f"{key}.{part}{PROBE}", None) for part in layer.frozen}
+    return {} if any(value is None for value in probes.values()) else probes
+
+
+def check_probes(layer: str, frozen: Mapping[str, Tensor], probes: Mapping[str, Tensor]) -> None:
+    """Make sure that frozen tensors are those that were left out of a file.
+
+    Raises:
+        SvdtuneError: they are not.
+    """
+    for name, tensor in frozen.items():
+        found, expected = probe(tensor), probes[name].double().cpu()
+        if found.shape != expected.shape:
+            raise SvdtuneError(
+                f"the adapter's {name} of layer {layer!r} had {expected.shape[-1]} columns, but this model gives "
+                f"{found.shape[-1]}: it was made for another model, or its file was altered"
+            )
+        lengths = torch.linalg.vector_norm(tensor.detach().double(), dim=0).cpu()
+        off = float(((found - expected).abs() / lengths.clamp_min(torch.finfo(torch.float32).tiny)).max())
+        if not off <= TOLERANCE:
+            raise SvdtuneError(
+                f"{name} of layer {layer!r}, recomputed from this base model, is not what the adapter was trained with (off by "
+                f"{off:.1e}, allowed is {TOLERANCE:.0e}). The adapter was saved with compact=True: load it onto the very "
+                "weights that it was made from, in the same dtype, without other adapters merged or in SORSA's residual layout "
+                "there. Two singular values of the weight that nearly agree can have the same effect on another machine; then "
+                "save it where it loads, with compact=False"
+            )

@@ -1,0 +1,333 @@
+"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, loading, moving; merging is beside it.
+
+A method's own layer says which tensors it has, how they start and what they compute; everything PEFT asks of a layer
+stands here. Frozen factors are parameters without a gradient, in PEFT's `other_param_names`: counted, sharded and saved,
+never switched to trainable. Their names lack the method's prefix, by which PEFT's tools know what is trained.
+"""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from svdtune import spectra
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import Factors
+from svdtune.methods.compute import kernels
+from svdtune.methods.compute.together import Together
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.layers.convolution import add_convolved
+from svdtune.methods.layers.merge import Merging
+from svdtune.methods.layers.quantized import device_and_dtype
+
+
+class SvdLayer(Merging, nn.Module, BaseTunerLayer):
+    """A linear layer or a convolution with adapters of one method around it.
+
+    Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter name.
+
+    Attributes:
+        r: rank by adapter name.
+        recomputable: adapters whose frozen tensors come out the same when they are computed from the base weight again.
+        together: what the layers of a model share during a forward pass; the tuner sets it.
+        in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
+    """
+
+    method: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]]
+    draws_masks: ClassVar[bool] = False
+    together: Together | None = None
+    _subtracted: Collection[str] = ()  # adapters whose principal part the base weight lacks
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if not hasattr(cls, "method"):
+            return
+        cls.adapter_layer_names = cls.trained
+        cls.other_param_names = (*cls.frozen, f"{cls.method}_dropout", "r", "configs")
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__()
+        self.base_layer = base_layer
+        self.r: dict[str, int] = {}
+        self.configs: dict[str, SvdConfig] = {}
+        for name in (*self.trained, *self.frozen):
+            setattr(self, name, nn.ParameterDict())
+        setattr(self, f"{self.method}_dropout", nn.ModuleDict())
+        self._disable_adapters = False
+        self._awaited: set[str] = set()
+        self.recomputable: set[str] = set()
+        self._start_merging()
+        base = self.get_base_layer()
+        self._is_conv1d = isinstance(base, Conv1D)
+        self._is_convolution = isinstance(base, spectra.CONVOLUTIONS)
+        self.out_features, self.in_features = spectra.matrix_shape(base)
+        self.register_load_state_dict_post_hook(SvdLayer._after_load)
+
+    # What a method says of itself
+
+    @abstractmethod
+    def new_tensors(self, r: int, config: SvdConfig, factors: Factors | None) -> dict[str, Tensor | None]:
+        """The starting value of every tensor in `trained` and `frozen`, None for one that the settings leave out.
+
+        With `factors` None the values are those of a random start; the shapes are the same either way.
+        """
+
+    @staticmethod
+    def frozen_from(factors: Factors) -> dict[str, Tensor]:
+        """The tensors in `frozen`, by name, that a weight's factors give."""
+        return {}
+
+    @abstractmethod
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        """Base layer and adapter in one autograd node, for a weight [out, in] that may be read directly.
+
+        `x_adapter` is the adapter's input where dropout made it another one than x. `p` > 0 instead asks a method that
+        `draws_masks` to apply dropout inside its kernels.
+        """
+
+    @abstractmethod
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The base layer's output y with the adapter's addition for its input x added in place."""
+
+    def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """The same for a convolution, x [N, in, ...] and y [N, out, ...], not in place."""
+        return add_convolved(self.get_base_layer(), y, x, *self.current_pair(adapter))
+
+    @staticmethod
+    @abstractmethod
+    def low_rank_pair(tensors: Mapping[str, Tensor], config: SvdConfig) -> tuple[Tensor, Tensor]:
+        """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base model's own weight, whatever the layout.
+
+        Args:
+            tensors: an adapter's tensors by their names in `trained` and `frozen`, from a layer or from a file.
+            config: its configuration.
+
+        Raises:
+            SvdtuneError: the adapter is no matrix.
+        """
+
+    def delta(self, adapter: str) -> Tensor:
+        """ΔW [out, in] against the base model's own weight, in the factors' dtype.
+
+        Raises:
+            SvdtuneError: the adapter is no matrix.
+        """
+        A, B = self.low_rank_pair(self.adapter_tensors(adapter), self.configs[adapter])
+        return B @ A.mT
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's LoRA conversion asks for."""
+        return spectra.as_stored(self.get_base_layer(), self.delta(adapter))
+
+    def current_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """`low_rank_pair` against the weight as it is now, with gradients to the trained tensors."""
+        tensors = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return self.low_rank_pair(present, self.configs[adapter])
+
+    # An adapter's beginning and end
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        config: SvdConfig,
+        factors: Factors | None = None,
+        load_only: bool = False,
+    ) -> None:
+        """Add an adapter of rank r. `load_only` allocates the shapes and waits for values from a checkpoint."""
+        if r > (largest := min(self.in_features, self.out_features)):
+            raise SvdtuneError(
+                f"r = {r} is larger than a layer [{self.out_features}, {self.in_features}] allows; its rank is at most "
+                f"{largest}. Lower `r`, set it for this layer in `rank_pattern`, or leave the layer out of `target_modules`"
+            )
+        self.r[adapter_name] = r
+        self.configs[adapter_name] = config
+        tensors = self._starting_tensors(r, config, factors, load_only)
+        for name, tensor in tensors.items():
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in self.trained)
+        dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        getattr(self, f"{self.method}_dropout")[adapter_name] = dropout
+        if load_only:
+            self._awaited.add(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _starting_tensors(
+        self, r: int, config: SvdConfig, factors: Factors | None, load_only: bool
+    ) -> dict[str, Tensor]:
+        """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number, where `load_only`."""
+        if not load_only:
+            return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
+        with torch.device("meta"):
+            shapes = self.new_tensors(r, config, None)
+        device = "meta" if parameters_go_to_meta() else "cpu"
+        return {name: torch.zeros_like(t, device=device) for name, t in shapes.items() if t is not None}
+
+    def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
+        """One tensor of an adapter, None where its settings leave it out."""
+        parameters = self._modules[name]._parameters  # every step reads these: nn.Module's own look-up is slow
+        return parameters[adapter] if adapter in parameters else None  # noqa: SIM401  ZeRO-3 gathers what [] asks for
+
+    def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
+        """Every tensor that an adapter has, by name in `trained` and `frozen`."""
+        found = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
+        return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._awaited.discard(adapter_name)
+        self.recomputable.discard(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to its base layer's device. PEFT's own version also rounds the factors to the base dtype."""
+        device = device or device_and_dtype(self.get_base_layer())[0]
+        if device.type == "meta":
+            return
+        for name in (*self.trained, *self.frozen):
+            tensor = self.adapter_tensor(name, adapter_name)
+            if tensor is not None and not tensor.is_meta and tensor.device != device:
+                getattr(self, name)[adapter_name] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
+
+    # Loading
+
+    def awaits(self, adapter: str) -> bool:
+        """Whether an adapter's values are still to come from a checkpoint."""
+        return adapter in self._awaited
+
+    def filled_elsewhere(self, adapter: str) -> None:
+        """Called where another process starts an adapter and hands out its values, with the base weights, later."""
+        self._awaited.discard(adapter)
+
+    def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Called with an adapter's tensors from a checkpoint, by name in `trained` and `frozen`, before they are copied."""
+        self._loading = adapter
+
+    def _after_load(self, incompatible_keys: Any) -> None:
+        adapter, self._loading = self._loading, None
+        if adapter is not None:
+            self._awaited.discard(adapter)
+            self._own_memory(adapter)
+            self.after_load(adapter)
+
+    def _own_memory(self, adapter: str) -> None:
+        """Copy tensors that `low_cpu_mem_usage` left mapped from the file, at addresses of the file's own alignment.
+
+        Aligned as they were when they were saved, matrix products round as they did: outputs are the same to the bit.
+        """
+        for name in (*self.trained, *self.frozen):
+            tensor = self.adapter_tensor(name, adapter)
+            if tensor is not None and not tensor.is_meta and tensor.data_ptr() % 64:
+                getattr(self, name)[adapter] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
+
+    def after_load(self, adapter: str) -> None:
+        """Called when an adapter's tensors have been copied from a checkpoint."""
+
+    _loading: str | None = None
+
+    # Forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output with every active adapter's addition."""
+        sole = None if args or kwargs else self.sole_adapter()
+        if sole is not None:
+            p = self.dropout_p(sole)
+            in_kernel = p > 0 and self.draws_masks and kernels.available(x) and not torch.compiler.is_compiling()
+            x_adapter = getattr(self, f"{self.method}_dropout")[sole](x) if p > 0 and not in_kernel else None
+            return self.fused(x, *self.readable(), x_adapter, p if in_kernel else 0.0, sole)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_output(x, (), *args, **kwargs)
+        if self.merged:
+            return self.base_output(x, self.merged_adapters, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.r]
+        if self._awaited:
+            self._check_loaded(active)
+        y = self.base_output(x, active, *args, **kwargs)
+        if self.quantization_backend is not None and active and y.requires_grad:
+            y = y.clone()  # it may be a view through which no gradient of an addition finds back
+        for adapter in active:
+            x_adapter = getattr(self, f"{self.method}_dropout")[adapter](x)
+            y = self.add(y, x_adapter, adapter)
+        return y
+
+    def sole_adapter(self) -> str | None:
+        """The adapter that `forward` computes in one node with the base layer; None where it goes another way."""
+        if self._disable_adapters or self.merged_adapters or self._awaited:
+            return None
+        active = [name for name in self.active_adapters if name in self.r]
+        return active[0] if len(active) == 1 and self._may_read_weight() else None
+
+    def readable(self) -> tuple[Tensor, Tensor | None]:
+        """The base layer's weight [out, in] and bias."""
+        base = self._modules["base_layer"]
+        return base.weight.mT if self._is_conv1d else base.weight, base.bias
+
+    def dropout_p(self, adapter: str) -> float:
+        """The probability with which an entry of the adapter's input is zeroed now."""
+        dropout = self._modules[f"{self.method}_dropout"]._modules[adapter]
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+
+    def add(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        """`add_to` or `add_convolved`, as the base layer needs it."""
+        return self.add_convolved(y, x, adapter) if self._is_convolution else self.add_to(y.contiguous(), x, adapter)
+
+    @property
+    def silent(self) -> bool:
+        """Whether `forward` does nothing but call the base layer."""
+        if self._subtracted:
+            return False
+        if self.disable_adapters:
+            return not self.merged
+        return self.merged or not any(name in self.r for name in self.active_adapters)
+
+    def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output, to which the adapters in `present` are added (or whose weight holds them already)."""
+        return self.base_layer(x, *args, **kwargs)
+
+    def _may_read_weight(self) -> bool:
+        """Whether computing with the base layer's weight equals calling the layer.
+
+        Not so for other classes (quantized, already adapted), for weights that Accelerate brings in on the call, for
+        sharded ones, for one that is itself trained, and where anybody hooked the layer.
+        """
+        base = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
+        return (
+            type(base) in (nn.Linear, Conv1D)
+            and type(weight) is nn.Parameter
+            and not weight.is_meta
+            and not weight.requires_grad
+            and weight.is_floating_point()
+            and "forward" not in base.__dict__
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        )
+
+    def _check_loaded(self, active: list[str]) -> None:
+        for adapter in active:
+            if adapter in self._awaited:
+                raise SvdtuneError(
+                    f"adapter {adapter!r} has no values: its configuration comes from a saved adapter (initialized=True), "
+                    "so nothing was decomposed, but no weights were loaded. Load them with PeftModel.from_pretrained, or "
+                    "set `initialized=False` in the configuration to start a new adapter"
+                )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return f"svdtune.{super().__repr__()}"
+
+
+def parameters_go_to_meta() -> bool:
+    """Whether we are inside PEFT's low_cpu_mem_usage, which does not tell the tuner but sends new parameters to meta."""
+    return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].is_meta

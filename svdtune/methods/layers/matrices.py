@@ -1,0 +1,146 @@
+"""The adapted layers of a model as matrices: the weight each has now, the one it started from, and what it trains.
+
+One view for SARA, Mo-SARA, SORSA, LoRA, PiSSA, every other PEFT method that merges, and full fine-tuning.
+"""
+
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from svdtune import spectra
+from svdtune.linalg import orthonormality_error
+from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.slices import FusedLinear
+from svdtune.methods.mosara.layer import MoSaraLinear
+from svdtune.methods.sorsa.layer import SorsaLinear
+
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """One layer.
+
+    Attributes:
+        name: of the module in the base model.
+        module: the adapted layer, or the plain one under full fine-tuning.
+    """
+
+    name: str
+    module: nn.Module
+
+    @property
+    def adapter(self) -> str:
+        """Name of the adapter that is looked at."""
+        return self.module.active_adapters[0]
+
+    @torch.no_grad()
+    def weight(self) -> Tensor:
+        """The weight [out, in] that acts now, adapter included, in fp32 or better."""
+        weight = _exact(spectra.base_weight(self.module))
+        if isinstance(self.module, SvdLayer):
+            return weight + self.module.merge_delta(self.adapter).to(weight)
+        if not isinstance(self.module, BaseTunerLayer):
+            return weight
+        if (pair := _lora_pair(self.module, self.adapter)) is not None:
+            return weight + (pair[1] @ pair[0].mT).to(weight)
+        merged = copy.deepcopy(self.module)
+        merged.merge(adapter_names=[self.adapter])
+        return _exact(spectra.base_weight(merged))
+
+    @torch.no_grad()
+    def start(self) -> Tensor:
+        """The base model's own weight [out, in], in fp32 or better; ask before the first step.
+
+        PiSSA and its kin change the base weight when they are put on; before the first step weight and adapter together still
+        make up the base model's.
+        """
+        if isinstance(self.module, SorsaLinear):
+            return self.module.full_weight()
+        if isinstance(self.module, SvdLayer):
+            return _exact(spectra.base_weight(self.module))
+        return self.weight()
+
+    @torch.no_grad()
+    def added_pair(self) -> Pair | None:
+        """A [in, w] and B [out, w] whose product B Aᵀ is added, by ours to the base model's own weight, by LoRA to the weight
+        in memory (which PiSSA changed); None where it is no thin product."""
+        if isinstance(self.module, SvdLayer):
+            layer = self.module
+            return layer.low_rank_pair(layer.adapter_tensors(self.adapter), layer.configs[self.adapter])
+        return _lora_pair(self.module, self.adapter) if isinstance(self.module, LoraLayer) else None
+
+    @torch.no_grad()
+    def trained_pair(self) -> Pair | None:
+        """A and B of the trained product itself: W_p of SORSA and PiSSA, ΔW of LoRA and SARA; None under full fine-tuning."""
+        if isinstance(self.module, SorsaLinear):
+            tensors = self.module.adapter_tensors(self.adapter)
+            return tensors["sorsa_V"], tensors["sorsa_U"] * tensors["sorsa_s"]
+        return self.added_pair()
+
+    @torch.no_grad()
+    def orthonormality(self) -> dict[str, float]:
+        """‖UᵀU − I‖_F and ‖VᵀV − I‖_F of factors that start orthonormal and are trained: SORSA's."""
+        if not isinstance(self.module, SorsaLinear):
+            return {}
+        tensors = self.module.adapter_tensors(self.adapter)
+        return {name: float(orthonormality_error(tensors[f"sorsa_{name}"])) for name in ("U", "V")}
+
+
+def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[Observed]:
+    """The `trained_layers` whose change is a matrix: not Mo-SARA with several heads, whose change depends on the token.
+
+    Args:
+        model: with an adapter, or fully trained.
+        wanted: which of them, by the name in the base model.
+    """
+    return [layer for layer in trained_layers(model) if _is_matrix(layer.module) and wanted(layer.name)]
+
+
+def trained_layers(model: nn.Module) -> list[Observed]:
+    """The layers of a model that are trained, in its order.
+
+    Under an adapter those that carry it, without embeddings; without one all linear layers but the output head.
+    """
+    adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    head = None if adapted or not hasattr(model, "get_output_embeddings") else model.get_output_embeddings()
+    return [
+        Observed(re.sub(r"^base_model\.model\.", "", name), module)
+        for name, module in model.named_modules()
+        if (_carries(module) if adapted else _is_linear(module) and module is not head)
+    ]
+
+
+def _carries(module: nn.Module) -> bool:
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, FusedLinear) or not module.active_adapters:
+        return False
+    return isinstance(module, SvdLayer) or (hasattr(module, "merge") and _is_linear(module.get_base_layer()))
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    return not isinstance(module, MoSaraLinear) or not module.configs[module.active_adapters[0]].has_router
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Linear, Conv1D, *spectra.CONVOLUTIONS))
+
+
+def _exact(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def _lora_pair(layer: nn.Module, adapter: str) -> Pair | None:
+    """A [in, r] and scaling · B [out, r] of a plain LoRA on a linear layer; None for variants such as DoRA or AdaLoRA."""
+    plain = (
+        isinstance(layer, LoraLayer) and adapter in layer.lora_A and not getattr(layer, "lora_variant", {}).get(adapter)
+    )
+    if not plain or not isinstance(layer.lora_A[adapter], nn.Linear) or layer.lora_B[adapter].bias is not None:
+        return None
+    return layer.lora_A[adapter].weight.detach().mT, layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]

@@ -1,0 +1,98 @@
+"""Merging: how an adapted layer puts adapters into its base weight and takes them out again, for every kind of weight."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from svdtune import spectra
+from svdtune.errors import SvdtuneError
+from svdtune.methods.layers.quantized import check_mergeable, device_and_dtype, kept, put_back
+
+
+class Merging:
+    """The part of an adapted layer that merges; it needs `current_pair` and PEFT's attributes of a tuner layer.
+
+    Attributes:
+        merged_adapters: names of the adapters that the base weight holds now.
+        tied: whether other modules have the same weight, as an output head has the embeddings'; merging then unties.
+    """
+
+    def _start_merging(self) -> None:
+        self.merged_adapters: list[str] = []
+        self.tied = False
+        self._before_merge: Any = None
+
+    @torch.no_grad()
+    def merge_delta(self, adapter: str) -> Tensor:
+        """What merging adds to the weight [out, in] as it is now."""
+        A, B = self.current_pair(adapter)
+        return B @ A.mT
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add adapters to the base weight, in fp32, rounded once. The weight before is kept for an exact `unmerge`.
+
+        Raises:
+            SvdtuneError: an adapter that cannot be merged, or with `safe_merge` a result that is not finite.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
+        if not names:
+            return
+        self._check_loaded(names)
+        check_mergeable(self.quantization_backend)
+        deltas = [self.merge_delta(name) for name in names]
+        before = spectra.as_stored(self.get_base_layer(), spectra.base_weight(self))
+        merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
+        for delta in deltas:
+            merged += spectra.as_stored(self.get_base_layer(), delta).to(merged)
+        merged = merged.to(before.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise SvdtuneError(
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: its factors hold "
+                "NaN or infinity, or the merged weight overflows its dtype"
+            )
+        if self._before_merge is None:
+            self._before_merge = self._kept(before)
+        if self.tied:  # the other modules with this weight keep it
+            self.get_base_layer().weight = nn.Parameter(merged, requires_grad=False)
+        else:
+            self.set_base_weight(merged)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the weight from before merging back, bit for bit."""
+        if self._before_merge is not None:
+            if self.tied:
+                self.get_base_layer().weight = self._before_merge
+            elif self.quantization_backend is None:
+                self.set_base_weight(self._before_merge.to(device_and_dtype(self.get_base_layer())[0]))
+            else:
+                put_back(self, self._before_merge)
+            self._before_merge = None
+        self.merged_adapters.clear()
+
+    def _kept(self, weight: Tensor) -> Any:
+        if self.tied:
+            return self.get_base_layer().weight
+        if self.quantization_backend is not None:
+            return kept(self.get_base_layer())
+        return weight.to("cpu", copy=True) if weight.is_cuda else weight.clone()
+
+    def set_base_weight(self, weight_data: Tensor) -> None:
+        """As PEFT's; a slice of a fused weight writes into its own rows."""
+        base = self.get_base_layer()
+        if hasattr(base, "write"):
+            base.write(weight_data)
+        else:
+            super().set_base_weight(weight_data)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer alone, with adapters merged into it or as it was before any."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        else:
+            self.unmerge()
+        return self.get_base_layer()

@@ -1,0 +1,32 @@
+"""The part of an adapter's model card that the run knows: data and training."""
+
+from typing import Any
+
+from svdtune.methods.files.card import table
+from svdtune.training.recipe import Recipe, Source
+
+
+def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
+    """What the adapter was trained on, and how.
+
+    Args:
+        recipe: of the run, resolved.
+        summary: what `training.json` holds.
+    """
+    settings = recipe.training
+    rows = {
+        "data": f"{_named(recipe.data.train)}, {summary['rows']:,} rows",
+        "held out": _named(recipe.data.eval) if recipe.data.eval else "nothing",
+        "template": f"`{recipe.data.template}`, loss on {recipe.data.loss_on}",
+        "steps": f"{summary['steps']:,} of {settings.batch_size * settings.gradient_accumulation} rows a process",
+        "learning rate": f"{settings.learning_rate:g}, {settings.schedule}",
+        "training loss": f"{summary['loss']:.4f} on average",
+        "precision": settings.precision,
+        "seed": settings.seed,
+    }
+    return f"{table(rows)}\n\nBy `svdtune train`; the run folder's `recipe.yaml` repeats it."
+
+
+def _named(source: Source) -> str:
+    parts = [f"`{source.source}`", source.config, source.split and f"split {source.split}"]
+    return ", ".join(part for part in parts if part)

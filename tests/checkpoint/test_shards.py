@@ -1,0 +1,75 @@
+"""An index of shards is a text of somebody else's: it names files of its folder, or is refused by every reader."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from svdtune.checkpoint import open_checkpoint
+from svdtune.checkpoint.shards import INDEX, SINGLE, shard_names
+from svdtune.checkpoint.tensors import open_checkpoint as open_for_merging
+from svdtune.errors import SvdtuneError
+from svdtune.models import load
+
+NAMES = st.text(st.characters(codec="utf-8"), max_size=8) | st.sampled_from(["..", "../a", "/etc/passwd", "a/../../b"])
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | NAMES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def write(folder: Path, text: str) -> Path:
+    (folder / INDEX).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    (tmp_path / SINGLE).touch()
+    assert shard_names(write(tmp_path, "{")) == [SINGLE]
+    assert shard_names(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{",
+            r"index\.json is damaged: it has no weight_map from tensors to files \(Expecting .*download the model again",
+        ),
+        ("[" * 100_000, "is damaged"),
+        ("[]", "is damaged"),
+        ('{"weight_map": 3}', "is damaged"),
+        ('{"weight_map": {"a": [1]}}', "is damaged"),
+        ('{"weight_map": {"a": 3}}', "names 3, which is no file of its folder; do not use this model"),
+        ('{"weight_map": {}}', "names no files; download the model again"),
+        ('{"weight_map": {"a": "b.safetensors"}}', r"lacks b\.safetensors, which its index names; download it again"),
+        ('{"weight_map": {"a": "../b"}}', r"names '\.\./b', which is no file of its folder"),
+        ('{"weight_map": {"a": "/etc/passwd"}}', "names '/etc/passwd', which is no file of its folder"),
+        (r'{"weight_map": {"a": "x\\..\\b"}}', "which is no file of its folder"),
+        (r'{"weight_map": {"a": "C:\\b"}}', "which is no file of its folder"),
+    ],
+)
+def test_what_is_said(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    write(tmp_path, text)
+    for reader in (shard_names, open_for_merging, open_checkpoint, load):
+        with pytest.raises(SvdtuneError, match=message):
+            reader(tmp_path)
+
+
+@given(weight_map=ANYTHING)
+def test_whatever_it_names_lies_in_the_folder(tmp_path: Path, weight_map: object) -> None:
+    (tmp_path / "a.safetensors").touch()
+    write(tmp_path, json.dumps({"weight_map": weight_map}))
+    for name in names_or_refusal(tmp_path):
+        assert tmp_path.resolve() in (tmp_path / name).resolve().parents
+
+
+def names_or_refusal(folder: Path) -> list[str]:
+    try:
+        return shard_names(folder) or []
+    except SvdtuneError:
+        return []

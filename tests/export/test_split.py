@@ -1,0 +1,100 @@
+"""A model split into residual and SORSA adapter starts as the model that was split, quantized or not, and trains."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM
+
+from svdtune import SorsaConfig, SvdtuneError
+from svdtune.export.lora import export_lora
+from svdtune.export.split import split_checkpoint
+from svdtune.models import load
+
+TOKENS = torch.arange(2, 26).view(2, 12)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(input_ids=TOKENS).logits.float()
+
+
+def move(model, size=0.1):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += size * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_starts_as_the_model_that_was_split(tiny_folder, tmp_path, dtype):
+    before = logits(load(tiny_folder, dtype=dtype).model)
+    split = split_checkpoint(tiny_folder, tmp_path / "split", SorsaConfig(r=4), dtype=dtype)
+    residual = AutoModelForCausalLM.from_pretrained(split.residual)
+    alone = logits(residual)
+    assert residual.dtype == getattr(torch, dtype)
+    assert not torch.allclose(alone, before, atol=1e-2)
+    model = PeftModel.from_pretrained(residual, split.adapter, is_trainable=True)
+    tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype] * float(before.abs().max())
+    assert torch.allclose(logits(model), before, atol=tolerance)
+
+    trained = logits(move(model))
+    assert not torch.allclose(trained, before, atol=2 * tolerance)
+    with model.disable_adapter():  # the model before training, not the residual
+        assert torch.allclose(logits(model), before, atol=tolerance)
+    model.save_pretrained(tmp_path / "trained")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(split.residual), tmp_path / "trained")
+    assert torch.equal(logits(loaded), trained)
+    export_lora(tmp_path / "trained", tmp_path / "lora")
+    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(split.residual), tmp_path / "lora")
+    assert lora.peft_config["default"].r == 4  # the residual's own, not twice that
+    assert torch.allclose(logits(lora), trained, atol=tolerance)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), trained, atol=tolerance)
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), trained)
+    assert torch.equal(logits(model.unload()), alone)
+
+
+def test_the_split_adapter_belongs_to_its_residual(tiny_folder, tmp_path):
+    split = split_checkpoint(tiny_folder, tmp_path / "split", SorsaConfig(r=4))
+    with pytest.raises(SvdtuneError, match="made from another base model"):
+        PeftModel.from_pretrained(load(tiny_folder).model, split.adapter)
+    with pytest.raises(SvdtuneError, match=r"layout='split' says .*split_checkpoint"):
+        get_peft_model(load(tiny_folder).model, SorsaConfig(r=4, layout="split"))
+
+
+def test_nothing_is_overwritten(tiny_folder, tmp_path):
+    (tmp_path / "split").mkdir()
+    (tmp_path / "split" / "notes").touch()
+    with pytest.raises(SvdtuneError, match="is not empty"):
+        split_checkpoint(tiny_folder, tmp_path / "split", SorsaConfig(r=4))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_the_quantized_residual_is_nearer_to_the_model(tiny_tokenizer, tmp_path):
+    """And nf4 training goes on from there."""
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def quantized(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.Linear) and name != "lm_head":
+                new = bnb.nn.Linear4bit(
+                    module.in_features, module.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
+                )
+                new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+                setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new)
+        return model.to("cpu")
+
+    tiny_llama(hidden_size=64, intermediate_size=128, vocab_size=258, pad_token_id=1).save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+    before = logits(load(tmp_path / "base").model)
+    split = split_checkpoint(tmp_path / "base", tmp_path / "split", SorsaConfig(r=8))
+    plain = float((logits(quantized(tmp_path / "base")) - before).norm())
+    model = PeftModel.from_pretrained(quantized(split.residual), split.adapter, is_trainable=True)
+    assert float((logits(model) - before).norm()) < 0.95 * plain
+    model.train()(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)

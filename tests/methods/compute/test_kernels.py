@@ -1,0 +1,265 @@
+"""The Triton kernels against their plain PyTorch forms in float64: on a GPU, and on the CPU in Triton's interpreter."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+
+from svdtune.methods.compute import kernels
+from svdtune.methods.compute.kernels.mask import mixed
+from svdtune.methods.compute.lowrank import stacked
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# Triton's interpreter reads loop bounds in a way that NumPy 2.4 no longer allows and older ones warn of.
+INTERPRETER_WORKS = HAS_TRITON and tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+# Triton's interpreter truncates to bf16 instead of rounding, and cannot multiply bf16 matrices: NumPy has no such type.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+
+
+OPCHECKS = ("test_schema", "test_faketensor")
+
+
+def on_a_gpu(test):
+    """A test of a kernel: needs Triton and either a GPU or the interpreter."""
+    missing = not HAS_TRITON or not (INTERPRETED or torch.cuda.is_available())
+    return pytest.mark.gpu(pytest.mark.skipif(missing, reason="needs Triton and a GPU, or TRITON_INTERPRET=1")(test))
+
+
+def close(got, want, tolerance):
+    assert got.shape == want.shape
+    want = want.detach()
+    assert float((got.double() - want.double()).norm()) <= tolerance * float(want.double().norm()) + 1e-12
+
+
+def same_op(name, *arguments):
+    """The operator that a compiled graph calls: right schema, right fake results, no hidden aliasing."""
+    torch.library.opcheck(
+        getattr(torch.ops.svdtune, name).default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def factors(out, n, r, device=DEVICE):
+    def random(*shape):
+        return torch.randn(*shape, device=device)
+
+    return random(out, r), random(r), random(n, r), random(out, r), random(n, r)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not INTERPRETER_WORKS or INTERPRETED or torch.cuda.is_available(), reason="needs Triton, NumPy < 2.4 and no GPU"
+)
+def test_every_kernel_in_tritons_interpreter():
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_importing_the_kernels_loads_nothing_of_tritons():
+    kernels = "svdtune.methods.compute.kernels"
+    loaded = f"{{'factors', 'dropout', 'router'}} & {{m.rsplit('.', 1)[-1] for m in sys.modules if {kernels!r} in m}}"
+    subprocess.run([sys.executable, "-c", f"import sys, {kernels}; sys.exit(bool({loaded}))"], check=True)
+
+
+def test_tensors_that_the_kernels_cannot_take_are_told_apart():
+    assert not kernels.available(torch.randn(2, 2))
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("out", "n", "r"), [(70, 33, 9), (16, 48, 128), (5, 3, 200), (1, 1, 1)])
+@pytest.mark.parametrize("form", ["sorsa", "sara", "without s"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pad", [1, 8])
+def test_stacked_factors_are_bit_for_bit_the_plain_ones(out, n, r, form, dtype, pad):
+    U, s, V, P0, V0 = factors(out, n, r)
+    if form != "sorsa":
+        P0 = V0 = None
+    if form == "without s":
+        s = None
+    got = kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
+    for mine, plain in zip(got, stacked(U, s, V, P0, V0, dtype), strict=True):
+        width = plain.shape[1]
+        assert mine.dtype == dtype
+        assert mine.shape == (plain.shape[0], -(-width // pad) * pad)
+        assert torch.equal(mine[:, :width], plain)
+        assert not mine[:, width:].any()
+    same_op("stack_factors", U, s, V, P0, V0, dtype, pad)
+
+
+@on_a_gpu
+def test_the_change_is_exactly_zero_before_the_first_step():
+    U, s, V, _, _ = factors(300, 200, 40)
+    A, B = kernels.stack_factors(U, s, V, U * s, V.clone(), torch.float32, 8)
+    assert not A[:, 40:].any()
+    assert not B[:, :40].any()
+
+
+def plain_mix(z, w1, w2, lam):
+    """Eq. 5 and 6 in float64, by autograd."""
+    gate = torch.softmax(torch.outer(z @ w1, w2), 1)
+    return z * (gate @ lam), gate
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    ("T", "k", "m", "extra"), [(37, 91, 5, 0), (8, 16, 1, 0), (130, 70, 3, 10), (5, 1030, 10, 2), (1, 1, 2, 7)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mo_sara_rows_and_all_their_gradients(T, k, m, extra, dtype):
+    z, dt = (torch.randn(T, k + extra, device=DEVICE).to(dtype) for _ in range(2))
+    w1, w2, lam = (torch.randn(*shape, device=DEVICE) for shape in ((k,), (m,), (m, k)))
+    w1 /= k**0.5
+    leaves = [t.double().requires_grad_() for t in (z[:, :k], w1, w2, lam)]
+    want, want_gate = plain_mix(*leaves)
+    want.backward(dt[:, :k].double())
+
+    t, gate, a = kernels.mix(z, w1, w2, lam)
+    dz, dlam, dw1, dw2 = kernels.mix_backward(dt, z, gate, a, lam, w1, w2)
+    assert t.dtype == dz.dtype == dtype
+    assert gate.dtype == a.dtype == dlam.dtype == dw1.dtype == dw2.dtype == torch.float32
+    close(t[:, :k], want, TOLERANCE[dtype])
+    close(gate, want_gate, 1e-5)
+    close(a, leaves[0] @ leaves[1], 1e-5)
+    close(dz[:, :k], leaves[0].grad, TOLERANCE[dtype])
+    assert not t[:, k:].any()
+    assert not dz[:, k:].any()
+    for got, leaf in zip((dw1, dw2, dlam), leaves[1:], strict=True):
+        assert float((got.double() - leaf.grad).norm()) <= 1e-5 * float(leaf.grad.norm()) + 1e-5 * T**0.5
+    same_op("mix", z, w1, w2, lam)
+    same_op("mix_backward", dt, z, gate, a, lam, w1, w2)
+
+
+@on_a_gpu
+def test_mo_sara_rows_that_are_views_of_wider_ones():
+    wide = torch.randn(20, 40, device=DEVICE)
+    w1, w2, lam = (torch.randn(*shape, device=DEVICE) for shape in ((30,), (2,), (2, 30)))
+    for mine, plain in zip(
+        kernels.mix(wide[:, :30], w1, w2, lam), kernels.mix(wide[:, :30].clone(), w1, w2, lam), strict=True
+    ):
+        assert torch.equal(mine, plain)
+
+
+def test_mixing_is_a_bijection_on_a_sample_and_spreads_each_bit():
+    x = torch.randint(2**32, (4096,))
+    assert len(mixed(x).unique()) == len(x.unique())
+    for bit in range(32):
+        flipped = mixed(x) ^ mixed(x ^ (1 << bit))
+        changed = torch.stack([(flipped >> i) & 1 for i in range(32)]).double().mean(1)
+        assert (changed - 0.5).abs().max() < 0.06
+
+
+@pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+def test_the_mask_keeps_at_the_rate_asked_for_without_correlation(p):
+    rows, columns = 2048, 1536
+    keep = kernels.dropout_mask((rows, columns), p, torch.tensor(1234567890123456789), "cpu")
+    deviation = (keep.double() - (1 - p)) / (p * (1 - p)) ** 0.5  # mean 0, variance 1 where all is independent
+    count = keep.numel()
+    assert abs(float(deviation.mean())) < 5 / count**0.5
+    assert abs(float(deviation.mean(0).var()) * rows - 1) < 0.2  # of columns
+    assert abs(float(deviation.mean(1).var()) * columns - 1) < 0.2  # of rows
+    for gap in (1, 2, 3, 8, 64, 128, 1024):
+        assert abs(float((deviation[gap:] * deviation[:-gap]).mean())) < 5 / (count / 2) ** 0.5
+        assert abs(float((deviation[:, gap:] * deviation[:, :-gap]).mean())) < 5 / (count / 3) ** 0.5
+        corners = deviation[gap:, gap:] * deviation[:-gap, gap:] * deviation[gap:, :-gap] * deviation[:-gap, :-gap]
+        assert abs(float(corners.mean())) < 5 / (count / 6) ** 0.5
+    between_rows = deviation[:512] @ deviation[:512].mT / columns**0.5
+    off_diagonal = between_rows[~torch.eye(512, dtype=torch.bool)]
+    assert abs(float(off_diagonal.var()) - 1) < 0.02
+    assert float(off_diagonal.abs().max()) < 8
+
+
+def test_each_seed_has_a_mask_of_its_own():
+    shape, p = (256, 256), 0.5
+    masks = [kernels.dropout_mask(shape, p, torch.tensor(seed), "cpu") for seed in (0, 1, 2, 2**32, 2**40 + 1)]
+    for i, one in enumerate(masks):
+        assert torch.equal(one, kernels.dropout_mask(shape, p, torch.tensor((0, 1, 2, 2**32, 2**40 + 1)[i]), "cpu"))
+        for other in masks[:i]:
+            assert abs(float((one == other).double().mean()) - 0.5) < 0.02
+    corner = kernels.dropout_mask((10, 20), p, torch.tensor(1), "cpu")
+    assert torch.equal(corner, masks[1][:10, :20])
+
+
+def test_seeds_come_from_the_generator():
+    torch.manual_seed(3)
+    first = kernels.dropout_seed("cpu")
+    assert kernels.dropout_seed("cpu") != first
+    torch.manual_seed(3)
+    assert kernels.dropout_seed("cpu") == first
+
+
+@on_a_gpu
+@pytest.mark.parametrize(("T", "d", "w"), [(70, 90, 24), (128, 256, 128), (3, 200, 300), (200, 17, 1)])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_dropout_share_one_mask(T, d, w, p, dtype):
+    def random(*shape):
+        return torch.randn(*shape, device=DEVICE).to(dtype)
+
+    x, A, Q, dx = random(T, d), random(d, w), random(T, w), random(T, d)
+    seed = torch.tensor(987654321987654321, device=DEVICE)
+    keep = kernels.dropout_mask((T, d), p, seed, DEVICE).double() / (1 - p)
+
+    z = kernels.dropout_mm(x, A, p, seed)
+    assert z.dtype == dtype
+    close(z, (keep * x.double()) @ A.double(), TOLERANCE[dtype])
+    same_op("dropout_mm", x, A, p, seed)
+
+    if p == 0:
+        assert torch.equal(z, kernels.dropout_mm(x, A, p, None))
+
+    M = kernels.dropout_mm_transposed(x, Q, p, seed)
+    assert M.dtype == torch.float32
+    close(M, (keep * x.double()).mT @ Q.double(), 1e-5)
+    assert torch.equal(M, kernels.dropout_mm_transposed(x, Q, p, seed))
+    same_op("dropout_mm_transposed", x, Q, p, seed)
+
+    want = dx.double() + keep * (Q.double() @ A.double().mT)
+    same_op("add_dropout_mm_", dx.clone(), Q, A, p, seed)
+    returned = kernels.add_dropout_mm_(dx, Q, A, p, seed)
+    assert returned is dx
+    close(dx, want, TOLERANCE[dtype])
+
+
+@on_a_gpu
+def test_the_mask_is_bit_for_bit_pytorchs():
+    seed = kernels.dropout_seed(DEVICE)
+    dx = torch.zeros(150, 170, device=DEVICE)
+    ones = torch.ones(170, 16, device=DEVICE)
+    kernels.add_dropout_mm_(dx, torch.ones(150, 16, device=DEVICE), ones, 0.4, seed)
+    assert torch.equal(dx != 0, kernels.dropout_mask((150, 170), 0.4, seed, DEVICE))
+
+
+@on_a_gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
+def test_a_compiled_graph_holds_the_kernels_without_a_break():
+    seed = torch.tensor(5, device=DEVICE)
+
+    def step(x, U, s, V, P0, V0):
+        A, B = kernels.stack_factors(U, s, V, P0, V0, x.dtype, 8)
+        z = kernels.dropout_mm(x, A, 0.1, seed)
+        M = kernels.dropout_mm_transposed(z @ B.mT, z[:, :32], 0.0, None)
+        return kernels.add_dropout_mm_(x.clone(), z, A, 0.1, seed), M
+
+    U, s, V, P0, V0 = factors(64, 96, 32)
+    x = torch.randn(40, 96, device=DEVICE)
+    eager = step(x, U, s, V, P0, V0)
+    compiled = torch.compile(step, fullgraph=True)(x, U, s, V, P0, V0)
+    for mine, plain in zip(compiled, eager, strict=True):
+        close(mine, plain, 1e-5)

@@ -1,0 +1,165 @@
+"""compact=True leaves the frozen factors out of the file; loading recomputes them, checks them, and gives the same outputs."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from tiny import tiny_gpt2, tiny_llama
+from torch import nn
+
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from svdtune.linalg import top_factors
+from svdtune.methods.files.compact import check_probes, probe
+
+CONFIGS = {
+    "sara": (SaraConfig, {"r": 3}),
+    "mosara": (MoSaraConfig, {"threshold": 0.5, "num_heads": 3}),
+    "sorsa": (SorsaConfig, {"r": 4}),
+    "residual": (SorsaConfig, {"r": 4, "layout": "residual"}),
+}
+TOKENS = torch.arange(1, 25).view(2, 12)
+
+
+def base(family="llama", dtype=torch.float32):
+    return (tiny_gpt2() if family == "gpt2" else tiny_llama()).to(dtype)
+
+
+def trained(name, family="llama", dtype=torch.float32, **settings):
+    cls, own = CONFIGS[name]
+    model = get_peft_model(base(family, dtype), cls(**own, **({"compact": True} | settings), task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model):
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reloads_to_the_same_outputs(name, family, dtype, low_cpu_mem_usage, tmp_path):
+    model = trained(name, family, dtype)
+    model.save_pretrained(tmp_path)
+    kept = {key.rpartition(".")[2] for key in load_file(tmp_path / "adapter_model.safetensors")}
+    assert not any(key.startswith("frozen") and not key.endswith("_probe") for key in kept)
+    loaded = PeftModel.from_pretrained(base(family, dtype), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(loaded), logits(model))
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)  # what was recomputed can be left out again
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path, again))
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
+@pytest.mark.parametrize("name", ["mosara", "sorsa"])
+def test_the_file_holds_little_more_than_what_is_trained(name, tmp_path):
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(400, 400)), CONFIGS[name][0](r=40, target_modules=["0"], compact=True)
+    )
+    model.save_pretrained(tmp_path)
+    elements = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    probes = 2 * 4 * 40 * 8
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * elements + probes + 2000
+
+
+@pytest.mark.parametrize("name", ["mosara", "sorsa", "residual"])
+def test_a_base_in_another_dtype_is_refused(name, tmp_path):
+    """Its fingerprint agrees, its factors do not."""
+    trained(name).save_pretrained(tmp_path)
+    other = base(dtype=torch.bfloat16)
+    before = logits(other)
+    with pytest.raises(SvdtuneError, match=r"recomputed from this base model, is not what .* in the same dtype"):
+        PeftModel.from_pretrained(other, tmp_path)
+    assert torch.equal(logits(other), before)
+    assert type(other.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_resuming_beside_other_adapters(tmp_path):
+    """Trainer loads a checkpoint over the adapter that it made; the residual weight is not decomposed again."""
+    for name in CONFIGS:
+        model = trained(name)
+        before = logits(model)
+        model.save_pretrained(tmp_path / name)
+        model.load_adapter(tmp_path / name, "default", is_trainable=True)
+        assert torch.equal(logits(model.eval()), before)
+        model.load_adapter(tmp_path / name, "second")
+        model.set_adapter("second")
+        assert torch.allclose(logits(model), before, atol=1e-5)
+
+
+def test_switching_it_off_saves_everything(tmp_path):
+    trained("sorsa").save_pretrained(tmp_path / "compact")
+    model = PeftModel.from_pretrained(base(), tmp_path / "compact").eval()
+    model.peft_config["default"].compact = False
+    model.save_pretrained(tmp_path / "whole")
+    other = base(dtype=torch.bfloat16).float()  # a base that the factors cannot be recomputed from
+    loaded = PeftModel.from_pretrained(other, tmp_path / "whole").eval()
+    frozen = [module for module in loaded.modules() if hasattr(module, "frozen_P0")]
+    expected = [module for module in model.modules() if hasattr(module, "frozen_P0")]
+    assert all(
+        torch.equal(a.frozen_P0["default"], b.frozen_P0["default"]) for a, b in zip(frozen, expected, strict=True)
+    )
+
+
+def test_it_cannot_be_switched_on_later(tmp_path):
+    model = trained("sorsa", compact=False)
+    model.peft_config["default"].compact = True
+    with pytest.raises(
+        SvdtuneError, match="cannot be saved with compact=True: its frozen factors were not computed for that"
+    ):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(SvdtuneError, match="`compact` needs `init_weights=True`"):
+        SorsaConfig(compact=True, init_weights=False)
+
+
+def test_probes_notice_what_matters():
+    torch.manual_seed(0)
+    U = torch.linalg.qr(torch.randn(300, 8)).Q
+    probes = {"frozen_U": probe(U)}
+    check_probes("layer", {"frozen_U": U * (1 + 1e-7)}, probes)
+    turned = U.clone()
+    turned[:, 2:4] = U[:, 2:4] @ torch.tensor([[0.99999, -0.0045], [0.0045, 0.99999]])
+    for other in (U * torch.tensor([1, 1, 1, -1, 1, 1, 1, 1]), U[:, [1, 0, *range(2, 8)]], turned, U[:, :7]):
+        with pytest.raises(SvdtuneError, match=r"frozen_U of layer 'layer'"):
+            check_probes("layer", {"frozen_U": other}, probes)
+
+
+def test_exact_factors_agree_with_lapacks_to_fp32():
+    weight = torch.randn(300, 200, generator=torch.Generator().manual_seed(1))
+    weight[:, 100:] *= 1e-4  # the Gram matrix would lose these
+    U, s, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    for r in (5, 150):
+        found = top_factors(weight, r, exact=True)
+        signs = (found.Vh * Vh[:r]).sum(1).sign()
+        assert torch.allclose(found.s.double(), s[:r], rtol=1e-6)
+        assert float((found.U - (U[:, :r] * signs)).abs().max()) < 1e-6
+        assert float((found.Vh - signs[:, None] * Vh[:r]).abs().max()) < 1e-6
+
+
+LOAD = """
+import sys, torch, svdtune
+from peft import PeftModel
+from transformers import LlamaForCausalLM
+model = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(sys.argv[1] + "/base"), sys.argv[1] + "/adapter").eval()
+with torch.no_grad():
+    torch.save(model(input_ids=torch.arange(1, 25).view(2, 12)).logits, sys.argv[1] + "/logits.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["mosara", "sorsa"])
+def test_a_new_process_with_more_threads(name, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    model = trained(name)
+    model.save_pretrained(tmp_path / "adapter")
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True, env=environment)
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), logits(model), atol=1e-5)

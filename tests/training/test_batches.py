@@ -1,0 +1,29 @@
+"""Batches that are filled up with empty rows, and runs in which that would make a mean of nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+from torch.utils.data import BatchSampler, SequentialSampler
+from transformers import Trainer
+
+from svdtune.training import trainer
+from svdtune.training.batches import FilledBatches
+
+
+def test_batches_are_filled_up_to_whole_ones_and_to_one_for_each_process() -> None:
+    batches = BatchSampler(SequentialSampler(range(5)), batch_size=2, drop_last=False)
+    assert len(FilledBatches(batches, processes=2, empty=9)) == 4
+    assert list(FilledBatches(batches, processes=2, empty=9)) == [[0, 1], [2, 3], [4, 9], [9, 9]]
+
+
+@pytest.mark.parametrize(("smoothing", "told", "filled"), [(0.0, True, True), (0.1, True, False), (0.0, False, False)])
+def test_no_empty_rows_where_a_batch_takes_its_own_mean(
+    monkeypatch: pytest.MonkeyPatch, smoothing: float, told: bool, filled: bool
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(Trainer, "get_train_dataloader", lambda _: "loader")
+    monkeypatch.setattr(trainer, "fill_up", seen.append)
+    run = object.__new__(trainer.RunTrainer)
+    run.args, run.model_accepts_loss_kwargs = SimpleNamespace(label_smoothing_factor=smoothing), told
+    assert run.get_train_dataloader() == "loader"
+    assert seen == ["loader"] * filled

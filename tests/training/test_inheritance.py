@@ -1,0 +1,63 @@
+"""Recipe files on top of others: what is changed, what is replaced, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+
+from svdtune.errors import SvdtuneError
+from svdtune.training.inheritance import merge, read_settings
+from svdtune.training.recipe import load_recipe
+
+BASE = """\
+model: some/model
+method: {name: lora, r: 8, lora_alpha: 16}
+data: {train: rows.jsonl, max_length: 256}
+training: {learning_rate: 1e-4, epochs: 3}
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_sections_are_changed_and_the_method_is_replaced(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", BASE)
+    path = write(
+        tmp_path / "in" / "mine.yaml",
+        "extends: ../base.yaml\nmethod: {name: sorsa, r: 4}\ntraining: {learning_rate: 3e-5}\n",
+    )
+    recipe = load_recipe(path, ["--training.seed", "7"])
+    assert (recipe.method.name, recipe.method.options) == ("sorsa", {"r": 4})
+    assert (recipe.training.learning_rate, recipe.training.epochs, recipe.training.seed) == (3e-5, 3, 7)
+    assert recipe.data.max_length == 256
+    assert recipe.output.dir == "runs/mine"
+
+
+def test_later_files_change_earlier_ones(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", BASE)
+    write(tmp_path / "other.yaml", "data: {train: code.jsonl}\n")
+    settings = read_settings(write(tmp_path / "mine.yaml", "extends: [base.yaml, other.yaml]\n"))
+    assert settings["data"] == {"train": "code.jsonl", "max_length": 256}
+
+
+def test_merging_leaves_both_as_they_are() -> None:
+    base, changes = {"a": {"x": 1}, "b": 1}, {"a": {"y": 2}, "b": {"z": 3}}
+    assert merge(base, changes) == {"a": {"x": 1, "y": 2}, "b": {"z": 3}}
+    assert (base, changes) == ({"a": {"x": 1}, "b": 1}, {"a": {"y": 2}, "b": {"z": 3}})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: gone.yaml\n", r"there is no recipe .*gone\.yaml, which .*mine\.yaml extends"),
+        ("extends: mine.yaml\n", r"mine\.yaml extends itself"),
+        ("extends: 3\n", "extends is 3; expected a file's name"),
+        ("extends: bad.yaml\n", r"bad\.yaml holds no settings"),
+    ],
+)
+def test_what_cannot_be_extended(tmp_path: Path, text: str, message: str) -> None:
+    write(tmp_path / "bad.yaml", "- a\n")
+    with pytest.raises(SvdtuneError, match=message):
+        read_settings(write(tmp_path / "mine.yaml", text))
