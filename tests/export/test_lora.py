@@ -2,10 +2,10 @@
 
 import copy
 import json
-import subprocess
-import sys
 
+import new_process
 import pytest
+import stock_peft
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -30,29 +30,6 @@ EXACT = {
     "saved-module": SaraConfig(r=3, modules_to_save=["norm", "ln_f"]),
     "biases": SaraConfig(r=3, bias="sara_only"),
 }
-
-LOAD = """
-import sys
-class Block:
-    def find_spec(self, name, *_):
-        if name.partition(".")[0] == "svdtune":
-            raise ModuleNotFoundError("svdtune is kept out of this process")
-sys.meta_path.insert(0, Block())
-import torch
-import warnings
-from pathlib import Path
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-warnings.simplefilter("error", UserWarning)  # what PEFT says of weights that are missing or left over
-warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT sets it itself for Conv1D
-tokens = torch.arange(1, 25).view(2, 12)
-for lora in sorted(Path(sys.argv[1]).glob("*/lora")):
-    base = AutoModelForCausalLM.from_pretrained(lora.parent.parent / "base")
-    model = PeftModel.from_pretrained(base, lora).eval()
-    with torch.no_grad():
-        torch.save(model(input_ids=tokens).logits, lora.parent / "lora.pt")
-assert "svdtune" not in sys.modules
-"""
 
 
 def model_of(family: str):
@@ -84,7 +61,7 @@ def test_stock_peft_gives_the_same_logits(family, tmp_path):
         report = export_lora(tmp_path / name / "adapter", tmp_path / name / "lora")
         assert not report.errors
         assert set(report.ranks) == set(model.peft_config["default"].ranks)
-    subprocess.run([sys.executable, "-c", LOAD, str(tmp_path)], check=True)
+    new_process.start(stock_peft.save_logits, tmp_path).result()
     base = logits(model_of(family))
     for name, logit in expected.items():
         got = torch.load(tmp_path / name / "lora.pt")
