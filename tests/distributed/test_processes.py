@@ -2,14 +2,13 @@
 
 from typing import Any
 
+import new_process
 import pytest
 import torch
 from tiny_processes import regularizer_gradients, run, started
 from tiny_steps import METHODS, train
-from torch import multiprocessing
 
-STEPS = {2: 50, 4: 8}
-multiprocessing.set_forkserver_preload(["tiny_processes"])  # imports torch and the rest once for all
+STEPS = {2: 20, 4: 4}
 
 
 @pytest.fixture(scope="module", params=list(STEPS))
@@ -17,7 +16,9 @@ def several(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """What each of several processes found."""
     folder = tmp_path_factory.mktemp(f"processes{request.param}")
     arguments = (request.param, folder, STEPS[request.param])
-    multiprocessing.start_processes(run, arguments, nprocs=request.param, start_method="forkserver")
+    running = [new_process.start(run, index, *arguments) for index in range(request.param)]
+    for process in running:
+        process.result()
     found = [torch.load(folder / f"process-{index}.pt") for index in range(request.param)]
     found[0]["cached"] = len(list((folder / "cache").rglob("*.safetensors")))
     return found
