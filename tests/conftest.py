@@ -1,5 +1,6 @@
 """What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data sets if there is one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, settings
 from tiny import save_tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch_state import kept_torch_state
 from transformers import PreTrainedTokenizerFast
 
 # The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
@@ -26,8 +28,11 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _torch() -> Iterator[None]:
+    """Give every test PyTorch in the same state: seed 0, fp32 products in fp32, nothing that another test set or compiled."""
+    with kept_torch_state():
+        torch.manual_seed(0)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -307,4 +307,3 @@ def test_a_compiled_model_is_one_graph():
     logits = compiled(input_ids=TOKENS).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten()).backward()
     assert_same({key: p.grad for key, p in model.named_parameters() if p.requires_grad}, want, 1e-4)
-    torch._dynamo.reset()
