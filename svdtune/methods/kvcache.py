@@ -1,4 +1,7 @@
-"""The key-value cache that a pass of a model extends, found by what it is: what its argument is called depends on the release."""
+"""The key-value cache that a pass of a model extends, found by what it is.
+
+What a model's forward calls the argument depends on the release of transformers.
+"""
 
 from collections.abc import Iterable
 from typing import Any
@@ -7,10 +10,10 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 
 def growing_cache(arguments: Iterable[Any]) -> DynamicCache | None:
-    """The cache among the arguments of a model's forward that grows by the tokens of each pass; None where there is none.
+    """The cache among a forward's arguments that grows by the tokens of each pass, or None.
 
-    An encoder-decoder model's is the one of its decoder's self-attention. A static cache is none: it keeps its length on the
-    device, where to ask for it would be to wait.
+    An encoder-decoder model's is the one of its decoder's self-attention. A static cache is left out:
+    it keeps its length on the device, and asking for it would wait for the device.
     """
     for argument in arguments:
         cache = argument.self_attention_cache if isinstance(argument, EncoderDecoderCache) else argument

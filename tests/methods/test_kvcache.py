@@ -1,4 +1,4 @@
-"""The key-value cache is found by what it is, so that no pair is formed twice in a generation, whatever its argument is called."""
+"""No pair is formed twice in a generation, whatever a release calls the argument that holds the key-value cache."""
 
 import pytest
 import torch
@@ -72,7 +72,7 @@ def recurrent():
 
 @pytest.mark.parametrize("make", [decoder, encoder_and_decoder, recurrent])
 def test_generating_is_the_same_with_kept_pairs(make, formed):
-    """Each pair is formed once, also under an encoder, and of a model of states if the release at hand has a cache for it."""
+    """Each pair is formed once, under an encoder too, and in a model of states if the release caches those in a `Cache`."""
     torch.manual_seed(0)
     model = make()
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
