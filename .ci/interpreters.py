@@ -5,6 +5,7 @@ is no failure. Each gets a virtual environment of its own, .venv-3.12 for exampl
 """
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ def main() -> int:
             continue
         print(f"interpreters: Python {version}, {interpreter}", flush=True)
         words = [f"VENV=.venv-{version}", f"PYTHON={interpreter}", f"PYTEST={' '.join(TESTS)}"]
-        if subprocess.run(["make", "-C", str(ROOT), "test", *words], check=False).returncode:
+        make = shutil.which("make") or "make"
+        if subprocess.run([make, "-C", str(ROOT), "test", *words], check=False).returncode:
             failed.append(version)
     if failed:
         print(f"interpreters: tests failed on Python {', '.join(failed)}")
@@ -73,7 +75,9 @@ def version_of(python: str | Path) -> str | None:
 
 def uv(*words: str) -> subprocess.CompletedProcess[str]:
     """What uv says; it is installed beside the interpreter that runs this."""
-    return subprocess.run([str(Path(sys.executable).with_name("uv")), *words], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("uv")), *words], capture_output=True, text=True, check=False
+    )
 
 
 if __name__ == "__main__":

@@ -3,14 +3,18 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 from tiny import save_tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from torch_state import kept_torch_state
 from transformers import PreTrainedTokenizerFast
+
+from svdtune.methods.closed import refused_peft
 
 # The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
 settings.register_profile(
@@ -39,6 +43,13 @@ def _torch() -> Iterator[None]:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test a cache folder of its own, so that no test sees what another decomposed."""
     monkeypatch.setenv("SVDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def transformers_takes_peft() -> None:
+    """For tests of what transformers itself does with adapters; skips where it refuses the PEFT that is installed."""
+    if (refusal := refused_peft()) is not None:
+        pytest.skip(f"transformers {transformers.__version__} says of PEFT {peft.__version__}: {refusal}")
 
 
 @pytest.fixture
