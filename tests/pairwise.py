@@ -9,7 +9,7 @@ from itertools import combinations, product
 from typing import Any
 
 
-def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+def all_pairs(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
     """Combinations of one value of each factor that hold every pair of values of any two factors, in the product's order.
 
     They are chosen greedily, so the same ones each time: from the product, always the first that holds most of the pairs
@@ -27,6 +27,14 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
         chosen.add(best)
         missing -= _pairs(best)
     return [tuple(each[place] for each, place in zip(values, places, strict=True)) for places in sorted(chosen)]
+
+
+def shared_out(tests: Iterable[str], *factors: Iterable[Any]) -> dict[str, list[tuple[Any, ...]]]:
+    """The combinations for each of several tests over one grid, the test itself being a factor."""
+    shares: dict[str, list[tuple[Any, ...]]] = {test: [] for test in tests}
+    for test, *values in all_pairs(shares, *factors):
+        shares[test].append(tuple(values))
+    return shares
 
 
 def _pairs(places: Sequence[int]) -> set[tuple[tuple[int, int], ...]]:

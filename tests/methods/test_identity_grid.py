@@ -5,6 +5,7 @@ SORSA's residual layout changes the base weight, so the base comes back to the r
 
 import pytest
 import torch
+from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from test_model_families import FAMILIES, model_of, output
 from test_peft_verbs import CONFIGS, UNCHANGED_AT_START, move
@@ -104,26 +105,22 @@ def check(kind: str, name: str, dtype: torch.dtype, folder) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "kind", "dtype"), all_pairs(METHODS, KINDS, DTYPES), ids=str)
 def test_every_kind_of_layer(name, kind, dtype, tmp_path):
     check(kind, name, dtype, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(("name", "kind", "dtype"), all_pairs(VARIANTS, KINDS, DTYPES), ids=str)
 def test_every_kind_of_layer_in_other_variants(name, kind, dtype, tmp_path):
     check(kind, name, dtype, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", sorted({*FAMILIES, *FUSED_MODELS} - set(KINDS)))
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "kind", "dtype"), all_pairs(METHODS, sorted({*FAMILIES, *FUSED_MODELS} - set(KINDS)), DTYPES), ids=str
+)
 def test_every_family(name, kind, dtype, tmp_path):
     check(kind, name, dtype, tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import all_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdtune.checkpoint import SHAPES, Checkpoint, open_shape
@@ -178,9 +179,10 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
         Setting(**wrong)
 
 
-@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-70b", "llama-405b"])
-@pytest.mark.parametrize("devices", [1, 8, 64])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "devices", "strategy"),
+    all_pairs(["llama-7b", "llama-13b", "llama-70b", "llama-405b"], [1, 8, 64], ["ddp", "fsdp2"]),
+)
 def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
     sizes = sizes_of(open_shape(name), "sorsa", 128, "all-linear")[1]
     asked = Setting(strategy, devices, batch_size=8, length=2048)

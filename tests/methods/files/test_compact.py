@@ -3,6 +3,7 @@
 import new_process
 import pytest
 import torch
+from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
@@ -41,10 +42,11 @@ def logits(model):
     return model(input_ids=TOKENS).logits
 
 
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    ("name", "family", "dtype", "low_cpu_mem_usage"),
+    all_pairs(CONFIGS, ["llama", "gpt2"], [torch.float32, torch.bfloat16], [False, True]),
+    ids=str,
+)
 def test_reloads_to_the_same_outputs(name, family, dtype, low_cpu_mem_usage, tmp_path):
     model = trained(name, family, dtype)
     model.save_pretrained(tmp_path)

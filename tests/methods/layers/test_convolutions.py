@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import shared_out
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import CONFIGS, MERGEABLE, UNCHANGED_AT_START, layers, move
 from torch import nn
@@ -88,9 +89,12 @@ class Literal(nn.Module):
         return conv(x) + torch.cat(parts, -1).movedim(-1, -len(conv.kernel_size) - 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+SHARES = shared_out(["start and back", "merge", "save"], CONFIGS, KINDS)
+
+
 class TestEveryConvolution:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("name", CONFIGS)
     def test_outputs_and_gradients_are_the_literal_ones(self, name, kind):
         model, x = adapted(name, kind), data(kind).requires_grad_()
         twin, x_twin = copy.deepcopy(model), x.detach().clone().requires_grad_()
@@ -104,6 +108,7 @@ class TestEveryConvolution:
         for parameter, want in zip(trained, wanted, strict=True):
             assert torch.allclose(parameter.grad, want.grad, atol=1e-4)
 
+    @pytest.mark.parametrize(("name", "kind"), SHARES["start and back"])
     def test_start_and_back(self, name, kind):
         base, x = Net(kind), data(kind)
         want, weights = base(x), base.state_dict()
@@ -118,6 +123,7 @@ class TestEveryConvolution:
         for key, value in model.unload().state_dict().items():
             assert torch.allclose(value, weights[key], atol=0 if exact else 1e-6), key
 
+    @pytest.mark.parametrize(("name", "kind"), SHARES["merge"])
     def test_merge_and_unmerge(self, name, kind):
         model, x = adapted(name, kind), data(kind)
         before, weights = model(x), {key: value.clone() for key, value in model.state_dict().items()}
@@ -133,6 +139,7 @@ class TestEveryConvolution:
         assert torch.allclose(merged(x), before, atol=1e-5)
         assert not layers(merged)
 
+    @pytest.mark.parametrize(("name", "kind"), SHARES["save"])
     def test_save_and_load(self, name, kind, tmp_path):
         model, x = adapted(name, kind), data(kind)
         model.save_pretrained(tmp_path)
