@@ -17,7 +17,7 @@ def svdtune(*words: str | Path) -> Result:
 
 @pytest.fixture
 def tiny_demo(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Result]:
-    monkeypatch.setattr(demo, "QUICK", demo.Size(steps=2, items=3, max_new_tokens=4))
+    monkeypatch.setattr(demo, "QUICK", demo.Size(steps=2, rows=2, items=3, max_new_tokens=4))
     sorsa, *others = demo.METHODS
     small = replace(sorsa, options=sorsa.options | {"r": 4})  # the tiny model's layers have no rank 32
     monkeypatch.setattr(demo, "METHODS", (small, *others))
