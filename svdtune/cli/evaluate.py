@@ -72,6 +72,9 @@ def evaluate(
     no_repeat_ngram_size: Annotated[
         int | None, typer.Option(help="No n-gram of this size twice. Default: as the run, or 0, for no such rule.")
     ] = None,
+    stop_loops: Annotated[
+        bool, typer.Option("--stop-loops", help="Cut an answer that repeats itself, before the length limit does.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
     ] = None,
@@ -114,6 +117,7 @@ def evaluate(
         own.beams if beams is None else beams,
         own.length_penalty if length_penalty is None else length_penalty,
         own.no_repeat_ngram_size if no_repeat_ngram_size is None else no_repeat_ngram_size,
+        stop_loops,
     )
     names = sets_to_ask(found.recipe, data, task)
     asked = [
@@ -203,7 +207,8 @@ def summary(result: "Evaluation") -> str:
     lines += [_metric_line(name, metric) for name, metric in result.metrics.items()]
     if result.unended:
         limit = result.settings["max_new_tokens"]
-        lines.append(f"{result.unended} answers were cut at {limit} tokens; --max-new-tokens raises the limit")
+        loops = ", or where they repeated themselves" if result.settings.get("stop_loops") else ""
+        lines.append(f"{result.unended} answers were cut at {limit} tokens{loops}; --max-new-tokens raises the limit")
     return "\n".join([*lines, f"predictions and settings: {result.folder}"])
 
 
