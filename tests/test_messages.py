@@ -29,7 +29,7 @@ from svdtune.data.catalogue import scored
 from svdtune.evaluation import vllm
 from svdtune.evaluation.decoding import Decoding
 from svdtune.export.source import attach_adapter
-from svdtune.linalg import Spectrum, rank_at_threshold, top_factors
+from svdtune.linalg import Spectrum, rank_at_threshold, spectrum, top_factors
 from svdtune.methods.files.adapter import read_adapter
 from svdtune.methods.start import disk
 from svdtune.planning import draw, make_plan
@@ -133,7 +133,15 @@ def small() -> LlamaForCausalLM:
         ),
         (
             lambda: vllm.VllmEngine.complete(None, [], 1, Decoding(beams=2), []),
-            "vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers",
+            "vLLM decodes without beams, no_repeat_ngram_size and stop_loops; use --engine transformers",
+        ),
+        (
+            lambda: Decoding(temperature=0.5, stop_loops=True),
+            "loops are stopped in greedy decoding alone; leave out stop_loops or the rest",
+        ),
+        (
+            lambda: spectrum(torch.ones(2, 2), dtype=torch.float16),
+            r"a spectrum is computed in torch\.float32 or torch\.float64, not torch\.float16",
         ),
     ],
 )
