@@ -187,7 +187,7 @@ class Recipe(_Section):
         return value
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool = False) -> Recipe:
     """Read a recipe file, apply command-line overrides, check everything.
 
     Args:
@@ -195,6 +195,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             extending`).
         overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML. "--method" replaces a whole
             section: `--method '{name: sara, threshold: 0.02}'`.
+        begun: whether it is that of a run to resume, as for `check_recipe`.
 
     Raises:
         SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
@@ -204,24 +205,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
         set_at(settings, dotted, value)
-    return check_recipe(settings, str(path))
+    return check_recipe(settings, str(path), begun=begun)
 
 
-def check_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
+def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun: bool = False) -> Recipe:
     """Make a `Recipe` of plain settings.
+
+    Args:
+        settings: by section.
+        source: what to call it in an error.
+        begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that settings which are refused now
+            are taken as what they have become; a warning says so.
 
     Raises:
         SvdtuneError: with all problems, the method's own settings included.
     """
-    from svdtune.training.method import method_problems
+    from svdtune.training.method import as_stored, method_problems
 
     problems: list[Problem] = []
     recipe = None
+    method = settings.get("method")
+    if begun and isinstance(method, dict):
+        method = as_stored(method.get("name"), method)
+        settings = {**settings, "method": method}
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         problems += from_pydantic(error, Recipe)
-    method = settings.get("method")
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
     problems += _exclusions(settings)

@@ -60,10 +60,6 @@ def test_factors_are_sent_as_they_are_whatever_dtype_a_program_prefers(several: 
     assert {found["another default dtype"] for found in several} == {started("sorsa")["digest"]}
 
 
-def test_every_process_knows_of_a_residual_that_the_main_process_took(several: list[dict]) -> None:
-    assert all(found["residual"] == [["default"], ["default"]] for found in several)
-
-
 def test_each_spectrum_is_cached_once(several: list[dict]) -> None:
     assert several[0]["cached"] == len(several[0]["starts"]["sara"]["ranks"])
 

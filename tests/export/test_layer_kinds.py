@@ -17,7 +17,6 @@ METHODS = {
     "sara": SaraConfig(r=3),
     "mosara": MoSaraConfig(r=4, num_heads=1),
     "sorsa": SorsaConfig(r=2),
-    "residual": SorsaConfig(r=2, layout="residual"),
 }
 TOKENS = torch.arange(1, 25).view(2, 12)
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}

@@ -23,7 +23,6 @@ EXACT = {
     "mosara-front": MoSaraConfig(r=5, num_heads=1, v_position="front"),
     "sorsa": SorsaConfig(r=4),
     "sorsa-threshold": SorsaConfig(threshold=0.3),
-    "residual": SorsaConfig(r=4, layout="residual"),
     "few-layers": SorsaConfig(r=4, target_modules=["q_proj", "c_attn"], layers_to_transform=[1]),
     "all-but-one": SorsaConfig(r=4, target_modules="all-linear", exclude_modules=["down_proj", "c_proj"]),
     "pattern": SorsaConfig(r=4, target_modules=r".*\.1\..*(_proj|c_attn)"),
@@ -70,7 +69,7 @@ def test_stock_peft_gives_the_same_logits(family, tmp_path):
         assert error < 2e-6 + 1e-3 * effect, (name, error, effect)
 
 
-@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "residual"])
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
 def test_ranks_are_the_methods(name, tmp_path):
     model = trained(EXACT[name])
     model.save_pretrained(tmp_path / "adapter")
@@ -144,7 +143,7 @@ class TestCombining:
 
     def test_different_methods_by_weight(self, tmp_path):
         self.saved(tmp_path / "first", SaraConfig(r=3))
-        self.saved(tmp_path / "second", SorsaConfig(r=2, layout="residual"))
+        self.saved(tmp_path / "second", SorsaConfig(r=2))
         report = combine({tmp_path / "first": 0.7, tmp_path / "second": -0.2}, tmp_path / "lora")
         assert report.ranks["model.layers.0.self_attn.q_proj"] == 3 + 4
         assert report.ranks["model.layers.0.mlp.up_proj"] == 4

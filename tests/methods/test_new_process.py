@@ -14,7 +14,6 @@ CONFIGS = {
     "sara": SaraConfig(threshold=0.2),
     "mosara": MoSaraConfig(threshold=0.5, num_heads=3),
     "sorsa": SorsaConfig(r=4),
-    "residual": SorsaConfig(r=4, layout="residual"),
 }
 TOKENS = torch.arange(1, 25).view(2, 12)
 

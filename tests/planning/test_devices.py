@@ -33,7 +33,6 @@ LLAMA = {
     "sorsa-delta": ("sorsa", 128, "all-linear"),
     "sorsa-delta-without-regularizer": ("sorsa", 128, "all-linear"),
     "sorsa-delta-dropout": ("sorsa", 128, "all-linear"),
-    "sorsa-residual": ("sorsa", 128, "all-linear"),
     "sara-all": ("sara", 128, "all-linear"),
     "sara-qv": ("sara", 9, QV),
     "mosara-qv-5-heads": ("mosara", 914, QV),
@@ -43,7 +42,6 @@ LLAMA = {
 }
 SMOLLM2 = {
     "sorsa-delta": ("sorsa", 64, "all-linear"),
-    "sorsa-residual": ("sorsa", 64, "all-linear"),
     "lora": ("lora", 64, "all-linear"),
     "lora-qv-r8": ("lora", 8, QV),
     "sara-qv": ("sara", 9, QV),

@@ -14,7 +14,7 @@ from svdtune.methods.compute.changes import changes_at_once
 from svdtune.methods.compute.lowrank import LowRankLinear, Part, stacked
 from svdtune.methods.compute.together import Together
 
-NAMES = ["sara", "sorsa", "sorsa-residual"]
+NAMES = ["sara", "sorsa"]
 
 
 def together(model) -> Together:

@@ -18,7 +18,6 @@ CONFIGS = {
     "sara": (SaraConfig, {"r": 3}),
     "mosara": (MoSaraConfig, {"threshold": 0.5, "num_heads": 3}),
     "sorsa": (SorsaConfig, {"r": 4}),
-    "residual": (SorsaConfig, {"r": 4, "layout": "residual"}),
 }
 TOKENS = torch.arange(1, 25).view(2, 12)
 
@@ -71,7 +70,7 @@ def test_the_file_holds_little_more_than_what_is_trained(name, tmp_path):
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < 4 * elements + probes + 2000
 
 
-@pytest.mark.parametrize("name", ["mosara", "sorsa", "residual"])
+@pytest.mark.parametrize("name", ["mosara", "sorsa"])
 def test_a_base_in_another_dtype_is_refused(name, tmp_path):
     """Its fingerprint agrees, its factors do not."""
     trained(name).save_pretrained(tmp_path)
@@ -84,7 +83,7 @@ def test_a_base_in_another_dtype_is_refused(name, tmp_path):
 
 
 def test_resuming_beside_other_adapters(tmp_path):
-    """Trainer loads a checkpoint over the adapter that it made; the residual weight is not decomposed again."""
+    """Trainer loads a checkpoint over the adapter that it made; no weight is decomposed again."""
     for name in CONFIGS:
         model = trained(name)
         before = logits(model)
