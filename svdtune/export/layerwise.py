@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.adapter import read_json
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_same_layers
+from svdtune.system import read_json
 
 _ROOT = "base_model.model."
 # Settings that choose layers among many, or train something beside them: a model of one layer has neither.

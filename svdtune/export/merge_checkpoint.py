@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
-from svdtune.checkpoint.folder import check_new_folder, new_folder
 from svdtune.checkpoint.names import StoredNames, build_skeleton, stored_names
 from svdtune.checkpoint.shards import INDEX, SINGLE
 from svdtune.checkpoint.tensors import FLOATING, Checkpoint, Computed, Stored, open_checkpoint, write_tensors
@@ -29,6 +28,7 @@ from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
 from svdtune.export.source import Source, adapter_of, base_folder
 from svdtune.methods.files.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
+from svdtune.system import check_new_folder, new_folder
 
 # What is copied of the base folder besides its weights: everything but weights in other formats, its card, and the hidden.
 _LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}

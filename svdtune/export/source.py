@@ -14,9 +14,9 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.adapter import read_json
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loading import locate
+from svdtune.system import read_json
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
 

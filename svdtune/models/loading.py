@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from svdtune.checkpoint.shards import shard_names
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.adapter import read_json
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
-from svdtune.system import is_out_of_memory
+from svdtune.system import is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 

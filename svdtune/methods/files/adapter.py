@@ -1,9 +1,7 @@
 """Read a saved adapter from its folder: its configuration, and its tensors by layer; no model is needed."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
@@ -15,6 +13,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.methods.layers.base import SvdLayer
+from svdtune.system import read_json
 
 _ROOT = "base_model.model."
 
@@ -98,21 +97,6 @@ def read_config(folder: Path) -> SvdConfig:
         OverflowError,
     ) as error:  # PEFT's own, of a kind that is none
         raise SvdtuneError(f"{path} is damaged: {str(error)[:200]}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file with one object.
-
-    Raises:
-        SvdtuneError: it holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SvdtuneError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise SvdtuneError(f"{path} is damaged: expected a JSON object, found a {type(found).__name__}")
-    return found
 
 
 def layer_class(config: SvdConfig) -> type[SvdLayer]:

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
-from svdtune.checkpoint.folder import check_new_folder, new_folder
 from svdtune.checkpoint.stream import TensorStream
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
@@ -26,6 +25,7 @@ from svdtune.methods.files.compact import PROBE, probe
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, weight_fingerprint
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.rows import Rows
+from svdtune.system import check_new_folder, new_folder
 
 _ROOT = "base_model.model."
 
