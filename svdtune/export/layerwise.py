@@ -101,7 +101,7 @@ class LayerwiseAdapter:
                 NaN or infinity.
         """
         module = copy.deepcopy(self._modules[layer])
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)  # PEFT merges in place
         module.weight = nn.Parameter(weight, requires_grad=False)
         if getattr(module, "bias", None) is not None:
             module.bias = nn.Parameter(torch.zeros(module.bias.shape), requires_grad=False)
