@@ -25,8 +25,9 @@ from svdtune.checkpoint.tensors import FLOATING, Stored
 from svdtune.checkpoint.writer import Computed, TensorWriter
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import Comparison, compare_checkpoint, why_not
-from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
+from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.source import Source, adapter_of, base_folder
+from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
 from svdtune.system import check_new_folder, new_folder, read_json
@@ -85,8 +86,9 @@ def merge(
         raise SvdtuneError(f"dtype {dtype!r} is none to merge in: expected auto, {', '.join(_words())}")
     check_new_folder(output)
     target = None if dtype == "auto" else _words()[dtype]
-    with new_folder(output) as work, _base_of(source, read_peft_config(folder), output.absolute().parent) as base:
-        adapter = LayerwiseAdapter(folder, base.model)
+    config = read_config(folder)
+    with new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
+        adapter = LayerwiseAdapter(folder, config, base.model)
         untied, dtypes = _write_weights(base, work, adapter, target)
         _copy_other_files(base, work, source)
         _edit_config(work, untied, target)

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import peft
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +19,8 @@ from svdtune.methods.layers.base import SvdLayer
 from svdtune.system import read_json
 
 _ROOT = "base_model.model."
+# What PEFT says of a damaged configuration, in whichever of these types.
+_PEFTS_OWN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError)
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
+    if not isinstance(config, SvdConfig):
+        kind = config.peft_type.value
+        raise SvdtuneError(f"{folder} holds an adapter of type {kind}; expected one of SARA, MOSARA or SORSA")
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise SvdtuneError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; save it again with save_pretrained")
@@ -72,31 +80,38 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     return SavedAdapter(config, layers, others)
 
 
-def read_config(folder: Path) -> SvdConfig:
-    """The configuration of an adapter of svdtune's.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the adapter_config.json of an adapter of any method says, as it stands there.
 
     Raises:
-        SvdtuneError: there is none, it is damaged, or it is another method's.
+        SvdtuneError: there is none, it is damaged, or PEFT does not know the method.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         found = "that folder does not exist" if not folder.is_dir() else f"it has no {ADAPTER_CONFIG}"
         raise SvdtuneError(f"{folder} is not an adapter folder: {found}")
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := str(read_json(path).get("peft_type")))
-    if cls is None or not issubclass(cls, SvdConfig):
-        raise SvdtuneError(f"{folder} holds an adapter of type {peft_type}; expected one of SARA, MOSARA or SORSA")
+    settings = read_json(path)
+    if str(settings.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SvdtuneError(
+            f"{folder} holds an adapter of type {settings.get('peft_type')}, which PEFT {peft.__version__} does not know; "
+            f"upgrade PEFT, or see whether {path.name} is damaged"
+        )
+    return settings
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter of any method; of svdtune's, whose weights are whole.
+
+    Raises:
+        SvdtuneError: there is none, it is damaged, or PEFT does not know the method.
+    """
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[str(read_settings(folder)["peft_type"])]
     try:
         return cls.from_pretrained(str(folder))
     except SvdtuneError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # PEFT's own, of a kind that is none
-        raise SvdtuneError(f"{path} is damaged: {str(error)[:200]}") from error
+    except _PEFTS_OWN as error:
+        raise SvdtuneError(f"{folder / ADAPTER_CONFIG} is damaged: {str(error)[:200]}") from error
 
 
 def layer_class(config: SvdConfig) -> type[SvdLayer]:
