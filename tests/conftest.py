@@ -1,14 +1,20 @@
 """What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data sets if there is one."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 from tiny import save_tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch_state import kept_torch_state
 from transformers import PreTrainedTokenizerFast
+
+from svdtune.methods.closed import refused_peft
 
 # The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
 settings.register_profile(
@@ -26,14 +32,24 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _torch() -> Iterator[None]:
+    """Give every test PyTorch in the same state: seed 0, fp32 products in fp32, nothing that another test set or compiled."""
+    with kept_torch_state():
+        torch.manual_seed(0)
+        yield
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test a cache folder of its own, so that no test sees what another decomposed."""
     monkeypatch.setenv("SVDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def transformers_takes_peft() -> None:
+    """For tests of what transformers itself does with adapters; skips where it refuses the PEFT that is installed."""
+    if (refusal := refused_peft()) is not None:
+        pytest.skip(f"transformers {transformers.__version__} says of PEFT {peft.__version__}: {refusal}")
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation import BaseStreamer
 
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.prompting import cache_where_peft_looks
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,8 @@ def complete_batch(
     )
     device = model.get_input_embeddings().weight.device
     cuda = [device] if device.type == "cuda" else []
-    with sole_config(model, config), torch.random.fork_rng(cuda, enabled=bool(drawing)):
+    drawn_apart = torch.random.fork_rng(cuda, enabled=bool(drawing))
+    with sole_config(model, config), cache_where_peft_looks(model), drawn_apart:
         if drawing:
             torch.manual_seed(seed)
         output = model.generate(

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from svdtune import spectra
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.linalg import Factors
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.config import SvdConfig
@@ -148,7 +148,7 @@ class Settled:
         if unused:
             warnings.warn(
                 f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(unused)}.",
-                RuntimeWarning,
+                SvdtuneWarning,
                 stacklevel=2,
             )
 

@@ -73,7 +73,7 @@ def test_nothing_is_overwritten(tiny_folder, tmp_path):
         split_checkpoint(tiny_folder, tmp_path / "split", SorsaConfig(r=4))
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_quantized_residual_is_nearer_to_the_model(tiny_tokenizer, tmp_path):
     """And nf4 training goes on from there."""
     bnb = pytest.importorskip("bitsandbytes")

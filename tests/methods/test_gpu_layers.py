@@ -32,8 +32,7 @@ def compare(model, run, autocast: bool) -> None:
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", ["conv2d-strided", "conv2d-groups", "conv1d"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_convolutions(name, kind, autocast, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_convolutions(name, kind, autocast):
     x = data(kind)
     compare(convolution(name, kind), lambda model, device: model(x.to(device)), autocast)
 

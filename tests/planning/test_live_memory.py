@@ -71,7 +71,6 @@ def estimated(method, vocabulary, key_value_heads, checkpointing):
     return memory.activations + memory.logits + memory.temporaries - workspace + memory.gradients + 2 * sizes.copies
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated:FutureWarning")
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("vocabulary", [64, 4096])
 @pytest.mark.parametrize("key_value_heads", [8, 2])

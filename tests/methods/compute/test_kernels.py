@@ -18,10 +18,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # Triton's interpreter reads loop bounds in a way that NumPy 2.4 no longer allows and older ones warn of.
 INTERPRETER_WORKS = HAS_TRITON and tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 # Triton's interpreter truncates to bf16 instead of rounding, and cannot multiply bf16 matrices: NumPy has no such type.

@@ -1,11 +1,13 @@
 """Layers that work together give what each gives by itself: outputs, gradients, and nothing that is out of date."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 from test_peft_verbs import TOKENS, adapted, layers, logits, move
 from test_training_step import LABELS, assert_same, gradients
+from transformers import DynamicCache, LlamaForCausalLM
 
 from svdtune.methods.compute.changes import changes_at_once
 from svdtune.methods.compute.lowrank import LowRankLinear, Part, stacked
@@ -215,15 +217,16 @@ def test_generating_forms_each_pair_once(name, monkeypatch):
 
 
 def test_a_cache_that_begins_anew_forms_pairs_anew():
-    from transformers import DynamicCache
-
     model = adapted("sorsa", moved=0.1).eval()
     cache = DynamicCache()
+    takes = inspect.signature(LlamaForCausalLM.forward).parameters
+    given = {name: cache for name, parameter in takes.items() if "Cache" in str(parameter.annotation)}
+    assert len(given) == 1
     with torch.no_grad():
-        model(input_ids=TOKENS, past_key_values=cache)
+        model(input_ids=TOKENS, **given)
         move(model, 0.1, seed=5)
         cache.reset()
-        got = model(input_ids=TOKENS, past_key_values=cache).logits
+        got = model(input_ids=TOKENS, **given).logits
         assert torch.equal(got, model(input_ids=TOKENS).logits)
 
 
@@ -307,4 +310,3 @@ def test_a_compiled_model_is_one_graph():
     logits = compiled(input_ids=TOKENS).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten()).backward()
     assert_same({key: p.grad for key, p in model.named_parameters() if p.requires_grad}, want, 1e-4)
-    torch._dynamo.reset()

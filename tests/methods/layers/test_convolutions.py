@@ -163,7 +163,6 @@ def test_half_precision_bases(name, dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
 def test_a_compiled_convolution_is_one_graph(name):
     model, x = adapted(name, "conv2d-groups"), data("conv2d-groups")

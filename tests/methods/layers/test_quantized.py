@@ -20,12 +20,8 @@ from svdtune.spectra import base_weight
 DEVICE = os.environ.get("SVDTUNE_TEST_DEVICE", "cpu")
 KINDS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
 CHOSEN = ["sara", "sara-spectral", "mosara", "mosara-one-head", "sorsa"]
-pytestmark = [
-    # what the quantizing packages say while they are imported, and of CPUs
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+# what the quantizing packages say of CPUs, and PEFT of merging into their weights
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(params=KINDS)
