@@ -24,7 +24,7 @@ from svdtune.checkpoint.shards import INDEX, SINGLE, shard_names
 from svdtune.checkpoint.tensors import FLOATING, Stored
 from svdtune.checkpoint.writer import Computed, TensorWriter
 from svdtune.errors import SvdtuneError
-from svdtune.export.comparison import Comparison, compare_checkpoint, why_not
+from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.source import Source, adapter_of, base_folder
 from svdtune.methods.files.adapter import read_config
@@ -52,7 +52,7 @@ class MergeReport:
     output: Path
     dtype: str
     layers: int
-    comparison: Comparison | None
+    comparison: LogitComparison | None
     unchecked: str | None
 
 
