@@ -23,7 +23,7 @@ app = typer.Typer()
 HARNESS = "lm-eval:"
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What generates."""
 
     transformers = "transformers"
@@ -62,7 +62,7 @@ def evaluate(
         int | None, typer.Option(help="Length limit of a completion. Default: as the data set asks for, or 256.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 16,
-    engine: Annotated[Engine, typer.Option(help="What generates.")] = Engine.transformers,
+    engine: Annotated[EngineName, typer.Option(help="What generates.")] = EngineName.transformers,
     samples: Annotated[int, typer.Option(help="Completions of each item, for pass@k.")] = 1,
     temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
@@ -162,14 +162,14 @@ def _ask(
 
 @contextmanager
 def _opened(
-    engine: Engine, source: "Source", dtype: str | None, device: str | None
+    engine: EngineName, source: "Source", dtype: str | None, device: str | None
 ) -> "Iterator[LoadedModel | VllmEngine]":
     """The model, ready to answer."""
     from svdtune.cli.options import placement
     from svdtune.evaluation.vllm import open_vllm
     from svdtune.export import open_source
 
-    if engine is Engine.transformers:
+    if engine is EngineName.transformers:
         yield open_source(source, **placement(dtype, device))
     else:
         if device is not None:

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from peft import get_peft_model
 
-from svdtune.checkpoint.folder import check_new_folder, new_folder
 from svdtune.errors import SvdtuneError
 from svdtune.methods import SorsaConfig
 from svdtune.methods.files.integrity import fingerprint
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.models import load
+from svdtune.system import check_new_folder, new_folder
 
 RESIDUAL, ADAPTER = "residual", "adapter"
 

@@ -34,7 +34,7 @@ class Model(_Section):
     end_token: str | None = Field(None, description="Make this the end token everywhere, where they disagree.")
 
 
-class Method(BaseModel):
+class MethodSection(BaseModel):
     """The method and its own settings: those of its PEFT configuration class."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -47,7 +47,7 @@ class Method(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Source(_Section):
+class DataSource(_Section):
     """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for `{source: text}`."""
 
     source: str = Field(min_length=1, description="File, hub name, or generator (arithmetic, gsm_symbolic).")
@@ -65,8 +65,8 @@ class Source(_Section):
 class Data(_Section):
     """Data, and how rows become prompts and completions."""
 
-    train: Source
-    eval: Source | None = Field(None, description="Held-out rows, for the loss during training and for evaluation.")
+    train: DataSource
+    eval: DataSource | None = Field(None, description="Held-out rows, for the loss during training and for evaluation.")
     prompt: str = Field("prompt", description="Field of the prompt, or a text with fields in braces.")
     completion: str | None = Field("completion", description="Likewise; null if prompts are messages with an answer.")
     answer: str | None = Field(None, description="Field of the reference answer, for evaluation.")
@@ -127,7 +127,7 @@ class Training(_Section):
         return warmup
 
 
-class Evaluation(_Section):
+class EvaluationSection(_Section):
     """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same questions."""
 
     data: list[str] = Field(min_length=1, description="Data sets of the papers, or groups of them, by name.")
@@ -172,10 +172,10 @@ class Recipe(_Section):
     """A whole recipe."""
 
     model: Model
-    method: Method
+    method: MethodSection
     data: Data
     training: Training
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationSection | None = None
     analysis: Analysis | None = None
     output: Output
 

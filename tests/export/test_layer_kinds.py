@@ -12,6 +12,7 @@ from torch import nn
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.lora import combine, export_lora
+from svdtune.methods.files.adapter import read_config
 
 METHODS = {
     "sara": SaraConfig(r=3),
@@ -138,8 +139,9 @@ def test_merging_from_disk(name, tmp_path):
         weights = {key: value.clone() for key, value in base.state_dict().items()}
         skeleton = copy.deepcopy(base).to("meta")
         model = trained(base, type(METHODS[name])(**own(METHODS[name]) | settings))
-        model.save_pretrained(tmp_path / type(base).__name__)
-        adapter = LayerwiseAdapter(tmp_path / type(base).__name__, skeleton)
+        folder = tmp_path / type(base).__name__
+        model.save_pretrained(folder)
+        adapter = LayerwiseAdapter(folder, read_config(folder), skeleton)
         merged = model.merge_and_unload().state_dict()
         assert adapter.layers
         for layer in adapter.layers:

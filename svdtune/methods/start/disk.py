@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
-from svdtune.checkpoint.folder import check_new_folder, new_folder
-from svdtune.checkpoint.stream import TensorStream
+from svdtune.checkpoint.writer import TensorWriter
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
@@ -26,6 +25,7 @@ from svdtune.methods.files.compact import PROBE, probe
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, weight_fingerprint
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.rows import Rows
+from svdtune.system import check_new_folder, new_folder
 
 _ROOT = "base_model.model."
 
@@ -78,7 +78,7 @@ def initialise_adapter(
     disable = None if progress is None else not progress
     with new_folder(output) as work:
         names = [f"{_ROOT}{name}.{part}{PROBE}" for name, layer in layers.items() for part in _parts(layer)]
-        with TensorStream(work / ADAPTER_WEIGHTS, names, {"format": "pt"}) as file:
+        with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
             for name, layer in tqdm(layers.items(), desc="svdtune init", unit="layer", delay=1.0, disable=disable):
                 started = _start(checkpoint, config, name, layer, device)
                 ranks[name], config.base_fingerprint[name] = started.rank, started.fingerprint

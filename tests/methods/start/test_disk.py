@@ -5,14 +5,12 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import Checkpoint, open_checkpoint
-from svdtune.checkpoint.stream import TensorStream
 from svdtune.errors import SvdtuneError
 from svdtune.methods.start.disk import initialise_adapter
 
@@ -165,22 +163,3 @@ def test_a_weight_that_cannot_be_decomposed_leaves_nothing(folder, tmp_path):
     with pytest.raises(SvdtuneError, match=r"layers\.2\.self_attn\.v_proj: .*NaN"):
         initialise_adapter(broken, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-def test_a_stream_is_a_safetensors_file_whatever_the_sizes(tmp_path):
-    tensors = {
-        "odd": torch.randn(3),
-        "one byte more": torch.randn(5, 3).half(),
-        "wide": torch.randn(4, 3, dtype=torch.float64),
-        "even": torch.randn(2, 4),
-        "wider": torch.randn(7, dtype=torch.float64),
-        'a "name" of its own é': torch.randn(2, 2).bfloat16(),
-    }
-    with TensorStream(tmp_path / "file.safetensors", tensors, {"format": "pt"}) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-    found = load_file(tmp_path / "file.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
-    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
