@@ -15,7 +15,6 @@ ORDER = [
     "spectra",
     "checkpoint",
     "methods",
-    "baselines",
     "planning",
     "models",
     "data",
@@ -24,9 +23,11 @@ ORDER = [
     "evaluation",
     "analysis",
     "report",
-    "study",
+    "lab",
     "cli",
 ]
+# What still reaches into the laboratory.
+NOT_YET_APART = {"training/method.py", "evaluation/tasks/humaneval.py", "cli/evaluate.py", "cli/study.py"}
 
 
 def imported(path: Path) -> set[str]:
@@ -55,6 +56,8 @@ def test_imports_point_back_up_the_order():
         if package in ("__init__", "__main__"):
             continue
         allowed = set(ORDER[: ORDER.index(package) + 1])
+        if str(path.relative_to(ROOT)) in NOT_YET_APART:
+            allowed.add("lab")
         wrong += [f"{path.relative_to(ROOT)} imports svdtune.{name}" for name in sorted(imported(path) - allowed)]
     assert not wrong
 

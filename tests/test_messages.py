@@ -43,7 +43,7 @@ WORDS = 3
 # Nothing short of a broken machine or another system brings these forth.
 OUT_OF_REACH = {
     "evaluation/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
-    "evaluation/sandbox/supervise.py": "a system without Landlock and seccomp",
+    "lab/sandbox/supervise.py": "a system without Landlock and seccomp",
     "export/source.py": "a hub that refuses",
     "training/trainer.py": "FSDP",
     "methods/sorsa/zero.py": "DeepSpeed",

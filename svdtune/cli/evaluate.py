@@ -185,8 +185,8 @@ def _run_harness(
 ) -> str:
     """Run tasks of lm-evaluation-harness; what the terminal shows of them."""
     from svdtune.cli.options import placement
-    from svdtune.evaluation.harness import run_harness
     from svdtune.export import open_source
+    from svdtune.lab.harness import run_harness
 
     loaded = open_source(source, **placement(dtype, device))
     table = run_harness(loaded, tasks.split(","), output, batch_size=batch_size, limit=limit)

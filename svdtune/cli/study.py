@@ -11,8 +11,8 @@ import typer
 from svdtune.errors import SvdtuneError
 
 if TYPE_CHECKING:
-    from svdtune.study.records import KnownRuns
-    from svdtune.study.spec import Settings, Study
+    from svdtune.lab.study.records import KnownRuns
+    from svdtune.lab.study.spec import Settings, Study
 
 app = typer.Typer()
 
@@ -46,11 +46,11 @@ def study(
     """
     from rich.console import Console
 
-    from svdtune.study.page import write_page
-    from svdtune.study.records import KnownRuns
-    from svdtune.study.results import read_results
-    from svdtune.study.runner import How, devices, run_studies
-    from svdtune.study.spec import load_study
+    from svdtune.lab.study.page import write_page
+    from svdtune.lab.study.records import KnownRuns
+    from svdtune.lab.study.results import read_results
+    from svdtune.lab.study.runner import How, devices, run_studies
+    from svdtune.lab.study.spec import load_study
 
     _check_names(files)
     studies = {path.stem: load_study(path) for path in files}
@@ -84,8 +84,8 @@ def _check_names(files: list[Path]) -> None:
 
 def _describe(studies: "dict[str, tuple[Study, dict[str, Settings]]]", output: Path, known: "KnownRuns") -> None:
     """Print every arm with its method, how many runs it takes, and what became of those that were made."""
-    from svdtune.study.making import take_up
-    from svdtune.study.runner import planned
+    from svdtune.lab.study.making import take_up
+    from svdtune.lab.study.runner import planned
 
     making = planned(studies, output)
     take_up(making, known.find)

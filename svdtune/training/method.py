@@ -19,7 +19,7 @@ from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapt
 from torch import nn
 from transformers import PreTrainedModel
 
-import svdtune.baselines
+import svdtune.lab.baselines
 import svdtune.methods  # noqa: F401  both register their methods with PEFT
 from svdtune.errors import SvdtuneError
 from svdtune.training.problems import Problem, unknown

@@ -13,7 +13,7 @@ from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Interval, Metric, TransformersEngine, vllm
 from svdtune.evaluation.decoding import Completion
-from svdtune.evaluation.sandbox import missing_protections
+from svdtune.lab.sandbox import missing_protections
 from svdtune.models import LoadedModel, load
 
 PROBLEMS = [
@@ -173,7 +173,7 @@ def test_lm_eval_runs_its_own_tasks(tiny_folder: Path, monkeypatch: pytest.Monke
         asked.append((loaded.name, tasks, output, options))
         return "a table"
 
-    monkeypatch.setattr("svdtune.evaluation.harness.run_harness", run_harness)
+    monkeypatch.setattr("svdtune.lab.harness.run_harness", run_harness)
     result = svdtune(tiny_folder, "--task", "lm-eval:arc_easy,piqa", "--limit", "3", "--device", "cpu")
     assert result.exit_code == 0, result.output
     folder = Path("runs/evaluations/tiny-lm-eval-arc_easy-piqa")

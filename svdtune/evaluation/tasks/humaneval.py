@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.sandbox import check_function, require_protections
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
+from svdtune.lab.sandbox import check_function, require_protections
 
 _FIELDS = ("prompt", "entry_point", "test")
 _PAPER_BLOCK = re.compile(r"```python\s*([\s\S]*?)\s```")

@@ -1,0 +1,1 @@
+"""The laboratory: what reproduces the papers. Nothing else in svdtune needs it."""
