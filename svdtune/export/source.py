@@ -10,13 +10,14 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.adapter import read_json
+from svdtune.methods.registration import config_class
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loading import locate
+from svdtune.registry import lab_note
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
 
@@ -177,10 +178,10 @@ def _read_config(adapter: Path) -> dict[str, Any]:
         found = "that folder does not exist" if not adapter.is_dir() else f"it has no {_ADAPTER_CONFIG}"
         raise SvdtuneError(f"{adapter} is not an adapter folder: {found}")
     found = read_json(path)
-    if str(found.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if config_class(str(found.get("peft_type"))) is None:
         raise SvdtuneError(
             f"{adapter} holds an adapter of type {found.get('peft_type')}, which PEFT {peft.__version__} does not know; "
-            f"upgrade PEFT, or see whether {path.name} is damaged"
+            f"upgrade PEFT, or see whether {path.name} is damaged{lab_note()}"
         )
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.tasks import HARNESSES
 from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors, replace_text
 
@@ -85,3 +86,6 @@ def _import_harness() -> Any:
     except ImportError as error:
         raise SvdtuneError("tasks of lm-eval need it: pip install 'svdtune[lm-eval]'") from error
     return lm_eval
+
+
+HARNESSES.add("lm-eval", run_harness)

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.interval import Metric
-from svdtune.evaluation.nlg import bleu_and_nist, e2e_metrics, require_java
 from svdtune.evaluation.tasks.task import Reference, Task
+from svdtune.lab.nlg import bleu_and_nist, e2e_metrics, require_java
 
 
 def check_e2e(reference: Reference) -> None:

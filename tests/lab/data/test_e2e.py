@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from svdtune.data import read_rows
-from svdtune.data.e2e import group, linearise, separate, to_pairs
 from svdtune.data.files import read_file
+from svdtune.lab.data.e2e import group, linearise, separate, to_pairs
 
 
 def test_a_meaning_is_linearised() -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.tasks.humaneval import HUMANEVAL, paper_code, strict_code
 from svdtune.lab.sandbox import missing_protections
+from svdtune.lab.tasks.humaneval import HUMANEVAL, paper_code, strict_code
 
 PROMPT = 'import math\n\n\ndef area(r: float) -> float:\n    """Area of a disc."""\n'
 PROBLEM = {

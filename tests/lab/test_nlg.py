@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.nlg import java
-from svdtune.evaluation.nlg.e2e import e2e_metrics
-from svdtune.evaluation.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokenize_13a
 from svdtune.evaluation.tasks import get_task
+from svdtune.lab.nlg import java
+from svdtune.lab.nlg.e2e import e2e_metrics
+from svdtune.lab.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokenize_13a
 
 OUTPUTS = [
     "The Blue Spice is a coffee shop near Crowne Plaza Hotel, rated 3.5 out of 5.",

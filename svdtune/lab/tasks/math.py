@@ -9,9 +9,9 @@ import re
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.answers import after_hashes, boxed
-from svdtune.evaluation.tasks.sorsa_math import grade_sorsa
-from svdtune.evaluation.tasks.symbolic import same_formula
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
+from svdtune.lab.tasks.sorsa_math import grade_sorsa
+from svdtune.lab.tasks.symbolic import same_formula
 
 _STATED = re.compile(r"\banswer\s*(?:(?:is|are|was)\b|[:=])\s*:?\s*", re.IGNORECASE)
 _FORMULA = re.compile(r"(?<!\\)\$\$?(.+?)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)

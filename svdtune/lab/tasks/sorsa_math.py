@@ -15,8 +15,8 @@ the original's environment lacks the package that sympy needs for it, and it ign
 import re
 from math import isclose
 
-from svdtune.evaluation.tasks.symbolic import same_formula
 from svdtune.evaluation.tasks.task import Grade, Reference
+from svdtune.lab.tasks.symbolic import same_formula
 
 _MARK = "The answer is: "
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from svdtune.evaluation import get_task
-from svdtune.evaluation.tasks.math import answer_formula, same_mathematics
-from svdtune.evaluation.tasks.symbolic import Comparer
+from svdtune.lab.tasks.math import answer_formula, same_mathematics
+from svdtune.lab.tasks.symbolic import Comparer
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.interval import Metric, bootstrap, bootstrap_mean
-from svdtune.evaluation.nlg.java import meteor, meteor_counts, tokenize_ptb
-from svdtune.evaluation.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokenize_13a
+from svdtune.lab.nlg.java import meteor, meteor_counts, tokenize_ptb
+from svdtune.lab.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokenize_13a
 
 
 def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
