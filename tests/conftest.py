@@ -45,11 +45,14 @@ def _torch() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
-def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Folders that are not there yet, without end."""
+@pytest.fixture(scope="session", autouse=True)
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Path]]:
+    """Folders that are not there yet, without end; the first is the cache of fixtures that several tests share."""
     folder = tmp_path_factory.mktemp("caches")
-    return (folder / str(number) for number in count())
+    caches = (folder / str(number) for number in count())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SVDTUNE_CACHE", str(next(caches)))
+        yield caches
 
 
 @pytest.fixture(autouse=True)

@@ -103,5 +103,5 @@ def start(folder: Path, index: int, processes: int) -> None:
         init_method=f"file://{folder / 'meeting'}",
         rank=index,
         world_size=processes,
-        timeout=datetime.timedelta(seconds=120),
+        timeout=datetime.timedelta(hours=1),
     )

@@ -26,19 +26,24 @@ def killed(*_: object) -> None:
     raise Killed
 
 
-@pytest.fixture
-def recipe(tiny_folder: Path, tmp_path: Path) -> str:
+def write_recipe(model: Path, folder: Path) -> str:
+    """A recipe in a folder, and its run beside it."""
     settings: dict[str, Any] = {
-        "model": str(tiny_folder),
+        "model": str(model),
         "method": {"name": "sorsa", "r": 2, "dropout": 0.1},
         "data": {"train": {"source": "arithmetic", "limit": 16}, "prompt": "question", "completion": "solution"},
         "training": {"learning_rate": 1e-3, "max_steps": 6, "batch_size": 2, "logging_steps": 1, "save_steps": 2},
-        "output": {"dir": str(tmp_path / "run")},
+        "output": {"dir": str(folder / "run")},
     }
     settings["data"]["max_length"] = 256
-    path = tmp_path / "recipe.yaml"
+    path = folder / "recipe.yaml"
     path.write_text(dump_recipe(check_recipe(settings)))
     return str(path)
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, tmp_path: Path) -> str:
+    return write_recipe(tiny_folder, tmp_path)
 
 
 def svdtune(*words: str) -> Result:
@@ -53,12 +58,18 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.fixture(scope="module")
+def whole_run(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run where nothing stops it."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert svdtune(write_recipe(tiny_folder, folder)).exit_code == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def whole(recipe: str, tmp_path: Path) -> bytes:
-    """The weights of the run where nothing stops it."""
-    folder = tmp_path / "whole"
-    assert svdtune(recipe, "--output.dir", str(folder)).exit_code == 0
-    return weights(folder)
+def whole(whole_run: Path) -> bytes:
+    """Its weights."""
+    return weights(whole_run)
 
 
 @pytest.mark.parametrize("call", [1, 2, 3])
@@ -88,7 +99,7 @@ def test_a_kill_while_a_checkpoint_is_written(
 
 
 def test_a_kill_while_the_result_is_written(
-    recipe: str, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_summary", killed)
@@ -97,9 +108,9 @@ def test_a_kill_while_the_result_is_written(
     assert not (tmp_path / "run" / "training.json").exists()
     result = svdtune(recipe, "--resume")
     assert result.exit_code == 0, result.output
-    assert weights(tmp_path / "run") == whole
+    assert weights(tmp_path / "run") == weights(whole_run)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-    summaries = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "run")]
+    summaries = [json.loads((folder / "training.json").read_text()) for folder in (whole_run, tmp_path / "run")]
     assert summaries[1]["steps"] == 6
     assert summaries[1]["loss"] == pytest.approx(summaries[0]["loss"], rel=1e-3)
 

@@ -209,14 +209,21 @@ def _reason(program: subprocess.Popen[bytes], said: bytes) -> str:
         reason = ""
     if reason and not reason.startswith("ProgramEndedError: the program"):
         return reason
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        program.wait(_LOOK)  # the tests can notice its end before it is over
+    _settle(program)
     if program.returncode == -signal.SIGKILL:
         return "killed at its limit of CPU time"
     if program.returncode is not None:
         status = program.returncode
         return f"the program died: {signal.strsignal(-status)}" if status < 0 else f"the program exited with {status}"
     return reason or "the tests ended without a verdict"
+
+
+def _settle(process: subprocess.Popen[bytes]) -> None:
+    """Wait until a process that has closed its pipes is over; one that lives on behind them is stopped."""
+    process.send_signal(signal.SIGSTOP)  # which a process that is ending no longer takes
+    if process.returncode is None:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
+        process.poll()
 
 
 def _settings(scratch: str, limits: Limits) -> dict[str, Any]:

@@ -119,6 +119,27 @@ def _check_sources(recipes: Sequence[Settings]) -> None:
         read_rows(**source.model_dump())
 
 
+def start_worker(job: Path, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    """Start the process of one run. It ends when its standard input does, so that none outlives the runner.
+
+    Args:
+        job: the file that says what to do.
+        log: what the process prints is added to it.
+        environment: of the process.
+    """
+    command = [sys.executable, "-m", "svdtune.lab.study.worker", str(job)]
+    with log.open("ab") as output:
+        # In a session of its own: Ctrl-C is the runner's to hand on.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+
+
 class _Runner:
     """The queue of ready jobs and the processes that work on them.
 
@@ -214,16 +235,12 @@ class _Runner:
         replace_text(place.job, json.dumps(described, indent=1))
         place.record.unlink(missing_ok=True)
         environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
-        command = [sys.executable, "-m", "svdtune.lab.study.worker", str(place.job)]
-        pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT, "env": environment}
-        with place.log.open("ab") as log:
-            # In a session of its own: Ctrl-C is the runner's to hand on.
-            with subprocess.Popen(command, stdout=log, start_new_session=True, **pipes) as process:
-                self.processes[job.key] = process
-                if self.signals:
-                    process.kill()
-                status = process.wait()
-            del self.processes[job.key]
+        with start_worker(place.job, place.log, environment) as process:
+            self.processes[job.key] = process
+            if self.signals:
+                process.kill()
+            status = process.wait()
+        del self.processes[job.key]
         record = read_record(place.record, job.key)
         if record is None and not self.signals:
             ended = f"signal {-status}" if status < 0 else f"status {status}"

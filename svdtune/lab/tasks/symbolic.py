@@ -1,7 +1,8 @@
 """Comparing formulas in a process of its own, which is killed where it takes too long.
 
-A model can write 9^{9^{9^9}}: computing that ends neither by itself nor by a signal, for it is one operation in C, and it can
-take all memory. The process has a memory limit and is started again when it died; the formula then is not equal.
+A model can write 9^{9^{9^9}}: computing that ends neither by itself nor by an exception, for it is one operation in C, and it
+can take all memory. The process has limits of CPU time, which is the same on a busy machine, and of memory; it is started again
+when it died, and the formula then is not equal.
 """
 
 import atexit
@@ -14,14 +15,15 @@ from pathlib import Path
 from svdtune.errors import SvdtuneError
 
 _WORKER = Path(__file__).with_name("symbolic_worker.py")
-_SECONDS, _START_SECONDS = 5.0, 120.0
+_SECONDS, _START_SECONDS = 5.0, 1800.0
+_WAIT = 100  # seconds of waiting for one of CPU time: longer only for a process that waits, too
 
 
 class Comparer:
     """Compares formulas, one at a time; the process behind it starts with the first.
 
     Args:
-        seconds: how long one comparison may take.
+        seconds: how much CPU time one comparison may take.
     """
 
     def __init__(self, seconds: float = _SECONDS) -> None:
@@ -44,7 +46,8 @@ class Comparer:
         with self._lock:
             if self._process is None:
                 self._start()
-            reply = self._ask(json.dumps({"kind": kind, "answer": answer, "expected": expected}), self.seconds)
+            asked = {"kind": kind, "answer": answer, "expected": expected, "seconds": self.seconds}
+            reply = self._ask(json.dumps(asked), _WAIT * self.seconds)
             if reply is None:
                 self.close()
                 return False

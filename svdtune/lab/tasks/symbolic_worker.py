@@ -1,11 +1,13 @@
 """The process that compares formulas; run as a script, it imports nothing of svdtune. See `symbolic`.
 
-It writes one line when it is ready, then for every line {"kind", "answer", "expected"} on its input one line {"equal"}.
+It writes one line when it is ready, then for every line {"kind", "answer", "expected", "seconds"} on its input one line
+{"equal"}; it dies of a comparison that takes more seconds of CPU time.
 """
 
 import json
 import logging
 import re
+import signal
 import sys
 from math import isclose
 from typing import Any
@@ -75,6 +77,12 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
 
 
+def _limit_time(seconds: float) -> None:
+    """Let the system end this process after so much CPU time; 0 takes the limit back."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
 def main() -> None:
     """Answer until the input ends."""
     try:
@@ -90,10 +98,12 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
+        _limit_time(asked["seconds"])
         try:
             equal = bool(kinds[asked["kind"]](asked["answer"], asked["expected"]))
         except Exception:  # what cannot be parsed or compared is not equal
             equal = False
+        _limit_time(0)
         print(json.dumps({"equal": equal}), file=replies, flush=True)
 
 

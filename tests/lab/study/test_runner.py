@@ -176,6 +176,7 @@ def test_an_arm_that_no_learning_rate_suits_has_failed_final_runs(write_study) -
     assert "failed" not in CliRunner().invoke(app, [*dry, "--retry"]).stdout
 
 
+@pytest.mark.real_workers
 def test_a_killed_process_is_a_failed_run_and_says_where_its_log_is(write_study, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path("broken").absolute()))
     Path("broken").mkdir()

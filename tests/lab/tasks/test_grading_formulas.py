@@ -140,11 +140,12 @@ def test_the_paper_counts_no_answer_as_right_where_the_reference_cannot_be_read(
 
 
 @pytest.mark.parametrize("kind", ["math_verify", "sympy"])
-@pytest.mark.parametrize("formula", ["9**9**9**9**9", "9^{9^{9^{9^9}}}", "1000000000!", "(9^{9999})^{99999}"])
-def test_a_formula_that_never_ends_is_not_equal(kind: str, formula: str) -> None:
+def test_a_formula_that_never_ends_is_not_equal(kind: str) -> None:
     comparer = Comparer(seconds=0.5)
-    assert not comparer(kind, formula, "3")
-    assert comparer(kind, "1 + 2", "3")  # and the next one is compared again
+    for formula in ("9**9**9**9**9", "9^{9^{9^{9^9}}}", "1000000000!", "(9^{9999})^{99999}"):
+        assert not comparer(kind, formula, "3")
+    comparer.seconds = 60
+    assert comparer(kind, "1 + 2", "3")  # in the process that was started again
     comparer.close()
 
 
