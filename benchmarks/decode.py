@@ -15,7 +15,7 @@ import peft
 import torch
 from step import SHAPES, Run, contenders, machine
 
-CONTENDERS = ("floor", "sorsa-delta", "sorsa-residual", "lora", "lora-qv-r8", "sara-qv", "mosara-qv-5-heads")
+CONTENDERS = ("floor", "sorsa-delta", "lora", "lora-qv-r8", "sara-qv", "mosara-qv-5-heads")
 
 
 def main() -> None:

@@ -33,7 +33,6 @@ ALL, QV = "all-linear", ["q_proj", "v_proj"]
 STEPS = {
     "step-llama-7b-h100.jsonl": {
         "sorsa-delta": ("sorsa", 128, ALL),
-        "sorsa-residual": ("sorsa", 128, ALL),
         "sorsa-delta-dropout": ("sorsa", 128, ALL),
         "sara-all": ("sara", 128, ALL),
         "sara-qv": ("sara", 9, QV),
@@ -43,7 +42,6 @@ STEPS = {
     },
     "step-smollm2-h100.jsonl": {
         "sorsa-delta": ("sorsa", 64, ALL),
-        "sorsa-residual": ("sorsa", 64, ALL),
         "sara-qv": ("sara", 9, QV),
         "lora": ("lora", 64, ALL),
         "lora-qv-r8": ("lora", 8, QV),

@@ -140,7 +140,6 @@ def contenders() -> list[Contender]:
         Contender("floor", prepare=frozen, trains=False),
         Contender("sorsa-delta", sorsa(), regularized=True),
         Contender("sorsa-delta-without-regularizer", sorsa(gamma=0.0)),
-        Contender("sorsa-residual", sorsa(layout="residual"), regularized=True),
         Contender("sorsa-delta-dropout", sorsa(dropout=0.05), regularized=True),
         Contender("sorsa-literal", sorsa(), literal, regularized=True),
         Contender("lora", lora()),

@@ -1,6 +1,8 @@
 """What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data sets if there is one."""
 
+import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import peft
@@ -16,6 +18,10 @@ from transformers import PreTrainedTokenizerFast
 
 from svdtune.methods.closed import refused_peft
 
+# One thread, here and in the processes that tests start: tests run side by side, and give the same on any number of cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
 settings.register_profile(
     "quick",
@@ -23,7 +29,7 @@ settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # a busy machine is no fault
 )
 settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=1000, derandomize=False)
 settings.load_profile("quick")
@@ -39,10 +45,17 @@ def _torch() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that are not there yet, without end."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test a cache folder of its own, so that no test sees what another decomposed."""
-    monkeypatch.setenv("SVDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("SVDTUNE_CACHE", str(next(_caches)))
 
 
 @pytest.fixture

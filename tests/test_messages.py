@@ -25,13 +25,13 @@ from svdtune.checkpoint.names import match_names
 from svdtune.checkpoint.tensors import Stored
 from svdtune.checkpoint.writer import TensorWriter
 from svdtune.cli import app
-from svdtune.data import gsm_symbolic
 from svdtune.data.catalogue import scored
 from svdtune.evaluation import vllm
 from svdtune.evaluation.decoding import Decoding
 from svdtune.export import merge_checkpoint
 from svdtune.export.source import attach_adapter
-from svdtune.linalg import Spectrum, rank_at_threshold, top_factors
+from svdtune.lab.data import gsm_symbolic
+from svdtune.linalg import Spectrum, rank_at_threshold, spectrum, top_factors
 from svdtune.methods.files.adapter import read_adapter
 from svdtune.methods.start import disk
 from svdtune.planning import draw, make_plan
@@ -44,8 +44,8 @@ ROOT, TESTS = Path(svdtune.__file__).parent, Path(__file__).parent
 WORDS = 3
 # Nothing short of a broken machine or another system brings these forth.
 OUT_OF_REACH = {
-    "evaluation/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
-    "evaluation/sandbox/supervise.py": "a system without Landlock and seccomp",
+    "lab/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
+    "lab/sandbox/supervise.py": "a system without Landlock and seccomp",
     "export/source.py": "a hub that refuses",
     "training/trainer.py": "FSDP",
     "methods/sorsa/zero.py": "DeepSpeed",
@@ -141,7 +141,15 @@ def small() -> LlamaForCausalLM:
         ),
         (
             lambda: vllm.VllmEngine.complete(None, [], 1, Decoding(beams=2), []),
-            "vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers",
+            "vLLM decodes without beams, no_repeat_ngram_size and stop_loops; use --engine transformers",
+        ),
+        (
+            lambda: Decoding(temperature=0.5, stop_loops=True),
+            "loops are stopped in greedy decoding alone; leave out stop_loops or the rest",
+        ),
+        (
+            lambda: spectrum(torch.ones(2, 2), dtype=torch.float16),
+            r"a spectrum is computed in torch\.float32 or torch\.float64, not torch\.float16",
         ),
     ],
 )

@@ -5,14 +5,15 @@ Prompt and completion are tokenized apart: generation then sees exactly the prom
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.examples import Example
-from svdtune.data.prompts import TEMPLATES
+from svdtune.data.prompts import TEMPLATES, template_names
 from svdtune.errors import SvdtuneError
+from svdtune.registry import lab_note
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 PLAIN, CHAT = "plain", "chat"
@@ -26,7 +27,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
         example: messages always go through the chat template.
         tokenizer: with a chat template if that is asked for.
         template: "plain" (the prompt as it is), "chat" (as the user's message in the tokenizer's chat template), a name in
-            `svdtune.data.prompts`, or a text with "{prompt}" in it, and perhaps "{eos}" for the end token.
+            `svdtune.data.prompts.TEMPLATES`, or a text with "{prompt}" in it, and perhaps "{eos}" for the end token.
 
     Raises:
         SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template has no "{prompt}".
@@ -42,7 +43,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
     form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
     if "{prompt}" not in form:
         raise SvdtuneError(
-            f"the template {template!r} has no {{prompt}} in it; expected such a text, plain, chat or {', '.join(TEMPLATES)}"
+            f"the template {template!r} has no {{prompt}} in it; expected such a text, or one of "
+            f"{', '.join(template_names())}{lab_note()}"
         )
     text = form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt)
     ids = tokenizer.encode(text)
@@ -125,15 +127,16 @@ def encode_all(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad a batch on the right to a common length, a multiple of `multiple_of` (8 suits tensor cores).
+    """Pad a batch on the right to a common length, a multiple of `multiple_of`.
 
     Attributes:
         pad_id: fills `input_ids`; those places get attention 0 and the label -100.
-        multiple_of: round the length up to a multiple of this.
+        multiple_of: round the length up to a multiple of this; by default of 8 for a GPU's tensor cores, and not at all for a
+            CPU, which would only compute the padding.
     """
 
     pad_id: int
-    multiple_of: int = 8
+    multiple_of: int = field(default_factory=lambda: 8 if torch.accelerator.is_available() else 1)
 
     def __call__(self, batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (batch, length): input_ids, attention_mask, labels."""

@@ -13,6 +13,11 @@ from svdtune.methods.closed import refused_peft
 PEFTS_NAME = "past_key_values"
 
 
+def is_prompted(model: nn.Module) -> bool:
+    """Whether the model's adapter is one of PEFT's prompt methods, whose cache begins with what is no token."""
+    return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
 @contextmanager
 def cache_where_peft_looks(model: nn.Module) -> Iterator[None]:
     """While it lasts, a prompt method's `generate` hands PEFT the cache under the name that PEFT knows.
@@ -22,8 +27,7 @@ def cache_where_peft_looks(model: nn.Module) -> Iterator[None]:
     cache, so that the model generates as if it were not trained. Nothing is done with a PEFT that
     transformers takes, nor with any other method.
     """
-    prompted = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-    if not prompted or refused_peft() is None:
+    if not is_prompted(model) or refused_peft() is None:
         yield
         return
     prepare = model.base_model_prepare_inputs_for_generation

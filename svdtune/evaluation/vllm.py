@@ -69,10 +69,12 @@ class VllmEngine:
         """Complete a batch; vLLM schedules it by itself.
 
         Raises:
-            SvdtuneError: If beam search is asked for, which vLLM's fast path does not have.
+            SvdtuneError: If something is asked for that vLLM's fast path does not have.
         """
-        if decoding.beams > 1 or decoding.no_repeat_ngram_size:
-            raise SvdtuneError("vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers")
+        if decoding.beams > 1 or decoding.no_repeat_ngram_size or decoding.stop_loops:
+            raise SvdtuneError(
+                "vLLM decodes without beams, no_repeat_ngram_size and stop_loops; use --engine transformers"
+            )
         parameters = [
             self._vllm.SamplingParams(
                 temperature=decoding.temperature,

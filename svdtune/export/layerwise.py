@@ -124,8 +124,6 @@ class LayerwiseAdapter:
                 setattr(config, name, value)
         if isinstance(config, SvdConfig):
             config.ranks = {name: rank for name, rank in config.ranks.items() if config.module_of(name) == layer}
-            if getattr(config, "layout", None) == "residual":
-                config.layout = "delta"  # the same function; the weight is rounded once instead of twice
         return config
 
     def _check_loaded(self, layer: str, model: PeftModel, loaded: Any) -> None:

@@ -101,8 +101,8 @@ class Settled:
         for name, module in targets.items():
             check_supported(name, module)
             check_one_method(name, module, self.layer_cls)
+            config.check_layer(name, module)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            config.check_base_layer(name, base, shared=id(getattr(base, "weight", None)) in self.shared)
             if isinstance(base, spectra.CONVOLUTIONS):
                 self.kernels[name] = kernel_of(base)
         if not self.load_only:

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 
 from svdtune.data.catalogue import scored
-from svdtune.data.prompts import TEMPLATES, is_template
+from svdtune.data.prompts import is_template, template_names
 from svdtune.errors import SvdtuneError
+from svdtune.registry import lab_note
 from svdtune.training.inheritance import read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
@@ -50,7 +51,7 @@ class MethodSection(BaseModel):
 class DataSource(_Section):
     """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for `{source: text}`."""
 
-    source: str = Field(min_length=1, description="File, hub name, or generator (arithmetic, gsm_symbolic).")
+    source: str = Field(min_length=1, description="File, hub name, generator (arithmetic) or data set of the papers.")
     split: str | None = Field(None, description="Split of a generator or hub data set.")
     config: str | None = Field(None, description="Configuration of a hub data set.")
     limit: int | None = Field(None, ge=1, description="Use only so many rows.")
@@ -88,8 +89,8 @@ class Data(_Section):
 
 def _check_template(template: str) -> str:
     if not is_template(template):
-        names = ", ".join(TEMPLATES)
-        raise ValueError(f"expected plain, chat, {names}, or a text with {{prompt}} in it; got {template!r}")
+        names = ", ".join(template_names())
+        raise ValueError(f"expected {names}, or a text with {{prompt}} in it; got {template!r}{lab_note()}")
     return template
 
 
@@ -187,7 +188,7 @@ class Recipe(_Section):
         return value
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool = False) -> Recipe:
     """Read a recipe file, apply command-line overrides, check everything.
 
     Args:
@@ -195,6 +196,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             extending`).
         overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML. "--method" replaces a whole
             section: `--method '{name: sara, threshold: 0.02}'`.
+        begun: whether it is that of a run to resume, as for `check_recipe`.
 
     Raises:
         SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
@@ -204,24 +206,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
         set_at(settings, dotted, value)
-    return check_recipe(settings, str(path))
+    return check_recipe(settings, str(path), begun=begun)
 
 
-def check_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
+def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun: bool = False) -> Recipe:
     """Make a `Recipe` of plain settings.
+
+    Args:
+        settings: by section.
+        source: what to call it in an error.
+        begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that settings which are refused now
+            are taken as what they have become; a warning says so.
 
     Raises:
         SvdtuneError: with all problems, the method's own settings included.
     """
-    from svdtune.training.method import method_problems
+    from svdtune.training.method import as_stored, method_problems
 
     problems: list[Problem] = []
     recipe = None
+    method = settings.get("method")
+    if begun and isinstance(method, dict):
+        method = as_stored(method.get("name"), method)
+        settings = {**settings, "method": method}
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         problems += from_pydantic(error, Recipe)
-    method = settings.get("method")
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
     problems += _exclusions(settings)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -17,7 +18,6 @@ METHODS = {
     "sara": SaraConfig(r=3),
     "mosara": MoSaraConfig(r=4, num_heads=1),
     "sorsa": SorsaConfig(r=2),
-    "residual": SorsaConfig(r=2, layout="residual"),
 }
 TOKENS = torch.arange(1, 25).view(2, 12)
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -100,9 +100,7 @@ def test_what_pefts_lora_cannot_compute_is_refused(settings, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-@pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("kind", FUSED)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "kind", "bias"), all_pairs(METHODS, FUSED, ["none", "all"]))
 def test_slices(name, kind, bias, tmp_path):
     target = FUSED[kind][1]
     settings = {"target_modules": [target], "fused_slices": {target: ["q", "v"]}, "rank_pattern": {rf"{target}\.v": 5}}

@@ -136,7 +136,7 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        SorsaConfig(r=4, layout="residual"),
+        SorsaConfig(r=4),
         SaraConfig(threshold=0.3, modules_to_save=["ln_f"], bias="sara_only"),
         MoSaraConfig(r=6, num_heads=1),
         MoSaraConfig(r=6, num_heads=3, gate="none"),
@@ -145,7 +145,7 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
         SorsaConfig(r=4, target_modules=["lm_head", "c_proj"]),
         SaraConfig(r=4, modules_to_save=["lm_head"]),
     ],
-    ids=["sorsa-residual", "sara-module-bias", "mosara", "no-gate", "lora-embedding", "dora", "head", "saved-head"],
+    ids=["sorsa", "sara-module-bias", "mosara", "no-gate", "lora-embedding", "dora", "head", "saved-head"],
 )
 def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> None:
     """Square Conv1D weights lie transposed; an adapted end of tied embeddings parts from the other."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from pairwise import all_pairs
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdtune.checkpoint import SHAPES, Checkpoint, open_shape
@@ -32,7 +33,6 @@ LLAMA = {
     "sorsa-delta": ("sorsa", 128, "all-linear"),
     "sorsa-delta-without-regularizer": ("sorsa", 128, "all-linear"),
     "sorsa-delta-dropout": ("sorsa", 128, "all-linear"),
-    "sorsa-residual": ("sorsa", 128, "all-linear"),
     "sara-all": ("sara", 128, "all-linear"),
     "sara-qv": ("sara", 9, QV),
     "mosara-qv-5-heads": ("mosara", 914, QV),
@@ -42,7 +42,6 @@ LLAMA = {
 }
 SMOLLM2 = {
     "sorsa-delta": ("sorsa", 64, "all-linear"),
-    "sorsa-residual": ("sorsa", 64, "all-linear"),
     "lora": ("lora", 64, "all-linear"),
     "lora-qv-r8": ("lora", 8, QV),
     "sara-qv": ("sara", 9, QV),
@@ -178,9 +177,10 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
         Setting(**wrong)
 
 
-@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-70b", "llama-405b"])
-@pytest.mark.parametrize("devices", [1, 8, 64])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "devices", "strategy"),
+    all_pairs(["llama-7b", "llama-13b", "llama-70b", "llama-405b"], [1, 8, 64], ["ddp", "fsdp2"]),
+)
 def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
     sizes = sizes_of(open_shape(name), "sorsa", 128, "all-linear")[1]
     asked = Setting(strategy, devices, batch_size=8, length=2048)
