@@ -1,8 +1,8 @@
 """Models known by their shape alone, to plan for what is not at hand: the configurations that their authors published."""
 
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
+from svdtune.checkpoint.architecture import build_model
 from svdtune.checkpoint.model import Checkpoint
 
 # LLaMA: Touvron et al. 2023, arXiv:2302.13971, Table 2. Llama 2: arXiv:2307.09288, Table 1 and its published config.json.
@@ -37,6 +37,5 @@ def open_shape(name: str, *, layers: int | None = None) -> Checkpoint:
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+    model = build_model(config)
     return Checkpoint(name, model, {}, 2 * sum(parameter.numel() for parameter in model.parameters()))

@@ -39,6 +39,8 @@ def saved(model, folder, older=()):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_read_is_what_transformers_loads(name, tmp_path):
+    if name in ("bert", "llava"):  # renamed by a table that older releases do not have
+        pytest.importorskip("transformers.core_model_loading")
     torch.manual_seed(0)
     model = MODELS[name]()
     folder = saved(model, tmp_path, OLDER.get(name, {}))
