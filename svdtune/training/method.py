@@ -9,7 +9,6 @@ import re
 import typing
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -22,13 +21,11 @@ from transformers import PreTrainedModel
 import svdtune.baselines
 import svdtune.methods  # noqa: F401  both register their methods with PEFT
 from svdtune.errors import SvdtuneError
+from svdtune.methods.settings import settings
 from svdtune.training.problems import Problem, unknown
 
 FULL = "full"
 _ANY_STEPS = 10**9  # while a run's length is not known
-# Written by PEFT or svdtune when an adapter is saved, never by a user.
-_BOOKKEEPING = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
-_BOOKKEEPING |= {"ranks", "slices", "kernels", "initialized", "base_fingerprint", "weights_sha256", "svdtune_version"}
 
 
 def method_names() -> list[str]:
@@ -49,7 +46,7 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("method.name", f"{name!r} is no method{hint}")
         return
     hints = typing.get_type_hints(cls)
-    known = [field.name for field in fields(cls) if field.init and field.name not in _BOOKKEEPING]
+    known = [field.name for field in settings(cls)]
     good = {}
     for option, value in options.items():
         message = _type_error(hints[option], value) if option in known else unknown(option, known)
