@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import SHAPES, Checkpoint, open_shape
 from svdtune.errors import SvdtuneError
 from svdtune.planning import (
@@ -18,7 +20,7 @@ from svdtune.planning import (
     estimate,
     fits,
     least,
-    make_plan,
+    plan,
     step_time,
 )
 from svdtune.planning.levers import RESERVE
@@ -26,6 +28,7 @@ from svdtune.planning.speed import FLOPS, OVER_FLOOR, floor_flops
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 QV = ["q_proj", "v_proj"]
+CONFIGS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig, "lora": LoraConfig}
 GIB = 2**30
 # Contender of benchmarks/step.py → (method, rank, targets).
 LLAMA = {
@@ -62,16 +65,16 @@ def smollm2():
 
 
 def sizes_of(checkpoint, method, r, targets):
-    plan = make_plan(checkpoint, method, r=r, target_modules=targets)
-    return plan, anatomy(plan, checkpoint.model)
+    made = plan(checkpoint, CONFIGS[method](r=r, target_modules=targets))
+    return made, anatomy(made, checkpoint.model)
 
 
 @pytest.mark.parametrize("contender", LLAMA)
 def test_memory_is_within_5_percent_of_steps_of_llama_7b_shapes(contender):
     line = measured("step-llama-7b-h100.jsonl")[contender]
-    plan, sizes = sizes_of(open_shape("llama-7b", layers=8), *LLAMA[contender])
+    made, sizes = sizes_of(open_shape("llama-7b", layers=8), *LLAMA[contender])
     if contender != "pissa" and not contender.startswith("lora"):
-        assert plan.trained == line["trained"]
+        assert made.trained == line["trained"]
     total = estimate(sizes, Setting(batch_size=line["batch"], length=line["length"])).total
     assert 1 <= total / GIB / line["peak_gib"] <= 1.05
 
@@ -79,8 +82,8 @@ def test_memory_is_within_5_percent_of_steps_of_llama_7b_shapes(contender):
 @pytest.mark.parametrize("contender", SMOLLM2)
 def test_memory_is_within_10_percent_of_steps_of_smollm2_shapes(contender):
     line = measured("step-smollm2-h100.jsonl")[contender]
-    plan, sizes = sizes_of(smollm2(), *SMOLLM2[contender])
-    assert plan.trained == line["trained"]
+    made, sizes = sizes_of(smollm2(), *SMOLLM2[contender])
+    assert made.trained == line["trained"]
     total = estimate(sizes, Setting(batch_size=line["batch"], length=line["length"])).total
     assert 0.98 <= total / GIB / line["peak_gib"] <= 1.10
 
@@ -120,8 +123,8 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions):
 
 
 def test_shapes_have_no_weights_to_take_ranks_from():
-    with pytest.raises(SvdtuneError, match="llama-7b is a shape without weights, and threshold takes them; give r"):
-        make_plan(open_shape("llama-7b"), "sara", threshold=0.1)
+    with pytest.raises(SvdtuneError, match="llama-7b is a shape without weights, and a threshold, .* take them; give r"):
+        plan(open_shape("llama-7b"), SaraConfig(threshold=0.1))
 
 
 @pytest.fixture(scope="module")
