@@ -1,29 +1,41 @@
 # The commands of this project. Each sets up what it needs in .venv first, so that a fresh clone needs only make and Python.
 #
 #   make demo                    train, score and merge all three methods on a small real model (DEMO="--quick" shortens it)
-#   make test                    run the tests (PYTEST="-m slow" for the long ones)
+#   make test                    run the tests (PYTEST="-m slow" for the long ones), in PROCESSES=2
+#   make latest / make lowest    run them with the newest / the lowest releases that pyproject.toml allows, in a venv of its own
+#   make interpreters            run a short part of them on every other Python 3.11 to 3.13 that can be found or installed
 #   make conformance             run PEFT's own tests on our methods (CONFORMANCE="--fast" shortens it)
 #   make torture                 stop, fill and alter for some minutes (TORTURE="--minutes 5" changes how long)
 #   make audit                   look up known faults of the installed packages (AUDIT="--ignore-vuln ID" leaves one out)
 #   make lint / make format      check / apply the code style
+#   make lock                    renew requirements/, the versions that the other commands install (LOCK="--upgrade-package peft"
+#                                moves one package alone)
 #   make clean                   remove what make and Python made; runs/ stays
 #
 # PYTHON=...   the interpreter to build .venv with; by default the newest of 3.13, 3.12 and 3.11 that works
 # TORCH=...    what to install as torch, such as another version or a wheel; by default torch==2.13.0
+#
+# requirements/ pins every package but torch by version and hash. One version of torch has different wheels for CPUs and for
+# each CUDA, so torch is pinned by version alone.
 
 SHELL := /bin/bash
-VENV := .venv
+RELEASES ?= locked
+VENV := .venv$(if $(filter-out locked,$(RELEASES)),-$(RELEASES))
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+LOCKED_TORCH := torch==2.13.0
+LOCK ?= --upgrade
 TORCH ?=
 DEMO ?=
 PYTEST ?=
+PROCESSES ?= 2
 CONFORMANCE ?=
 TORTURE ?=
 AUDIT ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test conformance torture audit lint format clean
+.PHONY: help demo test latest lowest interpreters conformance torture audit lint format lock check-lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,7 +44,13 @@ demo: $(VENV)/.demo
 	$(BIN)/svdtune demo $(DEMO)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(PYTEST)
+
+latest lowest:
+	$(MAKE) test RELEASES=$@
+
+interpreters: .venv-lock/.uv
+	.venv-lock/bin/python .ci/interpreters.py
 
 conformance: $(VENV)/.conformance
 	$(BIN)/python -m conformance $(CONFORMANCE)
@@ -41,7 +59,6 @@ torture: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m torture $(TORTURE)
 
 audit: $(VENV)/.dev
-	-$(BIN)/python -m pip install --quiet pip-audit
 	$(BIN)/python .ci/audit.py $(AUDIT)
 
 lint: $(VENV)/.dev
@@ -52,21 +69,53 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Each list holds to the versions of the next larger one, so that all of them fit into one .venv.
+lock: .venv-lock/.uv
+	$(call compile,uv,requirements/uv.in,$(LOCK))
+	$(call compile,conformance,pyproject.toml --extra demo --extra dev --extra conformance,$(LOCK))
+	$(call compile,dev,pyproject.toml --extra demo --extra dev,--constraints requirements/conformance.txt)
+	$(call compile,demo,pyproject.toml --extra demo,--constraints requirements/dev.txt)
+	$(call compile,build,requirements/build.in,--constraints requirements/conformance.txt $(LOCK))
+
+# $(call compile,NAME,SOURCES,OPTIONS): requirements/NAME.txt, for every Python and platform that svdtune supports.
+compile = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
+	--custom-compile-command "make lock" --no-emit-package torch --constraints <(echo $(LOCKED_TORCH)) \
+	$(2) $(3) --output-file requirements/$(1).txt
+
+check-lock: $(VENV)/.dev
+	$(BIN)/python -m pip check
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# `import torch` decides, not pip's list: a torch that .venv sees from elsewhere is as good.
-$(VENV)/.torch: | $(BIN)/python
-	@if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch" 2>/dev/null; then \
-		$(BIN)/python -m pip install $(or $(TORCH),torch==2.13.0); fi
+# pip takes the lists without their dependencies, which they name all of, and builds nothing with tools of other versions.
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance: $(VENV)/.%: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
+ifeq ($(RELEASES),locked)
+	$(PIP) --quiet --require-hashes --no-deps --requirement requirements/build.txt
+	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/$*.txt
+	$(call torch,$(LOCKED_TORCH))
+	$(PIP) --no-deps --no-build-isolation --editable .
+else ifeq ($(RELEASES),latest)
+	$(call torch,torch)
+	$(PIP) --upgrade --upgrade-strategy eager --editable ".[$*]" $(TORCH)
+else
+	$(MAKE) .venv-lock/.uv
+	.venv-lock/bin/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python --extra $* pyproject.toml \
+		$(if $(TORCH),--override <(echo "$(TORCH)")) --output-file $(VENV)/lowest.txt
+	$(PIP) --requirement $(VENV)/lowest.txt
+	$(PIP) --no-deps --editable .
+endif
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance: $(VENV)/.%: pyproject.toml | $(VENV)/.torch
-	$(BIN)/python -m pip install --editable ".[$*]"
+# $(call torch,DEFAULT): `import torch` decides, not pip's list: a torch that .venv sees from elsewhere is as good.
+torch = if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) $(or $(TORCH),$(1)); fi
+
+.venv-lock/.uv: requirements/uv.txt | .venv-lock/bin/python
+	.venv-lock/bin/python -m pip install --quiet --require-hashes --requirement $<
 	@touch $@
 
-$(BIN)/python:
+%/bin/python:
 	@python="$(PYTHON)"; \
 	works() { command -v "$$1" >/dev/null && "$$1" -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; }; \
 	if [ -z "$$python" ]; then \
@@ -76,4 +125,4 @@ $(BIN)/python:
 		echo "svdtune needs Python 3.11 or newer with its venv module; $${python:-none} does not do." >&2; \
 		echo "Install one (Debian and Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
 		exit 1; fi; \
-	"$$python" -m venv $(VENV)
+	"$$python" -m venv $*

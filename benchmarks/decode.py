@@ -15,7 +15,7 @@ import peft
 import torch
 from step import SHAPES, Run, contenders, machine
 
-CONTENDERS = ("floor", "sorsa-delta", "sorsa-residual", "lora", "lora-qv-r8", "sara-qv", "mosara-qv-5-heads")
+CONTENDERS = ("floor", "sorsa-delta", "lora", "lora-qv-r8", "sara-qv", "mosara-qv-5-heads")
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    settings = {"batch": 1, "length": 32, "layers": None, "steps": 1, "warmup": 0, "compile": False}
+    settings = {"batch": 1, "length": 32, "layers": None, "steps": 1, "warmup": 0, "compile": False, "together": "all"}
     run = Run(argparse.Namespace(shape=arguments.shape, device=arguments.device, **settings))
     base_ms = None
     for contender in contenders():

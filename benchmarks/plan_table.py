@@ -36,7 +36,6 @@ CONFIGS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig, "lo
 STEPS = {
     "step-llama-7b-h100.jsonl": {
         "sorsa-delta": ("sorsa", 128, ALL),
-        "sorsa-residual": ("sorsa", 128, ALL),
         "sorsa-delta-dropout": ("sorsa", 128, ALL),
         "sara-all": ("sara", 128, ALL),
         "sara-qv": ("sara", 9, QV),
@@ -46,7 +45,6 @@ STEPS = {
     },
     "step-smollm2-h100.jsonl": {
         "sorsa-delta": ("sorsa", 64, ALL),
-        "sorsa-residual": ("sorsa", 64, ALL),
         "sara-qv": ("sara", 9, QV),
         "lora": ("lora", 64, ALL),
         "lora-qv-r8": ("lora", 8, QV),

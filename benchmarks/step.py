@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import svdtune
+from svdtune.methods import compute
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import reference as sara_reference
 from svdtune.methods.sorsa import reference as sorsa_reference
@@ -42,6 +43,21 @@ SHAPES = {
         "r": 128,
         "k": 9,
         "top": 914,
+    },
+    "llama-1b": {
+        "model": {
+            "hidden_size": 2048,
+            "intermediate_size": 5632,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "vocab_size": 32000,
+        },
+        "layers": 22,
+        "batch": 16,
+        "length": 512,
+        "r": 64,
+        "k": 9,
+        "top": 400,
     },
     "smollm2-135m": {
         "model": {
@@ -124,7 +140,6 @@ def contenders() -> list[Contender]:
         Contender("floor", prepare=frozen, trains=False),
         Contender("sorsa-delta", sorsa(), regularized=True),
         Contender("sorsa-delta-without-regularizer", sorsa(gamma=0.0)),
-        Contender("sorsa-residual", sorsa(layout="residual"), regularized=True),
         Contender("sorsa-delta-dropout", sorsa(dropout=0.05), regularized=True),
         Contender("sorsa-literal", sorsa(), literal, regularized=True),
         Contender("lora", lora()),
@@ -150,6 +165,15 @@ def contenders() -> list[Contender]:
         Contender("sara-all", lambda shape: svdtune.SaraConfig(r=shape["r"], target_modules=ALL_LINEAR)),
         Contender("floor-again", prepare=frozen, trains=False),
     ]
+
+
+def share(model: nn.Module, what: str) -> None:
+    """Let svdtune's layers share a pass wholly, by groups with one input alone, or not at all."""
+    together = getattr(getattr(model, "base_model", None), "together", None)
+    if together is not None and what == "off":
+        together.enabled = False
+    elif what == "groups":
+        compute.together.SMALL_LAYER = 0
 
 
 class Run:
@@ -190,6 +214,7 @@ class Run:
         if contender.config is not None:
             model = peft.get_peft_model(model, contender.config(self.shape))
         model = contender.prepare(model)
+        share(model, self.arguments.together)
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = None
         if contender.trains:
@@ -267,6 +292,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--together",
+        choices=["all", "groups", "off"],
+        default="all",
+        help="what layers share in a pass (methods/compute)",
+    )
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     arguments = parser.parse_args()
     known = contenders()
@@ -276,7 +307,13 @@ def main() -> None:
     if unknown := set(arguments.contenders or ()) - {contender.name for contender in known}:
         sys.exit(f"unknown contenders: {', '.join(sorted(unknown))}; --list names them")
     run, about = Run(arguments), machine(arguments.device)
-    about |= {"shape": arguments.shape, "batch": run.batch, "length": run.length, "compile": arguments.compile}
+    about |= {
+        "shape": arguments.shape,
+        "batch": run.batch,
+        "length": run.length,
+        "compile": arguments.compile,
+        "together": arguments.together,
+    }
     for contender in known:
         wanted = arguments.contenders is None or contender.name in arguments.contenders or contender.name == "floor"
         if not wanted:

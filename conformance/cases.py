@@ -14,7 +14,6 @@ VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "SARA spectral, no lambda": (SaraConfig, {"r": 2, "init": "spectral", "use_lambda": False}),
     "Mo-SARA three heads": (MoSaraConfig, {"threshold": 0.3, "num_heads": 3}),
     "Mo-SARA front": (MoSaraConfig, {"r": 1, "num_heads": 2, "v_position": "front"}),
-    "SORSA residual": (SorsaConfig, {"r": 2, "layout": "residual"}),
     "SORSA dropout": (SorsaConfig, {"r": 2, "dropout": 0.1}),
 }
 FAST_VARIANTS = 3
@@ -93,7 +92,6 @@ EXCUSES = {
 
 # What is skipped, by a regular expression on "file::test[parameters] as METHOD", and why. The first match counts.
 _FROZEN = "takes every parameter named after the adapter for a trained one; these have frozen factors beside them"
-_RESIDUAL = list(VARIANTS).index("SORSA residual")  # the number by which the decoders' tests know it
 _MIXED = "PeftMixedModel is closed to methods from outside PEFT; adapters exported to LoRA do mix"
 _LORA_SETTINGS = "trainable_token_indices and target_parameters are settings of LoRA"
 _LORA = "about what LoRA alone has: its variants, scaling, initialisations, own layers or parameter counts"
@@ -118,10 +116,6 @@ SKIPPED: list[tuple[str, str]] = [
     (
         r"TestRankAndAlphaPattern",
         "its layers are 1×1, so no rank but 1 exists; rank_pattern is tested in our own tests",
-    ),
-    (
-        rf"test_get_base_model_state_dict.*(residual|config_kwargs{_RESIDUAL}-)",
-        "the residual layout changes the base",
     ),
     (r"active_adapters_merge_and_unmerge.*dropout", "compares outputs in training mode, where dropout changes them"),
     (r"test_realistic_example as SORSA", "expects LoRA's default targets; SORSA's are all linear layers"),

@@ -9,7 +9,7 @@ Importing it registers SARA, Mo-SARA and SORSA with PEFT; from then on PEFT's ow
 """
 
 from svdtune._version import __version__
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
 
@@ -22,6 +22,7 @@ __all__ = [
     "SorsaModel",
     "SorsaRegularizer",
     "SvdtuneError",
+    "SvdtuneWarning",
     "__version__",
     "add_regularizer_gradients",
     "regularize",

@@ -1,4 +1,6 @@
-"""The one base class of the errors a user can cause, so that the command line can print them without a traceback."""
+"""The one base class of the errors a user can cause, so that the command line can print them without a traceback,
+and the one class of svdtune's warnings, so that they can be told from those of the libraries.
+"""
 
 
 class SvdtuneError(ValueError):
@@ -9,3 +11,7 @@ class SvdtuneError(ValueError):
     """
 
     everywhere = False
+
+
+class SvdtuneWarning(UserWarning):
+    """Something the user gave can be used, but not as they may think. The message says what to do."""

@@ -1,4 +1,4 @@
-"""Where svdtune meets the machine: files that are written whole or not at all, and what full disks and full memory mean.
+"""Where svdtune meets the machine: files and folders that appear whole or not at all, and what full disks and memory mean.
 
 Light to import: the command line takes its last resort from here.
 """
@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,6 +92,21 @@ def write_json(path: Path, document: Any) -> None:
         replace_text(path, json.dumps(document, indent=2) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file with one object.
+
+    Raises:
+        SvdtuneError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise SvdtuneError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise SvdtuneError(f"{path} is damaged: expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a part.
 
@@ -106,6 +122,54 @@ def replace_bytes(path: Path, data: bytes) -> None:
     except OSError:
         fresh.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, which becomes `output` if the body succeeds and vanishes if it does not.
+
+    It lies beside `output`, hence on the same file system, so the move is one step.
+
+    Raises:
+        SvdtuneError: If `output` exists and is not an empty folder, or cannot be written.
+    """
+    output = output.expanduser().absolute()
+    check_new_folder(output)
+    with explain_write_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    try:
+        with explain_write_errors(output):
+            work.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a result gets the usual permissions
+            yield work
+            for path in work.rglob("*"):
+                if path.is_file():
+                    to_disk(path)
+                    path.chmod(0o666 & ~_umask())  # so does each file: safetensors makes its own private
+            work.replace(output)  # an empty folder gives way; anything that appeared there meanwhile does not
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_new_folder(output: Path) -> None:
+    """Refuse an output that exists, unless it is an empty folder.
+
+    Raises:
+        SvdtuneError: Saying what is there.
+    """
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise SvdtuneError(
+                f"the output folder {output} is not empty; nothing there is overwritten: name another one"
+            )
+    elif output.exists() or output.is_symlink():
+        raise SvdtuneError(f"{output} exists and is not a folder; name another output")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def to_disk(path: Path) -> None:

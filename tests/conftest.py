@@ -1,14 +1,26 @@
 """What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data sets if there is one."""
 
+import os
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 from hypothesis import HealthCheck, settings
 from tiny import save_tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch_state import kept_torch_state
 from transformers import PreTrainedTokenizerFast
+
+from svdtune.methods.closed import refused_peft
+
+# One thread, here and in the processes that tests start: tests run side by side, and give the same on any number of cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
 settings.register_profile(
@@ -17,7 +29,7 @@ settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # a busy machine is no fault
 )
 settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=1000, derandomize=False)
 settings.load_profile("quick")
@@ -26,14 +38,31 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
+def _torch() -> Iterator[None]:
+    """Give every test PyTorch in the same state: seed 0, fp32 products in fp32, nothing that another test set or compiled."""
+    with kept_torch_state():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that are not there yet, without end."""
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in count())
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Give every test a cache folder of its own, so that no test sees what another decomposed."""
-    monkeypatch.setenv("SVDTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("SVDTUNE_CACHE", str(next(_caches)))
+
+
+@pytest.fixture
+def transformers_takes_peft() -> None:
+    """For tests of what transformers itself does with adapters; skips where it refuses the PEFT that is installed."""
+    if (refusal := refused_peft()) is not None:
+        pytest.skip(f"transformers {transformers.__version__} says of PEFT {peft.__version__}: {refusal}")
 
 
 @pytest.fixture

@@ -20,16 +20,18 @@ from typer.testing import CliRunner
 
 import svdtune
 from svdtune import SvdtuneError
-from svdtune.checkpoint import open_checkpoint
-from svdtune.checkpoint.names import build_skeleton, stored_names
-from svdtune.checkpoint.tensors import Stored, write_tensors
+from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint.names import match_names
+from svdtune.checkpoint.tensors import Stored
+from svdtune.checkpoint.writer import TensorWriter
 from svdtune.cli import app
 from svdtune.data import gsm_symbolic
 from svdtune.data.catalogue import scored
 from svdtune.evaluation import vllm
 from svdtune.evaluation.decoding import Decoding
+from svdtune.export import merge_checkpoint
 from svdtune.export.source import attach_adapter
-from svdtune.linalg import Spectrum, rank_at_threshold, top_factors
+from svdtune.linalg import Spectrum, rank_at_threshold, spectrum, top_factors
 from svdtune.methods import injection
 from svdtune.methods.files.adapter import read_adapter
 from svdtune.methods.start import disk
@@ -102,6 +104,12 @@ def circle(folder: Path) -> Path:
     return path
 
 
+def copied(file: Path) -> None:
+    stored = Stored(Path(__file__), "a", "F32", (2,), 10**9, 8)
+    with TensorWriter(file, {"a": stored}, {}) as written:
+        written.write("a", stored)
+
+
 def small() -> LlamaForCausalLM:
     return LlamaForCausalLM(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
@@ -134,7 +142,15 @@ def small() -> LlamaForCausalLM:
         ),
         (
             lambda: vllm.VllmEngine.complete(None, [], 1, Decoding(beams=2), []),
-            "vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers",
+            "vLLM decodes without beams, no_repeat_ngram_size and stop_loops; use --engine transformers",
+        ),
+        (
+            lambda: Decoding(temperature=0.5, stop_loops=True),
+            "loops are stopped in greedy decoding alone; leave out stop_loops or the rest",
+        ),
+        (
+            lambda: spectrum(torch.ones(2, 2), dtype=torch.float16),
+            r"a spectrum is computed in torch\.float32 or torch\.float64, not torch\.float16",
         ),
     ],
 )
@@ -149,11 +165,8 @@ def test_values(call, message: str) -> None:
         (lambda folder: load_recipe(circle(folder)), r"recipe\.yaml extends itself; take the circle out"),
         (lambda folder: read_adapter(adapter_folder(folder)), "has no adapter_model.safetensors; save it again with"),
         (lambda folder: attach_adapter(small(), adapter_folder(folder)), "save it again with save_pretrained"),
-        (lambda folder: build_skeleton(folder, svdtune.SorsaConfig()), "the model in .* cannot be set up: "),
-        (
-            lambda folder: write_tensors(folder / "new", {"a": Stored(Path(__file__), "F32", (2,), 10**9, 8)}, {}),
-            r"test_messages\.py became shorter while it was read",
-        ),
+        (lambda folder: copied(folder / "new"), r"test_messages\.py became shorter while it was read"),
+        (lambda folder: Stored(folder / "gone", "a", "F32", (2,), 0, 8).read(), "a cannot be read from .*gone"),
     ],
 )
 def test_folders(call, message: str, tmp_path: Path) -> None:
@@ -190,7 +203,9 @@ def test_a_weight_in_three_places() -> None:
     model.lm_head.weight = model.model.embed_tokens.weight = shared
     model.model.norm.weight = shared
     with pytest.raises(SvdtuneError, match=r"merging would change them too\. Keep the adapter unmerged"):
-        stored_names(model, model.state_dict()).tied("lm_head.weight")
+        merge_checkpoint._twins(
+            Checkpoint("small", model, {}, 0, names=match_names(model, model.state_dict())), "lm_head.weight"
+        )
 
 
 def test_a_task_without_items(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ _PARTS = {
 }
 
 
-class Score(TypedDict):
+class RunScore(TypedDict):
     """One score of a run: a share or another metric, its 95 % interval (None if unknown), and how many items it is over."""
 
     value: float
@@ -51,7 +51,7 @@ class Facts(TypedDict):
     settings: dict[str, Any]
     summary: dict[str, Any]
     log: list[dict[str, Any]]
-    scores: dict[str, Score]
+    scores: dict[str, RunScore]
     before: dict[str, Any] | None
     during: list[dict[str, Any]] | None
     after: dict[str, Any] | None
@@ -144,9 +144,9 @@ def _variant(config: Any) -> str | None:
     return "PiSSA" if isinstance(start, str) and start.startswith("pissa") else None
 
 
-def _scores(folder: Path, problems: list[str]) -> dict[str, Score]:
+def _scores(folder: Path, problems: list[str]) -> dict[str, RunScore]:
     """The scores of every finished evaluation, and their average over sets where there are several."""
-    found: dict[str, Score] = {}
+    found: dict[str, RunScore] = {}
     counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
     for path in sorted(folder.glob("evaluations/*/result.json")):
         name, result = path.parent.name, _json(path, problems)
@@ -167,6 +167,6 @@ def _scores(folder: Path, problems: list[str]) -> dict[str, Score]:
     return found
 
 
-def _score(value: float, interval: dict[str, float] | None, n: int) -> Score:
+def _score(value: float, interval: dict[str, float] | None, n: int) -> RunScore:
     interval = interval or {}
-    return Score(value=value, low=interval.get("low"), high=interval.get("high"), n=n)
+    return RunScore(value=value, low=interval.get("low"), high=interval.get("high"), n=n)

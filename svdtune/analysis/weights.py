@@ -70,7 +70,7 @@ class Opened:
     def _checkpoint(self) -> Checkpoint:
         assert self.source.recipe is not None
         base = Source(self.source.recipe.model.name, recipe=self.source.recipe)
-        return open_checkpoint(base_folder(base))
+        return open_checkpoint(base_folder(base), trust_remote_code=base.trust_remote_code)
 
     def _is_wanted(self, name: str) -> bool:
         return self.wanted is None or any(

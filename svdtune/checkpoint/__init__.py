@@ -1,4 +1,4 @@
-"""A model on disk: its names, shapes and tensors, the model without its weights, and files that are written whole."""
+"""A model on disk: its names, shapes and tensors, and the model without its weights."""
 
 from svdtune.checkpoint.model import Checkpoint, open_checkpoint
 from svdtune.checkpoint.shapes import SHAPES, open_shape

@@ -1,94 +1,80 @@
-"""A model without weights: its modules' classes, and under which names a checkpoint stores its parameters."""
+"""Under which names a checkpoint stores a model's parameters.
 
-from collections.abc import Collection
-from dataclasses import dataclass
-from pathlib import Path
+A stored name may lack the base model's prefix, have one too many, or be an older one that Transformers renames when it loads
+the checkpoint. A tied parameter may be stored under another of its names. A tensor that Transformers does not take as it is,
+such as one expert of a layer that keeps all of them in one parameter, is no parameter's.
+"""
 
-import torch
-import transformers
-from peft import PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
-from svdtune.errors import SvdtuneError
-
-
-def build_skeleton(folder: Path, adapter: PeftConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """The model that an adapter was trained on, with every parameter on the meta device.
-
-    Raises:
-        SvdtuneError: the folder's configuration cannot be read.
-    """
-    mapping = adapter.auto_mapping or {}
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        named = [mapping.get("base_model_class"), *(config.architectures or [])]
-        classes = [getattr(transformers, name) for name in named if name and hasattr(transformers, name)]
-        with torch.device("meta"):
-            if classes:
-                return classes[0]._from_config(config).eval()
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code).eval()
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SvdtuneError(f"the model in {folder} cannot be set up: {str(error).splitlines()[0]}") from error
+from torch import nn
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class StoredNames:
-    """Where a model's parameters lie in a checkpoint.
+    """Parameter names and stored names, matched.
 
     Attributes:
-        model: the model; its parameters may be on the meta device.
-        stored: the checkpoint's names.
-        groups: by parameter name, all names of that one parameter.
+        own: by parameter name, the stored name of the tensor that is loaded under this very name.
+        groups: by parameter name, all names of that one parameter, in the model's order.
     """
 
-    model: PreTrainedModel
-    stored: Collection[str]
-    groups: dict[str, list[str]]
+    own: Mapping[str, str] = field(default_factory=dict)
+    groups: Mapping[str, list[str]] = field(default_factory=dict)
 
-    def own(self, parameter: str) -> str | None:
-        """The checkpoint's name of a parameter under this very name of it, None where it has none."""
-        prefix = self.model.base_model_prefix + "."
-        for written in (parameter, parameter.removeprefix(prefix), prefix + parameter):
-            if written in self.stored:
-                return written
-        return None
-
-    def of(self, parameter: str) -> str:
-        """The checkpoint's name of a parameter, under whichever of the parameter's names.
-
-        Raises:
-            SvdtuneError: it stores none under a name that says so.
-        """
-        for name in [parameter, *self.groups.get(parameter, [])]:
-            if (written := self.own(name)) is not None:
-                return written
-        raise SvdtuneError(
-            f"the base checkpoint stores no {parameter!r} under that name, so it cannot be merged on disk. Merge in memory: "
-            "PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(folder)"
-        )
-
-    def tied(self, parameter: str) -> list[str]:
-        """The other names of a parameter that stands in two places.
-
-        Raises:
-            SvdtuneError: these are not the input and output embeddings, the only ones that a configuration can untie.
-        """
-        names = self.groups.get(parameter, [parameter])
-        if len(names) == 1:
-            return []
-        ends = self.model.get_input_embeddings(), self.model.get_output_embeddings()
-        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in names}
-        if len(names) > 2 or not all(any(module is end for end in ends) for module in modules.values()):
-            raise SvdtuneError(
-                f"{parameter!r} is one weight with {', '.join(repr(n) for n in names if n != parameter)}: merging would change "
-                "them too. Keep the adapter unmerged"
-            )
-        return [name for name in names if name != parameter]
+    def of(self, parameter: str) -> str | None:
+        """The stored name of a parameter, under whichever of the parameter's names; None where it is not stored."""
+        names = (parameter, *self.groups.get(parameter, ()))
+        return next((self.own[name] for name in names if name in self.own), None)
 
 
-def stored_names(model: PreTrainedModel, stored: Collection[str]) -> StoredNames:
-    """Match a model's parameters with a checkpoint's names."""
+def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
+    """Match a model's parameters with a checkpoint's names, as Transformers does when it loads them.
+
+    Args:
+        model: its parameters may be on the meta device.
+        stored: the names in the checkpoint.
+    """
+    parameter_of = _loading_rule(model)
+    own: dict[str, str] = {}
+    for name in sorted(stored):
+        if (parameter := parameter_of(name)) is not None:
+            own.setdefault(parameter, name)
+    return StoredNames(own, same_parameter(model))
+
+
+def same_parameter(model: nn.Module) -> dict[str, list[str]]:
+    """By parameter name, all names of that one parameter, in the model's order."""
     by_id: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_id.setdefault(id(parameter), []).append(name)
-    return StoredNames(model, stored, {name: names for names in by_id.values() for name in names})
+    return {name: names for names in by_id.values() for name in names}
+
+
+def _loading_rule(model: PreTrainedModel) -> Callable[[str], str | None]:
+    """What gives the parameter that a stored tensor is loaded into as it is, None where there is none."""
+    state = model.state_dict()
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    except ImportError:  # before Transformers 5
+        prefix = f"{model.base_model_prefix}."
+
+        def by_prefix(name: str) -> str | None:
+            return next((own for own in (name, name.removeprefix(prefix), prefix + name) if own in state), None)
+
+        return by_prefix
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+
+    def by_transforms(name: str) -> str | None:
+        found, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if found not in state and name in state:
+            found, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
+        return found if found in state and converter is None else None
+
+    return by_transforms

@@ -13,6 +13,7 @@ import importlib
 import os
 import pkgutil
 import signal
+import sys
 import warnings
 from typing import Any
 
@@ -148,8 +149,10 @@ def _svdtune(
 
 def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
-    # PEFT still reads the name that transformers renamed; the user can do nothing about it.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    if (
+        not sys.warnoptions
+    ):  # what a library will change in how others call it: a command's user can do nothing about it
+        warnings.simplefilter("ignore", FutureWarning)
     usual = signal.getsignal(signal.SIGINT)
     if usual is signal.default_int_handler:  # not where a shell or a program above has its own wish
         signal.signal(signal.SIGINT, _interrupt)

@@ -21,9 +21,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svdtune.cli.forecast import Forecast, PassTimer, in_minutes, step_seconds
+
 if TYPE_CHECKING:
     from svdtune.evaluation import Evaluation
     from svdtune.export import Source
+    from svdtune.models import LoadedModel
     from svdtune.training.recipe import Recipe
 
 app = typer.Typer()
@@ -47,15 +50,18 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does: optimizer steps of 8 rows, and held-out items."""
+    """How much the demo does: optimizer steps of some rows each, held-out items, and new tokens of an answer at most."""
 
     steps: int
+    rows: int
     items: int
     max_new_tokens: int
 
 
 # An untrained model talks at length: the limit must let it come to its answer, or "before" would be the limit's fault.
-FULL, QUICK = Size(steps=50, items=64, max_new_tokens=128), Size(steps=10, items=16, max_new_tokens=64)
+FULL = Size(steps=60, rows=4, items=64, max_new_tokens=128)
+QUICK = Size(steps=10, rows=4, items=16, max_new_tokens=64)
+TIMED_TOKENS = 8  # of the untrained model's answers, which the forecast is made of
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ class Row:
     after_interval: tuple[float, float]
     adapter_bytes: int
     merged: str
+    score_seconds: float
+    merge_seconds: float
 
 
 @app.command()
@@ -87,7 +95,7 @@ def demo(
         Path, typer.Option(help="Folder for runs and results; an earlier demo there is replaced.")
     ] = Path("runs/demo"),
 ) -> None:
-    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; about ten minutes on two CPU cores.
+    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; about five minutes on two CPU cores.
 
     The model, SmolLM2-135M-Instruct, comes from PyPI and is kept in the cache; everything else happens on this machine.
 
@@ -96,7 +104,6 @@ def demo(
     svdtune demo --quick
     svdtune demo --output runs/mine
     """
-    from svdtune.export import Source
     from svdtune.models import SMOLLM2
     from svdtune.models.loading import locate
     from svdtune.system import explain_write_errors, replace_text
@@ -115,19 +122,22 @@ def demo(
     )
     recipes = {method.title: make_recipe(method, size, model, output) for method in METHODS}
     console.rule("base model")
-    base = score(Source(model), recipes["SORSA"], size, output / "base", console)
-    if base.unended:
-        console.print(f"{base.unended} of {base.n} answers were cut at {size.max_new_tokens} tokens", highlight=False)
+    forecast, base = score_base(recipes["SORSA"], size, output / "base", console, started)
     rows = []
     for method in METHODS:
+        console.print(f"about {in_minutes(forecast.left)} left", highlight=False)
         console.rule(method.title)
+        begun = time.monotonic()
         rows.append(run_method(method, recipes[method.title], size, base, console))
+        forecast.finish(method.title, time.monotonic() - begun)
     seconds = time.monotonic() - started
     results = {
         "model": name,
         "quick": quick,
         "size": asdict(size),
         "seconds": round(seconds, 1),
+        "base_seconds": round(forecast.taken["base"], 1),
+        "expected_seconds": round(sum(forecast.expected.values()), 1),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: metadata.version(name) for name in ("svdtune", "torch", "transformers", "peft")},
         "rows": [asdict(row) for row in rows],
@@ -159,15 +169,82 @@ def check_output(output: Path) -> None:
         mark.touch()
 
 
-def score(source: "Source", recipe: "Recipe", size: Size, output: Path, console: Console) -> "Evaluation":
-    """The accuracy on the recipe's held-out rows, as `svdtune evaluate` gives it."""
+def score_base(
+    recipe: "Recipe", size: Size, output: Path, console: Console, started: float
+) -> tuple[Forecast, "Evaluation"]:
+    """The untrained model's accuracy; on the way, once its first steps are timed, say how long the demo will take.
+
+    Args:
+        recipe: of any of the runs.
+        size: how much is done.
+        output: folder of the predictions.
+        console: where to print.
+        started: when the demo was.
+    """
+    from svdtune.export import Source, open_source
+
+    begun = time.monotonic()
+    loaded = open_source(Source(recipe.model.name), dtype=recipe.model.dtype)
+    load = time.monotonic() - begun
+    step = step_seconds(loaded, recipe)
+    forecast = Forecast({"base": 0.0})
+
+    def tell(prompts: float, token: float) -> None:
+        nonlocal forecast
+        forecast = expect(size, load, step, prompts, token, answer_tokens(loaded, recipe))
+        before = begun - started  # what came before the first part
+        console.print(f"about {in_minutes(before + forecast.left)} on this machine", highlight=False)
+
+    timer = PassTimer(TIMED_TOKENS, tell)
+    hook = loaded.model.register_forward_hook(timer)
+    base = score(loaded, recipe, size, output, console)
+    hook.remove()
+    timer.finish()
+    forecast.finish("base", time.monotonic() - begun)
+    if base.unended:
+        console.print(
+            f"{base.unended} of {base.n} answers did not end: they were cut at {size.max_new_tokens} tokens, or where they "
+            "repeated themselves",
+            highlight=False,
+        )
+    return forecast, base
+
+
+def expect(size: Size, load: float, step: float, prompts: float, token: float, answer: int) -> Forecast:
+    """The seconds of the demo's parts, from those of its first steps.
+
+    Args:
+        size: how much is done.
+        load: seconds to read the model.
+        step: of a training step.
+        prompts: of a pass over all prompts.
+        token: of a new token of all answers.
+        answer: how many tokens the answer has that is trained.
+    """
+    base = load + 2 * step + prompts + size.max_new_tokens * token
+    # The held-out loss is the way there without the way back. The model is read to train and to score it, to merge, and
+    # twice to compare the merged one with it.
+    trained = size.steps * step + size.items / size.rows * step / 2
+    method = trained + prompts + answer * token + 5 * load
+    return Forecast({"base": base} | {each.title: method for each in METHODS})
+
+
+def answer_tokens(loaded: "LoadedModel", recipe: "Recipe") -> int:
+    """How many tokens the longest answer has that the model is trained to give."""
+    from svdtune.data import read_rows
+
+    assert recipe.data.completion is not None
+    rows = read_rows(**recipe.data.train.model_dump())
+    return max(len(loaded.tokenizer.encode(row[recipe.data.completion])) for row in rows) + 1
+
+
+def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, console: Console) -> "Evaluation":
+    """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all at once."""
     from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
-    from svdtune.evaluation import evaluate, get_task, to_items
-    from svdtune.export import open_source
+    from svdtune.evaluation import Decoding, evaluate, get_task, to_items
 
     data = recipe.data
-    loaded = open_source(source, dtype=recipe.model.dtype)
     examples = to_examples(read_rows(**data.eval.model_dump()), data.prompt)
     items = to_items(examples, loaded.tokenizer, data.template, data.answer)
     with counting("evaluating", console) as on_progress:
@@ -177,7 +254,8 @@ def score(source: "Source", recipe: "Recipe", size: Size, output: Path, console:
             get_task("number"),
             output,
             max_new_tokens=size.max_new_tokens,
-            batch_size=32,
+            batch_size=size.items,
+            decoding=Decoding(stop_loops=True),
             settings={"data": data.eval.model_dump(), "template": data.template},
             on_progress=on_progress,
         )
@@ -185,13 +263,18 @@ def score(source: "Source", recipe: "Recipe", size: Size, output: Path, console:
 
 def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation", console: Console) -> Row:
     """Train, score and merge one method."""
-    from svdtune.export import find_source
+    from svdtune.export import find_source, open_source
     from svdtune.training import train
 
     with empty_spectra_cache():
         run = train(recipe, console=console)
     source = find_source(run.folder)
-    result = score(source, recipe, size, run.folder / "evaluations" / "arithmetic-number", console)
+    trained = time.monotonic()
+    loaded = open_source(source, dtype=recipe.model.dtype)
+    result = score(loaded, recipe, size, run.folder / "evaluations" / "arithmetic-number", console)
+    del loaded
+    scored = time.monotonic()
+    merged = merge_or_reason(source, method, console)
     return Row(
         method=method.title,
         settings=method.options,
@@ -205,7 +288,9 @@ def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation",
         after=result.strict.accuracy,
         after_interval=result.strict.interval,
         adapter_bytes=run.summary["saved_bytes"],
-        merged=merge_or_reason(source, method, console),
+        merged=merged,
+        score_seconds=round(scored - trained, 3),
+        merge_seconds=round(time.monotonic() - scored, 3),
     )
 
 
@@ -281,7 +366,7 @@ def make_recipe(method: Method, size: Size, model: str, output: Path) -> "Recipe
             "model": {"name": model, "dtype": "float32"},
             "method": method.options,
             "data": {
-                "train": {"source": "arithmetic", "split": "train", "limit": 8 * size.steps},
+                "train": {"source": "arithmetic", "split": "train", "limit": size.rows * size.steps},
                 "eval": {"source": "arithmetic", "split": "test", "limit": size.items, "seed": 1},
                 "prompt": "question",
                 "completion": "solution",
@@ -291,7 +376,7 @@ def make_recipe(method: Method, size: Size, model: str, output: Path) -> "Recipe
             },
             "training": {
                 "max_steps": size.steps,
-                "batch_size": 8,
+                "batch_size": size.rows,
                 "learning_rate": method.learning_rate,
                 "warmup": 5,
                 "logging_steps": 5,

@@ -23,7 +23,7 @@ app = typer.Typer()
 HARNESS = "lm-eval:"
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What generates."""
 
     transformers = "transformers"
@@ -62,7 +62,7 @@ def evaluate(
         int | None, typer.Option(help="Length limit of a completion. Default: as the data set asks for, or 256.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Completions generated together.")] = 16,
-    engine: Annotated[Engine, typer.Option(help="What generates.")] = Engine.transformers,
+    engine: Annotated[EngineName, typer.Option(help="What generates.")] = EngineName.transformers,
     samples: Annotated[int, typer.Option(help="Completions of each item, for pass@k.")] = 1,
     temperature: Annotated[float, typer.Option(help="Draw tokens at this temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this probability.")] = 1.0,
@@ -72,6 +72,9 @@ def evaluate(
     no_repeat_ngram_size: Annotated[
         int | None, typer.Option(help="No n-gram of this size twice. Default: as the run, or 0, for no such rule.")
     ] = None,
+    stop_loops: Annotated[
+        bool, typer.Option("--stop-loops", help="Cut an answer that repeats itself, before the length limit does.")
+    ] = False,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
     ] = None,
@@ -114,6 +117,7 @@ def evaluate(
         own.beams if beams is None else beams,
         own.length_penalty if length_penalty is None else length_penalty,
         own.no_repeat_ngram_size if no_repeat_ngram_size is None else no_repeat_ngram_size,
+        stop_loops,
     )
     names = sets_to_ask(found.recipe, data, task)
     asked = [
@@ -158,14 +162,14 @@ def _ask(
 
 @contextmanager
 def _opened(
-    engine: Engine, source: "Source", dtype: str | None, device: str | None
+    engine: EngineName, source: "Source", dtype: str | None, device: str | None
 ) -> "Iterator[LoadedModel | VllmEngine]":
     """The model, ready to answer."""
     from svdtune.cli.options import placement
     from svdtune.evaluation.vllm import open_vllm
     from svdtune.export import open_source
 
-    if engine is Engine.transformers:
+    if engine is EngineName.transformers:
         yield open_source(source, **placement(dtype, device))
     else:
         if device is not None:
@@ -203,7 +207,8 @@ def summary(result: "Evaluation") -> str:
     lines += [_metric_line(name, metric) for name, metric in result.metrics.items()]
     if result.unended:
         limit = result.settings["max_new_tokens"]
-        lines.append(f"{result.unended} answers were cut at {limit} tokens; --max-new-tokens raises the limit")
+        loops = ", or where they repeated themselves" if result.settings.get("stop_loops") else ""
+        lines.append(f"{result.unended} answers were cut at {limit} tokens{loops}; --max-new-tokens raises the limit")
     return "\n".join([*lines, f"predictions and settings: {result.folder}"])
 
 

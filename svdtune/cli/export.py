@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     """What an adapter can be exported to."""
 
     LORA = "lora"
@@ -22,7 +22,7 @@ class Format(StrEnum):
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
-    to: Annotated[Format, typer.Option(help="The format.")] = Format.LORA,
+    to: Annotated[ExportFormat, typer.Option(help="The format.")] = ExportFormat.LORA,
     rank: Annotated[int | None, typer.Option(help="Cut to this rank and state the error. Default: no loss.")] = None,
     uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
     base: Annotated[

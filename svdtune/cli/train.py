@@ -35,7 +35,7 @@ def train(
     from svdtune.training import train as run
     from svdtune.training.checkpoints import latest_checkpoint
 
-    loaded = load_recipe(recipe, ctx.args)
+    loaded = load_recipe(recipe, ctx.args, begun=resume)
     again = shlex.join(["svdtune", "train", str(recipe), *ctx.args])
     try:
         result = run(loaded, resume=resume, overwrite=overwrite)

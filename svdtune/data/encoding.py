@@ -5,7 +5,7 @@ Prompt and completion are tokenized apart: generation then sees exactly the prom
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -125,15 +125,16 @@ def encode_all(
 
 @dataclass(frozen=True)
 class Collator:
-    """Pad a batch on the right to a common length, a multiple of `multiple_of` (8 suits tensor cores).
+    """Pad a batch on the right to a common length, a multiple of `multiple_of`.
 
     Attributes:
         pad_id: fills `input_ids`; those places get attention 0 and the label -100.
-        multiple_of: round the length up to a multiple of this.
+        multiple_of: round the length up to a multiple of this; by default of 8 for a GPU's tensor cores, and not at all for a
+            CPU, which would only compute the padding.
     """
 
     pad_id: int
-    multiple_of: int = 8
+    multiple_of: int = field(default_factory=lambda: 8 if torch.accelerator.is_available() else 1)
 
     def __call__(self, batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (batch, length): input_ids, attention_mask, labels."""

@@ -1,15 +1,22 @@
-"""Batched generation: prompts of similar length together, padded on the left, stopped at the end tokens."""
+"""Batched generation: prompts of similar length together, padded on the left, stopped at the end tokens.
+
+Greedy completions are generated in rounds. Between two rounds a batch lets go of the completions that are finished, and
+keeps the keys and values of the others.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 from transformers.generation import BaseStreamer
 
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation.prompting import cache_where_peft_looks, is_prompted
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,7 @@ class Decoding:
         beams: Keep so many beginnings and take the likeliest whole, instead of the likeliest token at each step.
         length_penalty: Of beam search: log-likelihoods are divided by length to this power.
         no_repeat_ngram_size: No n-gram of this size occurs twice, prompt included; 0 for no such rule.
+        stop_loops: Of greedy decoding: cut a completion that repeats itself (see `is_loop`), before the length limit does.
 
     Raises:
         SvdtuneError: If a value is out of its range, or two of them contradict each other.
@@ -36,6 +44,7 @@ class Decoding:
     beams: int = 1
     length_penalty: float = 1.0
     no_repeat_ngram_size: int = 0
+    stop_loops: bool = False
 
     def __post_init__(self) -> None:
         if min(self.samples, self.beams) < 1 or min(self.temperature, self.no_repeat_ngram_size, self.seed) < 0:
@@ -48,14 +57,25 @@ class Decoding:
             raise SvdtuneError(f"got {self}: beam search draws nothing; leave out the beams or the temperature")
         if self.beams == 1 and self.length_penalty != 1:
             raise SvdtuneError(f"got {self}: a length penalty is for beam search; set beams above 1")
+        if self.stop_loops and not self.greedy:
+            raise SvdtuneError(
+                f"got {self}: loops are stopped in greedy decoding alone; leave out stop_loops or the rest"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
+        return self.temperature == 0 and self.beams == 1
 
 
 GREEDY = Decoding()
-_ROUND = 64  # new tokens before a batch first lets go of what has ended
+_ROUND = 16  # new tokens between two looks at which completions are finished
+_REREAD = 64  # as many, at first, where the tokens so far must be read again after each look
+_CYCLES, _LOOP = 3, 32  # how often a cycle of tokens has come, and how many tokens that were, when it is a loop
 
 
 class Completion(NamedTuple):
-    """New token ids without the end token, and whether an end token came before the length limit."""
+    """New token ids without the end token, and whether an end token came: before the length limit, or before a loop."""
 
     tokens: list[int]
     ended: bool
@@ -123,7 +143,7 @@ def complete_batch(
     decoding: Decoding = GREEDY,
     seed: int = 0,
 ) -> list[Completion]:
-    """Continue each prompt as `decoding` says, until an end token or `max_new_tokens`.
+    """Continue each prompt as `decoding` says, until an end token or `max_new_tokens`, in one go.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -138,37 +158,18 @@ def complete_batch(
     Returns:
         One completion a prompt, in the given order.
     """
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    # top_k=0: no limit that was not asked for; Transformers' own default is the 50 likeliest.
-    drawing = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.temperature else {}
-    beams = {"length_penalty": decoding.length_penalty} if decoding.beams > 1 else {}
-    config = GenerationConfig(
-        do_sample=bool(drawing),
-        **drawing,
-        num_beams=decoding.beams,
-        **beams,
-        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(ends),
-        pad_token_id=pad,
-    )
-    device = model.get_input_embeddings().weight.device
-    cuda = [device] if device.type == "cuda" else []
-    with sole_config(model, config), torch.random.fork_rng(cuda, enabled=bool(drawing)):
-        if drawing:
+    ids, mask = _pad_left(prompts, pad, model)
+    config = _configure(decoding, max_new_tokens, ends, pad)
+    cuda = [ids.device] if ids.device.type == "cuda" else []
+    drawn_apart = torch.random.fork_rng(cuda, enabled=config.do_sample)
+    with sole_config(model, config), cache_where_peft_looks(model), drawn_apart:
+        if config.do_sample:
             torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, streamer=streamer
-        )
-    return [until_end(row, set(ends)) for row in output[:, width:].tolist()]
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+    return [until_end(row, set(ends)) for row in output.sequences[:, ids.shape[1] :].tolist()]
 
 
+@torch.inference_mode()
 def complete_in_rounds(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -178,29 +179,98 @@ def complete_in_rounds(
     decoding: Decoding = GREEDY,
     seed: int = 0,
 ) -> list[Completion]:
-    """`complete_batch`, where greedy completions leave the batch once they have ended.
+    """`complete_batch`, where greedy completions leave the batch once they are finished.
 
     A batch otherwise computes all its rows until the last one ends, or to the limit where a single one never does. Here it
-    stops after 64 tokens, 128, 256 and so on, and goes on with the rows that have not ended; reading their tokens again costs
-    one pass. What is drawn, or searched for with beams, runs in one go.
+    stops after every 16 tokens and goes on with the rows that have not ended, nor fallen into a loop where
+    `decoding.stop_loops`. Their keys and values are kept. Some caches hold something else: those of sliding windows, of
+    state-space models and of PEFT's prompt methods. There the tokens are read again, after 64 tokens, 128, 256 and so on.
+    What is drawn, or searched for with beams, runs in one go.
 
     Args and returns as `complete_batch`; in half precision a near tie between two tokens may fall the other way.
     """
-    if decoding.temperature or decoding.beams > 1:
+    if not decoding.greedy:
         return complete_batch(model, prompts, max_new_tokens, ends, pad, decoding=decoding, seed=seed)
-    done: dict[int, Completion] = {}
-    so_far: list[list[int]] = [[] for _ in prompts]
-    taken = 0
-    while open_rows := [row for row in range(len(prompts)) if row not in done]:
-        limit = min(max_new_tokens, max(_ROUND, 2 * taken))
-        continued = [[*prompts[row], *so_far[row]] for row in open_rows]
-        found = complete_batch(model, continued, limit - taken, ends, pad, decoding=decoding, seed=seed)
-        for row, completion in zip(open_rows, found, strict=True):
-            so_far[row] += completion.tokens
-            if completion.ended or limit == max_new_tokens:
-                done[row] = Completion(so_far[row], completion.ended)
-        taken = limit
+    ids, mask = _pad_left(prompts, pad, model)
+    width, taken, kept = ids.shape[1], 0, {}
+    rows, done = list(range(len(prompts))), {}
+    while rows:
+        limit = min(max_new_tokens, taken + _ROUND if kept or not taken else max(_REREAD, 2 * taken))
+        config = _configure(decoding, limit - taken, ends, pad)
+        with sole_config(model, config), cache_where_peft_looks(model):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kept)
+        found = [until_end(row, set(ends)) for row in output.sequences[:, width:].tolist()]
+        going = []
+        for place, (row, completion) in enumerate(zip(rows, found, strict=True)):
+            if completion.ended or limit == max_new_tokens or (decoding.stop_loops and is_loop(completion.tokens)):
+                done[row] = completion
+            else:
+                going.append(place)
+        chosen = torch.tensor(going, dtype=torch.long, device=ids.device)
+        ids, taken = output.sequences[chosen], limit
+        kept = {} if is_prompted(model) else _kept(output, chosen)
+        mask = torch.cat([mask[chosen], mask.new_ones(len(going), ids.shape[1] - mask.shape[1])], dim=1)
+        rows = [rows[place] for place in going]
     return [done[row] for row in range(len(prompts))]
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad: int, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask (prompts, longest), where the model takes them."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    device = model.get_input_embeddings().weight.device
+    return ids.to(device), mask.to(device)
+
+
+def _configure(decoding: Decoding, max_new_tokens: int, ends: Sequence[int], pad: int) -> GenerationConfig:
+    """What `generate` shall do."""
+    # top_k=0: no limit that was not asked for; Transformers' own default is the 50 likeliest.
+    drawing = {"temperature": decoding.temperature, "top_p": decoding.top_p, "top_k": 0} if decoding.temperature else {}
+    beams = {"length_penalty": decoding.length_penalty} if decoding.beams > 1 else {}
+    return GenerationConfig(
+        do_sample=bool(drawing),
+        **drawing,
+        num_beams=decoding.beams,
+        **beams,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
+        use_cache=True,
+        return_dict_in_generate=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+    )
+
+
+def _kept(output: Any, rows: Tensor) -> dict[str, Cache]:
+    """The cache of some rows, under the name that `generate` gave and takes it by, which differs between releases.
+
+    Empty where a layer of it holds something else than the keys and values of every token: selecting rows of that is not
+    certain to select all of it.
+    """
+    for name, cache in output.items():
+        if isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers):
+            cache.batch_select_indices(rows)
+            return {name: cache}
+    return {}
+
+
+def is_loop(tokens: Sequence[int]) -> bool:
+    """Whether a completion repeats itself: its last 32 tokens or more are one cycle of tokens, three times over or more.
+
+    Greedy decoding hardly ever leaves such a loop, and what it says of an answer it has said three times.
+    """
+    size = len(tokens)
+    for cycle in range(1, size // _CYCLES + 1):
+        looked_at = max(_LOOP, _CYCLES * cycle)
+        if tokens[-1] == tokens[-1 - cycle] and looked_at <= size:
+            tail = tokens[size - looked_at :]
+            if tail[cycle:] == tail[:-cycle]:
+                return True
+    return False
 
 
 def until_end(tokens: list[int], ends: set[int]) -> Completion:

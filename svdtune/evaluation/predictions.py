@@ -28,7 +28,7 @@ class Prediction:
         paper_extracted: The answer that the paper's grading read out.
         paper_correct: Whether the paper's grading accepts it; None where no paper graded such items.
         tokens: Number of new tokens, the end token not counted.
-        ended: Whether the model ended by itself; False where it was cut at the length limit.
+        ended: Whether the model ended by itself; False where it was cut, at the length limit or in a loop.
         sample: Which of several completions of the item, from 0.
     """
 

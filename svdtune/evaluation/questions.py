@@ -16,8 +16,7 @@ from svdtune.evaluation.items import to_items
 from svdtune.evaluation.scoring import Evaluation, evaluate
 from svdtune.evaluation.tasks import Task, get_task
 from svdtune.models import LoadedModel
-from svdtune.training.recipe import Recipe
-from svdtune.training.recipe import Source as RowSource
+from svdtune.training.recipe import DataSource, Recipe
 
 _FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz"}
 
@@ -101,7 +100,7 @@ def held_out(
     config: str | None,
     limit: int | None,
     task: str | None = None,
-) -> RowSource:
+) -> DataSource:
     """Where the items come from: the data named, or the run's own held-out rows, or the data set that the task is made for.
 
     Raises:
@@ -122,7 +121,7 @@ def held_out(
         # Files have no splits; the default of training, "train", would be the wrong one here.
         is_file = Path(data).suffix in _FILE_ENDINGS or Path(data).exists()
         default = {} if is_file else {"split": CATALOGUE[data].test if data in CATALOGUE else "test"}
-        return RowSource(source=data, **default | given)
+        return DataSource(source=data, **default | given)
     if own is None:
         raise SvdtuneError("there is no data to evaluate on: name a file, generator or hub data set with --data")
     return own.model_copy(update=given)
@@ -132,7 +131,7 @@ def held_out(
 class Asked:
     """One data set, ready to be asked: where its rows come from, in what form, and the rows as examples."""
 
-    rows: RowSource
+    rows: DataSource
     form: Form
     task: Task
     examples: list[Example]
@@ -191,7 +190,7 @@ def ask(
     )
 
 
-class Together:
+class BatchedEngine:
     """An engine that completes the prompts of several data sets in common batches, longest first.
 
     A small set would otherwise wait for its longest answer by itself. What it completes ahead is kept in memory, so it is for

@@ -49,7 +49,7 @@ class Evaluation:
         strict: The score of strict grading; None where the task grades no single completions.
         paper: The score of the paper's grading; None where no paper graded such items.
         metrics: Scores of all completions together, such as BLEU, and pass@k of programs and of several samples an item.
-        unended: How many completions were cut at the length limit; where it is large, so should the limit be.
+        unended: How many completions were cut, at the length limit or in a loop; where it is large, so should the limit be.
         seconds: Time this call spent generating; less than the whole where it continued an earlier one.
         settings: Everything the predictions depend on, and how they were made.
         folder: Where predictions and result lie.

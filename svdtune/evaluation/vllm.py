@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +14,10 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation.decoding import Completion, Decoding, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
 from svdtune.export.source import Source
+from svdtune.methods.files.adapter import read_settings
 from svdtune.models import load_tokenizer, set_end_token
 from svdtune.models.loading import locate
 
-_CONFIG = "adapter_config.json"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PIECES = 64
 
@@ -70,10 +69,12 @@ class VllmEngine:
         """Complete a batch; vLLM schedules it by itself.
 
         Raises:
-            SvdtuneError: If beam search is asked for, which vLLM's fast path does not have.
+            SvdtuneError: If something is asked for that vLLM's fast path does not have.
         """
-        if decoding.beams > 1 or decoding.no_repeat_ngram_size:
-            raise SvdtuneError("vLLM decodes without beams and without no_repeat_ngram_size; use --engine transformers")
+        if decoding.beams > 1 or decoding.no_repeat_ngram_size or decoding.stop_loops:
+            raise SvdtuneError(
+                "vLLM decodes without beams, no_repeat_ngram_size and stop_loops; use --engine transformers"
+            )
         parameters = [
             self._vllm.SamplingParams(
                 temperature=decoding.temperature,
@@ -125,7 +126,7 @@ def open_vllm(source: Source, dtype: str | None = None, **options: Any) -> Itera
 
 def _as_lora(adapter: Path, output: Path) -> Path:
     """A LoRA adapter is served as it is, one of our methods after its export."""
-    if json.loads((adapter / _CONFIG).read_text(encoding="utf-8")).get("peft_type") == "LORA":
+    if read_settings(adapter)["peft_type"] == "LORA":
         return adapter
     # Adapters with several heads depend on the token: the export refuses them.
     notes = [note for note in export_lora(adapter, output).notes if note.startswith("vLLM")]
@@ -136,7 +137,7 @@ def _as_lora(adapter: Path, output: Path) -> Path:
 
 def _served_rank(lora: Path) -> int:
     """The smallest of vLLM's ranks that holds the adapter's."""
-    config = json.loads((lora / _CONFIG).read_text(encoding="utf-8"))
+    config = read_settings(lora)
     needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     return next((rank for rank in VLLM_RANKS if rank >= needed), needed)
 

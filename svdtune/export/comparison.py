@@ -30,7 +30,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torc
 
 
 @dataclass(frozen=True)
-class Comparison:
+class LogitComparison:
     """How near a model's logits are to those of the adapter on its base.
 
     Attributes:
@@ -60,10 +60,10 @@ def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     return torch.cat(rows)
 
 
-def compare_logits(found: Tensor, adapted: Tensor, base: Tensor) -> Comparison:
+def compare_logits(found: Tensor, adapted: Tensor, base: Tensor) -> LogitComparison:
     """Compare logits (positions, vocabulary) with the adapter's, and those with its base's."""
     scale = adapted.norm().item()
-    return Comparison(
+    return LogitComparison(
         max_abs=(found - adapted).abs().max().item(),
         relative=(found - adapted).norm().item() / scale,
         effect=(base - adapted).norm().item() / scale,
@@ -101,7 +101,7 @@ def why_not(source: Source, model: PreTrainedModel, folder: Path, weights: int, 
 
 def compare_checkpoint(
     source: Source, folder: Path, dtype: str, device: str | None, dtypes: Iterable[torch.dtype]
-) -> Comparison:
+) -> LogitComparison:
     """Compare a merged checkpoint, read back from its folder, with the adapter on its base; one model in memory at a time.
 
     Args:

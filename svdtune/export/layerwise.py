@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.adapter import read_json
-from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_same_layers
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_same_layers
 
 _ROOT = "base_model.model."
 # Settings that choose layers among many, or train something beside them: a model of one layer has neither.
@@ -43,29 +41,27 @@ class LayerwiseAdapter:
             its key in the file.
     """
 
-    def __init__(self, folder: Path, skeleton: nn.Module):
-        """Read the adapter's configuration and the names in its file.
+    def __init__(self, folder: Path, config: PeftConfig, base: nn.Module):
+        """Read the names in the adapter's file.
 
         Args:
             folder: of a saved adapter of any PEFT method that merges.
-            skeleton: the base model; its parameters may be on the meta device.
+            config: its configuration.
+            base: the base model; its parameters may be on the meta device.
 
         Raises:
-            SvdtuneError: the adapter is damaged, or was made for another model.
+            SvdtuneError: the adapter is damaged, was made for another model, or changes no weight.
         """
-        self.folder, self.path = folder, folder / ADAPTER_WEIGHTS
-        self.config = read_peft_config(folder)
+        if config.is_prompt_learning:
+            raise SvdtuneError(
+                f"the adapter {folder} is {config.peft_type.value}, which changes no weight and cannot be merged"
+            )
+        self.folder, self.config = folder, config
+        self._tensors = read_shard(folder, ADAPTER_WEIGHTS).tensors
         self.layers: dict[str, list[str]] = {}
         self.replaced: dict[str, str] = {}
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                keys = list(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise SvdtuneError(
-                f"{self.path} is missing, cut short or damaged ({error}); copy the adapter again"
-            ) from error
-        modules = dict(skeleton.named_modules())
-        for key in keys:
+        modules = dict(base.named_modules())
+        for key in self._tensors:
             layer, rest = _split(key.removeprefix(_ROOT), modules)
             if "weight" not in modules[layer]._parameters and rest not in modules[layer]._parameters:
                 raise SvdtuneError(
@@ -87,7 +83,7 @@ class LayerwiseAdapter:
 
     def read(self, parameter: str) -> Tensor:
         """The tensor that takes the place of one of `replaced`."""
-        return self._read([self.replaced[parameter]])[self.replaced[parameter]]
+        return self._tensors[self.replaced[parameter]].read()
 
     def merged(self, layer: str, weight: Tensor) -> Tensor:
         """The weight of one layer with the adapter in it, rounded once to fp32 (fp64 for fp64).
@@ -101,7 +97,7 @@ class LayerwiseAdapter:
                 NaN or infinity.
         """
         module = copy.deepcopy(self._modules[layer])
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)  # PEFT merges in place
         module.weight = nn.Parameter(weight, requires_grad=False)
         if getattr(module, "bias", None) is not None:
             module.bias = nn.Parameter(torch.zeros(module.bias.shape), requires_grad=False)
@@ -109,7 +105,9 @@ class LayerwiseAdapter:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # what PEFT says of a model without a configuration
                 model = PeftModel(_holding(layer, module), self._config_of(layer))
-                loaded = set_peft_model_state_dict(model, self._read(self.layers[layer]))
+                loaded = set_peft_model_state_dict(
+                    model, {key: self._tensors[key].read() for key in self.layers[layer]}
+                )
                 self._check_loaded(layer, model, loaded)
                 model.merge_adapter(safe_merge=True)
         except SvdtuneError:
@@ -126,8 +124,6 @@ class LayerwiseAdapter:
                 setattr(config, name, value)
         if isinstance(config, SvdConfig):
             config.ranks = {name: rank for name, rank in config.ranks.items() if config.module_of(name) == layer}
-            if getattr(config, "layout", None) == "residual":
-                config.layout = "delta"  # the same function; the weight is rounded once instead of twice
         return config
 
     def _check_loaded(self, layer: str, model: PeftModel, loaded: Any) -> None:
@@ -135,28 +131,6 @@ class LayerwiseAdapter:
         if lacking or loaded.unexpected_keys:
             first = f"the file lacks {lacking[0]}" if lacking else f"there is no place for {loaded.unexpected_keys[0]}"
             raise SvdtuneError(f"the adapter {self.folder} does not fit layer {layer!r}: {first}")
-
-    def _read(self, keys: list[str]) -> dict[str, Tensor]:
-        with safe_open(self.path, framework="pt") as file:
-            return {key: file.get_tensor(key).clone() for key in keys}
-
-
-def read_peft_config(folder: Path) -> PeftConfig:
-    """The configuration of a saved adapter of any method that changes weights.
-
-    Raises:
-        SvdtuneError: it is damaged, or its method changes no weight.
-    """
-    try:
-        peft_type = read_json(folder / ADAPTER_CONFIG).get("peft_type")
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].from_pretrained(str(folder))
-    except SvdtuneError:
-        raise
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise SvdtuneError(f"{folder / ADAPTER_CONFIG} cannot be read: {error}") from error
-    if config.is_prompt_learning:
-        raise SvdtuneError(f"the adapter {folder} is {peft_type}, which changes no weight and cannot be merged")
-    return config
 
 
 def _split(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:

@@ -22,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from svdtune.checkpoint.folder import check_new_folder, new_folder
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
@@ -31,6 +30,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
 from svdtune.methods.files.card import TITLES, front, ranks_in_words
 from svdtune.methods.layers.slices import whole_pairs
+from svdtune.system import check_new_folder, new_folder
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)

@@ -12,23 +12,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftConfig, TaskType
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
-from svdtune.checkpoint.folder import check_new_folder, new_folder
-from svdtune.checkpoint.names import StoredNames, build_skeleton, stored_names
-from svdtune.checkpoint.shards import INDEX, SINGLE
-from svdtune.checkpoint.tensors import FLOATING, Checkpoint, Computed, Stored, open_checkpoint, write_tensors
+from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint.shards import INDEX, SINGLE, shard_names
+from svdtune.checkpoint.tensors import FLOATING, Stored
+from svdtune.checkpoint.writer import Computed, TensorWriter
 from svdtune.errors import SvdtuneError
-from svdtune.export.comparison import Comparison, compare_checkpoint, why_not
-from svdtune.export.layerwise import LayerwiseAdapter, read_peft_config
+from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
+from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.source import Source, adapter_of, base_folder
+from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
+from svdtune.system import check_new_folder, new_folder, read_json
 
 # What is copied of the base folder besides its weights: everything but weights in other formats, its card, and the hidden.
 _LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
@@ -50,7 +52,7 @@ class MergeReport:
     output: Path
     dtype: str
     layers: int
-    comparison: Comparison | None
+    comparison: LogitComparison | None
     unchecked: str | None
 
 
@@ -84,14 +86,14 @@ def merge(
         raise SvdtuneError(f"dtype {dtype!r} is none to merge in: expected auto, {', '.join(_words())}")
     check_new_folder(output)
     target = None if dtype == "auto" else _words()[dtype]
-    with new_folder(output) as work, _safetensors_of(source, output.absolute().parent) as base:
-        skeleton = build_skeleton(base.folder, read_peft_config(folder), trust_remote_code=source.trust_remote_code)
-        adapter = LayerwiseAdapter(folder, skeleton)
-        untied, dtypes = _write_weights(base, work, adapter, skeleton, target)
-        _copy_other_files(base.folder, work, source, skeleton)
+    config = read_config(folder)
+    with new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
+        adapter = LayerwiseAdapter(folder, config, base.model)
+        untied, dtypes = _write_weights(base, work, adapter, target)
+        _copy_other_files(base, work, source)
         _edit_config(work, untied, target)
-        weights = sum(_cast(base, name, stored, target).size for name, stored in base.tensors.items())
-        unchecked = "not asked for" if check is False else why_not(source, skeleton, base.folder, weights, device)
+        weights = sum(_cast(stored, target).nbytes for stored in base.tensors.values())
+        unchecked = "not asked for" if check is False else why_not(source, base.model, base.folder, weights, device)
         if check and unchecked:
             raise SvdtuneError(f"the merged checkpoint cannot be compared with the adapter: {unchecked}")
         comparison = None if unchecked else compare_checkpoint(source, work, dtype, device, dtypes)
@@ -106,42 +108,45 @@ def _words() -> dict[str, torch.dtype]:
 
 
 @contextmanager
-def _safetensors_of(source: Source, beside: Path) -> Iterator[Checkpoint]:
+def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Checkpoint]:
     """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion that is removed again."""
     folder = base_folder(source)
-    found = open_checkpoint(folder) if folder.is_dir() else None
-    if found is not None:
-        yield found
+    # An adapter without a task names the class that it was made for; features come from the model without a head.
+    bare = "AutoModel" if adapter.task_type == TaskType.FEATURE_EXTRACTION else None
+    architecture = (adapter.auto_mapping or {}).get("base_model_class", bare)
+    how = {"architecture": architecture, "trust_remote_code": source.trust_remote_code}
+    if folder.is_dir() and shard_names(folder) is not None:
+        yield open_checkpoint(folder, **how)
         return
     with tempfile.TemporaryDirectory(dir=beside, prefix=".svdtune-base-") as converted:
         loaded = load(folder, trust_remote_code=source.trust_remote_code)
         loaded.model.save_pretrained(converted)
         loaded.tokenizer.save_pretrained(converted)
         del loaded
-        found = open_checkpoint(Path(converted))
-        assert found is not None
-        yield found
+        yield open_checkpoint(converted, **how)
 
 
 def _write_weights(
-    base: Checkpoint, work: Path, adapter: LayerwiseAdapter, skeleton: PreTrainedModel, target: torch.dtype | None
+    base: Checkpoint, work: Path, adapter: LayerwiseAdapter, target: torch.dtype | None
 ) -> tuple[bool, set[torch.dtype]]:
     """Write every weight; whether tied weights had to part, and the dtypes of the weights that were changed."""
     with tqdm(desc="svdtune merge", unit="weight", delay=1.0) as bar:
-        new, added, untied = _plan(base, adapter, skeleton, target, bar)
+        new, added, untied = _plan(base, adapter, target, bar)
         weight_map: dict[str, str] = {}
         total = 0
-        for file, shard in base.shards.items():
+        for shard in base.shards:
             written: dict[str, Stored | Computed] = {}
-            for name, stored in shard.items():
-                written[name] = new.get(name) or _cast(base, name, stored, target)
+            for name, stored in shard.tensors.items():
+                written[name] = new.get(name) or _cast(stored, target)
                 written |= added.get(name, {})
-            (work / file).parent.mkdir(parents=True, exist_ok=True)
-            write_tensors(work / file, written, base.metadata[file])
-            weight_map |= dict.fromkeys(written, file)
-            total += sum(tensor.size for tensor in written.values())
-    if SINGLE not in base.shards:
-        index = json.loads((base.folder / INDEX).read_text(encoding="utf-8"))
+            (work / shard.name).parent.mkdir(parents=True, exist_ok=True)
+            with TensorWriter(work / shard.name, written, shard.metadata) as file:
+                for name, tensor in written.items():
+                    file.write(name, tensor)
+            weight_map |= dict.fromkeys(written, shard.name)
+            total += sum(tensor.nbytes for tensor in written.values())
+    if SINGLE not in weight_map.values():
+        index = read_json(base.folder / INDEX)
         metadata = index.get("metadata")
         index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
         index["weight_map"] = dict(sorted(weight_map.items()))
@@ -151,38 +156,63 @@ def _write_weights(
 
 
 def _plan(
-    base: Checkpoint, adapter: LayerwiseAdapter, skeleton: PreTrainedModel, target: torch.dtype | None, bar: tqdm
+    base: Checkpoint, adapter: LayerwiseAdapter, target: torch.dtype | None, bar: tqdm
 ) -> tuple[dict[str, Computed], dict[str, dict[str, Stored | Computed]], bool]:
     """What takes the place of a stored tensor, what is written beside one, and whether tied embeddings part.
 
     Where input and output embeddings are one weight and one of them is adapted, both are written, each with its own values.
     """
-    tensors = base.tensors
-    names = stored_names(skeleton, tensors)
-    changed = {f"{layer}.weight": partial(_merged, base, adapter, names, layer) for layer in adapter.layers}
+    tensors, own = base.tensors, base.names.own
+    changed = {f"{layer}.weight": partial(_merged, base, adapter, layer) for layer in adapter.layers}
     changed |= {parameter: partial(adapter.read, parameter) for parameter in adapter.replaced}
     new: dict[str, Computed] = {}
     added: dict[str, dict[str, Stored | Computed]] = {}
     bar.total = len(changed)
     untied = False
     for parameter, compute in changed.items():
-        place = names.of(parameter)
-        dtype = target or _floating(place, tensors[place])
+        place = _place(base, parameter)
+        dtype = target or _floating(tensors[place])
         shape = tensors[place].shape
         tensor = Computed(dtype, shape, partial(_rounded, parameter, compute, dtype, shape, bar))
-        if names.own(parameter) is not None:
+        if parameter in own:
             new[place] = tensor
         else:
             added.setdefault(place, {})[parameter] = tensor
-        for twin in names.tied(parameter):
+        for twin in _twins(base, parameter):
             untied = True
-            if names.own(twin) is None and twin not in changed:
-                added.setdefault(place, {})[twin] = _cast(base, place, tensors[place], target)
+            if twin not in own and twin not in changed:
+                added.setdefault(place, {})[twin] = _cast(tensors[place], target)
     return new, added, untied
 
 
-def _merged(base: Checkpoint, adapter: LayerwiseAdapter, names: StoredNames, layer: str) -> Tensor:
-    return adapter.merged(layer, base.read(names.of(f"{layer}.weight")))
+def _place(base: Checkpoint, parameter: str) -> str:
+    """The stored name of a parameter, under whichever of the parameter's names."""
+    place = base.names.of(parameter)
+    if place is None:
+        raise SvdtuneError(
+            f"the base checkpoint stores no {parameter!r} under that name, so it cannot be merged on disk. Merge in memory: "
+            "PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(folder)"
+        )
+    return place
+
+
+def _twins(base: Checkpoint, parameter: str) -> list[str]:
+    """The other names of a tied parameter; a configuration can untie input and output embeddings alone."""
+    names = base.names.groups.get(parameter, [parameter])
+    if len(names) == 1:
+        return []
+    ends = base.model.get_input_embeddings(), base.model.get_output_embeddings()
+    modules = [base.model.get_submodule(name.rpartition(".")[0]) for name in names]
+    if len(names) > 2 or not all(any(module is end for end in ends) for module in modules):
+        raise SvdtuneError(
+            f"{parameter!r} is one weight with {', '.join(repr(n) for n in names if n != parameter)}: merging would change "
+            "them too. Keep the adapter unmerged"
+        )
+    return [name for name in names if name != parameter]
+
+
+def _merged(base: Checkpoint, adapter: LayerwiseAdapter, layer: str) -> Tensor:
+    return adapter.merged(layer, base.readers[f"{layer}.weight"]())
 
 
 def _rounded(
@@ -203,23 +233,24 @@ def _rounded(
     return found
 
 
-def _floating(name: str, stored: Stored) -> torch.dtype:
+def _floating(stored: Stored) -> torch.dtype:
     if stored.dtype not in FLOATING:
         raise SvdtuneError(
-            f"the base stores {name} as {stored.dtype}: a quantized checkpoint takes no merged weight. Name the full-precision "
-            "checkpoint that it was made from"
+            f"the base stores {stored.name} as {stored.dtype}: a quantized checkpoint takes no merged weight. Name the "
+            "full-precision checkpoint that it was made from"
         )
     return FLOATING[stored.dtype]
 
 
-def _cast(base: Checkpoint, name: str, stored: Stored, target: torch.dtype | None) -> Stored | Computed:
+def _cast(stored: Stored, target: torch.dtype | None) -> Stored | Computed:
     if target is None or stored.dtype not in FLOATING or FLOATING[stored.dtype] == target:
         return stored
-    return Computed(target, stored.shape, partial(base.read, name))
+    return Computed(target, stored.shape, stored.read)
 
 
-def _copy_other_files(folder: Path, work: Path, source: Source, skeleton: PreTrainedModel) -> None:
+def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
     """Tokenizer, configurations and whatever else stands in the base folder; with the run's end token where it set one."""
+    folder, model = base.folder, base.model
     for path in sorted(folder.iterdir()):
         weights = path.suffix in _LEFT_OUT or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != CARD and not path.name.startswith("."):
@@ -230,12 +261,12 @@ def _copy_other_files(folder: Path, work: Path, source: Source, skeleton: PreTra
     if end_token is not None:
         tokenizer = load_tokenizer(folder)
         if (folder / "generation_config.json").is_file():
-            skeleton.generation_config = GenerationConfig.from_pretrained(folder)
-        set_end_token(skeleton, tokenizer, end_token)
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        set_end_token(model, tokenizer, end_token)
         tokenizer.save_pretrained(work)
-        skeleton.config.save_pretrained(work)
-        if skeleton.generation_config is not None:
-            skeleton.generation_config.save_pretrained(work)
+        model.config.save_pretrained(work)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(work)
 
 
 def _card(source: Source, adapter: LayerwiseAdapter, report: MergeReport) -> str:
@@ -255,7 +286,7 @@ def _card(source: Source, adapter: LayerwiseAdapter, report: MergeReport) -> str
 
 def _edit_config(work: Path, untied: bool, target: torch.dtype | None) -> None:
     path = work / "config.json"
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if target is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = str(target).removeprefix("torch.")

@@ -5,22 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from safetensors import SafetensorError, safe_open
 
+from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.adapter import read_json
+from svdtune.methods.files.adapter import read_settings
+from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loading import locate
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
-
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
     folder = Path(given).expanduser()
     if adapter is not None:
         adapter = Path(adapter).expanduser()
-        _read_config(adapter)
+        read_settings(adapter)
         if _is_run(folder) or _is_adapter(folder):
             raise SvdtuneError(f"{given} brings its own adapter; with --adapter, name the base model instead")
         return Source(str(given), adapter)
@@ -66,9 +63,9 @@ def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
         return _source_of_run(folder)
     if not _is_adapter(folder):
         return Source(str(given))
-    base = _read_config(folder).get("base_model_name_or_path")
+    base = read_settings(folder).get("base_model_name_or_path")
     if not base:
-        raise SvdtuneError(f"{folder / _ADAPTER_CONFIG} does not name its base model; use BASE --adapter {folder}")
+        raise SvdtuneError(f"{folder / ADAPTER_CONFIG} does not name its base model; use BASE --adapter {folder}")
     return Source(base, folder)
 
 
@@ -158,7 +155,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER_CONFIG).is_file()
+    return (folder / ADAPTER_CONFIG).is_file()
 
 
 def _source_of_run(run: Path) -> Source:
@@ -167,33 +164,14 @@ def _source_of_run(run: Path) -> Source:
     recipe = read_run(run)
     if (run / FULL_MODEL).is_dir():
         return Source(str(run / FULL_MODEL), None, run, recipe)
-    _read_config(run / ADAPTER)
+    read_settings(run / ADAPTER)
     return Source(recipe.model.name, run / ADAPTER, run, recipe)
 
 
-def _read_config(adapter: Path) -> dict[str, Any]:
-    path = adapter / _ADAPTER_CONFIG
-    if not path.is_file():
-        found = "that folder does not exist" if not adapter.is_dir() else f"it has no {_ADAPTER_CONFIG}"
-        raise SvdtuneError(f"{adapter} is not an adapter folder: {found}")
-    found = read_json(path)
-    if str(found.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise SvdtuneError(
-            f"{adapter} holds an adapter of type {found.get('peft_type')}, which PEFT {peft.__version__} does not know; "
-            f"upgrade PEFT, or see whether {path.name} is damaged"
-        )
-    return found
-
-
 def _stored_keys(adapter: Path) -> set[str]:
-    path = adapter / _ADAPTER_WEIGHTS
-    if not path.is_file():
-        raise SvdtuneError(f"the adapter {adapter} has no {_ADAPTER_WEIGHTS}; save it again with save_pretrained")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except SafetensorError as error:
-        raise SvdtuneError(f"{path} is damaged: {error}") from error
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise SvdtuneError(f"the adapter {adapter} has no {ADAPTER_WEIGHTS}; save it again with save_pretrained")
+    return set(read_shard(adapter, ADAPTER_WEIGHTS).tensors)
 
 
 def _shortened(error: BaseException) -> str:

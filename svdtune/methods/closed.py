@@ -1,7 +1,9 @@
-"""Where PEFT takes a fixed list of methods, or one method a model: its own refusal, followed by the way round.
+"""Where PEFT or transformers refuses a method of ours: its own refusal, followed by the way round.
 
-PEFT has no hook for this, so the functions that refuse are wrapped when svdtune is imported. What they do stays as it is, for
-PEFT's own methods and for ours; only the message of an error that concerns ours is longer.
+PEFT takes a fixed list of methods in some places, and one method a model in others; transformers
+takes certain versions of PEFT. There is no hook for this, so the functions that refuse are wrapped
+when svdtune is imported. What they do stays as it is, for PEFT's own methods and for ours; only the
+message of an error that concerns ours is longer.
 """
 
 import functools
@@ -11,6 +13,7 @@ from typing import Any
 from peft import PeftModel
 from peft import mixed_model as mixed
 from peft.utils import hotswap
+from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
@@ -20,12 +23,30 @@ WAY_ROUND = (
     "those: PEFT keeps several LoRAs on one model, switches, mixes and swaps them"
 )
 
+NOT_BY_TRANSFORMERS = (
+    "This is transformers' own `add_adapter`. `peft.get_peft_model(model, config)` adds the same adapter with the PEFT that is "
+    "installed, and `peft.PeftModel.from_pretrained(model, folder)` loads one; or install an older transformers"
+)
+
 
 def explain_refusals() -> None:
-    """Wrap the functions of PEFT that refuse. Calling it twice does nothing."""
-    _wrap(PeftModel, "add_adapter", _of_two_methods)
-    _wrap(mixed, "_check_config_compatible", _ours)
-    _wrap(hotswap, "check_hotswap_configs_compatible", _ours)
+    """Wrap the functions of PEFT and transformers that refuse. Calling it twice does nothing."""
+    _wrap(PeftModel, "add_adapter", _of_two_methods, WAY_ROUND)
+    _wrap(mixed, "_check_config_compatible", _ours, WAY_ROUND)
+    _wrap(hotswap, "check_hotswap_configs_compatible", _ours, WAY_ROUND)
+    _wrap(PreTrainedModel, "add_adapter", _of_this_peft, NOT_BY_TRANSFORMERS)
+
+
+def refused_peft() -> str | None:
+    """What transformers says of the installed PEFT where its own `add_adapter` and the like refuse it, or None."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION  # of its insides, so asked after a refusal alone
+    from transformers.utils import check_peft_version
+
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _ours(*args: Any) -> bool:
@@ -37,7 +58,11 @@ def _of_two_methods(model: PeftModel, adapter_name: str, peft_config: Any, *_: A
     return _ours(peft_config, *present) and any(each.peft_type != peft_config.peft_type for each in present)
 
 
-def _wrap(owner: Any, name: str, concerns: Callable[..., bool]) -> None:
+def _of_this_peft(model: PreTrainedModel, adapter_config: Any, *_: Any, **__: Any) -> bool:
+    return _ours(adapter_config) and refused_peft() is not None
+
+
+def _wrap(owner: Any, name: str, concerns: Callable[..., bool], way_round: str) -> None:
     original = getattr(owner, name, None)
     if original is None or hasattr(original, "_explained"):
         return
@@ -51,7 +76,7 @@ def _wrap(owner: Any, name: str, concerns: Callable[..., bool]) -> None:
         except ValueError as error:
             if not concerns(*args, **kwargs):
                 raise
-            raise SvdtuneError(f"{str(error).rstrip('.')}. {WAY_ROUND}") from error
+            raise SvdtuneError(f"{str(error).rstrip('.')}. {way_round}") from error
 
     explained._explained = True
     setattr(owner, name, explained)

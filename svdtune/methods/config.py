@@ -185,10 +185,10 @@ class SvdConfig(PeftConfig):
             elif isinstance(parts, Mapping) and not all(_is_rows(rows) for rows in parts.values()):
                 yield f"`fused_slices[{name!r}]` must give [groups, width, start, stop] for each slice; got {parts!r}"
 
-    def check_base_layer(self, name: str, base: Any, shared: bool) -> None:
-        """Raise `SvdtuneError` for a base layer that these settings cannot work with; called before anything is changed.
+    def check_layer(self, name: str, layer: Any) -> None:
+        """Raise `SvdtuneError` for a layer, adapted already or not, that these settings cannot work with.
 
-        `shared` says that other modules have the same weight.
+        Called for every layer before anything is changed.
         """
 
     def module_of(self, layer: str) -> str:

@@ -11,6 +11,8 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
+from svdtune.errors import SvdtuneWarning
+
 
 def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
     """Make a method available to `get_peft_model`, `PeftModel.from_pretrained` and everything behind them.
@@ -26,6 +28,7 @@ def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
                 warnings.warn(
                     f"PEFT has a method named {name!r} of its own ({known.__module__}); svdtune's {config_cls.__name__} is "
                     "not registered. Use PEFT's, or an older PEFT",
+                    SvdtuneWarning,
                     stacklevel=3,
                 )
             return

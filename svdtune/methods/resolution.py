@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
 from svdtune import spectra
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.linalg import Factors
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.config import SvdConfig
@@ -101,8 +101,8 @@ class Resolution:
         for name, module in targets.items():
             check_supported(name, module)
             check_one_method(name, module, self.layer_cls)
+            config.check_layer(name, module)
             base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            config.check_base_layer(name, base, shared=id(getattr(base, "weight", None)) in self.shared)
             if isinstance(base, spectra.CONVOLUTIONS):
                 self.kernels[name] = kernel_of(base)
         if not self.load_only:
@@ -144,7 +144,7 @@ class Resolution:
         if unused:
             warnings.warn(
                 f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(unused)}.",
-                RuntimeWarning,
+                SvdtuneWarning,
                 stacklevel=2,
             )
 

@@ -25,7 +25,6 @@ from svdtune.methods.injection import inject, method_name
 from svdtune.methods.layers.rows import Rows
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import pattern_rank, with_rank, with_ranks
-from svdtune.methods.start.memory import original_weight
 
 Model = nn.Module | Checkpoint
 
@@ -63,7 +62,7 @@ class Site:
         if isinstance(model, Checkpoint):
             whole = model.weight(self.module)
         else:
-            whole = original_weight(model.get_submodule(self.module))
+            whole = spectra.base_weight(model.get_submodule(self.module))
         return whole if self.rows is None else self.rows.matrix(whole)
 
 

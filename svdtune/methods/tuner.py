@@ -24,7 +24,6 @@ from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.resolution import Resolution
-from svdtune.methods.start.memory import original_weight
 from svdtune.spectra import sharing
 
 
@@ -270,14 +269,14 @@ class SvdTuner(BaseTuner):
                 keys = {part: f"{name}.{part}.{adapter_name}" for part in (*layer.trained, *layer.frozen)}
                 given[name] = layer, {part: remapped[key] for part, key in keys.items() if key in remapped}
         try:
-            restore(remapped, given, adapter_name, original_weight)
+            restore(remapped, given, adapter_name)
             for name, (layer, tensors) in given.items():
                 check_tensors(name.removeprefix("base_model.model."), layer.adapter_tensors(adapter_name), tensors)
         except SvdtuneError:
             cls._take_back(model, adapter_name)
             raise
-        for layer, tensors in given.values():
-            layer.before_load(adapter_name, tensors)
+        for layer, _ in given.values():
+            layer.before_load(adapter_name)
         return remapped
 
     @staticmethod

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from svdtune.checkpoint.shards import shard_names
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.adapter import read_json
+from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
-from svdtune.system import is_out_of_memory
+from svdtune.system import is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 
@@ -131,10 +131,9 @@ def _check_complete(name: str, missing: Collection[str]) -> None:
 
 def _check_folder(path: Path) -> None:
     found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
-    adapter = path / "adapter_config.json"
     if not (path / "config.json").is_file():
-        if adapter.is_file():
-            base = read_json(adapter).get("base_model_name_or_path")
+        if (path / ADAPTER_CONFIG).is_file():
+            base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
             raise SvdtuneError(f"{path} is an adapter, not a model; its base model is {base!r}")
         raise SvdtuneError(f"the model folder {path} has no config.json; it holds {found}")
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):

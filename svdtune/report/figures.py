@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
 from svdtune.report.numbers import Grid, Lines, Numbers, all_numbers, as_csv
+from svdtune.system import explain_write_errors
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,8 +66,6 @@ def write_figures(data: dict[str, Any], folder: Path) -> list[Path]:
     Raises:
         SvdtuneError: matplotlib is not installed, or the folder cannot be written.
     """
-    from svdtune.checkpoint.folder import explain_write_errors
-
     written = []
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ from svdtune.study.records import KnownRuns, Place, read_record, record_of, writ
 from svdtune.study.results import RESULTS
 from svdtune.study.spec import Settings, Study
 from svdtune.system import explain_write_errors, replace_text
-from svdtune.training.recipe import Source
+from svdtune.training.recipe import DataSource
 
 Record = dict[str, Any]
 FITS = "fits.json"
@@ -113,7 +113,7 @@ def _check_sources(recipes: Sequence[Settings]) -> None:
     for model in dict.fromkeys(model_name(recipe) for recipe in recipes):
         open_checkpoint(locate(model), weights=False)
     sources = {
-        source.model_dump_json(): source for source in (Source.model_validate(r["data"]["train"]) for r in recipes)
+        source.model_dump_json(): source for source in (DataSource.model_validate(r["data"]["train"]) for r in recipes)
     }
     for source in sources.values():
         read_rows(**source.model_dump())

@@ -13,7 +13,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.training.inheritance import merge, read_settings, read_text, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
-from svdtune.training.recipe import Evaluation, Source, check_recipe, set_at
+from svdtune.training.recipe import DataSource, EvaluationSection, check_recipe, set_at
 
 Settings = dict[str, Any]
 
@@ -226,7 +226,7 @@ def _problems_of(settings: Settings) -> Iterator[str]:
         yield "data.eval is what the runs are scored on; the search for learning rates must not see it"
 
 
-def _is_scored(held_out: Source, evaluation: Evaluation) -> bool:
+def _is_scored(held_out: DataSource, evaluation: EvaluationSection) -> bool:
     """Whether held-out rows may be among those that the evaluation section scores."""
     split = held_out.split or "train"
     for one in (one for group in evaluation.data for one in scored(group)):

@@ -27,7 +27,7 @@ from svdtune.data.examples import fields_of
 from svdtune.data.leaks import leaks
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
-from svdtune.evaluation.questions import Together, ask, decoding_of, output_folder, prepare, sets_to_ask
+from svdtune.evaluation.questions import BatchedEngine, ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.export.source import Source, find_source, open_source
 from svdtune.models import LoadedModel
 from svdtune.study.records import Place, record_of, scores_of, write_record
@@ -35,7 +35,7 @@ from svdtune.system import is_out_of_memory, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
-from svdtune.training.recipe import Source as RowSource
+from svdtune.training.recipe import DataSource
 
 
 class LeaveMemory(TrainerCallback):
@@ -106,7 +106,7 @@ def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str
     found = Source(recipe.model.name, None, run, recipe) if job["untrained"] else find_source(run)
     loaded = open_source(found, **({"device": "cuda"} if torch.cuda.is_available() else {}))
     sets = [prepare(recipe, name) for name in sets_to_ask(recipe, None, None)]
-    engine = Together(TransformersEngine(in_float32(loaded)), sets, job["eval_batch_size"])
+    engine = BatchedEngine(TransformersEngine(in_float32(loaded)), sets, job["eval_batch_size"])
     scores: dict[str, Evaluation] = {}
     for asked in sets:
         folder = output_folder(run, found.base, asked.rows.source, asked.form.task)
@@ -137,7 +137,7 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
         return recipe
     share, seed = job["heldout"]
     data = recipe["data"]
-    source = RowSource.model_validate(data["train"])
+    source = DataSource.model_validate(data["train"])
     prompt = data.get("prompt", "prompt")
     rows = read_rows(**source.model_dump(), fields=fields_of(prompt, data.get("completion", "completion")))
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -19,6 +19,7 @@ import svdtune.methods  # noqa: F401  both register their methods with PEFT
 from svdtune.errors import SvdtuneError
 from svdtune.methods.injection import check_targets, inject
 from svdtune.methods.settings import settings
+from svdtune.methods.sorsa.config import stored_layout
 from svdtune.training.problems import Problem, unknown
 
 FULL = "full"
@@ -55,6 +56,13 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
         cls(**with_steps(name, good, _ANY_STEPS))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         yield Problem("method", str(error))
+
+
+def as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run that was begun, perhaps with an earlier svdtune, as this one has them."""
+    if name == "sorsa" and "layout" in options:
+        return options | {"layout": stored_layout(options["layout"])}
+    return options
 
 
 def build_config(name: str, options: dict[str, Any]) -> PeftConfig:

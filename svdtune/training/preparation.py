@@ -11,7 +11,7 @@ from svdtune.data.examples import fields_of
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.training.leaks import check_leaks
-from svdtune.training.recipe import Recipe, Source
+from svdtune.training.recipe import DataSource, Recipe
 from svdtune.training.trainer import training_arguments
 
 Rows = list[dict[str, list[int]]]
@@ -44,7 +44,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     return Prepared(loaded, train_rows, eval_rows, training_arguments(recipe, len(train_rows)))
 
 
-def _read(recipe: Recipe, source: Source) -> list[Example]:
+def _read(recipe: Recipe, source: DataSource) -> list[Example]:
     data = recipe.data
     rows = read_rows(
         source.source,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from svdtune.methods.files.card import table
-from svdtune.training.recipe import Recipe, Source
+from svdtune.training.recipe import DataSource, Recipe
 
 
 def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
@@ -27,6 +27,6 @@ def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
     return f"{table(rows)}\n\nBy `svdtune train`; the run folder's `recipe.yaml` repeats it."
 
 
-def _named(source: Source) -> str:
+def _named(source: DataSource) -> str:
     parts = [f"`{source.source}`", source.config, source.split and f"split {source.split}"]
     return ", ".join(part for part in parts if part)

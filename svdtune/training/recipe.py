@@ -34,7 +34,7 @@ class Model(_Section):
     end_token: str | None = Field(None, description="Make this the end token everywhere, where they disagree.")
 
 
-class Method(BaseModel):
+class MethodSection(BaseModel):
     """The method and its own settings: those of its PEFT configuration class."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -47,7 +47,7 @@ class Method(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Source(_Section):
+class DataSource(_Section):
     """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for `{source: text}`."""
 
     source: str = Field(min_length=1, description="File, hub name, or generator (arithmetic, gsm_symbolic).")
@@ -65,8 +65,8 @@ class Source(_Section):
 class Data(_Section):
     """Data, and how rows become prompts and completions."""
 
-    train: Source
-    eval: Source | None = Field(None, description="Held-out rows, for the loss during training and for evaluation.")
+    train: DataSource
+    eval: DataSource | None = Field(None, description="Held-out rows, for the loss during training and for evaluation.")
     prompt: str = Field("prompt", description="Field of the prompt, or a text with fields in braces.")
     completion: str | None = Field("completion", description="Likewise; null if prompts are messages with an answer.")
     answer: str | None = Field(None, description="Field of the reference answer, for evaluation.")
@@ -127,7 +127,7 @@ class Training(_Section):
         return warmup
 
 
-class Evaluation(_Section):
+class EvaluationSection(_Section):
     """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same questions."""
 
     data: list[str] = Field(min_length=1, description="Data sets of the papers, or groups of them, by name.")
@@ -172,10 +172,10 @@ class Recipe(_Section):
     """A whole recipe."""
 
     model: Model
-    method: Method
+    method: MethodSection
     data: Data
     training: Training
-    evaluation: Evaluation | None = None
+    evaluation: EvaluationSection | None = None
     analysis: Analysis | None = None
     output: Output
 
@@ -187,7 +187,7 @@ class Recipe(_Section):
         return value
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool = False) -> Recipe:
     """Read a recipe file, apply command-line overrides, check everything.
 
     Args:
@@ -195,6 +195,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             extending`).
         overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML. "--method" replaces a whole
             section: `--method '{name: sara, threshold: 0.02}'`.
+        begun: whether it is that of a run to resume, as for `check_recipe`.
 
     Raises:
         SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
@@ -204,24 +205,33 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
         set_at(settings, dotted, value)
-    return check_recipe(settings, str(path))
+    return check_recipe(settings, str(path), begun=begun)
 
 
-def check_recipe(settings: dict[str, Any], source: str = "the recipe") -> Recipe:
+def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun: bool = False) -> Recipe:
     """Make a `Recipe` of plain settings.
+
+    Args:
+        settings: by section.
+        source: what to call it in an error.
+        begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that settings which are refused now
+            are taken as what they have become; a warning says so.
 
     Raises:
         SvdtuneError: with all problems, the method's own settings included.
     """
-    from svdtune.training.method import method_problems
+    from svdtune.training.method import as_stored, method_problems
 
     problems: list[Problem] = []
     recipe = None
+    method = settings.get("method")
+    if begun and isinstance(method, dict):
+        method = as_stored(method.get("name"), method)
+        settings = {**settings, "method": method}
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:
         problems += from_pydantic(error, Recipe)
-    method = settings.get("method")
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
     problems += _exclusions(settings)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from tiny import tiny_llama
 from torch import nn
@@ -42,9 +43,7 @@ def settings(**others) -> BottleneckConfig:
     return BottleneckConfig(**{"bottleneck_size": 5, "init_weights": False, "task_type": "CAUSAL_LM"} | others)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("name", ["up", "square", "down"])
-@pytest.mark.parametrize("f", ["tanh", "relu"])
+@pytest.mark.parametrize(("placement", "name", "f"), all_pairs(PLACEMENTS, ["up", "square", "down"], ["tanh", "relu"]))
 def test_outputs_and_gradients_are_the_equations(placement, name, f):
     block = Block().double()
     base = getattr(block, name)

@@ -111,6 +111,19 @@ def test_prefix_tuning_generates_what_it_was_trained_to_predict(grouped: Path) -
         assert complete_batch(model, prompts, 5, ends=[0], pad=1) != together
 
 
+@pytest.mark.filterwarnings("ignore:Position ids are not supported for parameter efficient tuning")
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
+def test_a_prompt_is_given_once_and_not_at_every_token(
+    method: str, grouped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapt(load(grouped).model, method, {"num_virtual_tokens": 4, "task_type": "CAUSAL_LM"}).eval()
+    given: list[int] = []
+    get_prompt = model.get_prompt
+    monkeypatch.setattr(model, "get_prompt", lambda *a, **k: given.append(1) or get_prompt(*a, **k))
+    complete_batch(model, [[5, 6, 7], [8]], 5, ends=[0], pad=1)
+    assert len(given) == 1
+
+
 @pytest.mark.parametrize("name", ["dylora", "series", "adalora", "prefix"])
 def test_a_stopped_run_goes_on_as_if_it_had_not(name: str, grouped: Path, tmp_path: Path) -> None:
     """Also where every step draws a rank."""

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from svdtune.checkpoint import open_checkpoint
 from svdtune.checkpoint.shards import INDEX, SINGLE, shard_names
-from svdtune.checkpoint.tensors import open_checkpoint as open_for_merging
 from svdtune.errors import SvdtuneError
 from svdtune.models import load
 
@@ -55,7 +54,7 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
 def test_what_is_said(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     write(tmp_path, text)
-    for reader in (shard_names, open_for_merging, open_checkpoint, load):
+    for reader in (shard_names, open_checkpoint, load):
         with pytest.raises(SvdtuneError, match=message):
             reader(tmp_path)
 

@@ -70,8 +70,12 @@ def test_ctrl_c_that_c_code_turned_into_another_error(
 
     monkeypatch.setattr("svdtune.cli.train.app", failing)
     monkeypatch.setattr("sys.argv", ["svdtune", "train"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "svdtune: interrupted\n"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -17,7 +17,7 @@ def svdtune(*words: str | Path) -> Result:
 
 @pytest.fixture
 def tiny_demo(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Result]:
-    monkeypatch.setattr(demo, "QUICK", demo.Size(steps=2, items=3, max_new_tokens=4))
+    monkeypatch.setattr(demo, "QUICK", demo.Size(steps=2, rows=2, items=3, max_new_tokens=4))
     sorsa, *others = demo.METHODS
     small = replace(sorsa, options=sorsa.options | {"r": 4})  # the tiny model's layers have no rank 32
     monkeypatch.setattr(demo, "METHODS", (small, *others))
@@ -45,8 +45,22 @@ def test_trains_scores_and_merges_all_three(tiny_demo: tuple[Path, Result], tiny
         merges = row["settings"]["name"] != "mosara"
         assert (run / "merged").exists() is merges
         assert row["merged"].startswith("yes" if merges else "no: token-level routing")
+        assert row["score_seconds"] > 0
+        assert row["merge_seconds"] > 0
+    assert 0 < results["base_seconds"] < results["seconds"]
+    assert results["expected_seconds"] > 0
     assert "--quick" in result.stdout
     assert not list(output.glob("**/*.partial"))
+
+
+def test_says_how_long_it_will_take_before_the_first_training(tiny_demo: tuple[Path, Result]) -> None:
+    lines = tiny_demo[1].stdout.splitlines()
+    assert lines.count("about 1 minute on this machine") == 1
+    assert lines.count("about 1 minute left") == 3  # before each method
+    told, first_step = (
+        next(i for i, line in enumerate(lines) if words in line) for words in ("on this mach", "step 1/")
+    )
+    assert told < first_step
 
 
 def test_a_second_demo_replaces_the_first_but_nothing_else(

@@ -54,12 +54,11 @@ def test_generate_refuses_what_it_cannot_answer(tiny_folder: Path, tmp_path: Pat
     "config",
     [
         SorsaConfig(r=4),
-        SorsaConfig(r=4, layout="residual"),
         SaraConfig(r=3),
         MoSaraConfig(r=8, num_heads=1),
         LoraConfig(r=4, target_modules="all-linear"),
     ],
-    ids=["sorsa", "sorsa-residual", "sara", "mosara-one-head", "lora"],
+    ids=["sorsa", "sara", "mosara-one-head", "lora"],
 )
 def test_merged_checkpoint_gives_the_adapters_outputs(config: PeftConfig, tiny_folder: Path, tmp_path: Path) -> None:
     config.task_type = "CAUSAL_LM"

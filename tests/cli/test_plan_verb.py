@@ -12,7 +12,7 @@ from svdtune.methods import SaraConfig
 from svdtune.methods.sites import count
 from svdtune.models import load
 from svdtune.training.method import adapt
-from svdtune.training.recipe import Method, load_recipe
+from svdtune.training.recipe import MethodSection, load_recipe
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_plan_writes_what_train_and_a_stock_lora_take(folder, tmp_path):
     plan = json.loads((tmp_path / "p" / "plan.json").read_text())
     assert plan["share"] <= 0.05
     assert f"{plan['trained_parameters']:,}" in result.output
-    assert SaraConfig(**Method(**plan["method"]).options).rank_pattern == plan["method"]["rank_pattern"]
+    assert SaraConfig(**MethodSection(**plan["method"]).options).rank_pattern == plan["method"]["rank_pattern"]
     assert LoraConfig(**plan["lora"]).rank_pattern == plan["method"]["rank_pattern"]
     assert plan["memory"]["total"] == sum(size for name, size in plan["memory"].items() if name != "total")
     assert (tmp_path / "k.svg").read_text().startswith("<?xml")

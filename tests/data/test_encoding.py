@@ -96,6 +96,16 @@ def test_padding_is_masked_and_the_end_token_is_not(tokenizer: PreTrainedTokeniz
         assert labels[n - 1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_batches_are_padded_for_tensor_cores_where_there_are_some(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, gpu: bool
+) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda *_: gpu)
+    row = encode(Example("p", "long answer"), tokenizer, 32)
+    assert 8 < len(row["input_ids"]) < 16
+    assert Collator(0)([row])["input_ids"].shape[1] == (16 if gpu else len(row["input_ids"]))
+
+
 def test_cutting_ends_an_example_without_an_end_token(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded, cut = encode_all([EXAMPLE, Example("a", "b")], tokenizer, 7, overlong="cut")
     whole = encode(EXAMPLE, tokenizer, 32)

@@ -1,14 +1,17 @@
 """`svdtune train` by several processes: the run of one process, whatever holds the parameters, and what may go wrong."""
 
 import json
-import os
 import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import launching
+import new_process
+import programs
 import pytest
 import torch
 from peft import PeftModel
@@ -21,7 +24,6 @@ from svdtune.training.checkpoints import discard, fault, sealed_checkpoints
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
 HERE = Path(__file__).parent
-SVDTUNE = ["-m", "svdtune"]
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -55,13 +57,19 @@ def recipe(model: Path, output: Path, batch: int) -> Recipe:
     )
 
 
-def launch(run: Recipe, *words: str, program: list[str] = SVDTUNE, **environment: str) -> subprocess.CompletedProcess:
+def launch(
+    run: Recipe, *words: str, program: Callable[[], None] = programs.svdtune, **environment: str
+) -> launching.Done:
     """`svdtune train` of a recipe by two processes."""
+    path = write(run)
+    return launching.launch(2, program, ["train", str(path), *words], path.with_suffix(".logs"), **environment)
+
+
+def write(run: Recipe) -> Path:
+    """A recipe's file, beside its run's folder."""
     path = Path(f"{run.output.dir}.yaml")
     path.write_text(dump_recipe(run))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *program]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run([*command, "train", str(path), *words], capture_output=True, text=True, env=settings)
+    return path
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -103,7 +111,7 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on_from_theirs(
     alone: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     done = launch(recipe(tiny_folder, tmp_path / "two", 2))
-    assert done.returncode == 0, done.stderr
+    assert not done.failed, done.stderr
     assert done.stdout.count("trained 8 steps") == 1
     assert len(re.findall("^data ", done.stderr, re.MULTILINE)) == 1
     check_same_run(tmp_path / "two", alone)
@@ -115,12 +123,20 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on_from_theirs(
     check_same_run(resumed, alone)
 
 
+@pytest.mark.slow
+def test_torchrun_makes_the_run_of_one_process(alone: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    path = write(recipe(tiny_folder, tmp_path / "run", 2))
+    subprocess.run([*torchrun, "-m", "svdtune", "train", str(path)], check=True)
+    check_same_run(tmp_path / "run", alone)
+
+
 def test_sharded_processes_go_on_from_one_and_leave_the_run_of_one(
     alone: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = back_to(alone, 3, tmp_path / "sharded")
-    done = launch(recipe(tiny_folder, folder, 2), "--resume", program=[str(HERE / "sharded_on_cpu.py")], **FSDP2)
-    assert done.returncode == 0, done.stderr
+    done = launch(recipe(tiny_folder, folder, 2), "--resume", program=programs.sharded_on_cpu, **FSDP2)
+    assert not done.failed, done.stderr
     check_same_run(folder, alone)
     resumed = back_to(folder, 6, tmp_path / "resumed")
     train(recipe(tiny_folder, resumed, 4), resume=True)
@@ -136,9 +152,10 @@ def test_sharded_processes_go_on_from_one_and_leave_the_run_of_one(
 def test_a_killed_process_ends_the_others_with_one_sentence_and_a_run_to_go_on_from(
     alone: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    program = [str(HERE / "odd_process.py")]
-    done = launch(recipe(tiny_folder, tmp_path / "run", 2), program=program, ODD_PROCESS="SIGKILL 5")
-    assert done.returncode != 0
+    done = launch(
+        recipe(tiny_folder, tmp_path / "run", 2), program=programs.with_an_odd_process, ODD_PROCESS="SIGKILL 5"
+    )
+    assert done.failed
     assert done.stderr.count("svdtune: ") <= 1  # none, where the launcher's own signal came first
     checkpoint = tmp_path / "run" / "checkpoint-3"
     assert list(sealed_checkpoints(tmp_path / "run").values()) == [checkpoint]
@@ -151,28 +168,25 @@ def test_a_killed_process_ends_the_others_with_one_sentence_and_a_run_to_go_on_f
 def test_what_the_main_process_cannot_write_ends_all_with_its_sentence(
     tiny_folder: Path, tmp_path: Path, when: str
 ) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(dump_recipe(recipe(tiny_folder, tmp_path / "run", 2)))
+    path = write(recipe(tiny_folder, tmp_path / "run", 2))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "full_disk.py"), str(path)]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
     started = [
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env=shared | {"RANK": n, "LOCAL_RANK": n, "FULL_AT": when}
-        )
-        for n in ("0", "1")
+        new_process.start(programs.end_of_a_run_on_a_full_disk, path, when, RANK=rank, LOCAL_RANK=rank, **shared)
+        for rank in ("0", "1")
     ]
-    main, other = (process.communicate()[0].strip() for process in started)
-    assert re.fullmatch("process 0 of 2: cannot write .*: the disk is full; free or name another place .*", main)
-    assert other == main
+    first, second = (process.result() for process in started)
+    assert re.fullmatch("process 0 of 2: cannot write .*: the disk is full; free or name another place .*", first)
+    assert second == first
 
 
 def test_all_processes_stop_after_the_same_step_when_one_is_told_to(tiny_folder: Path, tmp_path: Path) -> None:
-    program = [str(HERE / "odd_process.py")]
-    done = launch(recipe(tiny_folder, tmp_path / "run", 2), program=program, ODD_PROCESS="SIGTERM 4")
-    assert done.returncode != 0
+    done = launch(
+        recipe(tiny_folder, tmp_path / "run", 2), program=programs.with_an_odd_process, ODD_PROCESS="SIGTERM 4"
+    )
+    assert done.failed
     assert done.stderr.count("svdtune: stopped after step 6, with a checkpoint") == 1
     assert max(sealed_checkpoints(tmp_path / "run")) == 6
 
@@ -187,8 +201,8 @@ def test_a_4_bit_model_is_sharded(tiny_folder: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "model")
     train(recipe(tmp_path / "model", tmp_path / "one", 4))
-    done = launch(recipe(tmp_path / "model", tmp_path / "two", 2), program=[str(HERE / "sharded_on_cpu.py")], **FSDP2)
-    assert done.returncode == 0, done.stderr
+    done = launch(recipe(tmp_path / "model", tmp_path / "two", 2), program=programs.sharded_on_cpu, **FSDP2)
+    assert not done.failed, done.stderr
     check_same_run(tmp_path / "two", tmp_path / "one", atol=1e-3)  # it computes in bf16
 
 
@@ -211,11 +225,11 @@ def test_zero_makes_the_run_of_one_process(alone: Path, tiny_folder: Path, tmp_p
     }
     run = recipe(tiny_folder, tmp_path / "run", 2)
     done = launch(run, **environment)
-    assert done.returncode == 0, done.stderr
+    assert not done.failed, done.stderr
     check_same_run(tmp_path / "run", alone)
     resumed = back_to(tmp_path / "run", 3, tmp_path / "resumed")
     with pytest.raises(SvdtuneError, match="was written under DeepSpeed by 2 processes"):
         train(recipe(tiny_folder, resumed, 4), resume=True)
     done = launch(recipe(tiny_folder, resumed, 2), "--resume", **environment)
-    assert done.returncode == 0, done.stderr
+    assert not done.failed, done.stderr
     check_same_run(resumed, alone)

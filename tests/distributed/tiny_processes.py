@@ -14,7 +14,7 @@ from tiny_steps import METHODS, shard, start, tiny, train
 from torch import nn
 
 import svdtune
-from svdtune.methods.sorsa.regularizer import sorsa_layers, trained_factors
+from svdtune.methods.sorsa.regularizer import trained_factors
 from svdtune.methods.start import memory
 from svdtune.spectra import decompose
 
@@ -27,7 +27,6 @@ def run(index: int, processes: int, folder: Path, steps: int) -> None:
         "starts": {method: started(method) for method in METHODS},
         "another start": started("sorsa"),
         "main alone": {method: main_alone(method, index) for method in METHODS},
-        "residual": residual_alone(index),
         "another default dtype": in_float64(),
         "drawn apart": drawn_apart(index),
         "another model": failure(lambda: adapt(tiny(seed=int(index == processes - 1)), "sorsa")),
@@ -62,14 +61,6 @@ def main_alone(method: str, index: int) -> dict[str, Any]:
     """How an adapter starts where the main process alone has the weights."""
     with mock.patch.dict(os.environ, EFFICIENT | {"LOCAL_RANK": str(index)}):
         return started(method, loaded_by_main(index))
-
-
-def residual_alone(index: int) -> list[list[str]]:
-    """The adapters whose principal part each layer takes to be lost from its weight, in the same case."""
-    config = svdtune.SorsaConfig(r=3, layout="residual", target_modules=["q_proj"])
-    with mock.patch.dict(os.environ, EFFICIENT | {"LOCAL_RANK": str(index)}):
-        model = get_peft_model(loaded_by_main(index), config)
-    return [sorted(layer._subtracted) for layer in sorsa_layers(model)]
 
 
 # FSDP's RAM-efficient loading
@@ -143,13 +134,15 @@ def broken(model: nn.Module) -> nn.Module:
 def unreadable(index: int) -> tuple[str, bool]:
     """What is said where the main process alone has the weights and cannot read one of them."""
 
-    def read(module: nn.Module) -> torch.Tensor:
-        if module.weight.shape == (44, 32):
-            raise svdtune.SvdtuneError("the weight cannot be read")
-        return original(module)
+    def refuse() -> torch.Tensor:
+        raise svdtune.SvdtuneError("the weight cannot be read")
 
-    original = memory.original_weight
-    with mock.patch.object(memory, "original_weight", read):
+    def readers(work: memory.Work, names: list[str]) -> dict[str, Callable]:
+        found = original(work, names)
+        return {name: refuse if work.shapes[name] == (44, 32) else read for name, read in found.items()}
+
+    original = memory.Work._of
+    with mock.patch.object(memory.Work, "_of", readers):
         return failure(lambda: main_alone("sorsa", index))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from svdtune.evaluation import Decoding, TransformersEngine
-from svdtune.evaluation.questions import Together, ask, prepare
+from svdtune.evaluation.questions import BatchedEngine, ask, prepare
 from svdtune.models import load
 
 SETS = {"SVAMP": 3, "AddSub": 2, "SingleEq": 4}
@@ -35,7 +35,7 @@ def test_answers_are_those_of_each_set_alone(data, tiny_folder: Path, tmp_path: 
         return complete(self, prompts, *rest)
 
     monkeypatch.setattr(TransformersEngine, "complete", counted)
-    together = Together(engine, sets, 4)
+    together = BatchedEngine(engine, sets, 4)
     found = [ask(together, one, tmp_path / "together" / str(at), 4) for at, one in enumerate(sets)]
     assert batches == [4, 4, 1]
     assert [one.strict for one in found] == [one.strict for one in alone]
@@ -50,14 +50,14 @@ def test_what_is_drawn_is_drawn_batch_by_batch(data, tiny_folder: Path) -> None:
     drawn = Decoding(temperature=1.0)
     prompts = [[5, 6, 7], [8, 9]]
     expected = engine.complete(prompts, 6, drawn, [3, 4])
-    assert Together(engine, sets, 4).complete(prompts, 6, drawn, [3, 4]) == expected
-    assert Together(engine, sets, 4).complete(prompts, 6, Decoding(), [0, 0]) == engine.complete(
+    assert BatchedEngine(engine, sets, 4).complete(prompts, 6, drawn, [3, 4]) == expected
+    assert BatchedEngine(engine, sets, 4).complete(prompts, 6, Decoding(), [0, 0]) == engine.complete(
         prompts, 6, Decoding(), [0, 0]
     )
 
 
 def test_another_decoding_is_not_answered_from_the_first_ones_completions(data, tiny_folder: Path) -> None:
     engine = TransformersEngine(load(tiny_folder))
-    together = Together(engine, [], 4)
+    together = BatchedEngine(engine, [], 4)
     for decoding in (Decoding(), Decoding(no_repeat_ngram_size=1)):
         assert together.complete([[5, 6, 7]], 8, decoding, [0]) == engine.complete([[5, 6, 7]], 8, decoding, [0])

@@ -4,11 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import Cache, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import decoding
-from svdtune.evaluation.decoding import Decoding, complete_batch, complete_in_rounds, end_token_ids, plan_batches
+from svdtune.evaluation.decoding import (
+    Decoding,
+    complete_batch,
+    complete_in_rounds,
+    end_token_ids,
+    is_loop,
+    plan_batches,
+)
 from svdtune.models import LoadedModel, load
 
 PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
@@ -43,28 +50,94 @@ def test_equals_the_plain_loop_and_stops_at_end_tokens(loaded: LoadedModel) -> N
     assert complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)[3].tokens == []
 
 
+class Counted:
+    """`generate` of a model, which remembers (rows, new tokens at most, tokens read before the first new one) of each call."""
+
+    def __init__(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[int, int, int]] = []
+        self._generate = model.generate
+        monkeypatch.setattr(model, "generate", self)
+
+    def __call__(self, input_ids, generation_config, **kwargs):
+        known = [value.get_seq_length() for value in kwargs.values() if isinstance(value, Cache)]
+        self.calls.append((len(input_ids), generation_config.max_new_tokens, input_ids.shape[1] - sum(known)))
+        return self._generate(input_ids=input_ids, generation_config=generation_config, **kwargs)
+
+
 def test_rounds_give_the_same_completions_and_let_go_of_what_has_ended(
     loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = complete_batch(loaded.model, PROMPTS, 12, [257], pad=1)
     ends = [whole[1].tokens[4], whole[3].tokens[0]]
-    batches: list[tuple[int, int]] = []
-
-    def counted(model, prompts, limit, *rest, **settings):
-        batches.append((len(prompts), limit))
-        return complete_batch(model, prompts, limit, *rest, **settings)
-
-    monkeypatch.setattr(decoding, "complete_batch", counted)
-    monkeypatch.setattr(decoding, "_ROUND", 2)
     expected = complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)
+    monkeypatch.setattr(decoding, "_ROUND", 2)
+    counted = Counted(loaded.model, monkeypatch)
     assert complete_in_rounds(loaded.model, PROMPTS, 12, ends, 1) == expected
-    running = [sum(len(one.tokens) >= taken for one in expected) for taken in (0, 2, 4, 8)]
-    assert batches == list(zip(running, (2, 2, 4, 4), strict=True))[: len(batches)]
-    assert sum(rows * limit for rows, limit in batches) < 4 * 12
-    batches.clear()
+    running = [sum(len(one.tokens) >= taken for one in expected) for taken in range(0, 12, 2)]
+    assert len(counted.calls) > 2
+    reads = [7, *[1] * 5]  # all of the longest prompt, and then the latest token alone
+    assert counted.calls == list(zip(running, [2] * 6, reads, strict=True))[: len(counted.calls)]
+    assert sum(rows * limit for rows, limit, _ in counted.calls) < 4 * 12
+
+
+def test_what_is_drawn_or_searched_for_is_not_cut_up(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_ROUND", 2)
+    counted = Counted(loaded.model, monkeypatch)
     for drawn in (Decoding(temperature=1.0), Decoding(beams=2)):
-        complete_in_rounds(loaded.model, PROMPTS, 12, ends, 1, drawn)
-    assert batches == [(4, 12)] * 2, "what is drawn, or searched for, is not cut up"
+        complete_in_rounds(loaded.model, PROMPTS, 12, [0], 1, drawn)
+    assert counted.calls == [(4, 12, 7)] * 2
+
+
+def test_a_cache_of_sliding_windows_is_not_cut_but_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = MistralForCausalLM(MistralConfig(vocab_size=258, num_hidden_layers=2, sliding_window=4, **small)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(12 if parameter.dim() == 2 else 1)
+    whole = complete_batch(model, PROMPTS, 12, [257], pad=1)
+    ends = [whole[1].tokens[4], whole[3].tokens[0]]
+    expected = complete_batch(model, PROMPTS, 12, ends, pad=1)
+    monkeypatch.setattr(decoding, "_ROUND", 2)
+    monkeypatch.setattr(decoding, "_REREAD", 4)
+    counted = Counted(model, monkeypatch)
+    assert complete_in_rounds(model, PROMPTS, 12, ends, 1) == expected
+    assert [(limit, read) for _, limit, read in counted.calls] == [(2, 7), (2, 9), (4, 11), (4, 15)]
+
+
+LOOP = "There are 3 days in a week. So there are 3 x 7 = 18 days in a week.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "loop"),
+    [
+        ("", False),
+        ("So " + 2 * LOOP, False),
+        ("So " + 3 * LOOP, True),
+        ("So " + 3 * LOOP + LOOP[:20], True),
+        ("So " + 3 * LOOP + "x", False),
+        ("0.3333333333333333", False),  # sixteen times one token is still an answer
+        ("0." + 31 * "3", False),
+        ("0." + 32 * "3", True),
+        ("1. 15 - 1 = 14\n2. 15 + 1 = 16\n3. 16 + 1 = 17\n4. 17 + 1 = 18\n5. 18 + 1 = 19\n", False),
+    ],
+)
+def test_a_loop_has_come_three_times_and_is_32_tokens_long(text: str, loop: bool) -> None:
+    assert is_loop(list(text.encode())) is loop
+
+
+def test_loops_are_cut_and_nothing_else_is(tiny_folder: Path) -> None:
+    model = load(tiny_folder).model  # which soon repeats one token
+    whole = complete_batch(model, PROMPTS, 100, [257], pad=1)
+    assert all(len(completion.tokens) == 100 and is_loop(completion.tokens) for completion in whole)
+    assert complete_in_rounds(model, PROMPTS, 100, [257], 1) == whole
+    cut = complete_in_rounds(model, PROMPTS, 100, [257], 1, Decoding(stop_loops=True))
+    for long, short in zip(whole, cut, strict=True):
+        assert 32 <= len(short.tokens) < 100
+        assert long.tokens[: len(short.tokens)] == short.tokens
+        assert is_loop(short.tokens)
+        assert not short.ended
 
 
 def test_the_checkpoints_own_generation_settings_do_not_leak_in(loaded: LoadedModel) -> None:
@@ -138,6 +211,8 @@ def test_no_ngram_is_repeated_where_that_is_asked_for(loaded: LoadedModel) -> No
         {"samples": 2},
         {"top_p": 0.9},
         {"beams": 2, "temperature": 1},
+        {"beams": 2, "stop_loops": True},
+        {"temperature": 1, "stop_loops": True},
         {"length_penalty": 0.8},
         {"seed": -1},
     ],

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.evaluation.sandbox import Limits, Verdict, check_function, missing_protections, supervise
 
 try:
@@ -277,7 +277,7 @@ def test_a_system_that_lacks_a_protection_is_refused(monkeypatch: pytest.MonkeyP
     with pytest.raises(SvdtuneError, match="it lacks Landlock"):
         run(RIGHT)
     monkeypatch.setenv("SVDTUNE_SANDBOX", "weaker")
-    with pytest.warns(UserWarning, match="run without Landlock"):
+    with pytest.warns(SvdtuneWarning, match="run without Landlock"):
         assert run(RIGHT).passed
 
 

@@ -5,18 +5,19 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from torch import nn
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.lora import combine, export_lora
+from svdtune.methods.files.adapter import read_config
 
 METHODS = {
     "sara": SaraConfig(r=3),
     "mosara": MoSaraConfig(r=4, num_heads=1),
     "sorsa": SorsaConfig(r=2),
-    "residual": SorsaConfig(r=2, layout="residual"),
 }
 TOKENS = torch.arange(1, 25).view(2, 12)
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -99,9 +100,7 @@ def test_what_pefts_lora_cannot_compute_is_refused(settings, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
-@pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("kind", FUSED)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "kind", "bias"), all_pairs(METHODS, FUSED, ["none", "all"]))
 def test_slices(name, kind, bias, tmp_path):
     target = FUSED[kind][1]
     settings = {"target_modules": [target], "fused_slices": {target: ["q", "v"]}, "rank_pattern": {rf"{target}\.v": 5}}
@@ -140,8 +139,9 @@ def test_merging_from_disk(name, tmp_path):
         weights = {key: value.clone() for key, value in base.state_dict().items()}
         skeleton = copy.deepcopy(base).to("meta")
         model = trained(base, type(METHODS[name])(**own(METHODS[name]) | settings))
-        model.save_pretrained(tmp_path / type(base).__name__)
-        adapter = LayerwiseAdapter(tmp_path / type(base).__name__, skeleton)
+        folder = tmp_path / type(base).__name__
+        model.save_pretrained(folder)
+        adapter = LayerwiseAdapter(folder, read_config(folder), skeleton)
         merged = model.merge_and_unload().state_dict()
         assert adapter.layers
         for layer in adapter.layers:

@@ -10,7 +10,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_gpt2
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
@@ -126,7 +136,7 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        SorsaConfig(r=4, layout="residual"),
+        SorsaConfig(r=4),
         SaraConfig(threshold=0.3, modules_to_save=["ln_f"], bias="sara_only"),
         MoSaraConfig(r=6, num_heads=1),
         MoSaraConfig(r=6, num_heads=3, gate="none"),
@@ -135,7 +145,7 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
         SorsaConfig(r=4, target_modules=["lm_head", "c_proj"]),
         SaraConfig(r=4, modules_to_save=["lm_head"]),
     ],
-    ids=["sorsa-residual", "sara-module-bias", "mosara", "no-gate", "lora-embedding", "dora", "head", "saved-head"],
+    ids=["sorsa", "sara-module-bias", "mosara", "no-gate", "lora-embedding", "dora", "head", "saved-head"],
 )
 def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> None:
     """Square Conv1D weights lie transposed; an adapted end of tied embeddings parts from the other."""
@@ -148,6 +158,69 @@ def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> N
     assert torch.allclose(logits(merged), logits(open_source(find_source(adapter)).model), atol=1e-4)
     both = {"wte", "lm_head"} & {*(config.target_modules or ()), *(config.modules_to_save or ())}
     assert merged.config.tie_word_embeddings == (not both)
+
+
+def test_weights_that_transformers_renames_keep_their_stored_names(tmp_path: Path, tiny_tokenizer) -> None:
+    """Mixtral's attention and router lie under older names, and its experts one by one."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=258, num_local_experts=2, num_key_value_heads=2))
+    base = saved(model, tmp_path / "base", tiny_tokenizer)
+    adapter = save_adapter(
+        base, tmp_path / "adapter", SorsaConfig(r=4, target_modules=["q_proj"], modules_to_save=["gate"])
+    )
+    report = merge(find_source(adapter), tmp_path / "merged", check=True)
+    assert report.comparison.relative < 1e-5 < report.comparison.effect
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    assert changed == {name for name in before if name.endswith(("q_proj.weight", ".gate.weight"))}
+
+
+def test_older_names_of_norms_are_kept(tmp_path: Path, tiny_tokenizer) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = saved(BertForSequenceClassification(BertConfig(**sizes, vocab_size=258)), tmp_path / "base", tiny_tokenizer)
+    renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = load_file(base / "model.safetensors")
+    for new, old in renamed.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    model = get_peft_model(
+        BertForSequenceClassification.from_pretrained(base), SaraConfig(r=2, target_modules=["query"], bias="all")
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    merge(Source(str(base), tmp_path / "adapter"), tmp_path / "merged")
+    assert load_file(tmp_path / "merged/model.safetensors").keys() == tensors.keys()
+    merged = BertForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(logits(merged), logits(model), atol=1e-5)
+    assert not torch.allclose(logits(merged), logits(BertForSequenceClassification.from_pretrained(base)), atol=1e-3)
+
+
+def test_a_weight_that_the_base_does_not_store_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(tiny_folder, tmp_path / "adapter")
+    base = tmp_path / "base"
+    shutil.copytree(tiny_folder, base)
+    tensors = load_file(base / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SvdtuneError, match=r"stores no 'model\.layers\.1\.mlp\.up_proj\.weight' under that name"):
+        merge(Source(str(base), adapter), tmp_path / "out" / "merged")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_features_come_from_the_model_without_a_head(tiny_folder: Path, tmp_path: Path) -> None:
+    config = SaraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+    get_peft_model(AutoModel.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "adapter")
+    report = merge(Source(str(tiny_folder), tmp_path / "adapter"), tmp_path / "merged")
+    assert report.layers == 2
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny_folder, tmp_path / "merged"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
 
 
 def test_an_adapter_for_another_base_is_refused(tiny_folder: Path, tmp_path: Path, monkeypatch) -> None:
@@ -200,7 +273,7 @@ def test_a_full_disk_leaves_nothing(tiny_folder: Path, tmp_path: Path, monkeypat
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("svdtune.checkpoint.tensors._copy", full)
+    monkeypatch.setattr("svdtune.checkpoint.writer._copy", full)
     with pytest.raises(SvdtuneError, match=r"cannot write .*merged: the disk is full"):
         merge(find_source(adapter), tmp_path / "out" / "merged")
     assert list((tmp_path / "out").iterdir()) == []

@@ -76,7 +76,7 @@ def test_damaged_adapters_are_refused(tiny_folder: Path, adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SvdtuneError, match=r"adapter_model\.safetensors is damaged"):
+    with pytest.raises(SvdtuneError, match=r"adapter_model\.safetensors is missing, cut short or damaged"):
         open_source(find_source(adapter))
     weights.unlink()
     with pytest.raises(SvdtuneError, match=r"has no adapter_model\.safetensors"):

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from pairwise import all_pairs
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from svdtune.errors import SvdtuneError
@@ -37,9 +38,7 @@ def check(weight: torch.Tensor, r: int, rtol: float = 1e-5) -> None:
     assert rest <= values[r:].norm() * (1 + 1e-6) + 1e-6 * values.norm() + 1e-12
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", list(spectra(8)))
-@pytest.mark.parametrize("r", [1, 7, 60])
+@pytest.mark.parametrize(("shape", "kind", "r"), all_pairs(SHAPES, spectra(8), [1, 7, 60]), ids=str)
 def test_small_weights(shape, kind, r):
     check(weight_with(spectra(min(shape))[kind], *shape).float(), r)
 
@@ -142,9 +141,11 @@ def test_orthonormality_error():
     assert orthonormality_error(torch.eye(5, 3, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (100, 90)])
-@pytest.mark.parametrize("kind", list(spectra(8)))
-@pytest.mark.parametrize("threshold", [0.01, 0.5, 0.95])
+@pytest.mark.parametrize(
+    ("shape", "kind", "threshold"),
+    all_pairs([(300, 200), (200, 300), (100, 90)], spectra(8), [0.01, 0.5, 0.95]),
+    ids=str,
+)
 def test_rank_and_factors_from_one_decomposition(shape, kind, threshold):
     weight = weight_with(spectra(min(shape))[kind], *shape).float()
     found, factors = factors_at_threshold(weight, threshold)

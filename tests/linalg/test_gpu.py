@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch_state import allow_tf32, forbid_tf32
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from svdtune.linalg import orthonormality_error, rank_at_threshold, safe_rank, spectrum, top_factors
@@ -23,9 +24,9 @@ def test_ranks_equal_those_of_a_float64_svd(shape, kind):
 
 
 @pytest.mark.parametrize("kind", list(spectra(8)))
-@pytest.mark.parametrize("allow_tf32", [False, True])
-def test_factors_are_accurate_whatever_the_user_allows(kind, allow_tf32, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allow_tf32)
+@pytest.mark.parametrize("choice", [forbid_tf32, allow_tf32])
+def test_factors_are_accurate_whatever_the_user_allows(kind, choice):
+    choice()
     weight = weight_with(spectra(900)[kind], 1000, 900).float()
     values = torch.linalg.svdvals(weight.double())
     for r in (5, 40, 400):

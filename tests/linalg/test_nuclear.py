@@ -68,16 +68,13 @@ def test_large_thresholds_and_repeated_values_are_left_to_the_dense_route():
 def test_the_choice_of_tf32_is_put_back_by_the_last_thread_to_leave():
     matmul = torch.backends.cuda.matmul
     torch.set_float32_matmul_precision("high")
-    try:
-        first, second = ExitStack(), ExitStack()
-        with first:
-            first.enter_context(_Ieee())
-            other = Thread(target=second.enter_context, args=(_Ieee(),))
-            other.start()
-            other.join()
-        assert matmul.fp32_precision == "ieee"
-        with pytest.raises(KeyError), second:
-            raise KeyError
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    first, second = ExitStack(), ExitStack()
+    with first:
+        first.enter_context(_Ieee())
+        other = Thread(target=second.enter_context, args=(_Ieee(),))
+        other.start()
+        other.join()
+    assert matmul.fp32_precision == "ieee"
+    with pytest.raises(KeyError), second:
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "high"

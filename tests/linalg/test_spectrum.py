@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pairwise import all_pairs
 from weights_with_known_spectra import spectra, weight_with
 
 from svdtune.errors import SvdtuneError
@@ -45,9 +46,9 @@ def test_a_large_weight_falls_back_from_fp32_only_where_it_must(kind):
         assert settled_spectrum(weight, threshold)[1] == rank_at_threshold(reference, threshold)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("kind", list(spectra(8)))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("shape", "kind", "dtype"), all_pairs(SHAPES, spectra(8), [torch.float32, torch.float64]), ids=str
+)
 def test_errors_stay_inside_their_bounds(shape, kind, dtype):
     weight = weight_with(spectra(min(shape))[kind], *shape).float()
     found = spectrum(weight, dtype=dtype)

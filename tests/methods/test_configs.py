@@ -35,7 +35,7 @@ def test_a_rank_replaces_the_default_threshold():
         (SaraConfig, {"target_modules": ".*q", "layers_to_transform": [0]}, "cannot be used when `target_modules`"),
         (MoSaraConfig, {"num_heads": 0}, "`num_heads` must be a whole number of at least 1; got 0"),
         (MoSaraConfig, {"v_position": "before"}, "'after', 'front'; got 'before'"),
-        (SorsaConfig, {"layout": "both"}, "'delta', 'residual', 'split'; got 'both'"),
+        (SorsaConfig, {"layout": "both"}, "'delta', 'split'; got 'both'"),
         (SorsaConfig, {"gamma": -1}, "`gamma` must be a number of at least 0; got -1"),
         (SorsaConfig, {"smooth_eps": float("inf")}, "`smooth_eps`.*got inf"),
         (SorsaConfig, {"reduction": "none"}, "'mean', 'sum'; got 'none'"),

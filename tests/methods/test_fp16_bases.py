@@ -12,7 +12,6 @@ CONFIGS = {
     "sara": (SaraConfig, {}),
     "mosara": (MoSaraConfig, {}),
     "sorsa": (SorsaConfig, {}),
-    "residual": (SorsaConfig, {"layout": "residual"}),
 }
 TOKENS = torch.arange(5)[None]
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import all_pairs
 from test_convolutions import adapted as convolution
 from test_convolutions import data
 from test_peft_verbs import CONFIGS, TOKENS
@@ -29,18 +30,15 @@ def compare(model, run, autocast: bool) -> None:
         assert float((gradient - wanted[key]).norm()) <= tolerance * float(wanted[key].norm()) + 1e-4, key
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", ["conv2d-strided", "conv2d-groups", "conv1d"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_convolutions(name, kind, autocast, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+@pytest.mark.parametrize(
+    ("name", "kind", "autocast"), all_pairs(CONFIGS, ["conv2d-strided", "conv2d-groups", "conv1d"], [False, True])
+)
+def test_convolutions(name, kind, autocast):
     x = data(kind)
     compare(convolution(name, kind), lambda model, device: model(x.to(device)), autocast)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("name", "kind", "autocast"), all_pairs(CONFIGS, ["gpt2", "gpt_neox", "phi3"], [False, True]))
 def test_slices(name, kind, autocast):
     compare(fused(kind, name), lambda model, device: model(input_ids=TOKENS.to(device)).logits, autocast)
 

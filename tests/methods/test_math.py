@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pairwise import all_pairs
 
 from svdtune.methods.compute.lowrank import add_low_rank
 from svdtune.methods.mosara import math as mosara
@@ -13,6 +14,8 @@ from svdtune.methods.sorsa import reference as sorsa_reference
 
 SHAPES = {"square": (12, 12, 3), "wide": (5, 17, 4), "tall": (17, 5, 5), "odd": (7, 9, 1), "full": (6, 6, 6)}
 WEIGHTS = ("random", "rank-deficient", "zero")
+# heads, whether there is a v, whether it stands in front
+MOSARA_VARIANTS = [(1, True, False), (3, True, False), (3, False, False), (3, True, True), (1, True, True)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -94,19 +97,21 @@ def mosara_case(shape, kind, num_heads, use_v, front):
     return frozen, {"lam": lam, "v": v, "w1": w1, "w2": w2}
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", WEIGHTS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 class TestAgainstReference:
-    @pytest.mark.parametrize("use_lambda", [True, False])
+    @pytest.mark.parametrize(
+        ("shape", "kind", "dtype", "use_lambda"), all_pairs(SHAPES.values(), WEIGHTS, TOLERANCE, [True, False]), ids=str
+    )
     def test_sara(self, shape, kind, dtype, use_lambda):
         frozen, trained = sara_case(shape, kind, use_lambda)
         compare(
             sara.sara_linear, sara_reference.sara_linear, torch.randn(11, shape[1]).double(), frozen, trained, dtype
         )
 
-    @pytest.mark.parametrize("moved", [0.0, 0.3])
-    @pytest.mark.parametrize("layout", ["delta", "residual"])
+    @pytest.mark.parametrize(
+        ("shape", "kind", "dtype", "layout", "moved"),
+        all_pairs(SHAPES.values(), WEIGHTS, TOLERANCE, ["delta", "residual"], [0.0, 0.3]),
+        ids=str,
+    )
     def test_sorsa(self, shape, kind, dtype, layout, moved):
         frozen, trained = sorsa_case(shape, kind, layout, moved)
         compare(
@@ -114,10 +119,10 @@ class TestAgainstReference:
         )
 
     @pytest.mark.parametrize(
-        ("num_heads", "use_v", "front"),
-        [(1, True, False), (3, True, False), (3, False, False), (3, True, True), (1, True, True)],
+        ("shape", "kind", "dtype", "variant"), all_pairs(SHAPES.values(), WEIGHTS, TOLERANCE, MOSARA_VARIANTS), ids=str
     )
-    def test_mosara(self, shape, kind, dtype, num_heads, use_v, front):
+    def test_mosara(self, shape, kind, dtype, variant):
+        num_heads, use_v, front = variant
         frozen, trained = mosara_case(shape, kind, num_heads, use_v, front)
 
         def fast(**tensors):

@@ -4,7 +4,7 @@ import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from svdtune import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
+from svdtune import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel, SvdtuneWarning
 from svdtune.methods.registration import register
 
 METHODS = [(SaraConfig, SaraModel), (MoSaraConfig, MoSaraModel), (SorsaConfig, SorsaModel)]
@@ -33,6 +33,6 @@ def test_pefts_own_method_stays():
         method = "lora"
 
     own = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA]
-    with pytest.warns(UserWarning, match="PEFT has a method named 'lora' of its own"):
+    with pytest.warns(SvdtuneWarning, match="PEFT has a method named 'lora' of its own"):
         register(LoraConfig, SaraModel)
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is own

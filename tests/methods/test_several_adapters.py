@@ -74,6 +74,7 @@ class TestOneMethod:
 
 
 class TestTwoMethods:
+    @pytest.mark.usefixtures("transformers_takes_peft")
     @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
     def test_on_different_layers(self, tmp_path):
         """Through Transformers' own add_adapter: switching, disabling, saving, deleting; each file loads alone."""
@@ -101,7 +102,7 @@ class TestTwoMethods:
 
     @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
     @pytest.mark.parametrize("way", ["nested", "transformers"])
-    def test_on_one_layer_is_refused(self, way):
+    def test_on_one_layer_is_refused(self, way, request):
         model = base()
         match = rf"layer '\S*q_proj' has a SORSA adapter, and a Mo-SARA adapter cannot .* {WAY_ROUND}"
         if way == "nested":
@@ -109,6 +110,7 @@ class TestTwoMethods:
             with pytest.warns(UserWarning, match="second time"), pytest.raises(SvdtuneError, match=match):
                 get_peft_model(model, mosara())
         else:
+            request.getfixturevalue("transformers_takes_peft")
             model.add_adapter(sorsa(), "first")
             with pytest.raises(SvdtuneError, match=match):
                 model.add_adapter(mosara(), "second")
@@ -163,6 +165,20 @@ class TestWherePeftKnowsAFixedList:
         model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
 
 
+def test_a_peft_that_transformers_refuses(monkeypatch):
+    """Transformers 5.24 asked for a PEFT that was not there yet, for PEFT's own methods too."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "1000")
+    with pytest.raises(
+        SvdtuneError, match=r"use a version >= 1000\. .*`peft.get_peft_model\(model, config\)` adds the same"
+    ):
+        base().add_adapter(sorsa())
+    with pytest.raises(ValueError, match=r"use a version >= 1000$") as caught:
+        base().add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not isinstance(caught.value, SvdtuneError)
+    assert logits(get_peft_model(base(), sorsa())).isfinite().all()
+
+
+@pytest.mark.usefixtures("transformers_takes_peft")
 def test_transformers_saves_over_an_earlier_adapter(tmp_path):
     """It writes the configuration before the weights, so what lies there then must not be taken for what is saved."""
     model = base()

@@ -6,8 +6,6 @@ from peft import PeftModel, get_peft_model
 from test_peft_verbs import CONFIGS, MERGEABLE, logits, move
 from tiny import tiny_gpt2, tiny_llama
 
-from svdtune import SorsaConfig, SvdtuneError
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
@@ -25,7 +23,7 @@ def adapted(family: str, name: str):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"sorsa-residual"}))
+@pytest.mark.parametrize("name", CONFIGS)
 def test_a_tied_head(name, family, tmp_path):
     base = model_of(family)
     want, embeddings = logits(base), base.get_input_embeddings().weight.clone()
@@ -62,13 +60,3 @@ def test_unloading_ties_again(family):
     got = adapted(family, "sorsa").unload()
     assert got.get_input_embeddings().weight is got.get_output_embeddings().weight
     assert torch.equal(logits(got), want)
-
-
-def test_the_residual_layout_would_change_the_embeddings():
-    model = model_of("llama")
-    before = logits(model)
-    with pytest.raises(
-        SvdtuneError, match=r"layout='residual' subtracts from the weight of 'lm_head', but other modules"
-    ):
-        get_peft_model(model, SorsaConfig(r=4, layout="residual", target_modules=["lm_head"]))
-    assert torch.equal(logits(model), before)

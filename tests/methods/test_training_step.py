@@ -60,7 +60,7 @@ def test_gradients_are_the_literal_forms(name, family):
     assert_same(gradients(model), want, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
 class TestLoops:
     def test_accumulation(self, name):
         model = adapted(name, moved=0.1)
@@ -132,7 +132,6 @@ class TestLoops:
         model.zero_grad()
         F.cross_entropy(compiled(input_ids=TOKENS).logits[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten()).backward()
         assert_same({k: p.grad for k, p in model.named_parameters() if p.requires_grad}, want, 1e-4)
-        torch._dynamo.reset()
 
 
 def literal_logits(model):
@@ -148,7 +147,7 @@ def test_layers_alone_work_too():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
 def test_an_optimizers_step_is_seen_by_the_next_forward(name, fused):
     """Fused optimizers write to parameters without moving their version counters: nothing here may rely on those."""
     model = adapted(name, moved=0.1)
@@ -159,7 +158,7 @@ def test_an_optimizers_step_is_seen_by_the_next_forward(name, fused):
         assert torch.allclose(logits(model), literal_logits(model), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
 def test_two_hundred_steps_follow_the_literal_forms(name):
     """In float64, where rounding errors have no time to grow."""
     fast = adapted(name, dtype=torch.float64, moved=0.05).double().train()

@@ -8,16 +8,16 @@ import torch.distributed as dist
 from torch import nn
 
 from svdtune.methods.sorsa.config import SorsaConfig
-from svdtune.methods.sorsa.zero import Place, ZeroFactors
+from svdtune.methods.sorsa.zero import Partition, ZeroFactors
 
 
 @pytest.mark.parametrize(
     ("rank", "expected"),
-    [(0, Place(0, 7, 0, 2)), (4, Place(0, 7, 8, 1)), (5, None), (7, None)],
+    [(0, Partition(0, 7, 0, 2)), (4, Partition(0, 7, 8, 1)), (5, None), (7, None)],
     ids=["whole", "cut off", "at the end", "beyond the end"],
 )
 def test_a_process_beyond_the_end_of_a_small_factor_has_no_part_of_it(
-    monkeypatch: pytest.MonkeyPatch, rank: int, expected: Place | None
+    monkeypatch: pytest.MonkeyPatch, rank: int, expected: Partition | None
 ) -> None:
     factor = nn.Parameter(torch.zeros(9, 1))
     factor.ds_numel, factor.ds_process_group = 9, None

@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from pairwise import all_pairs
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +37,6 @@ LLAMA = {
     "sorsa-delta": ("sorsa", 128, "all-linear"),
     "sorsa-delta-without-regularizer": ("sorsa", 128, "all-linear"),
     "sorsa-delta-dropout": ("sorsa", 128, "all-linear"),
-    "sorsa-residual": ("sorsa", 128, "all-linear"),
     "sara-all": ("sara", 128, "all-linear"),
     "sara-qv": ("sara", 9, QV),
     "mosara-qv-5-heads": ("mosara", 914, QV),
@@ -45,7 +46,6 @@ LLAMA = {
 }
 SMOLLM2 = {
     "sorsa-delta": ("sorsa", 64, "all-linear"),
-    "sorsa-residual": ("sorsa", 64, "all-linear"),
     "lora": ("lora", 64, "all-linear"),
     "lora-qv-r8": ("lora", 8, QV),
     "sara-qv": ("sara", 9, QV),
@@ -67,6 +67,11 @@ def smollm2():
 def sizes_of(checkpoint, method, r, targets):
     made = plan(checkpoint, CONFIGS[method](r=r, target_modules=targets))
     return made, anatomy(made, checkpoint.model)
+
+
+@cache
+def sorsa_sizes(shape):
+    return sizes_of(open_shape(shape), "sorsa", 128, "all-linear")[1]
 
 
 @pytest.mark.parametrize("contender", LLAMA)
@@ -123,13 +128,15 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions):
 
 
 def test_shapes_have_no_weights_to_take_ranks_from():
-    with pytest.raises(SvdtuneError, match="llama-7b is a shape without weights, and a threshold, .* take them; give r"):
+    with pytest.raises(
+        SvdtuneError, match=r"llama-7b is a shape without weights, and a threshold, .* take them; give r"
+    ):
         plan(open_shape("llama-7b"), SaraConfig(threshold=0.1))
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return sizes_of(open_shape("llama-7b"), "sorsa", 128, "all-linear")[1]
+    return sorsa_sizes("llama-7b")
 
 
 def test_what_each_strategy_shares_out(llama):
@@ -181,11 +188,12 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
         Setting(**wrong)
 
 
-@pytest.mark.parametrize("name", ["llama-7b", "llama-13b", "llama-70b", "llama-405b"])
-@pytest.mark.parametrize("devices", [1, 8, 64])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    ("name", "devices", "strategy"),
+    all_pairs(["llama-7b", "llama-13b", "llama-70b", "llama-405b"], [1, 8, 64], ["ddp", "fsdp2"]),
+)
 def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
-    sizes = sizes_of(open_shape(name), "sorsa", 128, "all-linear")[1]
+    sizes = sorsa_sizes(name)
     asked = Setting(strategy, devices, batch_size=8, length=2048)
     for gib in (24, 80, 141):
         choice = cheapest(sizes, asked, gib * GIB)
@@ -220,7 +228,7 @@ def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
 
 @pytest.mark.parametrize("gib", [16, 24, 80])
 def test_how_many_devices_would_do_without_the_dearest_levers(gib):
-    sizes = sizes_of(open_shape("llama-70b"), "sorsa", 128, "all-linear")[1]
+    sizes = sorsa_sizes("llama-70b")
     asked = Setting("fsdp2", 1, length=512)
     assert {"offload", "4-bit"} & set(cheapest(sizes, asked, gib * GIB).why)
     needed = devices_needed(sizes, asked, gib * GIB)

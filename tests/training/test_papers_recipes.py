@@ -10,7 +10,7 @@ from transformers import (
     GPTJConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
 )
 
 from svdtune.data.catalogue import CATALOGUE, scored
@@ -30,7 +30,7 @@ _SIZES = {
 }
 _SIZES |= {"num_key_value_heads": 1, "head_dim": 128}
 # One layer of every architecture that the recipes name, wide enough for r = 128.
-ARCHITECTURES: dict[str, PreTrainedConfig] = {
+ARCHITECTURES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**_SIZES),
     "smollm2": LlamaConfig(**_SIZES),
     "mistral": MistralConfig(**_SIZES),

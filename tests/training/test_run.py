@@ -231,7 +231,6 @@ def test_gradient_checkpointing_does_not_change_the_losses(recipe: dict[str, Any
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of torch.compile's own parts
 def test_compiling_does_not_change_the_losses(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["method"]["dropout"] = 0.0
     recipe["training"]["max_steps"] = 4

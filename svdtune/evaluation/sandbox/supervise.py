@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
 
 _INSIDE = Path(__file__).parent / "inside"
 _PASSED = b'["passed", ""]\n'
@@ -70,7 +70,8 @@ def require_protections() -> None:
     """
     missing = missing_protections()
     if missing and os.environ.get("SVDTUNE_SANDBOX") == "weaker":
-        warnings.warn(f"programs that a model wrote run without {'; '.join(missing)}", stacklevel=2)
+        without = f"programs that a model wrote run without {'; '.join(missing)}"
+        warnings.warn(without, SvdtuneWarning, stacklevel=2)
     elif missing:
         raise SvdtuneError(
             f"this system cannot confine programs that a model wrote; it lacks {'; '.join(missing)}. Score on Linux "

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 
 from svdtune.methods.compute.changes import Change, changes_at_once
+from svdtune.methods.compute.kvcache import growing_cache, is_empty
 from svdtune.methods.compute.lowrank import (
     LowRankLinear,
     Part,
@@ -133,7 +134,7 @@ class Together:
         if self.enabled is False or torch.compiler.is_compiling():
             return
         if not torch.is_grad_enabled():
-            self._pass = Pass({}, self._pairs_of(kwargs.get("past_key_values")))
+            self._pass = Pass({}, self._pairs_of(growing_cache((*args, *kwargs.values()))))
             return
         self._pairs.clear()
         if self.enabled or torch.cuda.is_available():
@@ -142,11 +143,11 @@ class Together:
             found = zip(turns, changes, strict=True)
             self._pass = Pass({turn.layer: change for turn, change in found if change is not None})
 
-    def _pairs_of(self, cache: Any) -> dict[nn.Module, Pair] | None:
+    def _pairs_of(self, cache: DynamicCache | None) -> dict[nn.Module, Pair] | None:
         """The pairs that were formed for the first tokens in a key-value cache; None where there is no such cache."""
-        if not isinstance(cache, DynamicCache):
+        if cache is None:
             return None
-        if self._cache is None or self._cache() is not cache or cache.get_seq_length() == 0:
+        if self._cache is None or self._cache() is not cache or is_empty(cache):
             self._pairs.clear()
             self._cache = weakref.ref(cache, lambda _, pairs=self._pairs: pairs.clear())
         return self._pairs

@@ -1,10 +1,11 @@
 """Read a saved adapter from its folder: its configuration, and its tensors by layer; no model is needed."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
+from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -15,8 +16,11 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.methods.layers.base import SvdLayer
+from svdtune.system import read_json
 
 _ROOT = "base_model.model."
+# What PEFT says of a damaged configuration, in whichever of these types.
+_PEFTS_OWN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError)
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)
+    if not isinstance(config, SvdConfig):
+        kind = config.peft_type.value
+        raise SvdtuneError(f"{folder} holds an adapter of type {kind}; expected one of SARA, MOSARA or SORSA")
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise SvdtuneError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; save it again with save_pretrained")
@@ -73,46 +80,38 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     return SavedAdapter(config, layers, others)
 
 
-def read_config(folder: Path) -> SvdConfig:
-    """The configuration of an adapter of svdtune's.
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What the adapter_config.json of an adapter of any method says, as it stands there.
 
     Raises:
-        SvdtuneError: there is none, it is damaged, or it is another method's.
+        SvdtuneError: there is none, it is damaged, or PEFT does not know the method.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
         found = "that folder does not exist" if not folder.is_dir() else f"it has no {ADAPTER_CONFIG}"
         raise SvdtuneError(f"{folder} is not an adapter folder: {found}")
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type := str(read_json(path).get("peft_type")))
-    if cls is None or not issubclass(cls, SvdConfig):
-        raise SvdtuneError(f"{folder} holds an adapter of type {peft_type}; expected one of SARA, MOSARA or SORSA")
+    settings = read_json(path)
+    if str(settings.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise SvdtuneError(
+            f"{folder} holds an adapter of type {settings.get('peft_type')}, which PEFT {peft.__version__} does not know; "
+            f"upgrade PEFT, or see whether {path.name} is damaged"
+        )
+    return settings
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """The configuration of a saved adapter of any method; of svdtune's, whose weights are whole.
+
+    Raises:
+        SvdtuneError: there is none, it is damaged, or PEFT does not know the method.
+    """
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[str(read_settings(folder)["peft_type"])]
     try:
         return cls.from_pretrained(str(folder))
     except SvdtuneError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # PEFT's own, of a kind that is none
-        raise SvdtuneError(f"{path} is damaged: {str(error)[:200]}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file with one object.
-
-    Raises:
-        SvdtuneError: it holds something else.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise SvdtuneError(f"{path} is damaged: {error}") from error
-    if not isinstance(found, dict):
-        raise SvdtuneError(f"{path} is damaged: expected a JSON object, found a {type(found).__name__}")
-    return found
+    except _PEFTS_OWN as error:
+        raise SvdtuneError(f"{folder / ADAPTER_CONFIG} is damaged: {str(error)[:200]}") from error
 
 
 def layer_class(config: SvdConfig) -> type[SvdLayer]:

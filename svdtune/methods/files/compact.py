@@ -6,7 +6,7 @@ So the file keeps, in place of a factor F [n, k], its probe: the products of fou
 float64. A column that is turned, swapped or of the other sign changes them. What was recomputed must agree with them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -57,7 +57,6 @@ def restore(
     state_dict: dict[str, Tensor],
     given: Mapping[str, tuple[SvdLayer, dict[str, Tensor]]],
     adapter: str,
-    weight_of: Callable[[SvdLayer], Tensor],
 ) -> None:
     """Add the frozen tensors that a compact file left out, recomputed in float64 and checked.
 
@@ -65,7 +64,6 @@ def restore(
         state_dict: to be loaded, with the model's keys, and with probes under the file's; changed in place.
         given: by name, each adapted layer with its tensors in `state_dict`; those are changed too.
         adapter: whose tensors.
-        weight_of: the base model's weight [out, in] at a layer.
 
     Raises:
         SvdtuneError: what came out is not what the adapter was trained with; the message names the layer.
@@ -81,7 +79,7 @@ def restore(
         else:  # an adapter that is resumed has them
             found[name] = {part: layer.adapter_tensor(part, adapter).detach() for part in layer.frozen}
     if lacking:
-        weights = {name: partial(weight_of, given[name][0]) for name in lacking}
+        weights = {name: partial(spectra.base_weight, given[name][0]) for name in lacking}
         ranks = {name: given[name][0].r[adapter] for name in lacking}
         for name, factors in spectra.factors(weights, ranks, exact=True):
             found[name] = given[name][0].frozen_from(factors)
@@ -118,7 +116,7 @@ def check_probes(layer: str, frozen: Mapping[str, Tensor], probes: Mapping[str, 
             raise SvdtuneError(
                 f"{name} of layer {layer!r}, recomputed from this base model, is not what the adapter was trained with (off by "
                 f"{off:.1e}, allowed is {TOLERANCE:.0e}). The adapter was saved with compact=True: load it onto the very "
-                "weights that it was made from, in the same dtype, without other adapters merged or in SORSA's residual layout "
-                "there. Two singular values of the weight that nearly agree can have the same effect on another machine; then "
+                "weights that it was made from, in the same dtype, without other adapters merged there. "
+                "Two singular values of the weight that nearly agree can have the same effect on another machine; then "
                 "save it where it loads, with compact=False"
             )

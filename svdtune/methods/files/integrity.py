@@ -78,13 +78,13 @@ def fingerprint(module: nn.Module) -> str | None:
 
     The content is the weight rounded to bf16: an fp32 checkpoint and its bf16 copy have one fingerprint, and so has either
     after it was cast up. Differences below bf16's resolution are not seen. Quantized and meta weights have none, nor have
-    weights that another adapter changes in place.
+    weights that another adapter is merged into.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight: Tensor | None = getattr(base, "weight", None)
-    changed = isinstance(module, BaseTunerLayer) and (module.merged or getattr(module, "_subtracted", False))
+    merged = isinstance(module, BaseTunerLayer) and module.merged
     offloaded = hasattr(base, "_hf_hook")
-    if changed or is_quantized(getattr(base, "whole", base)) or (weight.is_meta and not offloaded):
+    if merged or is_quantized(getattr(base, "whole", base)) or (weight.is_meta and not offloaded):
         return None
     return weight_fingerprint(spectra.base_weight(base))
 

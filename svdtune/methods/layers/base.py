@@ -42,7 +42,6 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     frozen: ClassVar[tuple[str, ...]]
     draws_masks: ClassVar[bool] = False
     together: Together | None = None
-    _subtracted: Collection[str] = ()  # adapters whose principal part the base weight lacks
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -99,12 +98,12 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The same for a convolution, x [N, in, ...] and y [N, out, ...], not in place."""
-        return add_convolved(self.get_base_layer(), y, x, *self.current_pair(adapter))
+        return add_convolved(self.get_base_layer(), y, x, *self.pair(adapter))
 
     @staticmethod
     @abstractmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SvdConfig) -> tuple[Tensor, Tensor]:
-        """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base model's own weight, whatever the layout.
+        """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base weight.
 
         Args:
             tensors: an adapter's tensors by their names in `trained` and `frozen`, from a layer or from a file.
@@ -114,24 +113,25 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
             SvdtuneError: the adapter is no matrix.
         """
 
+    def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """`low_rank_pair` of an adapter as it is now, with gradients to the trained tensors."""
+        tensors = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        return self.low_rank_pair(present, self.configs[adapter])
+
+    @torch.no_grad()
     def delta(self, adapter: str) -> Tensor:
-        """ΔW [out, in] against the base model's own weight, in the factors' dtype.
+        """ΔW [out, in], in the factors' dtype.
 
         Raises:
             SvdtuneError: the adapter is no matrix.
         """
-        A, B = self.low_rank_pair(self.adapter_tensors(adapter), self.configs[adapter])
+        A, B = self.pair(adapter)
         return B @ A.mT
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's LoRA conversion asks for."""
         return spectra.as_stored(self.get_base_layer(), self.delta(adapter))
-
-    def current_pair(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """`low_rank_pair` against the weight as it is now, with gradients to the trained tensors."""
-        tensors = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
-        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-        return self.low_rank_pair(present, self.configs[adapter])
 
     # An adapter's beginning and end
 
@@ -168,9 +168,10 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         if not load_only:
             return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
         with torch.device("meta"):
-            shapes = self.new_tensors(r, config, None)
-        device = "meta" if parameters_go_to_meta() else "cpu"
-        return {name: torch.zeros_like(t, device=device) for name, t in shapes.items() if t is not None}
+            shapes = {name: t for name, t in self.new_tensors(r, config, None).items() if t is not None}
+        if parameters_go_to_meta():
+            return shapes
+        return {name: torch.zeros_like(t, device="cpu") for name, t in shapes.items()}
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
@@ -207,8 +208,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         """Called where another process starts an adapter and hands out its values, with the base weights, later."""
         self._awaited.discard(adapter)
 
-    def before_load(self, adapter: str, tensors: dict[str, Tensor]) -> None:
-        """Called with an adapter's tensors from a checkpoint, by name in `trained` and `frozen`, before they are copied."""
+    def before_load(self, adapter: str) -> None:
+        """Called before an adapter's tensors are copied from a checkpoint."""
         self._loading = adapter
 
     def _after_load(self, incompatible_keys: Any) -> None:
@@ -216,7 +217,6 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         if adapter is not None:
             self._awaited.discard(adapter)
             self._own_memory(adapter)
-            self.after_load(adapter)
 
     def _own_memory(self, adapter: str) -> None:
         """Copy tensors that `low_cpu_mem_usage` left mapped from the file, at addresses of the file's own alignment.
@@ -227,9 +227,6 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
             tensor = self.adapter_tensor(name, adapter)
             if tensor is not None and not tensor.is_meta and tensor.data_ptr() % 64:
                 getattr(self, name)[adapter] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-
-    def after_load(self, adapter: str) -> None:
-        """Called when an adapter's tensors have been copied from a checkpoint."""
 
     _loading: str | None = None
 
@@ -281,11 +278,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         """`add_to` or `add_convolved`, as the base layer needs it."""
         return self.add_convolved(y, x, adapter) if self._is_convolution else self.add_to(y.contiguous(), x, adapter)
 
-    @property
-    def silent(self) -> bool:
+    def is_silent(self) -> bool:
         """Whether `forward` does nothing but call the base layer."""
-        if self._subtracted:
-            return False
         if self.disable_adapters:
             return not self.merged
         return self.merged or not any(name in self.r for name in self.active_adapters)

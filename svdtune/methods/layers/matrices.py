@@ -20,6 +20,7 @@ from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.slices import FusedLinear
 from svdtune.methods.mosara.layer import MoSaraLinear
 from svdtune.methods.sorsa.layer import SorsaLinear
+from svdtune.methods.sorsa.math import sorsa_pair
 
 Pair = tuple[Tensor, Tensor]
 
@@ -46,7 +47,7 @@ class Observed:
         """The weight [out, in] that acts now, adapter included, in fp32 or better."""
         weight = _exact(spectra.base_weight(self.module))
         if isinstance(self.module, SvdLayer):
-            return weight + self.module.merge_delta(self.adapter).to(weight)
+            return weight + self.module.delta(self.adapter).to(weight)
         if not isinstance(self.module, BaseTunerLayer):
             return weight
         if (pair := _lora_pair(self.module, self.adapter)) is not None:
@@ -60,21 +61,23 @@ class Observed:
         """The base model's own weight [out, in], in fp32 or better; ask before the first step.
 
         PiSSA and its kin change the base weight when they are put on; before the first step weight and adapter together still
-        make up the base model's.
+        make up the base model's. In SORSA's split layout it was stored without the principal part.
         """
-        if isinstance(self.module, SorsaLinear):
-            return self.module.full_weight()
-        if isinstance(self.module, SvdLayer):
-            return _exact(spectra.base_weight(self.module))
-        return self.weight()
+        if not isinstance(self.module, SvdLayer):
+            return self.weight()
+        weight = _exact(spectra.base_weight(self.module))
+        if isinstance(self.module, SorsaLinear) and (adapter := self.module.stored_apart) is not None:
+            return weight + (self.module.frozen_P0[adapter] @ self.module.frozen_V0[adapter].mT).to(weight)
+        return weight
 
     @torch.no_grad()
     def added_pair(self) -> Pair | None:
         """A [in, w] and B [out, w] whose product B Aᵀ is added, by ours to the base model's own weight, by LoRA to the weight
         in memory (which PiSSA changed); None where it is no thin product."""
+        if isinstance(self.module, SorsaLinear):  # in the split layout too, where W_p is added to less than that weight
+            return sorsa_pair(*self.module.adapter_tensors(self.adapter).values())
         if isinstance(self.module, SvdLayer):
-            layer = self.module
-            return layer.low_rank_pair(layer.adapter_tensors(self.adapter), layer.configs[self.adapter])
+            return self.module.pair(self.adapter)
         return _lora_pair(self.module, self.adapter) if isinstance(self.module, LoraLayer) else None
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from svdtune.methods.layers.quantized import check_mergeable, device_and_dtype, 
 
 
 class Merging:
-    """The part of an adapted layer that merges; it needs `current_pair` and PEFT's attributes of a tuner layer.
+    """The part of an adapted layer that merges; it needs `delta` and PEFT's attributes of a tuner layer.
 
     Attributes:
         merged_adapters: names of the adapters that the base weight holds now.
@@ -23,12 +23,6 @@ class Merging:
         self.merged_adapters: list[str] = []
         self.tied = False
         self._before_merge: Any = None
-
-    @torch.no_grad()
-    def merge_delta(self, adapter: str) -> Tensor:
-        """What merging adds to the weight [out, in] as it is now."""
-        A, B = self.current_pair(adapter)
-        return B @ A.mT
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add adapters to the base weight, in fp32, rounded once. The weight before is kept for an exact `unmerge`.
@@ -41,7 +35,7 @@ class Merging:
             return
         self._check_loaded(names)
         check_mergeable(self.quantization_backend)
-        deltas = [self.merge_delta(name) for name in names]
+        deltas = [self.delta(name) for name in names]
         before = spectra.as_stored(self.get_base_layer(), spectra.base_weight(self))
         merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
         for delta in deltas:

@@ -109,7 +109,7 @@ class FusedLinear(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused layer's output with every slice's addition in its rows."""
         # The slices come first: one that was merged and is now disabled takes its change out of the weight.
-        added = [(part.get_base_layer().rows, part(x)) for part in self.slices() if not part.silent]
+        added = [(part.get_base_layer().rows, part(x)) for part in self.slices() if not part.is_silent()]
         y = self.base_layer(x, *args, **kwargs)
         if added and type(self.base_layer) not in (nn.Linear, Conv1D):
             y = y.clone()  # what other layers give may be a view, or be kept for their own backward pass

@@ -27,7 +27,7 @@ from svdtune.methods.compute.lowrank import compute_dtype, filled
 COLUMNS = 64
 
 
-class MoSaraLinear(torch.autograd.Function):
+class MoSaraFunction(torch.autograd.Function):
     """Eq. 5 and 6 with the base layer: `weight` and `bias`, or None and an output to add to in place.
 
     Saves x V [T, k], the gate [T, m] and, only where v stands in front, x. The frozen U, V and W get no gradient.
@@ -170,7 +170,7 @@ def mosara_linear(
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     """
-    return MoSaraLinear.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
+    return MoSaraFunction.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
 
 
 def add_mosara(
@@ -185,7 +185,7 @@ def add_mosara(
     front: bool = False,
 ) -> Tensor:
     """Eq. 5's second term, added to y [..., out] in place."""
-    return MoSaraLinear.apply(x, None, y, None, U, V, lam, v, w1, w2, front, None)
+    return MoSaraFunction.apply(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
 def mosara_delta(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool = False) -> Tensor:

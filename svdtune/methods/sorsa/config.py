@@ -1,13 +1,13 @@
 """SorsaConfig: SORSA's settings."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig, is_number_in, one_of
-from svdtune.methods.layers.quantized import is_quantized
 
 DEFAULT_R = 64
 
@@ -20,9 +20,9 @@ class SorsaConfig(SvdConfig):
     The regularizer does not act by itself: `svdtune.SorsaRegularizer` applies it at the optimizer step.
 
     Args:
-        layout: "delta" leaves the weight alone and adds the change of its principal part. "residual" (the paper's letter)
-            subtracts the principal part from the weight in place; in bf16 and fp16 that rounds the weight. "split": the base
-            checkpoint is a residual already, quantized or not; only adapters that `svdtune.export.split` wrote have it.
+        layout: "delta" leaves the weight alone and adds the change of its principal part. "split" (the paper's letter): the
+            base checkpoint is the residual W_r, quantized or not, and the adapter adds the whole principal part; only
+            adapters that `svdtune.export.split` wrote have it.
         gamma: strength γ of the orthonormal regularizer (Eq. 6), 0 turns it off.
         reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum" (Eq. 4).
         smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient jumps at 0.
@@ -32,7 +32,7 @@ class SorsaConfig(SvdConfig):
     method: ClassVar[str] = "sorsa"
 
     layout: str = field(
-        default="delta", metadata={"help": "delta leaves the weight alone, residual changes it, split was changed."}
+        default="delta", metadata={"help": "delta adds to the whole weight, split to a residual checkpoint."}
     )
     gamma: float = field(default=4e-4, metadata={"help": "Strength of the orthonormal regularizer."})
     reduction: str = field(default="mean", metadata={"help": "mean (authors' code) or sum (Eq. 4) over factors."})
@@ -41,40 +41,51 @@ class SorsaConfig(SvdConfig):
     def __post_init__(self) -> None:
         if self.r is None and self.threshold is None:
             self.r = DEFAULT_R
+        if self.initialized:
+            self.layout = stored_layout(self.layout)
         super().__post_init__()
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        yield from one_of("layout", self.layout, ("delta", "residual", "split"))
+        if self.layout == "residual":
+            yield (
+                "layout='residual' changed the base model's weights in place, and is no longer there. Use layout='delta', the "
+                "same function on weights that stay as they are; for a checkpoint that holds the residual itself, "
+                "svdtune.export.split.split_checkpoint writes one, with its adapter in layout='split'"
+            )
+        elif self.layout == "split" and not self.initialized:
+            yield (
+                "layout='split' says that the base checkpoint was stored without its principal part; a new adapter cannot know "
+                "it. Write both with svdtune.export.split.split_checkpoint and load the adapter that it wrote"
+            )
+        else:
+            yield from one_of("layout", self.layout, ("delta", "split"))
         yield from one_of("reduction", self.reduction, ("mean", "sum"))
         for name in ("gamma", "smooth_eps"):
             if not is_number_in(getattr(self, name), 0, math.inf):
                 yield f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}"
 
-    def check_base_layer(self, name: str, base: Any, shared: bool) -> None:
-        """The residual layout changes the weight in place: not one that is quantized, nor one that others use too."""
-        if self.layout == "split" and not self.initialized:
+    def check_layer(self, name: str, layer: Any) -> None:
+        """An adapter in the split layout stands alone: another one would be added to a weight that lacks its principal part."""
+        layouts = [config.layout for config in getattr(layer, "configs", {}).values()]
+        if layouts and "split" in (self.layout, *layouts):
             raise SvdtuneError(
-                "layout='split' says that the base checkpoint has lost its principal part already; a new adapter cannot know "
-                "it. Write both with svdtune.export.split.split_checkpoint and load the adapter that it wrote"
+                f"the weight of {name!r} was stored without its principal part (layout='split'), which one adapter adds, so "
+                "no second adapter can stand on that layer. Load each adapter onto a model of its own"
             )
-        if self.layout != "residual":
-            return
-        if is_quantized(getattr(base, "whole", base)):
-            raise SvdtuneError(
-                f"layout='residual' subtracts from the weight, but {name!r} is quantized. Use layout='delta', which leaves the "
-                "weight alone, or split the unquantized model first and quantize its residual: "
-                "svdtune.export.split.split_checkpoint"
-            )
-        weight = getattr(base, "weight", None)
-        if hasattr(weight, "ds_id") or hasattr(weight, "full_tensor"):
-            raise SvdtuneError(
-                f"layout='residual' subtracts from the weight, but that of {name!r} is spread over processes already. Use "
-                "layout='delta', which leaves the weight alone"
-            )
-        if shared:
-            raise SvdtuneError(
-                f"layout='residual' subtracts from the weight of {name!r}, but other modules have the same weight (an output "
-                "head tied to the embeddings, for example) and would change too. Use layout='delta', which leaves the weight "
-                "alone, or name the layer in `exclude_modules`"
-            )
+
+
+def stored_layout(layout: Any) -> Any:
+    """The layout of a saved adapter or a run that was begun; version 0.1's "residual" becomes "delta", and a warning says so.
+
+    The tensors are the same, and so is the function, up to the rounding of W − P₀ V₀ᵀ to the weight's dtype.
+    """
+    if layout != "residual":
+        return layout
+    warnings.warn(
+        "SORSA's layout='residual', which svdtune 0.1 wrote, is read as layout='delta': the same function, up to the rounding "
+        "of the weights, and the base model stays as it is",
+        UserWarning,
+        stacklevel=3,
+    )
+    return "delta"

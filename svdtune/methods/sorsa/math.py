@@ -45,7 +45,9 @@ def sorsa_delta(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> Tens
     return B @ A.mT
 
 
-def sorsa_pair(U: Tensor, s: Tensor, V: Tensor, P0: Tensor, V0: Tensor) -> tuple[Tensor, Tensor]:
+def sorsa_pair(
+    U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """A = [V, V − V₀] [in, 2r] and B = [P − P₀, P₀] [out, 2r], P = U diag(s): B Aᵀ = P Vᵀ − P₀ V₀ᵀ."""
     return pair(U, s, V, P0, V0)  # trained factors kept in bf16 are widened to the frozen ones' dtype
 

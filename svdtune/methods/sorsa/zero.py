@@ -19,7 +19,7 @@ from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.math import penalty
 
 
-class Place(NamedTuple):
+class Partition(NamedTuple):
     """Where a process's part of a parameter is: `numel` numbers, from `offset` in the flat tensor of `group`, from `start`
     in the flattened parameter."""
 
@@ -67,18 +67,18 @@ class ZeroFactors:
         now = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return ((number, flat) for number, flat in enumerate(flats) if id(flat) in now)
 
-    def place(self, group: int, factor: nn.Parameter) -> Place | None:
+    def place(self, group: int, factor: nn.Parameter) -> Partition | None:
         """Where this process's part of a factor is, None where it has none."""
         if self.whole:
             mapping = factor._hp_mapping
             if mapping is None:
                 return None
             own, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
-            return Place(group, flat.start, own.start, own.numel)
+            return Partition(group, flat.start, own.start, own.numel)
         _, offset, size = self.zero.grad_position[self.zero.get_param_id(factor)]
         start = size * dist.get_rank(factor.ds_process_group)
         numel = min(size, factor.ds_numel - start)  # what is beyond the parameter's end fills partitions up to one size
-        return Place(group, offset, start, numel) if numel > 0 else None
+        return Partition(group, offset, start, numel) if numel > 0 else None
 
     @torch.no_grad()
     def add_gradients(self, optimizer: torch.optim.Optimizer, max_learning_rate: float) -> Tensor | None:

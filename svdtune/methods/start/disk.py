@@ -13,8 +13,7 @@ from tqdm import tqdm
 
 from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
-from svdtune.checkpoint.folder import check_new_folder, new_folder
-from svdtune.checkpoint.stream import TensorStream
+from svdtune.checkpoint.writer import TensorWriter
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
@@ -23,6 +22,7 @@ from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, weight_fingerprint
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.ranks import pattern_rank, with_rank
 from svdtune.methods.sites import Site, sites, skeleton
+from svdtune.system import check_new_folder, new_folder
 
 _ROOT = "base_model.model."
 
@@ -75,7 +75,7 @@ def start(
     disable = None if progress is None else not progress
     with new_folder(output) as work:
         names = [f"{_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
-        with TensorStream(work / ADAPTER_WEIGHTS, names, {"format": "pt"}) as file:
+        with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
             for site, layer in tqdm(planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=disable):
                 rank, mark, tensors = _tensors(checkpoint, config, site, layer, planned.given.get(site.name), device)
                 config.ranks[site.name], config.base_fingerprint[site.name] = rank, mark

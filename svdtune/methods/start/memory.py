@@ -5,6 +5,7 @@ See `svdtune.spectra.sharing`.
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Work:
     def __init__(self, targets: Mapping[str, nn.Module], together: bool, present: bool):
         self.targets, self.present = targets, present
         self.shapes = {name: spectra.matrix_shape(module) for name, module in targets.items()}
-        self.weights = {name: lambda module=module: original_weight(module) for name, module in targets.items()}
+        self.weights = {name: partial(spectra.base_weight, module) for name, module in targets.items()}
         self.shared = together and sharing.is_on()
         self.spread = any(is_sharded(module) for module in targets.values())
 
@@ -123,10 +124,3 @@ def is_sharded(module: nn.Module) -> bool:
 def _base(module: nn.Module) -> nn.Module:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return getattr(base, "whole", base)  # of a slice
-
-
-def original_weight(module: nn.Module) -> Tensor:
-    """The weight [out, in] that the base model has at a layer, whatever adapters were put on it."""
-    if hasattr(module, "full_weight"):
-        return module.full_weight()
-    return spectra.base_weight(module)

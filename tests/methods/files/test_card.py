@@ -17,7 +17,7 @@ from svdtune.methods.files.card import add_section, with_section
 CONFIGS = {
     "sara": SaraConfig(threshold=0.3, task_type="CAUSAL_LM"),
     "mosara": MoSaraConfig(r=5, num_heads=2, task_type="CAUSAL_LM"),
-    "sorsa": SorsaConfig(r=4, layout="residual", task_type="CAUSAL_LM"),
+    "sorsa": SorsaConfig(r=4, task_type="CAUSAL_LM"),
     "compact": SorsaConfig(r=4, compact=True, task_type="CAUSAL_LM"),
 }
 TOKENS = torch.arange(1, 25).view(2, 12)
@@ -64,9 +64,9 @@ def test_it_says_what_the_adapter_is_and_its_lines_load_it(name, base, tmp_path)
 
 
 def test_settings_that_differ_from_the_defaults_are_listed(base, tmp_path):
-    adapted(base, SorsaConfig(r=4, layout="residual", target_modules=["q_proj"], dropout=0.1)).save_pretrained(tmp_path)
+    adapted(base, SorsaConfig(r=4, gamma=0.5, target_modules=["q_proj"], dropout=0.1)).save_pretrained(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert "`layout=residual`" in text
+    assert "`gamma=0.5`" in text
     assert "`dropout=0.1`" in text
     assert "`target_modules=['q_proj']`" in text
     assert "reduction" not in text

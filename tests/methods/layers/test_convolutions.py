@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pairwise import shared_out
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import CONFIGS, MERGEABLE, UNCHANGED_AT_START, layers, move
 from torch import nn
@@ -73,7 +74,7 @@ class Literal(nn.Module):
     def forward(self, x):
         layer, conv = self.layer, self.layer.get_base_layer()
         if layer.method != "mosara" or layer.configs["default"].num_heads == 1:
-            A, B = layer.current_pair("default")
+            A, B = layer.pair("default")
             return conv._conv_forward(x, conv.weight + (B @ A.mT).reshape(conv.weight.shape), conv.bias)
         U, V, lam, v, w1, w2, front = layer._tensors("default")
         rows, share = patches(conv, x), len(U) // conv.groups
@@ -88,9 +89,12 @@ class Literal(nn.Module):
         return conv(x) + torch.cat(parts, -1).movedim(-1, -len(conv.kernel_size) - 1)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CONFIGS)
+SHARES = shared_out(["start and back", "merge", "save"], CONFIGS, KINDS)
+
+
 class TestEveryConvolution:
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("name", CONFIGS)
     def test_outputs_and_gradients_are_the_literal_ones(self, name, kind):
         model, x = adapted(name, kind), data(kind).requires_grad_()
         twin, x_twin = copy.deepcopy(model), x.detach().clone().requires_grad_()
@@ -104,6 +108,7 @@ class TestEveryConvolution:
         for parameter, want in zip(trained, wanted, strict=True):
             assert torch.allclose(parameter.grad, want.grad, atol=1e-4)
 
+    @pytest.mark.parametrize(("name", "kind"), SHARES["start and back"])
     def test_start_and_back(self, name, kind):
         base, x = Net(kind), data(kind)
         want, weights = base(x), base.state_dict()
@@ -112,12 +117,12 @@ class TestEveryConvolution:
             assert torch.equal(model(x), want)
         move(model, 0.1)
         assert not torch.allclose(model(x), want, atol=1e-4)
-        exact = name != "sorsa-residual"
         with model.disable_adapter():
-            assert torch.allclose(model(x), want, atol=0 if exact else 1e-5)
+            assert torch.equal(model(x), want)
         for key, value in model.unload().state_dict().items():
-            assert torch.allclose(value, weights[key], atol=0 if exact else 1e-6), key
+            assert torch.equal(value, weights[key]), key
 
+    @pytest.mark.parametrize(("name", "kind"), SHARES["merge"])
     def test_merge_and_unmerge(self, name, kind):
         model, x = adapted(name, kind), data(kind)
         before, weights = model(x), {key: value.clone() for key, value in model.state_dict().items()}
@@ -133,6 +138,7 @@ class TestEveryConvolution:
         assert torch.allclose(merged(x), before, atol=1e-5)
         assert not layers(merged)
 
+    @pytest.mark.parametrize(("name", "kind"), SHARES["save"])
     def test_save_and_load(self, name, kind, tmp_path):
         model, x = adapted(name, kind), data(kind)
         model.save_pretrained(tmp_path)
@@ -163,8 +169,7 @@ def test_half_precision_bases(name, dtype):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "sorsa-residual"])
+@pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
 def test_a_compiled_convolution_is_one_graph(name):
     model, x = adapted(name, "conv2d-groups"), data("conv2d-groups")
     layer = model.base_model.model.conv

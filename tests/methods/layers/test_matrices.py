@@ -15,7 +15,6 @@ METHODS = {
     "sara": SaraConfig(threshold=0.3, target_modules=TARGETS),
     "mosara": MoSaraConfig(threshold=0.3, num_heads=1, target_modules=TARGETS),
     "sorsa": SorsaConfig(r=3, target_modules=TARGETS),
-    "sorsa residual": SorsaConfig(r=3, layout="residual", target_modules=TARGETS),
     "lora": LoraConfig(r=3, lora_alpha=5, target_modules=TARGETS),
     "pissa": LoraConfig(r=3, init_lora_weights="pissa", target_modules=TARGETS),
     "dora": LoraConfig(r=3, use_dora=True, target_modules=TARGETS),
@@ -51,7 +50,7 @@ def test_weights_of_every_method(method: str) -> None:
         torch.testing.assert_close(layer.module(x), x @ layer.weight().mT, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "sorsa residual", "lora"])
+@pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "lora"])
 def test_the_added_product_is_the_change(method: str) -> None:
     model = get_peft_model(tiny(), METHODS[method])
     start = {layer.name: layer.start() for layer in observed_layers(model)}

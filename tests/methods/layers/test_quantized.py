@@ -14,18 +14,16 @@ from test_peft_verbs import MERGEABLE, TOKENS, UNCHANGED_AT_START, config_of, la
 from tiny import tiny_llama
 
 from svdtune import SorsaConfig, SvdtuneError
+from svdtune.export import split
 from svdtune.methods.layers.quantized import is_quantized
+from svdtune.models import LoadedModel
 from svdtune.spectra import base_weight
 
 DEVICE = os.environ.get("SVDTUNE_TEST_DEVICE", "cpu")
 KINDS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
 CHOSEN = ["sara", "sara-spectral", "mosara", "mosara-one-head", "sorsa"]
-pytestmark = [
-    # what the quantizing packages say while they are imported, and of CPUs
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]
+# what the quantizing packages say of CPUs, and PEFT of merging into their weights
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 @pytest.fixture(params=KINDS)
@@ -202,11 +200,12 @@ def trained_of(model) -> list[torch.nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def test_the_residual_layout_is_refused(kind):
-    model = model_of(kind)
-    with pytest.raises(SvdtuneError, match=r"layout='residual' subtracts from the weight, but .*q_proj' is quantized"):
-        get_peft_model(model, SorsaConfig(r=4, layout="residual", target_modules=["q_proj"]))
-    assert not layers(model)
+def test_a_quantized_model_is_not_split(kind, monkeypatch, tmp_path):
+    loaded = LoadedModel(model_of(kind), None, "quantized")
+    monkeypatch.setattr(split, "load", lambda *_, **__: loaded)
+    with pytest.raises(SvdtuneError, match=r"q_proj' is quantized, and .* Split the unquantized model"):
+        split.split_checkpoint("quantized", tmp_path / "split", SorsaConfig(r=4, target_modules=["q_proj"]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_slices_of_a_quantized_weight(kind):

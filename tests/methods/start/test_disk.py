@@ -5,14 +5,12 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_gpt2, tiny_llama
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import Checkpoint, open_checkpoint
-from svdtune.checkpoint.stream import TensorStream
 from svdtune.errors import SvdtuneError
 from svdtune.methods.start.disk import start
 
@@ -35,7 +33,7 @@ CASES = {
     "mosara in front": lambda: MoSaraConfig(r=5, v_position="front", target_modules=["up_proj", "down_proj"]),
     "sorsa": lambda: SorsaConfig(r=7, target_modules="all-linear", exclude_modules=["o_proj"]),
     "sorsa by threshold": lambda: SorsaConfig(threshold=0.4, target_modules=QV, rank_pattern={"layers.1.*q_proj": 1}),
-    "residual": lambda: SorsaConfig(r=4, layout="residual", target_modules=QV, layers_to_transform=[0, 2]),
+    "some layers": lambda: SorsaConfig(r=4, target_modules=QV, layers_to_transform=[0, 2]),
     "compact": lambda: SorsaConfig(r=5, compact=True, target_modules=QV),
     "compact by threshold": lambda: MoSaraConfig(threshold=0.5, compact=True, target_modules=QV),
     "at random": lambda: SorsaConfig(r=3, init_weights=False, target_modules=QV),
@@ -73,7 +71,7 @@ def test_it_is_what_get_peft_model_starts(folder, tmp_path, case):
     assert not any("sorsa" in name for name, _ in checkpoint.model.named_modules())
 
 
-@pytest.mark.parametrize("case", ["sara", "mosara", "sorsa by threshold", "residual", "compact"])
+@pytest.mark.parametrize("case", ["sara", "mosara", "sorsa by threshold", "some layers", "compact"])
 def test_it_loads_and_computes_the_same(folder, tmp_path, case):
     torch.manual_seed(7)
     whole = get_peft_model(LlamaForCausalLM.from_pretrained(folder), CASES[case]()).eval()
@@ -148,14 +146,11 @@ def test_what_cannot_be_started_is_refused_before_anything_is_written(folder, tm
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_a_residual_layout_on_a_shared_weight_is_refused_as_on_the_model(tmp_path):
+def test_a_shared_weight(tmp_path):
     tiny_llama(num_hidden_layers=1, vocab_size=64, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
     made = start(open_checkpoint(tmp_path / "base"), SorsaConfig(r=2, target_modules=["lm_head"]), tmp_path / "delta")
     tied = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     assert made.ranks == PeftModel.from_pretrained(tied, made.adapter).peft_config["default"].ranks
-    config = SorsaConfig(r=2, target_modules=["lm_head"], layout="residual")
-    with pytest.raises(SvdtuneError, match="other modules have the same weight"):
-        start(open_checkpoint(tmp_path / "base"), config, tmp_path / "adapter")
 
 
 def test_a_weight_that_cannot_be_decomposed_leaves_nothing(folder, tmp_path):
@@ -166,22 +161,3 @@ def test_a_weight_that_cannot_be_decomposed_leaves_nothing(folder, tmp_path):
     with pytest.raises(SvdtuneError, match=r"layers\.2\.self_attn\.v_proj: .*NaN"):
         start(broken, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-def test_a_stream_is_a_safetensors_file_whatever_the_sizes(tmp_path):
-    tensors = {
-        "odd": torch.randn(3),
-        "one byte more": torch.randn(5, 3).half(),
-        "wide": torch.randn(4, 3, dtype=torch.float64),
-        "even": torch.randn(2, 4),
-        "wider": torch.randn(7, dtype=torch.float64),
-        'a "name" of its own é': torch.randn(2, 2).bfloat16(),
-    }
-    with TensorStream(tmp_path / "file.safetensors", tensors, {"format": "pt"}) as file:
-        for name, tensor in tensors.items():
-            file.write(name, tensor)
-    found = load_file(tmp_path / "file.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(found[name].dtype == t.dtype and torch.equal(found[name], t) for name, t in tensors.items())
-    with safe_open(tmp_path / "file.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}

@@ -1,0 +1,84 @@
+"""Run a short part of the suite on every Python that svdtune supports and `make test` does not run on.
+
+An interpreter is one on PATH, one of pyenv's, or one that uv has or can download. A version that cannot be had is named and
+is no failure. Each gets a virtual environment of its own, .venv-3.12 for example, with the same releases as `make test`.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+VERSIONS = ("3.11", "3.12", "3.13")
+# The methods in PEFT, their mathematics, the command line, a whole run, and an export.
+TESTS = (
+    "tests/linalg/test_factors.py",
+    "tests/methods/test_math.py",
+    "tests/methods/test_peft_verbs.py",
+    "tests/methods/test_registration.py",
+    "tests/cli/test_command_line.py",
+    "tests/training/test_recipe.py",
+    "tests/training/test_run.py",
+    "tests/export/test_lora.py",
+)
+
+
+def main() -> int:
+    """Print what was run; exit code 1 where a test failed."""
+    usual = version_of(ROOT / ".venv" / "bin" / "python")
+    failed = []
+    for version in VERSIONS:
+        if version == usual:
+            continue
+        interpreter = find(version)
+        if interpreter is None:
+            print(f"interpreters: no Python {version} on this machine, and none can be downloaded; it was not tried")
+            continue
+        print(f"interpreters: Python {version}, {interpreter}", flush=True)
+        words = [f"VENV=.venv-{version}", f"PYTHON={interpreter}", f"PYTEST={' '.join(TESTS)}"]
+        make = shutil.which("make") or "make"
+        if subprocess.run([make, "-C", str(ROOT), "test", *words], check=False).returncode:
+            failed.append(version)
+    if failed:
+        print(f"interpreters: tests failed on Python {', '.join(failed)}")
+    return int(bool(failed))
+
+
+def find(version: str) -> str | None:
+    """A working interpreter of a version, downloaded where it must be."""
+    found = next((path for path in candidates(version) if version_of(path) == version), None)
+    if found is None and uv("python", "install", version).returncode == 0:
+        found = next((path for path in candidates(version) if version_of(path) == version), None)
+    return found
+
+
+def candidates(version: str) -> Iterator[str]:
+    """Where a version may lie: as PATH has it, as pyenv keeps it, as uv does."""
+    yield f"python{version}"
+    yield from map(str, sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python")))
+    yield uv("python", "find", "--no-python-downloads", version).stdout.strip()
+
+
+def version_of(python: str | Path) -> str | None:
+    """The version of an interpreter, such as 3.12; None where it does not work or cannot make environments."""
+    ask = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
+    try:
+        done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    said = done.stdout.strip()
+    return said if done.returncode == 0 and re.fullmatch(r"3\.\d+", said) else None
+
+
+def uv(*words: str) -> subprocess.CompletedProcess[str]:
+    """What uv says; it is installed beside the interpreter that runs this."""
+    return subprocess.run(
+        [str(Path(sys.executable).with_name("uv")), *words], capture_output=True, text=True, check=False
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

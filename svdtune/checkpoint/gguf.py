@@ -1,0 +1,58 @@
+"""A GGUF file as a Transformers model: Transformers maps names and layout, the package gguf dequantizes tensors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from svdtune.checkpoint.architecture import build_model, check_depth
+from svdtune.errors import SvdtuneError
+from svdtune.system import is_out_of_memory
+
+
+def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tensor]]]:
+    """The model on the meta device, and a reader by parameter name for each that the file holds.
+
+    Raises:
+        SvdtuneError: the package gguf is not installed, or the file is damaged.
+    """
+    try:
+        from gguf import GGUFReader, dequantize
+    except ImportError as error:
+        raise SvdtuneError(f"reading {path.name} needs the package gguf: pip install 'svdtune[gguf]'") from error
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    with _explain_damage(path):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        reader = GGUFReader(path)
+        check_depth(config, len(reader.tensors))
+        model = build_model(config)
+        architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        names = get_gguf_hf_weights_map(model, processor)
+
+    def read(tensor) -> Tensor:
+        with _explain_damage(path):
+            weights = dequantize(tensor.data, tensor.tensor_type)
+            processed = processor.process(
+                weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={}
+            )
+            return torch.from_numpy(processed.weights.copy())
+
+    stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+    return model, {name: lambda tensor=tensor: read(tensor) for name, tensor in stored.items()}
+
+
+@contextmanager
+def _explain_damage(path: Path) -> Iterator[None]:
+    """A damaged GGUF file comes out as any of a dozen types of error, struct's and huggingface_hub's among them."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, SvdtuneError):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {reason:.200}; download it again") from error

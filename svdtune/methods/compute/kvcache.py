@@ -1,0 +1,30 @@
+"""The key-value cache that a pass of a model extends, found by what it is.
+
+What a model's forward calls the argument depends on the release of transformers.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import DynamicCache, EncoderDecoderCache
+
+
+def growing_cache(arguments: Iterable[Any]) -> DynamicCache | None:
+    """The cache among a forward's arguments that grows by the tokens of each pass, or None.
+
+    An encoder-decoder model's is the one of its decoder's self-attention. A static cache is left out:
+    it keeps its length on the device, and asking for it would wait for the device.
+    """
+    for argument in arguments:
+        cache = argument.self_attention_cache if isinstance(argument, EncoderDecoderCache) else argument
+        if isinstance(cache, DynamicCache):
+            return cache
+    return None
+
+
+def is_empty(cache: DynamicCache) -> bool:
+    """Whether a cache holds nothing yet, or nothing any more after its reset."""
+    try:
+        return cache.get_seq_length() == 0
+    except ValueError:  # recurrent states alone (Mamba), which have no length
+        return not cache.has_previous_state()

@@ -1,0 +1,31 @@
+"""What a process does that cannot import svdtune: it runs adapters in PEFT as it comes."""
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+
+class Absent:
+    """The finder of a package that is not installed."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name.partition(".")[0] == "svdtune":
+            raise ModuleNotFoundError("svdtune is kept out of this process")
+
+
+def save_logits(folder: Path) -> None:
+    """Write lora.pt beside every `lora` folder: its logits over the base model in `base`."""
+    sys.meta_path.insert(0, Absent())
+    warnings.simplefilter("error", UserWarning)  # what PEFT says of weights that are missing or left over
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT sets it itself for Conv1D
+    tokens = torch.arange(1, 25).view(2, 12)
+    for lora in sorted(folder.glob("*/lora")):
+        base = AutoModelForCausalLM.from_pretrained(folder / "base")
+        model = PeftModel.from_pretrained(base, lora).eval()
+        with torch.no_grad():
+            torch.save(model(input_ids=tokens).logits, lora.parent / "lora.pt")
+    assert "svdtune" not in sys.modules

@@ -1,0 +1,104 @@
+"""No pair is formed twice in a generation, whatever a release calls the argument that holds the key-value cache."""
+
+import pytest
+import torch
+import transformers as tf
+from peft import get_peft_model
+from test_peft_verbs import TOKENS, adapted, layers
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache
+
+from svdtune import SorsaConfig
+from svdtune.methods.compute.kvcache import growing_cache, is_empty
+from svdtune.methods.compute.lowrank import stacked
+
+WAYS = {
+    "by place": lambda cache: ((cache,), {}),
+    "past_key_values": lambda cache: ((), {"past_key_values": cache}),
+    "cache": lambda cache: ((), {"cache": cache}),
+    "a name of no release": lambda cache: ((), {"use_cache": True, "memory": cache}),
+}
+SIZES = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+class Keys(nn.Module):
+    """A layer whose output goes into the cache among the arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.k = nn.Linear(6, 4)
+
+    def forward(self, x, *places, **names):
+        (cache,) = [given for given in (*places, *names.values()) if isinstance(given, Cache)]
+        keys = self.k(x)[:, None]
+        return cache.update(keys, keys, 0)[0]
+
+
+@pytest.fixture
+def formed(monkeypatch):
+    """One entry for each pair that was formed."""
+    found = []
+    monkeypatch.setattr("svdtune.methods.compute.together.stacked", lambda *a: found.append(1) or stacked(*a))
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_pair_is_formed_once_whatever_the_cache_is_called(way, formed):
+    torch.manual_seed(0)
+    model = get_peft_model(Keys(), SorsaConfig(r=2, target_modules=["k"])).eval()
+    places, names = WAYS[way](DynamicCache())
+    with torch.no_grad():
+        for tokens in (3, 1, 1):
+            keys = model(torch.randn(2, tokens, 6), *places, **names)
+    assert keys.shape == (2, 1, 5, 4)
+    assert len(formed) == 1
+
+
+def decoder():
+    return adapted("sorsa", moved=0.1)
+
+
+def encoder_and_decoder():
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 2}
+    base = tf.T5ForConditionalGeneration(tf.T5Config(**SIZES | sizes)).eval()
+    return get_peft_model(base, SorsaConfig(r=2, target_modules=["q", "v"]))
+
+
+def recurrent():
+    base = tf.MambaForCausalLM(tf.MambaConfig(**SIZES, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    return get_peft_model(base, SorsaConfig(r=2, target_modules=["in_proj", "x_proj"]))
+
+
+@pytest.mark.parametrize("make", [decoder, encoder_and_decoder, recurrent])
+def test_generating_is_the_same_with_kept_pairs(make, formed):
+    """Each pair is formed once, under an encoder too, and in a model of states if the release caches those in a `Cache`."""
+    torch.manual_seed(0)
+    model = make()
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
+    settings |= {"output_logits": True, "return_dict_in_generate": True}
+    model.base_model.together.enabled = False
+    want = model.generate(input_ids=TOKENS[:1, :4], **settings)
+    model.base_model.together.enabled = None
+    formed.clear()
+    got = model.generate(input_ids=TOKENS[:1, :4], **settings)
+    assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
+    if growing_cache(got.values()) is not None:
+        encoder = layers(model.get_encoder()) if make is encoder_and_decoder else []  # called once, by itself
+        assert len(formed) == len(layers(model)) - len(encoder)
+    else:
+        assert make is recurrent
+
+
+def test_which_caches_grow():
+    cache, config = DynamicCache(), adapted("sorsa").config
+    pair = EncoderDecoderCache(cache, DynamicCache())
+    assert growing_cache([TOKENS, None, cache]) is cache
+    assert growing_cache([pair]) is cache
+    assert growing_cache([]) is None
+    assert growing_cache([TOKENS, None, 3, StaticCache(config=config, max_cache_len=8)]) is None
+    assert is_empty(cache)
+    cache.update(torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), 0)
+    assert not is_empty(cache)
+    cache.reset()
+    assert is_empty(cache) == (cache.get_seq_length() == 0)  # some releases keep a length of zeros, to go on from
