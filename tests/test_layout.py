@@ -1,6 +1,7 @@
 """Imports point one way: a package may import only from those before it in the order that data flows."""
 
 import ast
+import re
 from pathlib import Path
 
 import svdtune
@@ -9,13 +10,13 @@ ROOT = Path(svdtune.__file__).parent
 ORDER = [
     "_version",
     "errors",
+    "registry",
     "system",
     "processes",
     "linalg",
     "spectra",
     "checkpoint",
     "methods",
-    "baselines",
     "planning",
     "models",
     "data",
@@ -24,22 +25,24 @@ ORDER = [
     "evaluation",
     "analysis",
     "report",
-    "study",
     "cli",
+    "lab",
 ]
+LAB_ORDER = ["gates", "baselines", "sandbox", "nlg", "data", "tasks", "harness", "study", "cli"]
+DOOR = "registry.py"
 
 
-def imported(path: Path) -> set[str]:
-    """The packages of svdtune that a file imports, wherever in the file."""
+def imported(path: Path, package: str = "svdtune") -> set[str]:
+    """The parts of a package that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write svdtune.…"
-            names = (
-                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "svdtune" else [node.module]
-            )
-        found |= {name.split(".")[1] for name in names if name and name.startswith("svdtune.")}
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == package else [node.module]
+        found |= {
+            name.removeprefix(f"{package}.").split(".")[0] for name in names if name and name.startswith(f"{package}.")
+        }
     return found
 
 
@@ -57,6 +60,34 @@ def test_imports_point_back_up_the_order():
         allowed = set(ORDER[: ORDER.index(package) + 1])
         wrong += [f"{path.relative_to(ROOT)} imports svdtune.{name}" for name in sorted(imported(path) - allowed)]
     assert not wrong
+
+
+def test_imports_inside_the_laboratory_point_back_up_its_order():
+    lab = ROOT / "lab"
+    assert {path.stem for path in lab.iterdir() if path.suffix == ".py" or path.is_dir()} - {
+        "__init__",
+        "__pycache__",
+    } == {*LAB_ORDER}
+    wrong = []
+    for path in sorted(lab.rglob("*.py")):
+        part = path.relative_to(lab).parts[0].removesuffix(".py")
+        if part != "__init__":
+            allowed = set(LAB_ORDER[: LAB_ORDER.index(part) + 1])
+            wrong += [
+                f"{path.relative_to(lab)} imports {name}" for name in sorted(imported(path, "svdtune.lab") - allowed)
+            ]
+    assert not wrong
+
+
+def test_nothing_but_the_door_names_the_laboratory():
+    core = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
+    named = {
+        name
+        for name, text in core.items()
+        if not name.startswith("lab/")
+        and re.search(r"svdtune[./]lab\b|from svdtune import .*\blab\b|['\"]lab['\"]", text)
+    }
+    assert named == {DOOR}
 
 
 def test_the_references_are_imported_by_tests_and_benchmarks_alone():

@@ -25,12 +25,12 @@ from svdtune.checkpoint.names import match_names
 from svdtune.checkpoint.tensors import Stored
 from svdtune.checkpoint.writer import TensorWriter
 from svdtune.cli import app
-from svdtune.data import gsm_symbolic
 from svdtune.data.catalogue import scored
 from svdtune.evaluation import vllm
 from svdtune.evaluation.decoding import Decoding
 from svdtune.export import merge_checkpoint
 from svdtune.export.source import attach_adapter
+from svdtune.lab.data import gsm_symbolic
 from svdtune.linalg import Spectrum, rank_at_threshold, spectrum, top_factors
 from svdtune.methods import injection
 from svdtune.methods.files.adapter import read_adapter
@@ -45,8 +45,8 @@ ROOT, TESTS = Path(svdtune.__file__).parent, Path(__file__).parent
 WORDS = 3
 # Nothing short of a broken machine or another system brings these forth.
 OUT_OF_REACH = {
-    "evaluation/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
-    "evaluation/sandbox/supervise.py": "a system without Landlock and seccomp",
+    "lab/nlg/java.py": "a Java that fails, or a pycocoevalcap that lacks files",
+    "lab/sandbox/supervise.py": "a system without Landlock and seccomp",
     "export/source.py": "a hub that refuses",
     "training/trainer.py": "FSDP",
     "methods/sorsa/zero.py": "DeepSpeed",
@@ -174,7 +174,7 @@ def test_folders(call, message: str, tmp_path: Path) -> None:
         call(tmp_path)
 
 
-def test_plans(tiny_folder: Path, tmp_path: Path) -> None:
+def test_plans(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(tiny_folder)
     with pytest.raises(
         SvdtuneError, match=r"r = 99 is larger than layer 'model\S+' \[32, 32\] allows; its rank is at most 32"
@@ -182,7 +182,7 @@ def test_plans(tiny_folder: Path, tmp_path: Path) -> None:
         plan(checkpoint, svdtune.SorsaConfig(r=99))
     with pytest.raises(SvdtuneError, match=r"ranks\.txt is no chart; end it in \.svg, \.png or \.pdf"):
         draw(plan(checkpoint, svdtune.SorsaConfig(r=2)), tmp_path / "ranks.txt")
-    checkpoint.model.config.model_type = "unheard_of"
+    monkeypatch.setattr(type(checkpoint.model.config), "model_type", "unheard_of")
     with pytest.raises(SvdtuneError, match="knows no default target_modules for 'unheard_of'; name them, or use"):
         plan(checkpoint, svdtune.SaraConfig(r=2))
 

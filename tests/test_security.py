@@ -11,7 +11,7 @@ import svdtune
 
 ROOT = Path(svdtune.__file__).parent
 # The one place that runs programs: HumanEval's sandbox, inside a process that can reach nothing.
-RUNS_PROGRAMS = {"evaluation/sandbox/inside/__main__.py"}
+RUNS_PROGRAMS = {"lab/sandbox/inside/__main__.py"}
 SERIALIZERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 FORBIDDEN = {
     "eval": "runs a text",

@@ -1,8 +1,9 @@
 """The command line: one file a verb, imported only when its verb is called.
 
-A verb is a name in VERBS and a module `svdtune/cli/<verb>.py` with an `app`, a `typer.Typer`: of one command, whose
-docstring is the verb's help, or of several. Other modules in the folder are helpers. `svdtune --help` imports all verbs for
-the first lines of their help, so what only the work itself needs (torch, transformers) is imported inside the command.
+A verb is a name in VERBS and a module, `svdtune/cli/<verb>.py`, with an `app`, a `typer.Typer`: of one command, whose
+docstring is the verb's help, or of several. Other modules in the folder are helpers. The laboratory adds verbs of its own.
+`svdtune --help` imports all verbs for the first lines of their help, so what only the work itself needs (torch,
+transformers) is imported inside the command.
 
 Errors: a word that is not UTF-8 is refused before any verb sees it. A `SvdtuneError` is printed as one message, exit code 2. A
 `KeyboardInterrupt` prints its own text, which may say how to go on, exit code 130. A full disk or memory that nothing nearer
@@ -11,7 +12,6 @@ explained is one sentence too, exit code 2. Anything else is a fault of svdtune 
 
 import importlib
 import os
-import pkgutil
 import signal
 import sys
 import warnings
@@ -22,10 +22,11 @@ from typer.core import TyperGroup
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
+from svdtune.registry import Registry, lab_note
 from svdtune.system import last_resort
 
 # In the order of use, which is the order in the help.
-VERBS = (
+_OWN = (
     "demo",
     "plan",
     "init",
@@ -38,15 +39,14 @@ VERBS = (
     "export",
     "combine",
     "report",
-    "study",
     "cache",
 )
+VERBS: Registry[str] = Registry("cli", {verb: f"svdtune.cli.{verb}" for verb in _OWN})
 
 
 def verbs() -> list[str]:
     """The verbs that there are."""
-    present = {module.name for module in pkgutil.iter_modules(__path__)}
-    return [verb for verb in VERBS if verb in present]
+    return list(VERBS)
 
 
 class _Interrupt:
@@ -67,16 +67,18 @@ _interrupt = _Interrupt()
 
 
 class _Verbs(TyperGroup):
-    """A group that finds its commands in the folder, and turns user errors into one line."""
+    """A group that finds its commands in VERBS, and turns user errors into one line."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return verbs()
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in verbs():
+        if cmd_name not in VERBS:
+            if note := lab_note():  # else Typer says it, and what comes near
+                raise SvdtuneError(f"there is no verb {cmd_name!r}; there are {', '.join(VERBS)}{note}")
             return None
         if cmd_name not in self.commands:
-            command = typer.main.get_command(importlib.import_module(f"svdtune.cli.{cmd_name}").app)
+            command = typer.main.get_command(importlib.import_module(VERBS[cmd_name]).app)
             command.name = cmd_name
             self.commands[cmd_name] = command
         return self.commands[cmd_name]

@@ -44,8 +44,11 @@ def check(
 def list_() -> None:
     """List the papers' data sets: their splits, where each was found, and how to get those that are missing."""
     from svdtune.data.catalogue import CATALOGUE, GROUPS, data_folder
+    from svdtune.registry import lab_note
 
     typer.echo(f"data folder: {data_folder()} (SVDTUNE_DATA names another)")
+    if not CATALOGUE:
+        typer.echo(f"no data set is known by name{lab_note()}")
     for dataset in CATALOGUE.values():
         found = {split: dataset.find(split) for split in dataset.files}
         missing = f"from the hub ({dataset.hub[0]})" if dataset.hub else f"missing: {dataset.where}"

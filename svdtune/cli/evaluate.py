@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from svdtune.models import LoadedModel
 
 app = typer.Typer()
-HARNESS = "lm-eval:"
 
 
 class EngineName(StrEnum):
@@ -43,8 +42,8 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            help="How to grade: number, letter, choice, gsm8k, math, humaneval, e2e, e2e_bleu, exact; or lm-eval:NAME,... "
-            "Default: as the data set asks for, or number."
+            help="How to grade: number, letter, choice, exact; of the papers gsm8k, math, humaneval, e2e, e2e_bleu; or "
+            "lm-eval:NAME,... Default: as the data set asks for, or number."
         ),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder to put on a model.")] = None,
@@ -100,12 +99,14 @@ def evaluate(
     from svdtune.evaluation import Decoding
     from svdtune.evaluation.questions import decoding_of, output_folder, prepare, sets_to_ask
     from svdtune.evaluation.score_table import add_scores
+    from svdtune.evaluation.tasks import HARNESSES
     from svdtune.export import find_source
 
     found = find_source(source, adapter)
-    if task and task.startswith(HARNESS):
-        folder = output or output_folder(found.run, source, "lm-eval", task.removeprefix(HARNESS).replace(",", "-"))
-        typer.echo(_run_harness(found, task.removeprefix(HARNESS), folder, batch_size, limit, dtype, device))
+    harness, _, harness_tasks = (task or "").partition(":")
+    if harness_tasks and harness in HARNESSES:
+        folder = output or output_folder(found.run, source, harness, harness_tasks.replace(",", "-"))
+        typer.echo(_run_harness(harness, found, harness_tasks.split(","), folder, batch_size, limit, dtype, device))
         return
     # Greedy, or as the recipe of a run decodes.
     own = decoding_of(found.recipe)
@@ -179,21 +180,22 @@ def _opened(
 
 
 def _run_harness(
+    harness: str,
     source: "Source",
-    tasks: str,
+    tasks: list[str],
     output: Path,
     batch_size: int,
     limit: int | None,
     dtype: str | None,
     device: str | None,
 ) -> str:
-    """Run tasks of lm-evaluation-harness; what the terminal shows of them."""
+    """Run tasks of a harness such as lm-eval; what the terminal shows of them."""
     from svdtune.cli.options import placement
-    from svdtune.evaluation.harness import run_harness
+    from svdtune.evaluation.tasks import HARNESSES
     from svdtune.export import open_source
 
     loaded = open_source(source, **placement(dtype, device))
-    table = run_harness(loaded, tasks.split(","), output, batch_size=batch_size, limit=limit)
+    table = HARNESSES[harness](loaded, tasks, output, batch_size=batch_size, limit=limit)
     return f"{table}\nall of it: {output / 'results.json'}"
 
 

@@ -11,8 +11,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.examples import Example
-from svdtune.data.prompts import TEMPLATES
+from svdtune.data.prompts import TEMPLATES, template_names
 from svdtune.errors import SvdtuneError
+from svdtune.registry import lab_note
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 PLAIN, CHAT = "plain", "chat"
@@ -26,7 +27,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
         example: messages always go through the chat template.
         tokenizer: with a chat template if that is asked for.
         template: "plain" (the prompt as it is), "chat" (as the user's message in the tokenizer's chat template), a name in
-            `svdtune.data.prompts`, or a text with "{prompt}" in it, and perhaps "{eos}" for the end token.
+            `svdtune.data.prompts.TEMPLATES`, or a text with "{prompt}" in it, and perhaps "{eos}" for the end token.
 
     Raises:
         SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template has no "{prompt}".
@@ -42,7 +43,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
     form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
     if "{prompt}" not in form:
         raise SvdtuneError(
-            f"the template {template!r} has no {{prompt}} in it; expected such a text, plain, chat or {', '.join(TEMPLATES)}"
+            f"the template {template!r} has no {{prompt}} in it; expected such a text, or one of "
+            f"{', '.join(template_names())}{lab_note()}"
         )
     text = form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt)
     ids = tokenizer.encode(text)

@@ -1,18 +1,19 @@
-"""Rows by the name of their source: a file, an offline generator, a data set of the papers, or one on the hub."""
+"""Rows by the name of their source: a file, an offline generator, a data set that is known by name, or one on the hub."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from svdtune.data import arithmetic, gsm_symbolic
+from svdtune.data import arithmetic
 from svdtune.data.catalogue import CATALOGUE, data_folder
 from svdtune.data.examples import check_fields
 from svdtune.data.files import FILES, kind, read_file
 from svdtune.errors import SvdtuneError
+from svdtune.registry import Registry
 
 Rows = list[dict[str, Any]]
 
-GENERATORS = {"arithmetic": arithmetic.rows, "gsm_symbolic": gsm_symbolic.rows}
+GENERATORS: Registry[Callable[[str, int, int], Rows]] = Registry("data", {"arithmetic": arithmetic.rows})
 _GENERATED = 1000  # rows of a generator when no limit is given
 
 
@@ -29,8 +30,7 @@ def read_rows(
 
     Args:
         source: a path ending in .json, .jsonl, .csv, .parquet or .txt (.gz may follow), the name of an offline generator
-            ("arithmetic", "gsm_symbolic") or of a data set of the papers ("svamp"; see `svdtune.data.catalogue`), or a
-            data set's name on the hub.
+            ("arithmetic") or of a data set in `svdtune.data.catalogue`, or a data set's name on the hub.
         split: of anything but a file, "train" by default; files have none.
         config: the configuration of a hub data set ("main" of openai/gsm8k).
         limit: how many rows; a generator makes 1000 by default.
@@ -83,7 +83,7 @@ def _read_hub(name: str, config: str | None, split: str) -> Rows:
         import datasets
     except ImportError as error:
         raise SvdtuneError(
-            f"{name!r} is no file and no generator ({', '.join(GENERATORS)}); "
+            f"{name!r} is no file and no generator ({GENERATORS.listed()}); "
             f"if it is a data set's name on the hub: pip install 'svdtune[hub]'"
         ) from error
     try:
@@ -91,5 +91,5 @@ def _read_hub(name: str, config: str | None, split: str) -> Rows:
     except Exception as error:  # datasets raises a dozen unrelated types, some of them not its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SvdtuneError(
-            f"{name!r} is no file, no generator ({', '.join(GENERATORS)}), and could not be loaded from the hub: {reason}"
+            f"{name!r} is no file, no generator ({GENERATORS.listed()}), and could not be loaded from the hub: {reason}"
         ) from error

@@ -150,6 +150,8 @@ def prepare(
     max_new_tokens: int | None = None,
 ) -> Asked:
     """Read a data set, before the model: what is wrong with it shows at once."""
+    if task is not None:
+        get_task(task)
     rows = held_out(recipe, name, split, config, limit, task)
     form = form_of(rows.source, recipe, task, prompt, answer, template, max_new_tokens)
     examples = to_examples(read_rows(**rows.model_dump()), form.prompt, form.completion, source=rows.source)

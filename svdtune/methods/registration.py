@@ -7,11 +7,12 @@ the enum. Should a PEFT release bring a method of the same name, PEFT's own stay
 import warnings
 
 from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from svdtune.errors import SvdtuneWarning
+from svdtune.registry import load
 
 
 def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
@@ -35,6 +36,19 @@ def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
     else:
         extend_enum(member)
     register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls, prefix=tuner_cls.prefix)
+
+
+def config_class(peft_type: str) -> type[PeftConfig] | None:
+    """The configuration class of a method, PEFT's, ours or the laboratory's, by its name in `PeftType`; None without one."""
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        load("baselines")
+    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+
+
+def peft_types() -> list[str]:
+    """Every name that `config_class` knows."""
+    load("baselines")
+    return [member.value for member in PEFT_TYPE_TO_CONFIG_MAPPING]
 
 
 def extend_enum(name: str) -> None:

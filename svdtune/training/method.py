@@ -1,6 +1,6 @@
 """The method of a recipe: its PEFT configuration, checked field by field, and the model adapted with it.
 
-Every method of PEFT, with SARA, Mo-SARA, SORSA and the baselines that svdtune adds to it, takes this one path.
+Every method of PEFT, with SARA, Mo-SARA, SORSA and the baselines that the laboratory adds to it, takes this one path.
 """
 
 import difflib
@@ -10,16 +10,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
-import svdtune.baselines
-import svdtune.methods  # noqa: F401  both register their methods with PEFT
 from svdtune.errors import SvdtuneError
+from svdtune.methods import registration
 from svdtune.methods.injection import check_targets, inject
 from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
+from svdtune.registry import lab_note
 from svdtune.training.problems import Problem, unknown
 
 FULL = "full"
@@ -28,7 +27,7 @@ _ANY_STEPS = 10**9  # while a run's length is not known
 
 def method_names() -> list[str]:
     """Every method a recipe may name."""
-    return ["sara", "mosara", "sorsa", FULL, *sorted({m.value.lower() for m in PEFT_TYPE_TO_CONFIG_MAPPING})]
+    return ["sara", "mosara", "sorsa", FULL, *sorted(name.lower() for name in registration.peft_types())]
 
 
 def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
@@ -41,7 +40,7 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
     if cls is None:
         near = difflib.get_close_matches(name.lower(), method_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(dict.fromkeys(method_names()))}"
-        yield Problem("method.name", f"{name!r} is no method{hint}")
+        yield Problem("method.name", f"{name!r} is no method{lab_note()}{hint}")
         return
     hints = typing.get_type_hints(cls)
     known = [field.name for field in settings(cls)]
@@ -69,7 +68,7 @@ def build_config(name: str, options: dict[str, Any]) -> PeftConfig:
     """The PEFT configuration of a method whose settings were checked."""
     cls = config_class(name)
     if cls is None:
-        raise SvdtuneError(f"{name!r} is no PEFT method; there are {', '.join(method_names())}")
+        raise SvdtuneError(f"{name!r} is no PEFT method; there are {', '.join(method_names())}{lab_note()}")
     try:
         return cls(**{"task_type": "CAUSAL_LM", **with_steps(name, options, _ANY_STEPS)})
     except SvdtuneError:
@@ -103,7 +102,7 @@ def adapt(model: PreTrainedModel, name: str, options: dict[str, Any]) -> PreTrai
 
 def config_class(name: str) -> type[PeftConfig] | None:
     """The configuration class of a method of PEFT; None where there is no such method."""
-    return {m.value.lower(): cls for m, cls in PEFT_TYPE_TO_CONFIG_MAPPING.items()}.get(name)
+    return registration.config_class(name.upper()) if name == name.lower() else None
 
 
 def _type_error(hint: Any, value: Any) -> str | None:

@@ -13,8 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 
 from svdtune.data.catalogue import scored
-from svdtune.data.prompts import TEMPLATES, is_template
+from svdtune.data.prompts import is_template, template_names
 from svdtune.errors import SvdtuneError
+from svdtune.registry import lab_note
 from svdtune.training.inheritance import read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
@@ -50,7 +51,7 @@ class MethodSection(BaseModel):
 class DataSource(_Section):
     """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for `{source: text}`."""
 
-    source: str = Field(min_length=1, description="File, hub name, or generator (arithmetic, gsm_symbolic).")
+    source: str = Field(min_length=1, description="File, hub name, generator (arithmetic) or data set of the papers.")
     split: str | None = Field(None, description="Split of a generator or hub data set.")
     config: str | None = Field(None, description="Configuration of a hub data set.")
     limit: int | None = Field(None, ge=1, description="Use only so many rows.")
@@ -88,8 +89,8 @@ class Data(_Section):
 
 def _check_template(template: str) -> str:
     if not is_template(template):
-        names = ", ".join(TEMPLATES)
-        raise ValueError(f"expected plain, chat, {names}, or a text with {{prompt}} in it; got {template!r}")
+        names = ", ".join(template_names())
+        raise ValueError(f"expected {names}, or a text with {{prompt}} in it; got {template!r}{lab_note()}")
     return template
 
 

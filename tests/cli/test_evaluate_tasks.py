@@ -13,7 +13,8 @@ from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Interval, Metric, TransformersEngine, vllm
 from svdtune.evaluation.decoding import Completion
-from svdtune.evaluation.sandbox import missing_protections
+from svdtune.evaluation.tasks import HARNESSES
+from svdtune.lab.sandbox import missing_protections
 from svdtune.models import LoadedModel, load
 
 PROBLEMS = [
@@ -110,8 +111,8 @@ def test_e2e(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         scored.append((outputs, references))
         return {"BLEU": Metric(0.5, Interval(0.25, 0.75))}
 
-    monkeypatch.setattr("svdtune.evaluation.tasks.e2e.require_java", lambda: None)
-    monkeypatch.setattr("svdtune.evaluation.tasks.e2e.e2e_metrics", metrics)
+    monkeypatch.setattr("svdtune.lab.tasks.e2e.require_java", lambda: None)
+    monkeypatch.setattr("svdtune.lab.tasks.e2e.e2e_metrics", metrics)
     answers(
         monkeypatch, lambda prompt: " There is a pub called Aromi .\n\nMore ." if "Aromi" in prompt else " By a river ."
     )
@@ -134,7 +135,7 @@ def test_e2e_without_java_says_so_before_anything_is_generated(
     def missing() -> None:
         raise SvdtuneError("METEOR, ROUGE-L and CIDEr need Java")
 
-    monkeypatch.setattr("svdtune.evaluation.tasks.e2e.require_java", missing)
+    monkeypatch.setattr("svdtune.lab.tasks.e2e.require_java", missing)
     answers(monkeypatch, lambda prompt: pytest.fail("something was generated"))
     result = svdtune(tiny_folder, "--task", "e2e", "--device", "cpu")
     assert result.exit_code == 2
@@ -173,7 +174,7 @@ def test_lm_eval_runs_its_own_tasks(tiny_folder: Path, monkeypatch: pytest.Monke
         asked.append((loaded.name, tasks, output, options))
         return "a table"
 
-    monkeypatch.setattr("svdtune.evaluation.harness.run_harness", run_harness)
+    monkeypatch.setattr(HARNESSES, "_things", {"lm-eval": run_harness})
     result = svdtune(tiny_folder, "--task", "lm-eval:arc_easy,piqa", "--limit", "3", "--device", "cpu")
     assert result.exit_code == 0, result.output
     folder = Path("runs/evaluations/tiny-lm-eval-arc_easy-piqa")

@@ -43,7 +43,7 @@ def test_bytes_that_are_no_text(verb: str, words: list[str]) -> None:
     ("file", "before", "after"),
     [
         ("config.json", '"model_type"', '"model_typo"'),
-        ("config.json", '"eos_token_id": 0', '"eos_token_id": "x"'),
+        ("config.json", '"hidden_size": 32', '"hidden_size": "x"'),
         ("config.json", "{", "["),
         ("tokenizer.json", '"ByteLevel"', '"BiteLevel"'),
     ],

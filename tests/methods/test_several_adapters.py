@@ -168,11 +168,9 @@ class TestWherePeftKnowsAFixedList:
 def test_a_peft_that_transformers_refuses(monkeypatch):
     """Transformers 5.24 asked for a PEFT that was not there yet, for PEFT's own methods too."""
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "1000")
-    with pytest.raises(
-        SvdtuneError, match=r"use a version >= 1000\. .*`peft.get_peft_model\(model, config\)` adds the same"
-    ):
+    with pytest.raises(SvdtuneError, match=r"use a version .* 1000\. .*`peft.get_peft_model\(model, config\)`"):
         base().add_adapter(sorsa())
-    with pytest.raises(ValueError, match=r"use a version >= 1000$") as caught:
+    with pytest.raises(ValueError, match=r"use a version .* 1000$") as caught:
         base().add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
     assert not isinstance(caught.value, SvdtuneError)
     assert logits(get_peft_model(base(), sorsa())).isfinite().all()

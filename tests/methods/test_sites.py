@@ -43,7 +43,7 @@ VALUES = {
     "init": ["zero_v", "spectral"],
     "use_lambda": [False],
     "num_heads": [1, 3],
-    "gate": ["top1", "none"],
+    "gate": ["none"],
     "use_v": [False],
     "v_position": ["front"],
     "init_weights": [False],

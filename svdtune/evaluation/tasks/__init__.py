@@ -1,24 +1,27 @@
 """Task families, one file each: how a completion is graded against its reference.
 
-To add a family, write a file that builds its `Task`s and list them in `_TASKS` below; every command finds them by name.
+To add a family, write a file that builds its `Task`s and list them in `TASKS` below; every command finds them by name.
 """
+
+from collections.abc import Callable
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.choice import CHOICE, LETTER
-from svdtune.evaluation.tasks.e2e import E2E, E2E_BLEU
 from svdtune.evaluation.tasks.exact import EXACT
-from svdtune.evaluation.tasks.gsm8k import GSM8K
-from svdtune.evaluation.tasks.humaneval import HUMANEVAL
-from svdtune.evaluation.tasks.math import MATH
 from svdtune.evaluation.tasks.number import NUMBER
 from svdtune.evaluation.tasks.task import Grade, Grades, Reference, Task
+from svdtune.registry import Registry
 
-_TASKS = {task.name: task for task in (NUMBER, LETTER, CHOICE, GSM8K, MATH, HUMANEVAL, E2E, E2E_BLEU, EXACT)}
+TASKS: Registry[Task] = Registry("tasks", {task.name: task for task in (NUMBER, LETTER, CHOICE, EXACT)})
+
+# Collections of tasks that ask and grade by themselves, by the name in `--task NAME:TASK,...`: (model, names of tasks, folder,
+# batch_size=, limit=) → a table for the terminal.
+HARNESSES: Registry[Callable[..., str]] = Registry("harness")
 
 
 def task_names() -> list[str]:
     """Names that `get_task` knows, in the order they are listed in help texts."""
-    return list(_TASKS)
+    return list(TASKS)
 
 
 def get_task(name: str) -> Task:
@@ -27,9 +30,9 @@ def get_task(name: str) -> Task:
     Raises:
         SvdtuneError: If there is no such task; the message lists those there are.
     """
-    if name not in _TASKS:
-        raise SvdtuneError(f"there is no task {name!r}; choose one of: {', '.join(_TASKS)}")
-    return _TASKS[name]
+    if name not in TASKS:
+        raise SvdtuneError(f"there is no task {name!r}; choose one of: {TASKS.listed()}")
+    return TASKS[name]
 
 
 __all__ = ["Grade", "Grades", "Reference", "Task", "get_task", "task_names"]

@@ -6,7 +6,7 @@ from typing import Any
 
 import peft
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -16,6 +16,8 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.registration import config_class
+from svdtune.registry import lab_note
 from svdtune.system import read_json
 
 _ROOT = "base_model.model."
@@ -91,10 +93,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
         found = "that folder does not exist" if not folder.is_dir() else f"it has no {ADAPTER_CONFIG}"
         raise SvdtuneError(f"{folder} is not an adapter folder: {found}")
     settings = read_json(path)
-    if str(settings.get("peft_type")) not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if config_class(str(settings.get("peft_type"))) is None:
         raise SvdtuneError(
             f"{folder} holds an adapter of type {settings.get('peft_type')}, which PEFT {peft.__version__} does not know; "
-            f"upgrade PEFT, or see whether {path.name} is damaged"
+            f"upgrade PEFT, or see whether {path.name} is damaged{lab_note()}"
         )
     return settings
 
@@ -105,7 +107,8 @@ def read_config(folder: Path) -> PeftConfig:
     Raises:
         SvdtuneError: there is none, it is damaged, or PEFT does not know the method.
     """
-    cls = PEFT_TYPE_TO_CONFIG_MAPPING[str(read_settings(folder)["peft_type"])]
+    cls = config_class(str(read_settings(folder)["peft_type"]))
+    assert cls is not None
     try:
         return cls.from_pretrained(str(folder))
     except SvdtuneError:

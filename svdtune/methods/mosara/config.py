@@ -19,9 +19,8 @@ class MoSaraConfig(SvdConfig):
     Args:
         num_heads: parallel sets of singular values. One head has no router and merges into the weight exactly; several
             are mixed anew for each token and cannot be merged.
-        gate: "softmax" (the paper). As controls: "top1", the head with the largest weight alone, scaled by that weight (no
-            more than two heads are in use at a time, see `svdtune.methods.mosara.gates`); "none", the mean of the heads, which
-            has no router and merges exactly.
+        gate: "softmax" (the paper); "none", the mean of the heads, which has no router and merges exactly; or another that
+            is registered in `svdtune.methods.mosara.gates`, such as the laboratory's "top1".
         use_v: train the diagonal v, which starts at 0 (False: ablation, Table 4; the model then changes at step 0).
         v_position: "after" the up-projection (length out), or in "front" of the down-projection (length in; ablation).
         See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
@@ -31,7 +30,9 @@ class MoSaraConfig(SvdConfig):
     paper_slices: ClassVar[tuple[str, ...] | None] = ("q", "v")
 
     num_heads: int = field(default=5, metadata={"help": "Parallel sets of singular values."})
-    gate: str = field(default="softmax", metadata={"help": "How heads are mixed: softmax, top1 or none."})
+    gate: str = field(
+        default="softmax", metadata={"help": "How heads are mixed: softmax, none, or the laboratory's top1."}
+    )
     use_v: bool = field(default=True, metadata={"help": "Train the diagonal v."})
     v_position: str = field(default="after", metadata={"help": "Where v stands: after or front."})
 
@@ -42,7 +43,8 @@ class MoSaraConfig(SvdConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        yield from one_of("gate", self.gate, GATES)
+        if self.gate not in GATES:
+            yield f"`gate` must be one of {GATES.listed()}; got {self.gate!r}"
         yield from one_of("v_position", self.v_position, ("after", "front"))
         if isinstance(self.num_heads, bool) or not isinstance(self.num_heads, int) or self.num_heads < 1:
             yield f"`num_heads` must be a whole number of at least 1; got {self.num_heads!r}"

@@ -1,22 +1,34 @@
-"""Gates that the paper does not have, as controls for its softmax: top-1 routing, and none. PyTorch's own autograd throughout.
+"""Mo-SARA's gates: what weighs the heads of a token.
 
-"top1" keeps the head whose weight in Eq. 6 is the largest, with that weight, and drops the others. The weight is a softmax
-over all heads still, so that the router gets a gradient (Fedus et al., 2022, Switch Transformers, Eq. 2). Eq. 6 has rank
-one: its logits are a w₂ with one number a for each token, so the largest is where w₂ is largest if a > 0 and where it is
-smallest if a < 0. At any moment no more than these two heads are in use, whatever m is.
-
-"none" weighs every head 1 / m, which is what the softmax gives where the router tells nothing. The mean of the heads is one
-set of singular values, so there is no router, ΔW is a matrix, and it merges. (Their sum would only be another scale.)
+"softmax" is the paper's, Eq. 6. "none" weighs every head 1 / m, which is what the softmax gives where the router tells
+nothing. The mean of the heads is one set of singular values, so there is no router, ΔW is a matrix, and it merges. (Their
+sum would only be another scale.) Gates that are registered besides these two bring the code that computes with them.
 """
 
-import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from torch import Tensor
-from torch.nn import functional as F
 
-from svdtune.methods.compute.lowrank import compute_dtype, filled
-from svdtune.methods.mosara.math import projections
+from svdtune.registry import Registry
 
-GATES = ("softmax", "top1", "none")
+
+@dataclass(frozen=True)
+class Gate:
+    """A gate in the place of Eq. 6's softmax.
+
+    Attributes:
+        weights: what it makes of the softmax's weights [T, m] of every token.
+        linear: Eq. 5 with it; takes what `math.mosara_linear` takes, but for `V_ready`.
+        add: Eq. 5's second term with it, not in place; takes what `math.add_mosara` takes.
+    """
+
+    weights: Callable[[Tensor], Tensor]
+    linear: Callable[..., Tensor]
+    add: Callable[..., Tensor]
+
+
+GATES: Registry[Gate | None] = Registry("gates", {"softmax": None, "none": None})
 
 
 def has_router(num_heads: int, gate: str) -> bool:
@@ -27,51 +39,3 @@ def has_router(num_heads: int, gate: str) -> bool:
 def mean_head(lam: Tensor) -> Tensor:
     """λ [m, k] under no gate, as one head [1, k]."""
     return lam.mean(0, keepdim=True)
-
-
-def top1(weights: Tensor) -> Tensor:
-    """Of the weights [T, m] of every token, the largest; 0 for the others."""
-    values, heads = weights.max(1, keepdim=True)
-    return torch.zeros_like(weights).scatter(1, heads, values)
-
-
-def top1_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor,
-    w2: Tensor,
-    front: bool = False,
-    x_adapter: Tensor | None = None,
-) -> Tensor:
-    """Eq. 5 with a top-1 gate: x [..., in] → [..., out], as `math.mosara_linear`."""
-    dtype = compute_dtype(x)
-    y = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return add_top1(y, x if x_adapter is None else x_adapter, U, V, lam, v, w1, w2, front)
-
-
-def add_top1(
-    y: Tensor,
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor,
-    w2: Tensor,
-    front: bool = False,
-) -> Tensor:
-    """y [..., out] with Eq. 5's second term under a top-1 gate, not in place."""
-    dtype = compute_dtype(x)
-    flat = x.to(dtype).reshape(-1, x.shape[-1])
-    A, B = projections(U, V, v, front, dtype, None)
-    z = flat @ A
-    # Eq. 6 reads x V without v.
-    a = flat @ (V @ w1.to(V.dtype)).to(dtype) if front else z @ filled(w1[None], z.shape[1])[0].to(dtype)
-    gate = top1(torch.softmax(torch.outer(a.to(w2.dtype), w2), 1))
-    t = z * filled(gate @ lam.to(gate.dtype), z.shape[1]).to(dtype)
-    return y + (t @ B.mT).view(y.shape).to(y.dtype)

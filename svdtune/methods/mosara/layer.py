@@ -11,7 +11,7 @@ from svdtune.methods.compute.lowrank import compute_dtype
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.convolution import as_channels, expand, per_position, project
 from svdtune.methods.mosara.config import MoSaraConfig
-from svdtune.methods.mosara.gates import add_top1, mean_head, top1, top1_linear
+from svdtune.methods.mosara.gates import GATES, Gate, mean_head
 from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start, ready, scaled_rows
 
 
@@ -77,19 +77,21 @@ class MoSaraLinear(SvdLayer):
     def _gate(self, adapter: str) -> str:
         return self.configs[adapter].gate
 
-    def _takes_top1(self, adapter: str) -> bool:
+    def _other_gate(self, adapter: str) -> Gate | None:
+        """The gate where it is another than the paper's; None also where there is no router."""
         config = self.configs[adapter]
-        return config.gate == "top1" and config.has_router
+        return None if config.gate == "softmax" or not config.has_router else GATES[config.gate]
 
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
-        if self._takes_top1(adapter):
-            return top1_linear(x, weight, bias, *self._tensors(adapter), x_adapter)
+        if other := self._other_gate(adapter):
+            return other.linear(x, weight, bias, *self._tensors(adapter), x_adapter)
         return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, self._ready_V(x, adapter))
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        add = add_top1 if self._takes_top1(adapter) else add_mosara
+        other = self._other_gate(adapter)
+        add = other.add if other else add_mosara
         return add(y, x, *self._tensors(adapter))
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
@@ -106,8 +108,8 @@ class MoSaraLinear(SvdLayer):
         else:
             gate_input = rows @ w1.to(rows.dtype)
         gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
-        if self._takes_top1(adapter):
-            gate = top1(gate)
+        if other := self._other_gate(adapter):
+            gate = other.weights(gate)
         t = as_channels((rows * (gate @ lam).to(rows.dtype)).view(z.shape), positions)
         return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
 

@@ -1,5 +1,7 @@
 """Mo-SARA as the paper writes it, term by term, with autograd's own gradients. For tests alone."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,14 +23,15 @@ def mosara_linear(
     w1: Tensor | None,
     w2: Tensor | None,
     front: bool = False,
-    kind: str = "softmax",
+    changed: Callable[[Tensor], Tensor] = lambda g: g,
 ) -> Tensor:
-    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in `math.py`, `kind` is the gate."""
+    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in `math.py`.
+
+    Another gate is what it makes of the softmax's weights, `changed`.
+    """
     g = torch.full((len(x), len(lam)), 1 / len(lam), dtype=x.dtype) if w1 is None else gate(x, V, w1, w2)
-    if kind == "top1":
-        g = torch.stack([torch.where(row == row.max(), row, torch.zeros_like(row)) for row in g])
     rows = []
-    for token, weights in zip(x, g, strict=True):
+    for token, weights in zip(x, changed(g), strict=True):
         values = sum(weights[i] * torch.diag(lam[i]) for i in range(len(lam)))
         scaled = token if v is None or not front else token @ torch.diag(v)
         h = scaled @ V @ values @ U.mT

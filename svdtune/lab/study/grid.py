@@ -1,0 +1,244 @@
+"""The runs of a study: each cell (task, budget, arm) with its fitted method, its search, and its runs over the seeds."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from svdtune._version import __version__
+from svdtune.errors import SvdtuneError
+from svdtune.lab.study.budget import RULES, fit
+from svdtune.lab.study.counting import opened
+from svdtune.lab.study.spec import Arm, Settings, Study, Tune, arm_settings
+from svdtune.planning import parse_budget
+from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.inheritance import merge
+
+Phase = Literal["tune", "final"]
+_LONGEST = 160  # characters of a run's name before its key: file systems take 255 in all
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run, ready to be made.
+
+    Attributes:
+        arm, task, budget, phase, seed, learning_rate: its place in the study.
+        recipe: settings of its recipe, without output.
+        untrained: whether the base model is scored as it is.
+        heldout: (share, seed) of the training rows that the search holds out; None where the recipe has rows of its own.
+    """
+
+    arm: str
+    task: str
+    budget: int | None
+    phase: Phase
+    seed: int
+    learning_rate: float | None
+    recipe: Settings
+    untrained: bool = False
+    heldout: tuple[float, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """12 hex digits over all that decides the outcome: a run that another study has made is not made again."""
+        parts = [self.phase, self.recipe, self.untrained, self.heldout]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def cell(self) -> Settings:
+        """Its place in its study, which its key leaves open: other studies, or cells, may share the run."""
+        return {"arm": self.arm, "task": self.task, "budget": self.budget, "seed": self.seed}
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        budget = "" if self.budget is None else f"-{self.budget}"
+        text = f"{self.task}-{self.arm}{budget}-{self.phase}{rate}-seed{self.seed}"
+        return f"{file_name(text)[:_LONGEST]}-{self.key}"
+
+
+@dataclass
+class Cell:
+    """One arm on one task at one budget.
+
+    Attributes:
+        arm, task, budget: which.
+        spec: the arm.
+        recipe: its recipe's settings, the method fitted except for what a seed draws.
+        tune: how its learning rate is searched for; None where it is given.
+        candidates: the learning rates to try, ascending; grows where the search is extended.
+        like: the cell whose learning rate it takes.
+        method_of: the fitted method section for a seed.
+    """
+
+    arm: str
+    task: str
+    budget: int | None
+    spec: Arm
+    recipe: Settings
+    tune: Tune | None
+    candidates: list[float]
+    like: "Cell | None" = None
+    method_of: Callable[[int], Settings] = field(repr=False, default=lambda _: {})
+    extended: int = 0
+
+    @property
+    def searched(self) -> bool:
+        """Whether its learning rate is searched for."""
+        return self.tune is not None and len(self.candidates) > 1 and self.like is None
+
+    def search(self) -> list[Job]:
+        """The runs of the search; none where nothing is searched."""
+        return [self._job("tune", rate, self.tune.seed) for rate in self.candidates] if self.searched else []  # type: ignore[union-attr]
+
+    def finals(self, rate: float | None, seeds: list[int]) -> list[Job]:
+        """The runs that count, at the learning rate found; an untrained model has one."""
+        return [self._job("final", rate, seed) for seed in (seeds[:1] if self.spec.untrained else seeds)]
+
+    def choose(self, losses: dict[float, float | None]) -> float | None:
+        """The learning rate with the lowest held-out loss; None where every run failed or diverged."""
+        whole = {rate: loss for rate, loss in losses.items() if loss is not None}
+        return min(whole, key=lambda rate: whole[rate]) if whole else None
+
+    def extend(self, best: float | None) -> bool:
+        """Add a candidate beyond an end of the search where the best lies there; whether one was added."""
+        limit = self.tune.extend if self.tune else 0
+        if best is None or self.extended >= limit or best not in (self.candidates[0], self.candidates[-1]):
+            return False
+        first = best == self.candidates[0]
+        near = self.candidates[1] if first else self.candidates[-2]
+        beyond = _rounded(best * best / near, best)
+        self.candidates = [beyond, *self.candidates] if first else [*self.candidates, beyond]
+        self.extended += 1
+        return True
+
+    def _job(self, phase: Phase, rate: float | None, seed: int) -> Job:
+        if self.spec.untrained:
+            return Job(self.arm, self.task, self.budget, phase, seed, None, self.recipe, untrained=True)
+        training = {"seed": seed} if rate is None else {"seed": seed, "learning_rate": rate}
+        recipe = merge(self.recipe, {"training": training, "method": self.method_of(seed)})
+        heldout = None
+        if phase == "tune":
+            assert self.tune is not None
+            if recipe["data"].get("eval") is None:
+                heldout = (self.tune.share, self.tune.seed)
+            recipe.pop("evaluation", None)
+            recipe.pop("analysis", None)
+        elif "eval_steps" not in recipe["training"]:
+            # Rows for the search only.
+            recipe["data"] = {k: v for k, v in recipe["data"].items() if k != "eval"}
+        return Job(self.arm, self.task, self.budget, phase, seed, rate, recipe, heldout=heldout)
+
+
+class Fits:
+    """Methods fitted to budgets, kept in a file: fitting reads every weight of a model, and a second start need not.
+
+    Args:
+        path: the file; None for memory alone.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        try:
+            self._known = dict(json.loads(path.read_text(encoding="utf-8"))) if path else {}
+        except (OSError, ValueError, TypeError):
+            self._known = {}
+
+    def __call__(self, method: Settings, model: str, budget: int | None, ranks: str, seed: int) -> Settings:
+        """`fit(...).method`, from the file where it is there."""
+        key = json.dumps([__version__, RULES, method, model, budget, ranks, seed], sort_keys=True)
+        if key not in self._known:
+            self._known[key] = fit(method, model, budget, ranks, seed).method
+            if self.path is not None:
+                with explain_write_errors(self.path):
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    replace_text(self.path, json.dumps(self._known))
+        return self._known[key]
+
+
+def cells(study: Study, tasks: dict[str, Settings], fits: Fits | None = None) -> list[Cell]:
+    """Every cell of a study, its method fitted to the budget.
+
+    Args:
+        study: from `load_study`.
+        tasks: likewise, the recipes' settings.
+        fits: what was fitted before.
+
+    Raises:
+        SvdtuneError: a method cannot be fitted, or a model's weights cannot be read.
+    """
+    found = []
+    fits = fits or Fits()
+    for task, base in tasks.items():
+        here: dict[tuple[str, int | None], Cell] = {}
+        model = model_name(base)
+        for budget in [count_of(str(given), model) for given in study.budgets] or [None]:
+            for name, arm in study.arms.items():
+                size = budget if arm.budget and not arm.untrained else None
+                if (name, size) not in here:
+                    here[name, size] = _cell(study, task, name, arm, arm_settings(base, arm), size, fits)
+        for (_, size), cell in here.items():
+            if cell.spec.tuned_as is not None:
+                named = {other: found for (name, other), found in here.items() if name == cell.spec.tuned_as}
+                like = named.get(size) or named.get(None) or (next(iter(named.values())) if len(named) == 1 else None)
+                if like is None:
+                    raise SvdtuneError(
+                        f"the arm {cell.arm} is tuned as {cell.spec.tuned_as}, which has several budgets where this one has "
+                        "none: leave budget: false out there, or set it here"
+                    )
+                cell.like = like
+        found += here.values()
+    return found
+
+
+def _cell(study: Study, task: str, name: str, arm: Arm, recipe: Settings, budget: int | None, fits: Fits) -> Cell:
+    rate = recipe.get("training", {}).get("learning_rate")
+    given = arm.learning_rates or (study.tune.learning_rates if study.tune and not arm.untrained else [rate])
+    method_of = _fitted(recipe, arm, budget, fits, f"arm {name} on {task}")
+    return Cell(name, task, budget, arm, recipe, study.tune, sorted(given), method_of=method_of)
+
+
+def _fitted(recipe: Settings, arm: Arm, budget: int | None, fits: Fits, where: str) -> Callable[[int], Settings]:
+    """The method section by seed, of the size that the budget allows and with the ranks that the arm asks for."""
+    if arm.untrained or (budget is None and arm.ranks == "uniform"):
+        return lambda _: recipe["method"]
+
+    def by_seed(seed: int) -> Settings:
+        drawn = seed if arm.ranks == "random" else 0
+        try:
+            return fits(recipe["method"], model_name(recipe), budget, arm.ranks, drawn)
+        except SvdtuneError as error:
+            raise SvdtuneError(f"{where}: {error}") from error
+
+    by_seed(0)
+    return by_seed
+
+
+def _rounded(rate: float, best: float) -> float:
+    """The rate with as few digits as keep it on its side of the best."""
+    tried = (float(f"{rate:.{digits}g}") for digits in range(1, 17))
+    return next((found for found in tried if found != best and (found < best) == (rate < best)), rate)
+
+
+def count_of(budget: str, model: str) -> int:
+    """A budget in trained parameters; a share is one of the base model's own."""
+    share, count = parse_budget(budget)
+    if count is not None:
+        return count
+    assert share is not None
+    return round(share * sum(p.numel() for p in opened(model).model.parameters()))
+
+
+def file_name(text: str) -> str:
+    """The text without what is no part of a plain file name."""
+    return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text)
+
+
+def model_name(recipe: Settings) -> str:
+    model: Any = recipe["model"]
+    return model if isinstance(model, str) else model["name"]

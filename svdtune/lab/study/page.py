@@ -1,0 +1,162 @@
+"""A study's page in Markdown, made of its `results.json` alone: the same results give the same bytes.
+
+`python -m svdtune.lab.study.page docs/results/NAME` makes the page of one study again; a folder of such folders, all
+of theirs and the index. What the numbers say is written by hand, in `findings.md` beside the results, and taken over as
+it is.
+"""
+
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from svdtune.errors import SvdtuneError
+from svdtune.lab.study.arms import tables
+from svdtune.lab.study.index import write_index
+from svdtune.lab.study.markdown import block, code, escape, table
+from svdtune.lab.study.plots import write_figures
+from svdtune.lab.study.results import RESULTS, Results, Run, read_findings, read_results
+from svdtune.lab.study.table import all_sections, title
+from svdtune.system import explain_write_errors, replace_text
+
+PAGE = "README.md"
+_READING = """\
+Scores are means over the finished seeds ± their sample standard deviation; in parentheses Student's 95 % interval. The share is
+of all parameters, an adapter's frozen ones included: Mo-SARA keeps its singular vectors beside the weights.
+
+A difference to the baseline has two intervals, for two questions. *Over seeds* (paired t-test): would training again, with
+other seeds, say the same on these items? *Over items* (sign-flip permutation test of every item's mean over the seeds): would
+other items of the same kind say the same of these trained models? A difference between methods should hold in both. Each p is
+corrected for the arms of its table (Holm), intervals are not; a dash stands where there is nothing to compute from.
+
+The search tried every learning rate once, on held-out loss; in its table the chosen one is bold. Seconds are wall-clock time
+of training; runs may have shared a device, so they compare methods only roughly."""
+
+
+def write_page(results: Path, folder: Path) -> list[Path]:
+    """Write a study's page and figures.
+
+    Args:
+        results: the study's `results.json`; `findings.md` beside it becomes a section of the page.
+        folder: where README.md and the figures go.
+
+    Returns:
+        The files written.
+
+    Raises:
+        SvdtuneError: the results cannot be read, scipy or matplotlib is not installed, or the folder cannot be written.
+    """
+    study = read_results(results)
+    said = read_findings(results.parent)
+    found = tables(study)
+    with explain_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = write_figures(found, folder)
+        parts = [f"# {escape(study.title)}", escape(study.question or "")]
+        parts += [f"## What the numbers say\n\n{said}"] if said else []
+        parts += ["## How it was run", table(["", ""], _how(study), left=2), _file_of(study)]
+        parts += ["## How to read it", _READING]
+        for one in found:
+            parts.append(f"## {escape(title(one))}")
+            parts += [f"### {heading}\n\n{body}" for heading, body in all_sections(one)]
+        if drawn:
+            parts.append("## Figures")
+            parts += [f"![{escape(caption)}]({name})" for name, caption in drawn]
+        parts.append(f"Made of [{RESULTS}]({RESULTS}) by `python -m svdtune.lab.study.page`.")
+        replace_text(folder / PAGE, "\n\n".join(part for part in parts if part) + "\n")
+    return [folder / PAGE, *(folder / name for name, _ in drawn)]
+
+
+def main(folders: Sequence[str]) -> int:
+    """Make the pages of the named folders again; the exit status."""
+    if not folders:
+        print("usage: python -m svdtune.lab.study.page FOLDER...", file=sys.stderr)
+        return 2
+    try:
+        for folder in map(Path, folders):
+            one = (folder / RESULTS).is_file()
+            studies = [folder] if one else sorted(path.parent for path in folder.glob(f"*/{RESULTS}"))
+            if not studies:
+                raise SvdtuneError(f"{folder} has no study: expected {RESULTS} in it or in folders in it")
+            for study in studies:
+                print(write_page(study / RESULTS, study)[0])
+            if not one:
+                print(write_index(folder))
+    except SvdtuneError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _how(study: Results) -> Iterator[tuple[str, str]]:
+    """How the study was run, as rows of a table."""
+    finals = [run for run in study.runs if run.phase == "final"]
+    searches = [run for run in study.runs if run.phase == "tune"]
+    yield "machine", escape(study.devices or "not recorded")
+    versions = [f"svdtune {study.svdtune}"]
+    versions += [f"{name} {version}" for one in study.machines for name, version in one.items() if name != "device"]
+    yield "versions", escape(", ".join(dict.fromkeys(versions)))
+    for task in dict.fromkeys(run.task for run in study.runs):
+        yield f"task {escape(task)}", escape("; ".join(_task(study, task)))
+    yield "seeds", ", ".join(str(seed) for seed in study.spec.get("seeds") or sorted({run.seed for run in finals}))
+    yield "runs that count", _outcomes(finals) + (f", {study.not_run} not run yet" if study.not_run else "")
+    tune = study.spec.get("tune") or {}
+    if searches:
+        chosen = "learning rate with the lowest loss on held-out rows"
+        share = f" ({tune['share']:.0%} of the training rows where a task has none held out)" if "share" in tune else ""
+        yield "search", f"{_outcomes(searches)}; {chosen}{share}"
+    seconds = sum(run.train_seconds or 0 for run in study.runs)
+    yield "training time", f"{seconds / 60:,.0f} minutes, summed over all runs"
+    if study.command:
+        yield "command", code(study.command).replace("|", "\\|")
+
+
+def _task(study: Results, task: str) -> Iterator[str]:
+    runs = [run for run in study.runs if run.task == task]
+    if task in study.models:
+        yield study.models[task]
+    recipe = (study.spec.get("tasks") or {}).get(task)
+    if isinstance(recipe, str):
+        yield f"recipe {recipe}"
+    finals = [run for run in runs if run.phase == "final" and run.trained_parameters]
+    for name, text in (("rows", "training rows"), ("steps", "steps")):
+        if values := sorted({value for run in finals if (value := getattr(run, name)) is not None}):
+            yield f"{' to '.join(f'{value:,}' for value in dict.fromkeys([values[0], values[-1]]))} {text}"
+    sizes = {name: score.n for run in runs for name, score in run.scores.items()}
+    if sizes:
+        yield "scored on " + ", ".join(f"{name} ({n:,})" for name, n in sizes.items())
+
+
+def _outcomes(runs: Sequence[Run]) -> str:
+    counts = Counter(run.status for run in runs)
+    order = ("finished", "diverged", "failed")
+    return ", ".join(f"{counts[status]} {status}" for status in order if counts[status]) or "none"
+
+
+def _file_of(study: Results) -> str:
+    """The study file, folded away."""
+    if not study.spec:
+        return ""
+    return f"<details><summary>Study file</summary>\n\n{block(_yaml(_said(study.spec)), 'yaml')}\n\n</details>"
+
+
+def _said(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those that are empty."""
+    said = {name: _said(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    return {name: value for name, value in said.items() if value is not None and value != {} and value != []}
+
+
+def _yaml(settings: dict[str, Any]) -> str:
+    text = io.StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
+    yaml.dump(settings, text)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,252 @@
+"""What is written down of a run: one small JSON file, there once the run is done, and the study's results made of them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdtune._version import __version__
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation import Evaluation
+from svdtune.lab.study.grid import Job, file_name
+from svdtune.lab.study.results import RESULTS, pack, read_results
+from svdtune.lab.study.spec import Study
+from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.folder import LOG, SUMMARY
+from svdtune.training.movement import DURING, read_samples
+
+_CURVE = 60  # points kept of a loss curve
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run's files lie.
+
+    Attributes:
+        run: its folder.
+        record: its record.
+        log: what it printed.
+        job: what it was to do.
+        data: the start of the names of the files with held-out rows.
+    """
+
+    run: Path
+    record: Path
+    log: Path
+    job: Path
+    data: Path
+
+    @classmethod
+    def of(cls, job: Job, output: Path) -> "Place":
+        """The places of a job's files below the output folder; held-out rows are shared by the jobs that hold out the same."""
+        data = job.recipe["data"]
+        parts = [[data.get(name) for name in ("train", "prompt", "completion")], job.heldout]
+        held_out = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+        return cls(
+            output / "runs" / job.name,
+            output / "records" / f"{job.name}.json",
+            output / "logs" / f"{job.name}.log",
+            output / "jobs" / f"{job.name}.json",
+            output / "data" / f"{file_name(job.task)}-{held_out}",
+        )
+
+
+def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str | None = None) -> dict[str, Any]:
+    """What a run came to.
+
+    Args:
+        job: its job, as the job file has it.
+        run: its folder.
+        scores: by set, from `scores_of`.
+        error: why it failed.
+    """
+    summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).is_file() else {}
+    lines = _log(run / LOG)
+    curve = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    numbers = [loss for _, loss in curve] + held_out
+    diverged = not all(math.isfinite(number) for number in numbers)
+    status = "diverged" if diverged else "failed" if error else "finished"
+    return {
+        **{name: job[name] for name in ("key", "arm", "task", "budget", "phase", "seed", "learning_rate")},
+        "method": {} if job["untrained"] else _short(job["recipe"]["method"]),
+        "status": status,
+        "error": error or ("the loss was not a number" if diverged else None),
+        "trained_parameters": 0 if job["untrained"] else summary.get("trained_parameters"),
+        "total_parameters": summary.get("total_parameters"),
+        "steps": summary.get("steps"),
+        "rows": summary.get("rows"),
+        "loss": _finite(summary.get("loss")),
+        "eval_loss": _finite(held_out[-1]) if held_out else None,
+        "init_seconds": summary.get("init_seconds"),
+        "train_seconds": summary.get("train_seconds"),
+        "curve": [[step, _finite(loss)] for step, loss in _thinned(curve)],
+        "scores": scores,
+        "movement": _movement(run),
+        "machine": machine(),
+    }
+
+
+def scores_of(result: Evaluation) -> dict[str, Any]:
+    """The score of a run on one set: strict accuracy where answers are right or wrong, else the task's first metric."""
+    others = {name: metric.value for name, metric in result.metrics.items()}
+    if result.strict is None and result.paper is None:
+        first = next(iter(others))
+        return {"metric": first, "value": others.pop(first), "n": result.n, "correct": None, "others": others}
+    score, mode = (result.strict, "correct") if result.strict is not None else (result.paper, "paper_correct")
+    assert score is not None
+    if result.strict is not None and result.paper is not None:
+        others["paper"] = result.paper.accuracy
+    lines = (result.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    right = [bool(json.loads(line)[mode]) for line in lines]
+    packed = pack(right) if len(right) == result.n else None
+    others["unended"] = float(result.unended)
+    return {"metric": "accuracy", "value": score.accuracy, "n": result.n, "correct": packed, "others": others}
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record in one step: its presence says that the run is done."""
+    with explain_write_errors(path, "free some space; the same command goes on"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(record) + "\n")
+
+
+def read_record(path: Path, key: str) -> dict[str, Any] | None:
+    """The record of a run; None where there is none, or it is another run's or damaged, so that the run is made again."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("key") == key else None
+
+
+def published(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records, by key, of the runs that did not fail in the `results.json` of the studies in a folder.
+
+    Raises:
+        SvdtuneError: there are none, or one of them cannot be read.
+    """
+    paths = sorted(folder.glob(f"*/{RESULTS}"))
+    if not paths:
+        raise SvdtuneError(f"{folder} has no published study: expected {RESULTS} in folders in it")
+    found = {}
+    for path in paths:
+        read_results(path)
+        results = json.loads(path.read_text(encoding="utf-8"))
+        machines = results.get("machines") or [{}]
+        for run in results["runs"]:
+            if run["status"] != "failed":
+                found[run["key"]] = run | {"machine": machines[run.get("machine", 0)]}
+    return found
+
+
+class KnownRuns:
+    """The runs that were made before, whichever study made them.
+
+    Args:
+        output: the folder of runs and records.
+        publications: a folder of published studies; None for none.
+        retry: whether failed runs are to be made again.
+
+    Raises:
+        SvdtuneError: as `published`.
+    """
+
+    def __init__(self, output: Path, publications: Path | None = None, retry: bool = False) -> None:
+        self.output, self.retry = output, retry
+        self.published = {} if publications is None else published(publications)
+
+    def find(self, job: Job) -> dict[str, Any] | None:
+        """The record of a job, None where it is to be made. One that says that it failed counts where there is no other."""
+        own = Place.of(job, self.output).record
+        # Another study, or this one before an arm was renamed, may have made the run under another name.
+        paths = dict.fromkeys((own, *sorted(own.parent.glob(f"*-{job.key}.json"))))
+        found = [record for path in paths if (record := read_record(path, job.key)) is not None]
+        done = next((record for record in found if record["status"] != "failed"), None)
+        failed = None if self.retry else next(iter(found), None)
+        return done or self.published.get(job.key) or failed
+
+
+def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
+    """`results.json` of a study: its settings, by task the model, the machines, and every run in the order of the study.
+
+    Where there are several machines, a run's `machine` says which of them made it, counted from 0.
+    """
+    runs = [dict(record) for record in records]
+    made_on = [run.pop("machine") for run in runs]
+    machines = [one for at, one in enumerate(made_on) if one not in made_on[:at]]
+    if len(machines) > 1:
+        for run, one in zip(runs, made_on, strict=True):
+            run["machine"] = machines.index(one)
+    return {
+        "title": study.title,
+        "question": study.question,
+        "baseline": study.baseline,
+        "spec": study.model_dump(mode="json"),
+        "models": models,
+        "svdtune": __version__,
+        "command": command,
+        "machines": machines,
+        "runs": runs,
+    }
+
+
+def machine() -> dict[str, Any]:
+    """The device and the versions that a number depends on."""
+    import peft
+    import torch
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    return {"device": device, **versions}
+
+
+def _movement(run: Path) -> dict[str, Any] | None:
+    """ΔΣ and ΔD, their means over the sampled layers, at the end and at every sample."""
+    samples = read_samples(run / DURING)
+    if not samples:
+        return None
+    means = [
+        [sample["step"], *(_mean(layer[name] for layer in sample["layers"].values()) for name in _MOVED)]
+        for sample in samples
+    ]
+    return {**dict(zip(_MOVED, means[-1][1:], strict=True)), "samples": means}
+
+
+_MOVED = ("delta_sigma", "delta_d", "angle")
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return float(f"{sum(found) / len(found):.6g}")
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+
+
+def _thinned(curve: list[list[float]]) -> list[list[float]]:
+    """At most `_CURVE` points, evenly spread, the first and the last among them."""
+    if len(curve) <= _CURVE:
+        return curve
+    return [curve[round(i * (len(curve) - 1) / (_CURVE - 1))] for i in range(_CURVE)]
+
+
+def _short(method: dict[str, Any]) -> dict[str, Any]:
+    """A method section without what has an entry for every layer: of a rank pattern the mean rank stays."""
+    short = {name: value for name, value in method.items() if not name.endswith("_pattern")}
+    if ranks := method.get("rank_pattern"):
+        short["mean_rank"] = round(sum(ranks.values()) / len(ranks), 2)
+    return short
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,206 @@
+"""Methods that are fitted to a budget, counted again in the model that PEFT builds from the section."""
+
+import re
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from svdtune.errors import SvdtuneError
+from svdtune.lab.study.budget import fit
+from svdtune.methods import injection
+from svdtune.training.method import adapt, method_problems
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed"),
+    pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`"),
+]
+
+
+def llama():
+    return tiny_llama(num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True).train()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "model"
+    llama().save_pretrained(path)
+    return str(path)
+
+
+def trained(section, model=None):
+    """What the section trains in a model with weights, built as a run builds it."""
+    options = {key: value for key, value in section.items() if key != "name"}
+    assert not list(method_problems(section["name"], options))
+    adapted = adapt(model or llama(), section["name"], options)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+
+
+ALL = {"target_modules": "all-linear"}
+SECTIONS = {
+    "lora": {"name": "lora", **ALL},
+    "dora": {"name": "lora", "use_dora": True, **ALL},
+    "pissa": {"name": "lora", "init_lora_weights": "pissa", **ALL},
+    "adalora": {"name": "adalora", **ALL},
+    "sara": {"name": "sara", **ALL},
+    "sara, one rank": {"name": "sara", "r": 3, **ALL},
+    "sara without λ": {"name": "sara", "use_lambda": False, **ALL},
+    "mosara": {"name": "mosara", "num_heads": 3, **ALL},
+    "mosara without a gate": {"name": "mosara", "gate": "none", **ALL},
+    "mosara without v": {"name": "mosara", "use_v": False, **ALL},
+    "sorsa": {"name": "sorsa", **ALL},
+    "sorsa by threshold": {"name": "sorsa", "threshold": 0.3, **ALL},
+    "vera": {"name": "vera", **ALL},
+    "dylora": {"name": "dylora", "r_min": 2, **ALL},
+    "bottleneck": {"name": "bottleneck", **ALL},
+    "delora": {"name": "delora", **ALL},
+    "randlora": {"name": "randlora", **ALL},
+    "hra": {"name": "hra", **ALL},
+    "oft": {"name": "oft", **ALL},
+    "prefix": {"name": "prefix_tuning"},
+    "prompt": {"name": "prompt_tuning"},
+}
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_what_is_counted_is_what_peft_trains(folder, section):
+    budget = 1500
+    fitted = fit(section, folder, budget)
+    assert fitted.trained == trained(fitted.method)
+    assert fitted.method["name"] == section["name"]
+    assert fitted.method[fitted.knob] == fitted.value
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_more_budget_never_gives_less_and_the_next_value_would_go_over(folder, section):
+    less, middle, most = (fit(section, folder, budget) for budget in (700, 3000, 10**7))
+    assert less.trained <= middle.trained <= most.trained
+    if middle.knob == "threshold" or middle.trained == most.trained:
+        return  # a share of the singular values has no next value; what has ended goes no further
+    if section["name"] in ("randlora", "oft"):
+        return  # these round, so that the next value may cost less
+    following = middle.method | {middle.knob: middle.value + 1}
+    assert trained(following) > 3000
+
+
+def test_a_threshold_is_the_largest_that_the_budget_allows(folder):
+    fitted = fit(SECTIONS["sara"], folder, 3000)
+    assert fitted.knob == "threshold"
+    assert fitted.trained <= 3000
+    one_rank = 32 + 48 + 1  # of the largest layer: the next step of the threshold adds at least one somewhere
+    assert trained(fitted.method | {"threshold": min(1.0, fitted.value * 1.3)}) > 3000 - one_rank
+
+
+def test_without_a_budget_a_method_stays_as_it_stands(folder):
+    for section in ({"name": "lora", "r": 3, **ALL}, {"name": "sara", **ALL}, {"name": "sorsa", "r": 5, **ALL}):
+        fitted = fit(section, folder, None)
+        assert fitted.method == section
+        assert fitted.knob is None
+        assert fitted.value is None
+        assert fitted.trained == trained(section)
+    assert fit({"name": "full"}, folder, None).trained == trained({"name": "full"})
+    assert fit({"name": "ia3", **ALL, "feedforward_modules": []}, folder, None).trained > 0
+
+
+def test_a_method_that_cannot_come_near_takes_its_nearest(folder):
+    least = fit(SECTIONS["lora"], folder, 10)
+    assert least.value == 1
+    assert least.trained == trained(least.method) > 10
+    assert fit(SECTIONS["sara"], folder, 10).trained == least.trained + 14  # a λ in each of 14 layers
+    most = fit(SECTIONS["mosara"], folder, 10**7)
+    assert most.value == 1.0
+    assert most.trained == trained(most.method) < 10**7
+    vera = fit(SECTIONS["vera"], folder, 10**7)
+    assert vera.value == 32
+    assert fit(SECTIONS["adalora"], folder, 10**7).value == 32
+    assert vera.trained == trained(vera.method)
+    sorsa = fit(SECTIONS["sorsa"], folder, 10**7)  # the k and v projections are [16, 32]
+    assert sorsa.value == 16
+
+
+def test_lora_alpha_follows_the_rank(folder):
+    assert fit(SECTIONS["lora"], folder, 3000).method["lora_alpha"] == 2 * fit(SECTIONS["lora"], folder, 3000).value
+    both = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 32}, folder, 6000).method
+    assert both["lora_alpha"] == 4 * both["r"]
+    assert both["r"] != 8
+    assert fit(SECTIONS["lora"] | {"lora_alpha": 5}, folder, 6000).method["lora_alpha"] == 5
+    stable = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 5, "use_rslora": True}, folder, 6000).method
+    assert stable["lora_alpha"] == 5
+    assert "lora_alpha" not in fit(SECTIONS["vera"], folder, 3000).method
+
+
+@pytest.mark.parametrize(
+    ("section", "budget", "starts", "ends", "alpha"),
+    [
+        ({}, 1, 1, 1, 2),
+        ({}, 2000, 2, 1, 4),
+        ({}, 4000, 4, 3, 8),
+        ({}, 8000, 8, 5, 16),
+        ({"init_r": 12, "target_r": 8, "lora_alpha": 12}, 8000, 8, 5, 8),
+        ({"init_r": 64, "target_r": 64, "lora_alpha": 64}, 8000, 8, 8, 8),
+        ({"init_r": 64, "target_r": 1}, 8000, 8, 1, 16),
+        ({"target_r": 8, "lora_alpha": 5}, 8000, 8, 5, 5),
+    ],
+)
+def test_adalora_is_sized_by_the_rank_it_starts_with(folder, section, budget, starts, ends, alpha):
+    method = fit(SECTIONS["adalora"] | section, folder, budget).method
+    assert (method["init_r"], method["target_r"], method["lora_alpha"]) == (starts, ends, alpha)
+
+
+def test_slices_of_fused_projections_are_counted(tmp_path):
+    def gpt2():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
+
+    gpt2().save_pretrained(tmp_path)
+    for name in ("sara", "mosara", "sorsa"):
+        section = {"name": name, "target_modules": ["c_attn"], "fused_slices": {"c_attn": ["q", "v"]}}
+        fitted = fit(section, str(tmp_path), 900)
+        assert fitted.trained == trained(fitted.method, gpt2()) <= 900
+
+
+def test_what_a_section_fixes_by_itself_stays_and_is_counted(folder):
+    section = {"name": "sara", **ALL, "rank_pattern": {"down_proj": 5}, "modules_to_save": ["norm"]}
+    fitted = fit(section, folder, 6000)
+    assert fitted.trained == trained(fitted.method)
+    assert fitted.method["rank_pattern"] == {"down_proj": 5}
+
+
+@pytest.mark.parametrize(
+    ("section", "budget", "ranks", "message"),
+    [
+        ({"name": "lorra"}, 1000, "uniform", "'lorra' is no method"),
+        ({}, 1000, "uniform", "None is no method"),
+        ({"name": "full"}, 1000, "uniform", "no setting of full says how many"),
+        ({"name": "ia3"}, 1000, "uniform", "no setting of ia3 says how many"),
+        ({"name": "lora", **ALL}, 0, "uniform", "at least 1; got 0"),
+        ({"name": "lora", **ALL}, 1000, "best", "'uniform', 'sara' or 'random'; got 'best'"),
+        ({"name": "vera", **ALL}, 1000, "sara", "vera takes no ranks by layer"),
+        ({"name": "adalora", **ALL}, 1000, "random", "adalora takes no ranks by layer"),
+        ({"name": "lora", "target_modules": ["q_porj"]}, 1000, "uniform", "no module is named 'q_porj'"),
+        ({"name": "lora", "rank": 3}, 1000, "uniform", "rank"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_a_sentence(folder, section, budget, ranks, message):
+    with pytest.raises(SvdtuneError, match=re.escape(message)):
+        fit(section, folder, budget, ranks)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            NotImplementedError(),
+            "what lora trains cannot be counted without the model's weights; put it on the loaded model",
+        ),
+        (TypeError("no such layer"), "the method lora cannot be put on this model: no such layer"),
+    ],
+)
+def test_what_peft_cannot_set_up_without_weights(folder, monkeypatch, error, message):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(injection, "get_peft_model", refuse)
+    with pytest.raises(SvdtuneError, match=re.escape(message)):
+        fit({"name": "lora", **ALL}, folder, 1000)

@@ -1,0 +1,122 @@
+"""SARA's ranks in other methods, and the shuffled control."""
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import LlamaForCausalLM
+
+from svdtune.lab.study.budget import fit
+from svdtune.linalg import rank_at_threshold
+from svdtune.training.method import adapt, method_problems
+
+ALL = {"target_modules": "all-linear"}
+SECTIONS = {
+    "lora": {"name": "lora", **ALL},
+    "dora": {"name": "lora", "use_dora": True, "r": 4, "lora_alpha": 12, **ALL},
+    "dylora": {"name": "dylora", **ALL},
+    "sorsa": {"name": "sorsa", "gamma": 0.1, **ALL},
+    "sara": {"name": "sara", **ALL},
+    "mosara": {"name": "mosara", "num_heads": 3, **ALL},
+}
+BUDGETS = {"mosara": 3000}  # it ends at 3,992 here
+BUDGET = 7000
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "model"
+    model = tiny_llama(num_hidden_layers=4, num_key_value_heads=2, vocab_size=64)
+    with torch.no_grad():  # spectra that differ from layer to layer, as trained ones do
+        for index, parameter in enumerate(p for p in model.parameters() if p.ndim == 2):
+            U, s, Vh = torch.linalg.svd(parameter, full_matrices=False)
+            parameter.copy_(U @ torch.diag(s * 0.97 ** (index * torch.arange(len(s)))) @ Vh)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def built(section, folder):
+    options = {key: value for key, value in section.items() if key != "name"}
+    assert not list(method_problems(section["name"], options))
+    return adapt(LlamaForCausalLM.from_pretrained(folder), section["name"], options)
+
+
+def ranks_of(model):
+    """Rank by layer, in the model that runs."""
+    return {
+        name.removeprefix("base_model.model."): module.r["default"]
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "r", None), dict) and "default" in module.r
+    }
+
+
+def shapes(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    return {name: tuple(m.weight.shape) for name, m in model.named_modules() if hasattr(m, "weight")}
+
+
+@pytest.mark.parametrize("source", ["sara", "random"])
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_the_ranks_reach_the_model_and_hold_the_budget(folder, section, source):
+    budget = BUDGETS.get(section["name"], BUDGET)
+    fitted = fit(section, folder, budget, source, seed=1)
+    model = built(fitted.method, folder)
+    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert fitted.trained == counted <= budget
+    assert "threshold" not in fitted.method
+    assert fitted.knob == "threshold"
+    ranks = ranks_of(model)
+    assert len(ranks) == 28
+    assert len(set(ranks.values())) > 2
+    assert {f"^{re.escape(name)}": rank for name, rank in ranks.items()} == fitted.method["rank_pattern"]
+
+
+@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
+def test_the_ranks_are_saras_at_the_threshold(folder, section):
+    fitted = fit(section, folder, BUDGETS.get(section["name"], BUDGET), "sara")
+    weights = dict(LlamaForCausalLM.from_pretrained(folder).named_modules())
+    for name, rank in ranks_of(built(fitted.method, folder)).items():
+        values = torch.linalg.svdvals(weights[name].weight.double())
+        assert rank == rank_at_threshold(values, fitted.value), name
+
+
+def test_the_control_moves_saras_ranks_among_layers_of_a_shape(folder):
+    section, shape = SECTIONS["lora"], shapes(folder)
+    sara = ranks_of(built(fit(section, folder, BUDGET, "sara").method, folder))
+    control = fit(section, folder, BUDGET, "random", seed=7)
+    moved = ranks_of(built(control.method, folder))
+    assert control.trained == fit(section, folder, BUDGET, "sara").trained
+    assert moved != sara
+    for one in set(shape.values()):
+        of_shape = [name for name in sara if shape[name] == one]
+        assert Counter(moved[name] for name in of_shape) == Counter(sara[name] for name in of_shape)
+
+
+def test_a_seed_gives_one_draw_and_another_seed_another(folder):
+    draws = [fit(SECTIONS["sorsa"], folder, BUDGET, "random", seed).method for seed in (1, 1, 2)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_every_layer_of_lora_is_scaled_alike(folder):
+    for section, ratio in ((SECTIONS["lora"], 2), (SECTIONS["dora"], 3)):
+        model = built(fit(section, folder, BUDGET, "sara").method, folder)
+        found = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}
+        assert found == {ratio}
+
+
+def test_without_a_budget_what_the_method_trains_is_the_budget(folder):
+    stands = fit({"name": "lora", "r": 6, **ALL}, folder, None)
+    given = fit({"name": "lora", "r": 6, **ALL}, folder, None, "sara")
+    assert 0.97 * stands.trained < given.trained <= stands.trained
+    sara = fit({"name": "sara", "threshold": 0.2, **ALL}, folder, None)
+    control = fit({"name": "sara", "threshold": 0.2, **ALL}, folder, None, "random", seed=3)
+    assert control.trained == sara.trained
+
+
+def test_ranks_that_the_section_gives_stay(folder):
+    section = {"name": "sorsa", "rank_pattern": {"down_proj": 9}, **ALL}
+    ranks = ranks_of(built(fit(section, folder, 9000, "sara").method, folder))
+    assert {rank for name, rank in ranks.items() if name.endswith("down_proj")} == {9}
+    assert any(rank != 9 for name, rank in ranks.items())

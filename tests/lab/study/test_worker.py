@@ -1,0 +1,41 @@
+"""What a run is scored with: the trained model in float32, merged where it can be."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from svdtune.lab.study.worker import in_float32
+from svdtune.models import LoadedModel, load
+from svdtune.training.method import adapt
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+METHODS = {
+    "lora": {"r": 2, **QV},
+    "sara": {"r": 2, **QV},
+    "sorsa": {"r": 2, **QV},
+    "mosara": {"r": 2, **QV},
+    "bottleneck": {"bottleneck_size": 2},
+    "prefix_tuning": {"num_virtual_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_is_scored_with_what_was_trained(name: str, tiny_folder: Path) -> None:
+    """bfloat16 weights, a float32 adapter: as if float32 weights of the same values had the adapter on them."""
+    torch.manual_seed(0)
+    loaded = load(tiny_folder, dtype="bfloat16")
+    model = adapt(loaded.model, name, METHODS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    ids = torch.randint(0, 100, (2, 9))
+    with torch.no_grad():
+        expected = deepcopy(model).float()(input_ids=ids).logits
+        found = in_float32(LoadedModel(model, loaded.tokenizer, loaded.name)).model
+        torch.testing.assert_close(found(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(found, PeftModel) == (name in ("mosara", "bottleneck", "prefix_tuning"))
+    assert {parameter.dtype for parameter in found.parameters()} == {torch.float32}
