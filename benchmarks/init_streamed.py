@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import svdtune
 from svdtune.checkpoint import Checkpoint, open_shape
-from svdtune.methods.start.disk import initialise_adapter
-from svdtune.planning import initialisation_bytes, make_plan
+from svdtune.methods.start.disk import start
+from svdtune.planning import initialisation_bytes, plan
 
 
 def made_up(name: str, shape: tuple[int, int]) -> Tensor:
@@ -36,8 +36,8 @@ def made_up(name: str, shape: tuple[int, int]) -> Tensor:
     weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
     left = torch.randn(shape[0], 256, generator=generator) * (0.1 / torch.arange(1, 257).sqrt())
     right = torch.randn(shape[1], 256, generator=generator).mul_(0.1)
-    for start in range(0, shape[0], 1024):
-        weight[start : start + 1024] += (left[start : start + 1024] @ right.mT).bfloat16()
+    for row in range(0, shape[0], 1024):
+        weight[row : row + 1024] += (left[row : row + 1024] @ right.mT).bfloat16()
     return weight
 
 
@@ -83,24 +83,24 @@ def main() -> None:
     # PEFT still reads the name that transformers renamed.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     opened = checkpoint(arguments)
-    plan = make_plan(opened, "sorsa", r=arguments.r, target_modules="all-linear")
-    before = held("VmRSS")
     config = svdtune.SorsaConfig(r=arguments.r, target_modules="all-linear", task_type="CAUSAL_LM")
+    planned = plan(opened, config)
+    before = held("VmRSS")
     with TemporaryDirectory() as folder:
         began = time.perf_counter()
-        made = initialise_adapter(opened, config, Path(folder, "adapter"))
+        made = start(opened, config, Path(folder, "adapter"))
         seconds = time.perf_counter() - began
         size = Path(made.adapter, "adapter_model.safetensors").stat().st_size
     line = {
         "model": opened.name,
         "layers": arguments.layers,
-        "weights": len(plan.layers),
+        "weights": len(planned.sites),
         "r": arguments.r,
         "model_gib": opened.bytes / 2**30,
         "adapter_gib": size / 2**30,
         "before_gib": before / 2**30,
         "peak_gib": held("VmHWM") / 2**30,
-        "stated_gib": initialisation_bytes(plan, opened.model) / 2**30,
+        "stated_gib": initialisation_bytes(planned, opened.model) / 2**30,
         "seconds": seconds,
         "threads": arguments.threads,
         "processor": platform.machine(),

@@ -7,28 +7,31 @@ Reads the steps that benchmarks/step.py measured; nothing is run on a GPU.
 
 import json
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from svdtune.checkpoint import Checkpoint, open_shape
 from svdtune.planning import (
     Anatomy,
-    Checkpoint,
     Setting,
     anatomy,
     cheapest,
     devices_needed,
     estimate,
     initialisation_bytes,
-    make_plan,
-    open_shape,
+    plan,
     step_time,
 )
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
 ALL, QV = "all-linear", ["q_proj", "v_proj"]
+CONFIGS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig, "lora": LoraConfig}
 # File of results → contender → (method, rank, target modules): those that svdtune plan knows.
 STEPS = {
     "step-llama-7b-h100.jsonl": {
@@ -91,8 +94,7 @@ def against_steps() -> Iterator[str]:
             if line["contender"] not in contenders:
                 continue
             method, r, targets = contenders[line["contender"]]
-            plan = make_plan(checkpoint, method, r=r, target_modules=targets)
-            sizes = anatomy(plan, checkpoint.model)
+            sizes = anatomy(plan(checkpoint, CONFIGS[method](r=r, target_modules=targets)), checkpoint.model)
             setting = Setting(batch_size=line["batch"], length=line["length"])
             total, peak = estimate(sizes, setting).total / GIB, line["peak_gib"]
             old = before(sizes, checkpoint.model.config, setting) / peak - 1
@@ -108,8 +110,7 @@ def of_models() -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|"
     for name, devices, gib, batch, length in MODELS:
         checkpoint = open_shape(name)
-        plan = make_plan(checkpoint, "sorsa", r=128, target_modules=ALL)
-        sizes = anatomy(plan, checkpoint.model)
+        sizes = anatomy(plan(checkpoint, SorsaConfig(r=128, target_modules=ALL)), checkpoint.model)
         asked = Setting("ddp" if devices == 1 else "fsdp2", devices, batch, length)
         choice = cheapest(sizes, asked, gib * GIB)
         row = [name, f"{devices} × {gib} GiB", f"{batch} × {length}, {asked.strategy if devices > 1 else 'alone'}"]
@@ -140,10 +141,10 @@ def of_starting() -> Iterator[str]:
     yield "|---|---|---|---|"
     for name in ("llama-7b", "llama-13b", "llama-70b", "llama-405b"):
         checkpoint = open_shape(name)
-        plan = make_plan(checkpoint, "sorsa", r=128, target_modules=ALL)
-        largest = max(plan.layers, key=lambda layer: layer.in_features * layer.out_features)
-        needed = initialisation_bytes(plan, checkpoint.model) / GIB
-        yield f"| {name} | {checkpoint.bytes / GIB:.1f} | {largest.out_features} × {largest.in_features} | {needed:.1f} |"
+        made = plan(checkpoint, SorsaConfig(r=128, target_modules=ALL))
+        out, inside = max((site.shape for site in made.sites), key=prod)
+        needed = initialisation_bytes(made, checkpoint.model) / GIB
+        yield f"| {name} | {checkpoint.bytes / GIB:.1f} | {out} × {inside} | {needed:.1f} |"
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ from svdtune.export import merge_checkpoint
 from svdtune.export.source import attach_adapter
 from svdtune.lab.data import gsm_symbolic
 from svdtune.linalg import Spectrum, rank_at_threshold, spectrum, top_factors
+from svdtune.methods import injection
 from svdtune.methods.files.adapter import read_adapter
 from svdtune.methods.start import disk
-from svdtune.planning import draw, make_plan
+from svdtune.planning import draw, plan
 from svdtune.spectra import base_weight, factors
 from svdtune.training import method
 from svdtune.training.method import build_config
@@ -173,15 +174,17 @@ def test_folders(call, message: str, tmp_path: Path) -> None:
         call(tmp_path)
 
 
-def test_plans(tiny_folder: Path, tmp_path: Path) -> None:
+def test_plans(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = open_checkpoint(tiny_folder)
-    with pytest.raises(SvdtuneError, match=r"r = 99 is outside 1 … 32, the ranks that model\S+ \[32, 32\] can have"):
-        make_plan(checkpoint, "sorsa", r=99)
+    with pytest.raises(
+        SvdtuneError, match=r"r = 99 is larger than layer 'model\S+' \[32, 32\] allows; its rank is at most 32"
+    ):
+        plan(checkpoint, svdtune.SorsaConfig(r=99))
     with pytest.raises(SvdtuneError, match=r"ranks\.txt is no chart; end it in \.svg, \.png or \.pdf"):
-        draw(make_plan(checkpoint, "sorsa", r=2), tmp_path / "ranks.txt")
-    checkpoint.model.config.model_type = "unheard_of"
+        draw(plan(checkpoint, svdtune.SorsaConfig(r=2)), tmp_path / "ranks.txt")
+    monkeypatch.setattr(type(checkpoint.model.config), "model_type", "unheard_of")
     with pytest.raises(SvdtuneError, match="knows no default target_modules for 'unheard_of'; name them, or use"):
-        make_plan(checkpoint, "sorsa", r=2)
+        plan(checkpoint, svdtune.SaraConfig(r=2))
 
 
 def test_a_spectrum_that_ends_too_early() -> None:
@@ -236,12 +239,11 @@ def test_what_peft_refuses(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("not this one")
 
-    monkeypatch.setattr(method, "get_peft_model", refuse)
+    monkeypatch.setattr(injection, "get_peft_model", refuse)
     with pytest.raises(SvdtuneError, match="the method lora cannot be put on this model: not this one"):
         method.adapt(small(), "lora", {})
-    monkeypatch.setattr(disk, "get_peft_model", refuse)
-    with pytest.raises(SvdtuneError, match=r"no adapter can be put on \S+: not this one"):
-        disk._on_meta(open_checkpoint(tiny_folder), svdtune.SorsaConfig(r=2))
+    with pytest.raises(SvdtuneError, match="the method sorsa cannot be put on this model: not this one"):
+        plan(open_checkpoint(tiny_folder), svdtune.SorsaConfig(r=2))
 
 
 def test_an_export_that_vllm_does_not_serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,8 +256,8 @@ def test_an_export_that_vllm_does_not_serve(tmp_path: Path, monkeypatch: pytest.
     ("words", "message"),
     [
         (
-            ["--fused-slices", "c_attn"],
-            "--fused-slices takes auto, or a module with its slices such as c_attn=q,v; got",
+            ["--method.fused_slices", "{c_attn: q}"],
+            "`fused_slices['c_attn']` must list slices by name, such as ['q', 'v']; got 'q'",
         ),
         (["--link", "0"], "--link is in GB/s, such as 200; got 0"),
     ],

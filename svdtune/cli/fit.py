@@ -8,9 +8,21 @@ from svdtune.errors import SvdtuneError
 
 
 def setting_of(
-    strategy: str | None, devices: int, memory: float | None, dtype: str, quantize: str | None, **rest: Any
+    strategy: str | None,
+    devices: int,
+    memory: float | None,
+    quantize: str | None,
+    recipe: Any,
+    model: Any,
+    **given: Any,
 ) -> Any:
     """The `Setting` of the options; several devices run DDP where no strategy is named.
+
+    Args:
+        strategy, devices, memory, quantize: options.
+        recipe: says what the options leave open; None where there is none.
+        model: whose stored dtype a recipe's "auto" is.
+        given: the other options, None where they are left open.
 
     Raises:
         SvdtuneError: an option without meaning.
@@ -21,14 +33,29 @@ def setting_of(
         raise SvdtuneError(f"--quantize takes 4bit or 8bit; got {quantize!r}")
     if memory is not None and not 0 < memory < 1e6:
         raise SvdtuneError(f"--memory is the GiB of one device, such as 80; got {memory}")
-    dtype = {"4bit": "int4", "8bit": "int8"}.get(quantize, dtype)
-    return Setting(strategy=strategy or "ddp", devices=devices, dtype=dtype, **rest)
+    left = _of_recipe(recipe, model) if recipe is not None else {}
+    settings = left | {name: value for name, value in given.items() if value is not None}
+    if quantize is not None:
+        settings["dtype"] = {"4bit": "int4", "8bit": "int8"}[quantize]
+    return Setting(strategy=strategy or "ddp", devices=devices, **settings)
+
+
+def _of_recipe(recipe: Any, model: Any) -> dict[str, Any]:
+    stored = str(model.config.dtype or "float32").removeprefix("torch.")
+    return {
+        "batch_size": recipe.training.batch_size,
+        "length": recipe.data.max_length,
+        "accumulation": recipe.training.gradient_accumulation,
+        "gradient_checkpointing": recipe.training.gradient_checkpointing,
+        "dtype": stored if recipe.model.dtype == "auto" else recipe.model.dtype,
+    }
 
 
 class Fitting:
     """The estimates for one setting, and the cheapest that fits."""
 
     def __init__(self, made: Any, model: Any, setting: Any, capacity_gib: float | None, link_gb: float | None) -> None:
+        from svdtune.methods.config import SvdConfig
         from svdtune.planning import anatomy, cheapest, estimate, initialisation_bytes, step_time
         from svdtune.planning.speed import LINK
 
@@ -40,7 +67,8 @@ class Fitting:
         self.sizes = anatomy(made, model)
         self.memory = estimate(self.sizes, setting)
         self.time = step_time(self.sizes, setting, link=self.link)
-        self.initialisation = initialisation_bytes(made, model)
+        ours = isinstance(made.config, SvdConfig)
+        self.initialisation = initialisation_bytes(made, model) if ours else None
         self.choice = None if self.capacity is None else cheapest(self.sizes, setting, self.capacity, link=self.link)
 
     def lines(self) -> Iterator[str]:
@@ -51,7 +79,7 @@ class Fitting:
         if self.memory.host:
             host = self.memory.host * self.setting.devices
             yield f"memory of the host, about {size_text(host)} for {self.setting.devices} devices"
-        if self.sizes.method != "lora":
+        if self.initialisation is not None:
             yield f"initialisation layer by layer (svdtune init), at most {size_text(self.initialisation)} of host memory"
         yield f"estimated step on H100s: {time_text(self.time)}"
         if self.capacity is not None:

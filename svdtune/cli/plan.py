@@ -1,15 +1,13 @@
 """`svdtune plan`: ranks, parameters and memory of an adapter before anything trains."""
 
-import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from svdtune.checkpoint import Checkpoint
     from svdtune.planning import Plan
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -19,13 +17,18 @@ _BARS = "▁▂▃▄▅▆▇█"
 app = typer.Typer()
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def plan(
+    ctx: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="A model folder, a .gguf file, a hub name, smollm2-135m, or a shape such as llama-70b."),
+        typer.Argument(
+            help="A recipe (.yaml), or a model folder, a .gguf file, a hub name, smollm2-135m, or a shape such as llama-70b."
+        ),
     ],
-    method: Annotated[str, typer.Option(help="sara, mosara, sorsa or lora.")] = "sara",
+    method: Annotated[
+        str | None, typer.Option(help="sara (where no recipe says), mosara, sorsa, or any of PEFT.")
+    ] = None,
     threshold: Annotated[float | None, typer.Option(help="Share of the singular values' sum that sets ranks.")] = None,
     budget: Annotated[str | None, typer.Option(help="Most parameters to train: 500k, 1.5M, or a share, 0.1%.")] = None,
     match_lora: Annotated[int | None, typer.Option(help="Train no more than a LoRA of this rank would.")] = None,
@@ -33,20 +36,14 @@ def plan(
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated names, a regular expression or all-linear.")
     ] = None,
-    exclude_modules: Annotated[str | None, typer.Option(help="Names or an expression to leave out.")] = None,
-    fused_slices: Annotated[
-        list[str] | None, typer.Option(help="Slices of fused projections: auto, or such as c_attn=q,v.")
-    ] = None,
-    num_heads: Annotated[int, typer.Option(help="Mo-SARA's heads.")] = 5,
-    gate: Annotated[str, typer.Option(help="Mo-SARA's gate: softmax, top1 or none.")] = "softmax",
     batch_size: Annotated[
-        int, typer.Option("--batch-size", "--batch", help="Sequences a device computes at once.")
-    ] = 1,
-    length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 512,
-    accumulation: Annotated[int, typer.Option(help="Batches before a step of the optimizer.")] = 1,
-    dtype: Annotated[str, typer.Option(help=f"Of the frozen base: {', '.join(_DTYPES)}.")] = "bfloat16",
+        int | None, typer.Option("--batch-size", "--batch", help="Sequences a device computes at once (1).")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Tokens a sequence (512).")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Batches before a step of the optimizer (1).")] = None,
+    dtype: Annotated[str | None, typer.Option(help=f"Of the frozen base: {', '.join(_DTYPES)} (bfloat16).")] = None,
     quantize: Annotated[str | None, typer.Option(help="4bit or 8bit: the base's linear weights.")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again.")] = False,
+    gradient_checkpointing: Annotated[bool | None, typer.Option(help="Compute activations again.")] = None,
     devices: Annotated[int, typer.Option(help="GPUs that train together.")] = 1,
     strategy: Annotated[str | None, typer.Option(help="ddp, zero2, fsdp2 or zero3.")] = None,
     offload: Annotated[bool, typer.Option(help="Keep in the host's memory what the strategy can.")] = False,
@@ -60,55 +57,49 @@ def plan(
 ) -> None:
     """Show ranks, trained parameters, memory and time, reading one weight at a time and never building the model.
 
+    With a recipe, this plans what `svdtune train` would train, with the same settings on the command line. With a model, the
+    method's settings are given in the same words. The batch, the length and the like are the recipe's where no option is given.
+
     Examples:
 
-      svdtune plan smollm2-135m --method sara --threshold 0.01
+      svdtune plan recipes/small.yaml --method.r 16 --memory 24
+
+      svdtune plan smollm2-135m --method sara --threshold 0.01 --method.use_lambda false
 
       svdtune plan meta-llama/Llama-2-7b-hf --method sara --budget 0.07% --json plan.json --chart ranks.svg
 
       svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
 
-      svdtune plan openai-community/gpt2-medium --threshold 0.012 --fused-slices c_attn=q,v
+      svdtune plan openai-community/gpt2-medium --threshold 0.012 --method.fused_slices auto
 
       svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory 80 --batch 8 --length 2048
     """
+    from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import Fitting, setting_of
     from svdtune.cli.options import check_device
-    from svdtune.planning import draw, make_plan
+    from svdtune.planning import draw
+    from svdtune.planning import plan as make_plan
     from svdtune.system import write_json
 
     check_device(device)
-    setting = setting_of(
-        strategy,
-        devices,
-        memory,
-        dtype,
-        quantize,
-        batch_size=batch_size,
-        length=length,
-        accumulation=accumulation,
-        gradient_checkpointing=gradient_checkpointing,
-        offload=offload,
-    )
-    if (threshold, budget, match_lora, r) == (None, None, None, None) and method in ("sara", "mosara"):
-        threshold = 0.01 if method == "sara" else 0.5
-    checkpoint = _open(model, weights=r is None)
-    made = make_plan(
-        checkpoint,
-        method,
-        threshold=threshold,
-        budget=budget,
-        match_lora=match_lora,
-        r=r,
-        target_modules=names(target_modules),
-        exclude_modules=names(exclude_modules),
-        fused_slices=_slices(fused_slices),
-        num_heads=num_heads,
-        gate=gate,
-        device=device,
-    )
+    sizes = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
+    _check_one(sizes | {"r": r})
+    settings = {"r": r, "target_modules": names(target_modules)}
+    wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx))
+    by_spectrum = getattr(wanted.config, "threshold", None) is not None
+    checkpoint = wanted.open(weights=by_spectrum or any(size is not None for size in sizes.values()))
+    step = {
+        "batch_size": batch_size,
+        "length": length,
+        "accumulation": accumulation,
+        "gradient_checkpointing": gradient_checkpointing,
+        "offload": offload,
+    }
+    setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, dtype=dtype, **step)
+    made = make_plan(checkpoint, wanted.config, **sizes, device=device)
     console = Console()
-    console.print(_ranks_table(made))
+    if made.sites.ranks:
+        console.print(_ranks_table(made))
     console.print(_in_all(made))
     fitting = Fitting(made, checkpoint.model, setting, memory, link)
     for line in fitting.lines():
@@ -121,58 +112,21 @@ def plan(
         console.print(f"wrote {chart}")
 
 
-def _open(model: str, weights: bool) -> "Checkpoint":
-    """What the argument names, with its weights where they are asked for."""
-    from svdtune.checkpoint import SHAPES, open_checkpoint, open_shape
-    from svdtune.models.loading import locate
-
-    if model in SHAPES and not Path(model).exists():
-        return open_shape(model)
-    alone = not weights and Path(model, "config.json").is_file()  # then a configuration is enough
-    return open_checkpoint(model if alone else locate(model), weights=weights)
-
-
-def names(text: str | None) -> list[str] | str | None:
-    """Comma-separated names as a list; anything with another special character is one regular expression."""
+def _check_one(sizes: dict[str, Any]) -> None:
     from svdtune.errors import SvdtuneError
 
-    if text is None or text == "all-linear":
-        return text
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    plain = all(part.replace("_", "").replace(".", "").replace("-", "").isalnum() for part in parts)
-    if plain:
-        return parts
-    try:
-        re.compile(text)
-    except re.error as error:
-        raise SvdtuneError(f"{text!r} is neither names nor a regular expression: {error}") from error
-    return text
-
-
-def _slices(given: list[str] | None) -> dict[str, list[str]] | str | None:
-    """`--fused-slices` as a configuration states it."""
-    from svdtune.errors import SvdtuneError
-
-    if not given:
-        return None
-    if given == ["auto"]:
-        return "auto"
-    found = {}
-    for text in given:
-        module, separator, parts = text.partition("=")
-        if not separator or not module or not parts:
-            raise SvdtuneError(
-                f"--fused-slices takes auto, or a module with its slices such as c_attn=q,v; got {text!r}"
-            )
-        found[module] = [part.strip() for part in parts.split(",")]
-    return found
+    given = [f"--{name.replace('_', '-')}" for name, value in sizes.items() if value is not None]
+    if len(given) > 1:
+        raise SvdtuneError(
+            f"give at most one of --threshold, --budget, --match-lora and --r; got {' and '.join(given)}"
+        )
 
 
 def _in_all(made: "Plan") -> str:
     """What all layers train together, and their share of the adapted model."""
     return (
-        f"{made.method.name}: [bold]{made.trained:,}[/] trained parameters in {len(made.layers)} modules, "
-        f"{made.share:.4%} of {made.base_parameters + made.trained + made.frozen:,}"
+        f"{made.method}: [bold]{made.trained:,}[/] trained parameters in {len(made.sites)} modules, "
+        f"{made.share:.4%} of {made.sites.count.total:,}"
         + (f", threshold {made.threshold:g}" if made.threshold is not None else "")
     )
 

@@ -16,6 +16,7 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import write_card
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest, holds
+from svdtune.methods.settings import written
 
 
 def _help(text: str) -> dict[str, str]:
@@ -87,24 +88,24 @@ class SvdConfig(PeftConfig):
         default=False, metadata=_help("Save without the frozen factors and recompute them on loading.")
     )
     ranks: dict[str, int] = field(
-        default_factory=dict, metadata=_help("Resolved rank of every adapted layer; written by svdtune.")
+        default_factory=dict, metadata=written("Resolved rank of every adapted layer; written by svdtune.")
     )
     slices: dict[str, list[int]] = field(
-        default_factory=dict, metadata=_help("Rows of every adapted slice of a fused weight; written by svdtune.")
+        default_factory=dict, metadata=written("Rows of every adapted slice of a fused weight; written by svdtune.")
     )
     kernels: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata=_help("What every adapted convolution looks at; written by svdtune.")
+        default_factory=dict, metadata=written("What every adapted convolution looks at; written by svdtune.")
     )
     initialized: bool = field(
-        default=False, metadata=_help("True in a saved adapter: its factors are loaded, nothing is decomposed.")
+        default=False, metadata=written("True in a saved adapter: its factors are loaded, nothing is decomposed.")
     )
     base_fingerprint: dict[str, str] = field(
-        default_factory=dict, metadata=_help("Fingerprint of each adapted layer's base weight; written by svdtune.")
+        default_factory=dict, metadata=written("Fingerprint of each adapted layer's base weight; written by svdtune.")
     )
     weights_sha256: str | None = field(
-        default=None, metadata=_help("SHA-256 of the saved weights file; written by svdtune.")
+        default=None, metadata=written("SHA-256 of the saved weights file; written by svdtune.")
     )
-    svdtune_version: str | None = field(default=None, metadata=_help("Version of svdtune that saved the adapter."))
+    svdtune_version: str | None = field(default=None, metadata=written("Version of svdtune that saved the adapter."))
 
     method: ClassVar[str]
     last_taken: ClassVar[

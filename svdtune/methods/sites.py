@@ -1,230 +1,294 @@
-"""What is decided about the layers of a model before the first of them is adapted: names, ranks, factors, fingerprints.
+"""Sites: where an adapter goes on a model, with the rank and the numbers that it has there.
 
-All layers are gone through together, so that one that cannot be adapted leaves the model as it was, and the disk cache and
-the progress bar see the whole job.
+This is the one answer, for every PEFT configuration. PEFT itself puts the adapter on a copy of the
+model without weights, and everything is read off that copy: names, slices of fused weights, ranks,
+parameters. So what is planned, counted or started from disk is what training will have.
 """
 
-import re
+import copy
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, overload
 
+import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
-from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import is_parametrized
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor, nn
 
 from svdtune import spectra
-from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.linalg import Factors
-from svdtune.methods.closed import WAY_ROUND
+from svdtune.checkpoint import Checkpoint
+from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.card import TITLES
-from svdtune.methods.layers.base import SvdLayer
-from svdtune.methods.layers.convolution import kernel_of
-from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
+from svdtune.methods.injection import inject, method_name
+from svdtune.methods.layers.rows import Rows
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
-from svdtune.methods.start.memory import Work, check_agreement
-from svdtune.spectra import sharing
+from svdtune.methods.ranks import pattern_rank, with_rank, with_ranks
+
+Model = nn.Module | Checkpoint
+
+_ROOT = "base_model.model."
 
 
-class Settled:
-    """The decisions for one adapter.
+@dataclass(frozen=True)
+class Site:
+    """One adapted layer.
 
     Attributes:
-        config: the adapter's configuration.
-        model: that it goes on.
-        layer_cls: the method's layer.
-        load_only: whether values come from a file, so that no weight is decomposed.
-        shared: ids of the parameters that several modules hold.
-        present: whether this process has the model's weights.
-        ranks: by layer.
-        fingerprints: of the base weights, by layer, where they have one.
-        factors: by layer, where the adapter starts from them.
-        parts: the slices to adapt, by fused module.
-        kernels: by convolution.
+        name: of the layer in the base model; a slice of a fused weight is called `<module>.<slice>`.
+        module: the base model's module that holds its weight.
+        rows: which rows of that weight's matrix; None for all of them.
+        shape: (out, in) of the layer's matrix; None where the module has no single matrix.
+        rank: None for a method without ranks.
+        trained: numbers that get gradients there, a trained bias among them.
+        frozen: numbers that the adapter adds there without training them.
     """
 
-    def __init__(self, config: SvdConfig, model: nn.Module, layer_cls: type[SvdLayer], load_only: bool):
-        self.config, self.model, self.layer_cls, self.load_only = config, model, layer_cls, load_only
-        self.shared = shared_weights(model)
-        self.present = sharing.has_weights(model)
-        self.ranks: dict[str, int] = {}
-        self.fingerprints: dict[str, str] = {}
-        self.factors: dict[str, Factors] = {}
-        self.parts: dict[str, Parts] = {}
-        self.kernels: dict[str, dict[str, Any]] = {}
+    name: str
+    module: str
+    rows: Rows | None
+    shape: tuple[int, int] | None
+    rank: int | None
+    trained: int
+    frozen: int
 
-    def layers(self, targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-        """The layers to adapt, by name: the target modules, or the slices of those that are adapted by slice."""
-        config = self.config
-        if isinstance(config.fused_slices, dict) and not config.initialized and targets:
-            for key in config.fused_slices:
-                if not any(f".{name}".endswith(f".{key}") for name in targets):
-                    raise SvdtuneError(
-                        f"`fused_slices` names {key!r}, but no target module is called that; the targets are "
-                        f"{', '.join(sorted({name.rpartition('.')[2] for name in targets}))}"
-                    )
-        for name, module in targets.items():
-            parts = self._parts_of(name, module)
-            if not parts:
-                yield name, module
-                continue
-            self.parts[name] = parts
-            fused = isinstance(module, FusedLinear)
-            for part, rows in parts.items():
-                adapted = module.slice(part) if fused else None
-                yield f"{name}.{part}", adapted or RowSlice(module.get_base_layer() if fused else module, rows)
+    def weight(self, model: Model) -> Tensor:
+        """The layer's matrix [out, in] in a checkpoint or a loaded model, read now.
 
-    def _parts_of(self, name: str, module: nn.Module) -> Parts:
-        config = self.config
-        check_supported(name, module)
-        if config.initialized:
-            stored = {key: rows for key, rows in config.slices.items() if key.rpartition(".")[0] == name}
-            parts = {key.rpartition(".")[2]: Rows(*rows) for key, rows in stored.items()}
-            check_rows(name, parts, spectra.matrix_shape(module)[0])
+        Raises:
+            SvdtuneError: it is not there.
+        """
+        if isinstance(model, Checkpoint):
+            whole = model.weight(self.module)
         else:
-            out = spectra.matrix_shape(module)[0]
-            parts = chosen_parts(config.fused_slices, config.paper_slices, self.model, name, out)
-        if isinstance(module, BaseTunerLayer) and bool(parts) != isinstance(module, FusedLinear):
+            whole = spectra.base_weight(model.get_submodule(self.module))
+        return whole if self.rows is None else self.rows.matrix(whole)
+
+
+class Count(NamedTuple):
+    """Parameters of an adapted model.
+
+    Attributes:
+        trained: those that get gradients.
+        frozen: those that the adapter adds without training them.
+        total: all of them, the base model's included.
+    """
+
+    trained: int
+    frozen: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Sites(Sequence[Site]):
+    """The sites of an adapter, in the model's order.
+
+    Attributes:
+        config: the adapter's configuration as PEFT completed it; None for a model without an adapter.
+        places: the sites.
+        count: the parameters of the whole model. Virtual tokens, `modules_to_save` and biases that
+            are trained elsewhere belong to no site, and count here.
+    """
+
+    config: PeftConfig | None
+    places: tuple[Site, ...]
+    count: Count
+
+    @overload
+    def __getitem__(self, index: int) -> Site: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Site, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Site | tuple[Site, ...]:
+        return self.places[index]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by site, of those that have one."""
+        return {site.name: site.rank for site in self.places if site.rank is not None}
+
+
+def sites(
+    model: Model, config: PeftConfig | None = None, *, device: str = "cpu", progress: bool | None = None
+) -> Sites:
+    """Where an adapter goes on a model, with ranks and numbers.
+
+    Args:
+        model: a checkpoint, or a model with weights or without; it stays as it is.
+        config: of any PEFT method. With a threshold, weights are read for the ranks, one at a time.
+            None describes the adapter that is on the model already, or the bare model.
+        device: where weights are decomposed.
+        progress: show a bar; by default where stderr is a terminal.
+
+    Raises:
+        SvdtuneError: the adapter cannot be put on this model, or it needs weights that are not there.
+    """
+    if config is None:
+        return _read(model.model if isinstance(model, Checkpoint) else model)
+    if isinstance(config, SvdConfig) and config.threshold is not None and not config.initialized:
+        config = at_threshold(model, config, config.threshold, device=device, progress=progress)
+    return _read(skeleton(model, config))
+
+
+def count(model: Model, config: PeftConfig | None = None) -> Count:
+    """The parameters of an adapted model; arguments and errors as in `sites`."""
+    return sites(model, config).count
+
+
+def at_threshold(
+    model: Model, config: PeftConfig, threshold: float, *, device: str = "cpu", progress: bool | None = None
+) -> PeftConfig:
+    """The configuration with a rank for every site in `rank_pattern`, in place of a threshold.
+
+    The rank of a site is the one that the configuration's own `rank_pattern` gives. Elsewhere it is
+    the least k whose k largest singular values sum to the share `threshold` of all of them (SARA,
+    Algorithm 1).
+
+    Args:
+        model: with weights.
+        config: of a method whose layers each have a rank.
+        threshold: in (0, 1].
+        device, progress: as in `sites`.
+
+    Raises:
+        SvdtuneError: as `sites`.
+    """
+    found = _read(skeleton(model, with_rank(config, 1)))
+    open_ = [site for site in found if pattern_rank(config, site.name, site.module) is None]
+    weights = readers(model, open_, device)
+    return with_ranks(config, found.ranks | spectra.ranks(weights, threshold, progress=progress))
+
+
+def readers(model: Model, places: Sequence[Site], device: str = "cpu") -> spectra.Weights:
+    """By site, a function that reads its matrix [out, in] onto a device.
+
+    Raises:
+        SvdtuneError: the checkpoint is a shape without weights.
+    """
+    if places and isinstance(model, Checkpoint) and not model.readers:
+        raise SvdtuneError(
+            f"{model.name} is a shape without weights, and a threshold, a budget or match_lora take them; give r instead"
+        )
+    return {site.name: partial(_weight, site, model, device) for site in places}
+
+
+def _weight(site: Site, model: Model, device: str) -> Tensor:
+    return site.weight(model).to(device)
+
+
+def skeleton(model: Model, config: PeftConfig) -> PeftModel:
+    """The adapter on a copy of the model without weights: every parameter is on the meta device.
+
+    Args:
+        model: stays as it is.
+        config: with ranks and no threshold; it stays as it is.
+
+    Raises:
+        SvdtuneError: the adapter cannot be put on this model, or not without weights.
+    """
+    bare = model.model if isinstance(model, Checkpoint) else model
+    if any(isinstance(module, BaseTunerLayer) for module in bare.modules()):
+        raise SvdtuneError(
+            "the model has an adapter on it already; give the base model (`model.unload()`), or leave the "
+            "configuration out"
+        )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            adapted = inject(_without_weights(bare), copy.deepcopy(config), low_cpu_mem_usage=True)
+        except NotImplementedError as error:
             raise SvdtuneError(
-                f"{name!r} has an adapter already that adapts it {'as a whole' if parts else 'by slices'}, so another one "
-                f"cannot adapt it {'by slices' if parts else 'as a whole'}. Give both the same `fused_slices`"
-            )
-        return parts
-
-    def settle(self, targets: Mapping[str, nn.Module]) -> None:
-        """Decide everything about these layers, or raise `SvdtuneError` for the first that cannot be adapted."""
-        config = self.config
-        for name, module in targets.items():
-            check_supported(name, module)
-            check_one_method(name, module, self.layer_cls)
-            config.check_layer(name, module)
-            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if isinstance(base, spectra.CONVOLUTIONS):
-                self.kernels[name] = kernel_of(base)
-        if not self.load_only:
-            check_agreement(config, targets, self.present)
-        given = {name: self._given_rank(name) for name in targets}
-        measured = [name for name, rank in given.items() if rank is None]
-        if measured:
-            self._check_readable(measured)
-        work = Work(targets, together=not self.load_only, present=self.present)
-        takes_factors = config.needs_factors and not self.load_only
-        if measured and takes_factors and not config.compact:
-            ranks, factors = work.ranked_factors(measured, config.threshold)
-            given |= ranks
-            self.factors |= factors
-        elif measured:
-            given |= work.ranks(measured, config.threshold)
-        for name, rank in given.items():
-            check_rank(name, rank, targets[name])
-        self.ranks |= given
-        if not config.initialized:
-            self.fingerprints |= work.fingerprints()
-        if takes_factors:
-            rest = {name: rank for name, rank in given.items() if config.compact or name not in measured}
-            self.factors |= work.factors(rest, exact=config.compact)
-
-    def _given_rank(self, name: str) -> int | None:
-        """The rank of one layer as the configuration gives it, None where its spectrum decides."""
-        config = self.config
-        if config.initialized and name in config.ranks:
-            return config.ranks[name]
-        patterns = config.rank_pattern
-        module = name.rpartition(".")[0]
-        names = (name, module) if module in self.parts else (name,)  # a slice, then what it is a slice of
-        matched = (patterns.get(get_pattern_key(patterns.keys(), name)) for name in names)
-        return next((rank for rank in matched if rank is not None), config.r)
-
-    def check_patterns(self) -> None:
-        """Warn of keys in `rank_pattern` that are no layer's."""
-        layers = {*self.ranks, *self.parts}
-        unused = [
-            key for key in self.config.rank_pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers)
-        ]
-        if unused:
-            warnings.warn(
-                f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(unused)}.",
-                SvdtuneWarning,
-                stacklevel=2,
-            )
-
-    def _check_readable(self, names: list[str]) -> None:
-        if self.config.initialized:
-            raise SvdtuneError(
-                f"the saved adapter has no rank for {names[0]!r} ({len(names)} layers in all): it was made for another "
-                "model, or its adapter_config.json was altered. Load it onto the model it was trained on"
-            )
-        if self.load_only:
-            raise SvdtuneError(
-                f"threshold={self.config.threshold} takes the rank of {names[0]!r} from its weight, but low_cpu_mem_usage=True "
-                "reads no weights. Give the ranks with `r` or `rank_pattern` (`svdtune plan` writes one), or leave "
-                "low_cpu_mem_usage out"
-            )
-
-    def record(self) -> None:
-        """Write what was decided into the configuration, from where loading and export read it."""
-        config = self.config
-        config.ranks = {name: self.ranks[name] for name in sorted(self.ranks)}
-        config.kernels = {name: self.kernels[name] for name in sorted(self.kernels)}
-        config.slices = {
-            f"{name}.{part}": rows.as_list() for name in sorted(self.parts) for part, rows in self.parts[name].items()
-        }
-        if not config.initialized:
-            config.base_fingerprint = {name: self.fingerprints[name] for name in sorted(self.fingerprints)}
+                f"what {method_name(config)} trains cannot be counted without the model's weights; put it on the loaded "
+                "model with get_peft_model, and count there"
+            ) from error
+        except TypeError as error:
+            raise SvdtuneError(f"the method {method_name(config)} cannot be put on this model: {error}") from error
+    for warning in caught:  # the others are about starting values, which no tensor takes here
+        if str(warning.message).startswith("The following rank_pattern keys did not match"):
+            warnings.warn(warning.message, stacklevel=2)
+    return adapted
 
 
-def check_supported(name: str, module: nn.Module) -> None:
-    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass, Conv1D, a convolution, or quantized."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if not (isinstance(base, (nn.Linear, Conv1D, RowSlice, *spectra.CONVOLUTIONS)) or hasattr(base, "W_q")):
-        raise SvdtuneError(
-            f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear, transformers' "
-            "Conv1D, and torch.nn.Conv1d, Conv2d and Conv3d. Narrow `target_modules`, or name it in `exclude_modules`"
-        )
-    if type(base) is NonDynamicallyQuantizableLinear:
-        raise SvdtuneError(
-            f"target module {name!r} is the output projection of a torch.nn.MultiheadAttention, which reads its weight "
-            "but never calls it, so an adapter there would do nothing. Name it in `exclude_modules`"
-        )
-    if is_parametrized(base, "weight"):
-        raise SvdtuneError(
-            f"the weight of {name!r} is computed by a parametrization (such as weight_norm) at every use, so there is none to "
-            "decompose or to merge into. Take it off with torch.nn.utils.parametrize.remove_parametrizations, or name the "
-            "layer in `exclude_modules`"
-        )
+def _without_weights(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters and buffers are on the meta device."""
+    memo = {id(tensor): _on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    hooks = (module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook"))
+    memo |= {id(hook): hook for hook in hooks}  # Accelerate's hooks hold weights that are offloaded
+    return copy.deepcopy(model, memo)
 
 
-def check_one_method(name: str, module: nn.Module, method: type[SvdLayer]) -> None:
-    """Raise `SvdtuneError` for a layer that has an adapter of another method of ours."""
-    other = next((m for m in module.modules() if isinstance(m, SvdLayer) and not isinstance(m, method)), None)
-    if other is not None:
-        titles = TITLES[other.method], TITLES[method.method]
-        raise SvdtuneError(
-            f"layer {name!r} has a {titles[0]} adapter, and a {titles[1]} adapter cannot stand on the same layer. Adapt other "
-            f"layers, or unload the first. {WAY_ROUND}"
-        )
+def _on_meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    if not isinstance(tensor, nn.Parameter):
+        return empty
+    parameter = torch.Tensor._make_subclass(type(tensor), empty.detach(), tensor.requires_grad)
+    vars(parameter).update(vars(tensor))  # bitsandbytes says there how the numbers are stored
+    return parameter
 
 
-def check_rank(name: str, rank: int, module: nn.Module) -> None:
-    """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
-    shape = spectra.matrix_shape(module)
-    if rank > min(shape):
-        raise SvdtuneError(
-            f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "
-            f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or name the layer in `exclude_modules`"
-        )
+def _read(model: nn.Module) -> Sites:
+    """The sites and numbers of an adapted model."""
+    layers = dict(_layers(model))
+    trained, frozen = dict.fromkeys(layers, 0), dict.fromkeys(layers, 0)
+    base = {id(parameter) for layer in layers.values() for parameter in layer.get_base_layer().parameters()}
+    all_trained = total = 0
+    for name, parameter in model.named_parameters():
+        numbers = _numbers(parameter)
+        total += numbers
+        owner = _owner(name, layers)
+        # On the meta device PEFT forgets to freeze AdaLoRA's own count of ranks.
+        if parameter.requires_grad and ".ranknum." not in name:
+            all_trained += numbers
+            if owner is not None:
+                trained[owner] += numbers
+        elif owner is not None and id(parameter) not in base:
+            frozen[owner] += numbers
+    places = tuple(_site(name, layer, trained[name], frozen[name]) for name, layer in layers.items())
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    return Sites(config, places, Count(all_trained, sum(frozen.values()), total))
 
 
-def shared_weights(model: nn.Module) -> set[int]:
-    """The ids of the parameters that several modules hold."""
-    seen: set[int] = set()
-    shared: set[int] = set()
-    for module in model.modules():
-        ids = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
-        shared |= seen & ids
-        seen |= ids
-    return shared
+def _layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
+    """The adapted layers by their names in `model`; of a fused projection, its slices."""
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, FusedLinear):
+            yield name, module
+
+
+def _owner(name: str, layers: Mapping[str, BaseTunerLayer]) -> str | None:
+    """The innermost of the adapted layers that a parameter lies in."""
+    while name and name not in layers:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def _site(name: str, layer: BaseTunerLayer, trained: int, frozen: int) -> Site:
+    name = name.removeprefix(_ROOT)
+    base = layer.get_base_layer()
+    sliced = isinstance(base, RowSlice)
+    module, rows = (name.rpartition(".")[0], base.rows) if sliced else (name, None)
+    ranks = getattr(layer, "r", None)
+    if isinstance(ranks, Mapping):
+        ranks = next((ranks[adapter] for adapter in layer.active_adapters if adapter in ranks), None)
+    return Site(name, module, rows, _shape(base), ranks if isinstance(ranks, int) else None, trained, frozen)
+
+
+def _shape(base: nn.Module) -> tuple[int, int] | None:
+    try:
+        return spectra.matrix_shape(base)
+    except AttributeError:  # an embedding, or a module of several weights
+        shape = getattr(getattr(base, "weight", None), "shape", ())
+        return (shape[0], shape[1]) if len(shape) == 2 else None
+
+
+def _numbers(parameter: nn.Parameter) -> int:
+    """As PEFT counts: ZeRO-3's partitioned parameters whole, and every number that 4 bits hold."""
+    numbers = getattr(parameter, "ds_numel", None) or parameter.numel()
+    if type(parameter).__name__ == "Params4bit":
+        numbers *= 2 * parameter.element_size()
+    return numbers

@@ -23,7 +23,7 @@ from svdtune.methods.files.integrity import check_base, check_same_layers, check
 from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
-from svdtune.methods.sites import Settled
+from svdtune.methods.resolution import Resolution
 from svdtune.spectra import sharing
 
 
@@ -48,7 +48,7 @@ class SvdTuner(BaseTuner):
         config: SvdConfig = self.peft_config[adapter_name]
         self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
-        self._settled = Settled(config, model, self.tuner_layer_cls, load_only)
+        self._resolution = Resolution(config, model, self.tuner_layer_cls, load_only)
         if state_dict is not None:  # PEFT takes the modules' names from the keys, and a slice is no module yet
             keys = {key: key.rpartition(".") for key in state_dict}
             state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
@@ -59,10 +59,10 @@ class SvdTuner(BaseTuner):
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._watch(model)
-            self._settled.check_patterns()
-            self._settled.record()
+            self._resolution.check_patterns()
+            self._resolution.record()
         finally:
-            self._settled.factors.clear()
+            self._resolution.factors.clear()
 
     def _watch(self, model: nn.Module) -> None:
         self.together = self.together or Together()
@@ -77,12 +77,12 @@ class SvdTuner(BaseTuner):
     def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
         peft_config = self._named_layers(peft_config, model)
-        targets = dict(self._settled.layers(dict(self._targets(peft_config, model))))
+        targets = dict(self._resolution.layers(dict(self._targets(peft_config, model))))
         if peft_config.initialized:
             check_same_layers(peft_config.ranks, targets)
-            if self._settled.present:
+            if self._resolution.present:
                 check_base(peft_config.base_fingerprint, targets)
-        self._settled.settle(targets)
+        self._resolution.decide(targets)
 
     def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
         """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name, which `layers_to_transform`
@@ -123,11 +123,11 @@ class SvdTuner(BaseTuner):
         current_key: str,
         **_: Any,
     ) -> None:
-        if current_key in self._settled.parts:
+        if current_key in self._resolution.parts:
             self._adapt_slices(peft_config, adapter_name, target, target_name, parent, current_key)
             return
-        if current_key not in self._settled.ranks:  # PEFT found the layer in a state dict, not by the configuration
-            self._settled.settle({current_key: target})
+        if current_key not in self._resolution.ranks:  # PEFT found the layer in a state dict, not by the configuration
+            self._resolution.decide({current_key: target})
         layer = self._adapted(peft_config, adapter_name, target, current_key)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
@@ -142,7 +142,7 @@ class SvdTuner(BaseTuner):
         current_key: str,
     ) -> None:
         fused = target if isinstance(target, FusedLinear) else FusedLinear(target)
-        for part, rows in self._settled.parts[current_key].items():
+        for part, rows in self._resolution.parts[current_key].items():
             before = fused.slice(part) or RowSlice(fused.get_base_layer(), rows)
             layer = self._adapted(config, adapter_name, before, f"{current_key}.{part}")
             if layer is not before:
@@ -155,13 +155,13 @@ class SvdTuner(BaseTuner):
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         if layer is not target:
             layer._active_adapter = adapter_name
-            layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._settled.shared
+            layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._resolution.shared
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
-        factors = self._settled.factors.pop(name, None)
+        factors = self._resolution.factors.pop(name, None)
         # Without the weights, the adapter's values come from the main process when the model is sharded.
-        weightless = not self._settled.load_only and not self._settled.present
-        load_only = self._settled.load_only or weightless
-        layer.update_layer(adapter_name, self._settled.ranks[name], config, factors, load_only)
+        weightless = not self._resolution.load_only and not self._resolution.present
+        load_only = self._resolution.load_only or weightless
+        layer.update_layer(adapter_name, self._resolution.ranks[name], config, factors, load_only)
         if weightless:
             layer.filled_elsewhere(adapter_name)
         if config.compact and factors is not None:

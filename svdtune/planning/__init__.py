@@ -2,21 +2,20 @@
 
 from svdtune.planning.anatomy import Anatomy, anatomy
 from svdtune.planning.chart import by_depth, draw
+from svdtune.planning.costs import RANKED, Costs
 from svdtune.planning.decomposition import initialisation_bytes
 from svdtune.planning.levers import Choice, cheapest, devices_needed, fits, least
 from svdtune.planning.memory import Memory, Setting, estimate
-from svdtune.planning.methods import Method, method
-from svdtune.planning.plan import Layer, Plan, make_plan
+from svdtune.planning.plan import Plan, plan
 from svdtune.planning.rank_table import RankTable, parse_budget
 from svdtune.planning.speed import StepTime, step_time
-from svdtune.planning.targets import resolve_targets
 
 __all__ = [
+    "RANKED",
     "Anatomy",
     "Choice",
-    "Layer",
+    "Costs",
     "Memory",
-    "Method",
     "Plan",
     "RankTable",
     "Setting",
@@ -30,9 +29,7 @@ __all__ = [
     "fits",
     "initialisation_bytes",
     "least",
-    "make_plan",
-    "method",
     "parse_budget",
-    "resolve_targets",
+    "plan",
     "step_time",
 ]

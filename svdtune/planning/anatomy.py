@@ -2,11 +2,13 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from svdtune.methods.sites import Site
 from svdtune.planning.plan import Plan
 from svdtune.spectra import CONVOLUTIONS, matrix_shape
 
@@ -59,9 +61,10 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
     blocks = _blocks(model)
     inside = [module for block in blocks for module in block.modules() if _is_linear(module)]
     head = model.get_output_embeddings()
-    mosara = plan.method.name == "mosara"
+    sized = [(site, *site.shape) for site in plan.sites if site.shape is not None]
+    dora = getattr(plan.config, "use_dora", False)
     return Anatomy(
-        method=plan.method.name,
+        method="dora" if dora else plan.method,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
         vocabulary=text.vocab_size,
@@ -73,27 +76,28 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
         largest=max((module.weight.numel() for module in inside), default=0),
         trained=plan.trained,
         frozen=plan.frozen,
-        copies=sum(_padded(layer.rank) * layer.in_features for layer in plan.layers) if mosara else plan.trained,
-        kept=_kept(plan),
-        widths=sum(layer.in_features + layer.out_features for layer in plan.layers),
+        copies=sum(_padded(site.rank) * n for site, _, n in sized) if plan.method == "mosara" else plan.trained,
+        kept=_kept(plan.method, sized),
+        widths=sum(out + n for _, out, n in sized),
     )
 
 
-def _kept(plan: Plan) -> int:
-    """Per token: the low-rank products of every layer, and the inputs that gradients of the factors are products with.
+def _kept(method: str, sized: Sequence[tuple[Site, int, int]]) -> int:
+    """Per token: the low-rank products of every layer, and the inputs that gradients of factors need.
 
-    PEFT's LoRA copies the input for every layer. Mo-SARA trains no factor of the input, so it keeps none.
+    PEFT's LoRA copies the input for every layer, and its other methods are counted as LoRA. Mo-SARA
+    trains no factor of the input, so it keeps none.
     """
-    if plan.method.name == "mosara":
-        return sum(_padded(layer.rank) for layer in plan.layers)
-    ranks = sum(layer.rank for layer in plan.layers)
-    if plan.method.name == "lora":
-        return ranks + sum(layer.in_features for layer in plan.layers)
+    if method == "mosara":
+        return sum(_padded(site.rank) for site, *_ in sized)
+    ranks = sum(site.rank or 0 for site, *_ in sized)
+    if method not in ("sara", "sorsa"):
+        return ranks + sum(n for *_, n in sized)
     inputs: dict[tuple[str, str], int] = defaultdict(int)
-    for layer in plan.layers:
-        parent, _, name = plan.modules.get(layer.name, layer.name).rpartition(".")
+    for site, _, n in sized:
+        parent, _, name = site.module.rpartition(".")
         if name not in _KEPT_ANYWAY:
-            inputs[parent, _ONE_INPUT.get(name, name)] = layer.in_features
+            inputs[parent, _ONE_INPUT.get(name, name)] = n
     return ranks + sum(inputs.values())
 
 

@@ -15,14 +15,14 @@ def by_depth(plan: Plan) -> dict[str, dict[int, int]]:
     Kinds that occur more than once at a depth are told apart by as many more of their names' parts as it takes.
     """
     found: dict[str, dict[int, int]] = {}
-    for layer in plan.layers:
-        number = re.search(r"\.(\d+)\.", f".{layer.name}.")
+    for site in plan.sites:
+        number = re.search(r"\.(\d+)\.", f".{site.name}.")
         depth = int(number.group(1)) if number else 0
-        parts = layer.name.split(".")
+        parts = site.name.split(".")
         for size in range(1, len(parts) + 1):
             kind = ".".join(parts[-size:])
             if depth not in found.setdefault(kind, {}):
-                found[kind][depth] = layer.rank
+                found[kind][depth] = site.rank or 0
                 break
     return {kind: ranks for kind, ranks in found.items() if ranks}
 
@@ -45,7 +45,7 @@ def draw(plan: Plan, file: Path) -> None:
         axes.plot(list(ranks), list(ranks.values()), marker="o", markersize=3, linewidth=1.2, label=kind)
     axes.set(xlabel="layer", ylabel="rank k", ylim=(0, None))
     at = f" at θ = {plan.threshold:g}" if plan.threshold is not None else ""
-    axes.set_title(f"{plan.method.name}{at}: {plan.trained:,} trained, {plan.share:.4%}")
+    axes.set_title(f"{plan.method}{at}: {plan.trained:,} trained, {plan.share:.4%}")
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     drawn = io.BytesIO()  # first in memory: a full disk leaves no half chart

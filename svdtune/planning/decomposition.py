@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from svdtune.planning.plan import Layer, Plan
+from svdtune.methods.sites import Site
+from svdtune.planning.plan import Plan
 
 # Python with torch, transformers and PEFT imported, and their work space.
 _RUNTIME = 640 * 2**20
@@ -21,17 +22,17 @@ def initialisation_bytes(plan: Plan, model: PreTrainedModel) -> int:
     That one, for weights without full rank, takes some 30 bytes a number more.
 
     Args:
-        plan: whose layers are started.
+        plan: of a SARA, Mo-SARA or SORSA adapter, whose sites are started.
         model: on the meta device; its dtype is taken for the checkpoint's.
     """
     stored = next((p.dtype for p in model.parameters()), torch.float32)
     declared = getattr(model.config, "dtype", None)
     item = (declared if isinstance(declared, torch.dtype) else stored).itemsize
-    return _RUNTIME + max(_one(layer, plan.modules.get(layer.name), model, item) for layer in plan.layers)
+    return _RUNTIME + max(_one(site, model, item) for site in plan.sites)
 
 
-def _one(layer: Layer, module: str | None, model: PreTrainedModel, item: int) -> int:
-    long, short = max(layer.in_features, layer.out_features), min(layer.in_features, layer.out_features)
-    whole: Tensor = model.get_submodule(module or layer.name).weight  # of a slice, all of the projection is read
+def _one(site: Site, model: PreTrainedModel, item: int) -> int:
+    long, short = max(site.shape), min(site.shape)
+    whole: Tensor = model.get_submodule(site.module).weight  # of a slice, all of the projection is read
     weight = item * whole.numel() + 2 * long * short  # and its copy in bf16, of which the fingerprint is taken
-    return weight + 8 * (_LONG * long * short + _SQUARE * short * short + _FACTORS * layer.rank * (long + short))
+    return weight + 8 * (_LONG * long * short + _SQUARE * short * short + _FACTORS * site.rank * (long + short))

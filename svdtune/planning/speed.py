@@ -72,8 +72,11 @@ def step_time(sizes: Anatomy, setting: Setting, *, link: float = LINK) -> StepTi
     """
     tokens = setting.tokens * setting.accumulation
     again = setting.gradient_checkpointing
-    adapter = tokens * sizes.widths * OVER_FLOOR[sizes.method] * (4 / 3 if again else 1)
+    over_floor = OVER_FLOOR.get(sizes.method, OVER_FLOOR["lora"])
+    adapter = tokens * sizes.widths * over_floor * (4 / 3 if again else 1)
     notes = []
+    if sizes.method not in OVER_FLOOR:
+        notes.append(f"{sizes.method} was not measured; memory and time are counted as LoRA's")
     if sizes.hidden < _LAUNCH_BOUND:
         notes.append(f"H = {sizes.hidden} is so small that a GPU waits for its launches: expect several times this")
     if setting.tokens < _MEASURED_TOKENS // 2:

@@ -5,25 +5,22 @@ from itertools import groupby
 
 from rich.console import Console
 from rich.text import Text
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.encoding import IGNORED
-from svdtune.training.method import adapted_modules, by_kind
+from svdtune.methods.injection import by_kind
+from svdtune.methods.sites import Sites
 
 
-def parameter_counts(model: nn.Module) -> tuple[int, int]:
-    """(trained, all) parameters; a tied weight counts once."""
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
-
-
-def show_adapted(console: Console, model: nn.Module) -> None:
+def show_adapted(console: Console, found: Sites) -> None:
     """Print which modules are adapted and how many, and the share of trained parameters."""
-    names = adapted_modules(model)
-    kinds = ", ".join(f"{kind} ×{count}" for kind, count in by_kind(names).items())
-    trained, total = parameter_counts(model)
-    console.print(f"adapted   {len(names)} modules: {kinds}" if names else "adapted   none: the whole model is trained")
+    trained, _, total = found.count
+    kinds = ", ".join(f"{kind} ×{count}" for kind, count in by_kind([site.name for site in found]).items())
+    if found:
+        console.print(f"adapted   {len(found)} modules: {kinds}")
+    else:
+        what = "the whole model is trained" if found.config is None else "virtual tokens are trained"
+        console.print(f"adapted   none: {what}")
     console.print(f"trained   {trained:,} of {total:,} parameters ({trained / total:.3%})", highlight=False)
 
 

@@ -20,6 +20,7 @@ from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
 from svdtune.methods.files.card import add_section
+from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors
@@ -30,10 +31,10 @@ from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
 from svdtune.training.health import WatchNumbers
 from svdtune.training.memory import explain_out_of_memory
-from svdtune.training.method import FULL, adapt, adapted_modules, with_steps
+from svdtune.training.method import FULL, adapt, with_steps
 from svdtune.training.movement import SampleMovement
 from svdtune.training.preparation import Prepared, prepare
-from svdtune.training.preview import parameter_counts, show_adapted, show_example
+from svdtune.training.preview import show_adapted, show_example
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
 from svdtune.training.sharded import is_spread, saved_state
@@ -125,7 +126,8 @@ def _train(
     model = processes.jointly(lambda: adapt(loaded.model, name, options))
     init_seconds = time.monotonic() - started
     model.config.use_cache = False
-    show_adapted(console, model)
+    found = sites(model)
+    show_adapted(console, found)
     show_example(console, train_rows[0], loaded.tokenizer)
     if torch.cuda.is_available() and not recipe.training.compile:
         tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
@@ -138,7 +140,6 @@ def _train(
     with explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, watching, console, recipe)
     model.config.use_cache = True
-    trained, total = parameter_counts(model)
     summary = {
         "svdtune": __version__,
         "method": recipe.method.name,
@@ -147,9 +148,9 @@ def _train(
         "steps": trainer.state.global_step,
         "loss": _loss(trainer, outcome),
         "rows": len(train_rows),
-        "adapted_modules": len(adapted_modules(model)),
-        "trained_parameters": trained,
-        "total_parameters": total,
+        "adapted_modules": len(found),
+        "trained_parameters": found.count.trained,
+        "total_parameters": found.count.total,
         "init_seconds": round(init_seconds, 3),
         "train_seconds": round(outcome.metrics["train_runtime"], 3),
         "resumed_from": checkpoint.name if checkpoint else None,

@@ -7,10 +7,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import tiny_llama
 
+from svdtune import SaraConfig
 from svdtune.checkpoint import open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold
-from svdtune.planning import make_plan
+from svdtune.methods.sites import sites
 
 gguf = pytest.importorskip("gguf")
 
@@ -82,11 +83,11 @@ def test_weights_are_read_dequantized_and_in_transformers_order(file, model):
 
 def test_ranks_are_those_of_the_dequantized_weights(file):
     checkpoint = open_checkpoint(file)
-    plan = make_plan(checkpoint, "sara", threshold=0.3, target_modules="all-linear")
-    assert len(plan.layers) == 14
-    for layer in plan.layers:
-        values = torch.linalg.svdvals(checkpoint.weight(layer.name).double())
-        assert layer.rank == rank_at_threshold(values, 0.3)
+    found = sites(checkpoint, SaraConfig(threshold=0.3, target_modules="all-linear"))
+    assert len(found) == 14
+    for site in found:
+        values = torch.linalg.svdvals(site.weight(checkpoint).double())
+        assert site.rank == rank_at_threshold(values, 0.3)
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path):

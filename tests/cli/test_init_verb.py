@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from svdtune import SaraConfig
 from svdtune.cli import app
 from svdtune.methods.files.adapter import read_adapter
 
@@ -36,6 +37,25 @@ def test_a_plan_can_be_started(tiny_folder, tmp_path):
     assert one.config.ranks == planned
     for name, tensors in one.layers.items():
         assert all(torch.equal(tensor, two.layers[name][part]) for part, tensor in tensors.items())
+
+
+def test_a_recipes_adapter_can_be_started(tiny_folder, tmp_path):
+    recipe = {
+        "model": str(tiny_folder),
+        "method": {"name": "sara", "threshold": 0.3, "init": "spectral", "target_modules": ["q_proj"]},
+        "data": {"train": "rows.jsonl"},
+        "training": {"learning_rate": 1e-3},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    words = ["--method.use_lambda", "false", "--output", tmp_path / "adapter"]
+    result = run("init", tmp_path / "recipe.yaml", *words)
+    assert result.exit_code == 0, result.output
+    config = read_adapter(tmp_path / "adapter").config
+    assert (config.init, config.use_lambda, config.threshold) == ("spectral", False, 0.3)
+    own = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tiny_folder), SaraConfig(threshold=0.3, target_modules=["q_proj"])
+    )
+    assert config.ranks == own.peft_config["default"].ranks
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 import json
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from pairwise import all_pairs
+from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import SHAPES, Checkpoint, open_shape
 from svdtune.errors import SvdtuneError
 from svdtune.planning import (
@@ -19,7 +22,7 @@ from svdtune.planning import (
     estimate,
     fits,
     least,
-    make_plan,
+    plan,
     step_time,
 )
 from svdtune.planning.levers import RESERVE
@@ -27,6 +30,7 @@ from svdtune.planning.speed import FLOPS, OVER_FLOOR, floor_flops
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 QV = ["q_proj", "v_proj"]
+CONFIGS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig, "lora": LoraConfig}
 GIB = 2**30
 # Contender of benchmarks/step.py → (method, rank, targets).
 LLAMA = {
@@ -61,16 +65,21 @@ def smollm2():
 
 
 def sizes_of(checkpoint, method, r, targets):
-    plan = make_plan(checkpoint, method, r=r, target_modules=targets)
-    return plan, anatomy(plan, checkpoint.model)
+    made = plan(checkpoint, CONFIGS[method](r=r, target_modules=targets))
+    return made, anatomy(made, checkpoint.model)
+
+
+@cache
+def sorsa_sizes(shape):
+    return sizes_of(open_shape(shape), "sorsa", 128, "all-linear")[1]
 
 
 @pytest.mark.parametrize("contender", LLAMA)
 def test_memory_is_within_5_percent_of_steps_of_llama_7b_shapes(contender):
     line = measured("step-llama-7b-h100.jsonl")[contender]
-    plan, sizes = sizes_of(open_shape("llama-7b", layers=8), *LLAMA[contender])
+    made, sizes = sizes_of(open_shape("llama-7b", layers=8), *LLAMA[contender])
     if contender != "pissa" and not contender.startswith("lora"):
-        assert plan.trained == line["trained"]
+        assert made.trained == line["trained"]
     total = estimate(sizes, Setting(batch_size=line["batch"], length=line["length"])).total
     assert 1 <= total / GIB / line["peak_gib"] <= 1.05
 
@@ -78,8 +87,8 @@ def test_memory_is_within_5_percent_of_steps_of_llama_7b_shapes(contender):
 @pytest.mark.parametrize("contender", SMOLLM2)
 def test_memory_is_within_10_percent_of_steps_of_smollm2_shapes(contender):
     line = measured("step-smollm2-h100.jsonl")[contender]
-    plan, sizes = sizes_of(smollm2(), *SMOLLM2[contender])
-    assert plan.trained == line["trained"]
+    made, sizes = sizes_of(smollm2(), *SMOLLM2[contender])
+    assert made.trained == line["trained"]
     total = estimate(sizes, Setting(batch_size=line["batch"], length=line["length"])).total
     assert 0.98 <= total / GIB / line["peak_gib"] <= 1.10
 
@@ -119,13 +128,15 @@ def test_shapes_have_the_published_numbers_of_parameters(name, billions):
 
 
 def test_shapes_have_no_weights_to_take_ranks_from():
-    with pytest.raises(SvdtuneError, match="llama-7b is a shape without weights, and threshold takes them; give r"):
-        make_plan(open_shape("llama-7b"), "sara", threshold=0.1)
+    with pytest.raises(
+        SvdtuneError, match=r"llama-7b is a shape without weights, and a threshold, .* take them; give r"
+    ):
+        plan(open_shape("llama-7b"), SaraConfig(threshold=0.1))
 
 
 @pytest.fixture(scope="module")
 def llama():
-    return sizes_of(open_shape("llama-7b"), "sorsa", 128, "all-linear")[1]
+    return sorsa_sizes("llama-7b")
 
 
 def test_what_each_strategy_shares_out(llama):
@@ -182,7 +193,7 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
     all_pairs(["llama-7b", "llama-13b", "llama-70b", "llama-405b"], [1, 8, 64], ["ddp", "fsdp2"]),
 )
 def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
-    sizes = sizes_of(open_shape(name), "sorsa", 128, "all-linear")[1]
+    sizes = sorsa_sizes(name)
     asked = Setting(strategy, devices, batch_size=8, length=2048)
     for gib in (24, 80, 141):
         choice = cheapest(sizes, asked, gib * GIB)
@@ -217,7 +228,7 @@ def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
 
 @pytest.mark.parametrize("gib", [16, 24, 80])
 def test_how_many_devices_would_do_without_the_dearest_levers(gib):
-    sizes = sizes_of(open_shape("llama-70b"), "sorsa", 128, "all-linear")[1]
+    sizes = sorsa_sizes("llama-70b")
     asked = Setting("fsdp2", 1, length=512)
     assert {"offload", "4-bit"} & set(cheapest(sizes, asked, gib * GIB).why)
     needed = devices_needed(sizes, asked, gib * GIB)

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from svdtune import SorsaConfig
 from svdtune.checkpoint import Checkpoint
-from svdtune.planning import Setting, anatomy, estimate, make_plan
+from svdtune.planning import Setting, anatomy, estimate, plan
 
 BATCH, LENGTH, RANK = 4, 64, 8
 CONFIGS = {"sorsa": SorsaConfig, "lora": LoraConfig}
@@ -65,7 +65,7 @@ def measured(method, vocabulary, key_value_heads, checkpointing):
 def estimated(method, vocabulary, key_value_heads, checkpointing):
     with torch.device("meta"):
         checkpoint = Checkpoint("tiny", model_of(vocabulary, key_value_heads), {}, 0)
-    sizes = anatomy(make_plan(checkpoint, method, r=RANK, target_modules="all-linear"), checkpoint.model)
+    sizes = anatomy(plan(checkpoint, CONFIGS[method](r=RANK, target_modules="all-linear")), checkpoint.model)
     setting = Setting(batch_size=BATCH, length=LENGTH, gradient_checkpointing=checkpointing)
     memory = estimate(sizes, setting)
     workspace = 64 * 2**20

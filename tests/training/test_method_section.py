@@ -1,14 +1,18 @@
 """The method on the model: what is adapted, and an error with near matches where a target is not what was meant."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from svdtune.errors import SvdtuneError
+from svdtune.methods.injection import by_kind
+from svdtune.methods.sites import count, sites
 from svdtune.models import load
-from svdtune.training.method import adapt, adapted_modules, by_kind
-from svdtune.training.preview import masked_text, parameter_counts
+from svdtune.training.method import adapt
+from svdtune.training.preview import masked_text, show_adapted
 
 
 def put(tiny_folder: Path, name: str = "lora", **options: Any) -> Any:
@@ -18,19 +22,38 @@ def put(tiny_folder: Path, name: str = "lora", **options: Any) -> Any:
 @pytest.mark.parametrize("name", ["sara", "mosara", "sorsa", "lora"])
 def test_adapted_modules_are_listed_by_kind(tiny_folder: Path, name: str) -> None:
     model = put(tiny_folder, name, r=2, target_modules=["q_proj", "v_proj"])
-    assert adapted_modules(model)[:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
-    assert by_kind(adapted_modules(model)) == {"self_attn.q_proj": 2, "self_attn.v_proj": 2}
+    names = [site.name for site in sites(model)]
+    assert names[:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"]
+    assert by_kind(names) == {"self_attn.q_proj": 2, "self_attn.v_proj": 2}
 
 
 def test_parameters_are_counted(tiny_folder: Path) -> None:
     base = load(tiny_folder).model.num_parameters()
     trained = 2 * 2 * (32 + 32)  # two layers, r = 2, q of 32 × 32
-    assert parameter_counts(put(tiny_folder, r=2, target_modules=["q_proj"])) == (trained, base + trained)
+    assert count(put(tiny_folder, r=2, target_modules=["q_proj"])) == (trained, 0, base + trained)
 
 
 def test_full_fine_tuning_trains_everything(tiny_folder: Path) -> None:
-    trained, total = parameter_counts(put(tiny_folder, "full"))
+    trained, _, total = count(put(tiny_folder, "full"))
     assert trained == total
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shown"),
+    [
+        ("sorsa", {"r": 2, "target_modules": ["q_proj"]}, "adapted   2 modules: self_attn.q_proj ×2"),
+        ("prompt_tuning", {"num_virtual_tokens": 3}, "adapted   none: virtual tokens are trained"),
+        ("full", {}, "adapted   none: the whole model is trained"),
+    ],
+)
+def test_what_is_shown_before_training(tiny_folder: Path, name: str, options: Any, shown: str) -> None:
+    model = put(tiny_folder, name, **options)
+    console = Console(file=io.StringIO(), width=200)
+    show_adapted(console, sites(model))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == shown
+    assert lines[1].startswith(f"trained   {trained:,} of ")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +61,7 @@ def test_full_fine_tuning_trains_everything(tiny_folder: Path) -> None:
     [
         (["q_prj"], r"no module is named 'q_prj' .*near matches: q_proj \(×2\)"),
         (["q_proj", "wq"], r"no module is named 'wq' .*; this model has q_proj \(×2\), k_proj \(×2\)"),
-        ("q_prj", r"no module matches method.target_modules = 'q_prj'; near matches: q_proj"),
+        ("q_prj", r"no module matches target_modules = 'q_prj'; near matches: q_proj"),
         (
             ["0.self_attn.q_proj"],
             r"matches only 1 of the 2 modules named 'q_proj'; name 'q_proj', and if you mean single",
@@ -52,7 +75,7 @@ def test_targets_that_match_nothing_or_surprisingly_little(tiny_folder: Path, ta
 
 def test_single_layers_and_single_modules_can_be_meant(tiny_folder: Path) -> None:
     one = put(tiny_folder, r=2, target_modules=["q_proj"], layers_to_transform=[1])
-    assert adapted_modules(one) == ["model.layers.1.self_attn.q_proj"]
+    assert [site.name for site in sites(one)] == ["model.layers.1.self_attn.q_proj"]
 
 
 def test_a_method_that_does_not_fit_is_one_message(tiny_folder: Path) -> None:

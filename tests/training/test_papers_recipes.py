@@ -14,7 +14,8 @@ from transformers import (
 )
 
 from svdtune.data.catalogue import CATALOGUE, scored
-from svdtune.training.method import FULL, adapt, adapted_modules
+from svdtune.methods.sites import sites
+from svdtune.training.method import FULL, adapt
 from svdtune.training.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -60,9 +61,7 @@ def test_a_recipe_is_valid_and_its_method_fits_the_model(path: Path) -> None:
         assert model.get_nb_trainable_parameters()[0] > 0
         return
     wanted = recipe.method.options.get("target_modules", ["q_proj", "v_proj"])
-    assert {name.split(".c_attn")[0].rpartition(".")[2] for name in adapted_modules(model)} >= (
-        set(wanted) if "c_attn" not in wanted else {"attn"}
-    )
+    assert {site.module.rpartition(".")[2] for site in sites(model)} >= set(wanted)
 
 
 def test_every_row_of_the_tables_that_peft_can_train_has_a_recipe() -> None:

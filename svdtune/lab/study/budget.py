@@ -9,7 +9,7 @@ from typing import Any
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.counting import count, largest_rank, opened
-from svdtune.lab.study.ranks import Source, ranks_at, solve_ranks, with_ranks
+from svdtune.lab.study.ranks import Source, solve_ranks, with_ranks
 from svdtune.training.method import FULL, config_class, method_names
 
 # The setting that sizes a method, where it is not `r`.
@@ -81,7 +81,7 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
     """
     _check(method, budget, ranks)
     checkpoint = opened(str(model))
-    stands = _trained(checkpoint, method) if budget is None else None
+    stands = count(checkpoint, method) if budget is None else None
     if ranks != "uniform":
         return _by_layer(checkpoint, method, budget or stands, ranks, seed)
     if budget is None:
@@ -119,14 +119,6 @@ def _knob(method: Mapping[str, Any]) -> str | None:
     known = {field.name for field in fields(config_class(name))} if name != FULL else set()
     wanted = (_KNOBS.get(name, "r"), "num_virtual_tokens")
     return next((field for field in wanted if field in known), None)
-
-
-def _trained(checkpoint: Checkpoint, method: Mapping[str, Any]) -> int:
-    """What a section trains as it stands, its ranks taken from spectra where a threshold sets them."""
-    if method["name"] in _BY_SPECTRUM and _knob(method) == "threshold":
-        threshold = method.get("threshold") or config_class(method["name"])().threshold
-        method = with_ranks(method, ranks_at(checkpoint, method, threshold))
-    return count(checkpoint, method)
 
 
 def _by_layer(checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, source: Source, seed: int) -> Fitted:

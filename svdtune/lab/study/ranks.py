@@ -1,21 +1,15 @@
 """Ranks by layer for methods that take them: SARA's, from the spectra of the weights, and a control: the same, shuffled."""
 
 import random
-import re
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
-from svdtune.errors import SvdtuneError
-from svdtune.lab.study.counting import Layer, count, layers
-from svdtune.planning import RankTable
+from svdtune.lab.study.counting import config_of
+from svdtune.methods.ranks import common_rank, rank_pattern
+from svdtune.planning import Costs
 
 Source = Literal["uniform", "sara", "random"]
-
-# Methods whose `rank_pattern` gives layers their ranks. AdaLoRA, OSF and others have a field of that name with another meaning.
-WITH_RANKS = ("lora", "dylora", "sara", "mosara", "sorsa")
 
 
 def solve_ranks(
@@ -46,30 +40,20 @@ def solve_ranks(
     Raises:
         SvdtuneError: the method takes no ranks by layer, or a weight cannot be read.
     """
-    table, found, rest = _measured(checkpoint, method)
-
-    def fits(ranks: list[int]) -> bool:
-        costs = (layer.fixed + layer.per_rank * rank for layer, rank in zip(found.values(), ranks, strict=True))
-        return rest + sum(costs) <= budget
-
-    theta = table.largest_threshold(fits)
+    costs = Costs(checkpoint, config_of(checkpoint, method))
+    table = costs.table(checkpoint)
+    theta = table.largest_threshold(lambda ranks: costs.at(ranks).trained <= budget)
     if theta is None:
         theta = table.steps[0] / 2
-    ranks = dict(zip(found, table.at(theta), strict=True))
-    return (shuffled(ranks, found, seed) if source == "random" else ranks), theta
+    ranks = dict(zip(costs.per_rank, table.at(theta), strict=True))
+    return (shuffled(ranks, costs, seed) if source == "random" else ranks), theta
 
 
-def ranks_at(checkpoint: Checkpoint, method: Mapping[str, Any], threshold: float) -> dict[str, int]:
-    """SARA's rank of every adapted layer at a threshold."""
-    table, found, _ = _measured(checkpoint, method)
-    return dict(zip(found, table.at(threshold), strict=True))
-
-
-def shuffled(ranks: Mapping[str, int], layers: Mapping[str, Layer], seed: int) -> dict[str, int]:
+def shuffled(ranks: Mapping[str, int], costs: Costs, seed: int) -> dict[str, int]:
     """The ranks, permuted among layers of one shape and cost."""
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, layer in layers.items():
-        groups.setdefault((layer.out_features, layer.in_features, layer.fixed, layer.per_rank), []).append(name)
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for site in costs.least:
+        groups.setdefault((site.shape, site.trained, costs.per_rank[site.name]), []).append(site.name)
     generator = random.Random(seed)  # noqa: S311
     drawn = {}
     for names in groups.values():
@@ -77,11 +61,6 @@ def shuffled(ranks: Mapping[str, int], layers: Mapping[str, Layer], seed: int) -
         generator.shuffle(order)
         drawn |= zip(names, order, strict=True)
     return {name: drawn[name] for name in ranks}
-
-
-def pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    """PEFT's `rank_pattern`: an anchored expression for each layer's whole name → its rank."""
-    return {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
 
 
 def with_ranks(method: Mapping[str, Any], ranks: Mapping[str, int], scale: float | None = None) -> dict[str, Any]:
@@ -94,7 +73,7 @@ def with_ranks(method: Mapping[str, Any], ranks: Mapping[str, int], scale: float
     """
     section = {key: value for key, value in method.items() if key not in ("r", "threshold", "rank_pattern")}
     own = method.get("rank_pattern") or {}
-    section |= {"r": Counter(ranks.values()).most_common(1)[0][0], "rank_pattern": own | pattern(ranks)}
+    section |= {"r": common_rank(ranks), "rank_pattern": own | rank_pattern(ranks)}
     if scale is not None:
         section["lora_alpha"] = max(1, round(scale * section["r"]))
         section["alpha_pattern"] = {name: _whole(scale * rank) for name, rank in section["rank_pattern"].items()}
@@ -104,15 +83,3 @@ def with_ranks(method: Mapping[str, Any], ranks: Mapping[str, int], scale: float
 def _whole(number: float) -> float | int:
     """The number as an int, where it is one."""
     return int(number) if number == int(number) else number
-
-
-def _measured(checkpoint: Checkpoint, method: Mapping[str, Any]) -> tuple[RankTable, dict[str, Layer], int]:
-    """Spectra and costs of every adapted layer, and what the method trains elsewhere."""
-    if method["name"] not in WITH_RANKS:
-        raise SvdtuneError(f"{method['name']} takes no ranks by layer; those that do are {', '.join(WITH_RANKS)}")
-    found = layers(checkpoint, method)
-    weights = {name: layer.weight for name, layer in found.items()}
-    table = RankTable(dict(spectra.spectra(weights)))
-    settings = {key: value for key, value in method.items() if key != "threshold"}
-    rest = count(checkpoint, settings | {"r": 1}) - sum(layer.fixed + layer.per_rank for layer in found.values())
-    return table, found, rest

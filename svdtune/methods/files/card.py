@@ -4,7 +4,6 @@ PEFT writes a card of its own first, an empty form. The form is replaced; a text
 sections that are named here are brought up to date.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from svdtune._version import __version__
+from svdtune.methods.settings import chosen
 
 if TYPE_CHECKING:
     from svdtune.methods.config import SvdConfig
@@ -30,10 +30,6 @@ _AUTO = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
-# Of a configuration, what PEFT or svdtune keep account with, and what has a line of its own.
-_NO_SETTINGS = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"}
-_NO_SETTINGS |= {"inference_mode", "ranks", "slices", "kernels", "base_fingerprint", "initialized", "weights_sha256"}
-_NO_SETTINGS |= {"svdtune_version"}
 
 
 def write_card(folder: Path, config: "SvdConfig", weights: Path) -> None:
@@ -135,17 +131,13 @@ def _table(config: "SvdConfig", weights: Path) -> str:
 
 
 def _settings(config: "SvdConfig") -> dict[str, Any]:
-    """What differs from the defaults."""
-    chosen = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if field.name not in _NO_SETTINGS and value != default:
-            chosen[field.name] = sorted(value) if isinstance(value, set) else value
-    targets = chosen.get("target_modules")
+    """What differs from the defaults; the task has a line of its own."""
+    found = chosen(config)
+    found.pop("task_type", None)
+    targets = found.get("target_modules")
     if isinstance(targets, list) and {config.module_of(name) for name in config.ranks} == set(targets):
-        chosen["target_modules"] = sorted({name.rpartition(".")[2] for name in targets})  # "all-linear", spelled out
-    return chosen
+        found["target_modules"] = sorted({name.rpartition(".")[2] for name in targets})  # "all-linear", spelled out
+    return found
 
 
 def _how_to_load(config: "SvdConfig") -> str:

@@ -168,9 +168,10 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         if not load_only:
             return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
         with torch.device("meta"):
-            shapes = self.new_tensors(r, config, None)
-        device = "meta" if parameters_go_to_meta() else "cpu"
-        return {name: torch.zeros_like(t, device=device) for name, t in shapes.items() if t is not None}
+            shapes = {name: t for name, t in self.new_tensors(r, config, None).items() if t is not None}
+        if parameters_go_to_meta():
+            return shapes
+        return {name: torch.zeros_like(t, device="cpu") for name, t in shapes.items()}
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""

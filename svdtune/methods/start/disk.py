@@ -4,14 +4,10 @@ The result is what `get_peft_model(model, config).save_pretrained(folder)` write
 and checks come from PEFT on the model without weights, tensors from the same functions, random ones in the same order.
 """
 
-import copy
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from peft import get_peft_model
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,14 +20,15 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE, probe
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, weight_fingerprint
 from svdtune.methods.layers.base import SvdLayer
-from svdtune.methods.layers.rows import Rows
+from svdtune.methods.ranks import pattern_rank, with_rank
+from svdtune.methods.sites import Site, sites, skeleton
 from svdtune.system import check_new_folder, new_folder
 
 _ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
-class Initialised:
+class Started:
     """What was written.
 
     Attributes:
@@ -46,14 +43,14 @@ class Initialised:
     frozen: int
 
 
-def initialise_adapter(
+def start(
     checkpoint: Checkpoint,
     config: SvdConfig,
     output: str | Path,
     *,
     device: str = "cpu",
     progress: bool | None = None,
-) -> Initialised:
+) -> Started:
     """Write a new adapter for a checkpoint, ready for `PeftModel.from_pretrained(model, output, is_trainable=True)`.
 
     Memory: the largest adapted weight and what decomposing it takes, whatever the model's size; `svdtune plan` says how much.
@@ -72,26 +69,26 @@ def initialise_adapter(
     _check(config)
     output = Path(output).expanduser().absolute()
     check_new_folder(output)
-    layers, config = _settle(checkpoint, config)
-    ranks: dict[str, int] = {}
+    planned = _plan(checkpoint, config)
+    config = planned.config
     counts = {"trained": 0, "frozen": 0}
     disable = None if progress is None else not progress
     with new_folder(output) as work:
-        names = [f"{_ROOT}{name}.{part}{PROBE}" for name, layer in layers.items() for part in _parts(layer)]
+        names = [f"{_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
         with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
-            for name, layer in tqdm(layers.items(), desc="svdtune init", unit="layer", delay=1.0, disable=disable):
-                started = _start(checkpoint, config, name, layer, device)
-                ranks[name], config.base_fingerprint[name] = started.rank, started.fingerprint
-                for part, tensor in started.tensors.items():
+            for site, layer in tqdm(planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=disable):
+                rank, mark, tensors = _tensors(checkpoint, config, site, layer, planned.given.get(site.name), device)
+                config.ranks[site.name], config.base_fingerprint[site.name] = rank, mark
+                for part, tensor in tensors.items():
                     frozen = part in layer.frozen
                     counts["frozen" if frozen else "trained"] += tensor.numel()
                     compact = frozen and config.compact
-                    file.write(f"{_ROOT}{name}.{part}{PROBE if compact else ''}", probe(tensor) if compact else tensor)
-                del started, tensor  # before the next weight is read
-        config.ranks = {name: ranks[name] for name in sorted(ranks)}
-        config.base_fingerprint = {name: config.base_fingerprint[name] for name in sorted(ranks)}
+                    name = f"{_ROOT}{site.name}.{part}{PROBE if compact else ''}"
+                    file.write(name, probe(tensor) if compact else tensor)
+                del tensors, tensor  # before the next weight is read
+        config.ranks, config.base_fingerprint = _sorted(config.ranks), _sorted(config.base_fingerprint)
         config.save_pretrained(str(work), auto_mapping_dict=_auto_mapping(checkpoint, config))
-    return Initialised(output, dict(config.ranks), **counts)
+    return Started(output, dict(config.ranks), **counts)
 
 
 def _check(config: SvdConfig) -> None:
@@ -108,58 +105,43 @@ def _check(config: SvdConfig) -> None:
         )
 
 
-def _settle(checkpoint: Checkpoint, config: SvdConfig) -> tuple[dict[str, SvdLayer], SvdConfig]:
-    """The adapted layers on the meta device, in the order in which PEFT adapts them, and the configuration with what it says of
-    them; `ranks` are those of layers whose rank is given.
+class _Planned(NamedTuple):
+    """The adapted layers on the meta device in the order in which PEFT adapts them, and the
+    configuration that goes with them; `given` are the ranks that no spectrum decides."""
 
-    A threshold cannot be looked up without weights: rank 1 takes its place here, and only what `rank_pattern` says counts.
-    """
-    looked_up = config.threshold is not None
-    asked = {"r": config.r, "threshold": config.threshold}
-    layers, config = _on_meta(checkpoint, dataclasses.replace(config, threshold=None, r=1) if looked_up else config)
-    patterns = config.rank_pattern
-    ranks = {
-        name: rank
-        for name, rank in config.ranks.items()
-        if not looked_up or any(get_pattern_key(patterns, key) in patterns for key in (name, config.module_of(name)))
-    }
-    vars(config).update(asked, ranks=ranks, base_fingerprint={}, inference_mode=True)
-    config.base_model_name_or_path = checkpoint.name
-    return layers, config
+    layers: list[tuple[Site, SvdLayer]]
+    config: SvdConfig
+    given: dict[str, int]
 
 
-def _on_meta(checkpoint: Checkpoint, config: SvdConfig) -> tuple[dict[str, SvdLayer], SvdConfig]:
-    try:
-        model = get_peft_model(copy.deepcopy(checkpoint.model), copy.deepcopy(config), low_cpu_mem_usage=True)
-    except SvdtuneError:
-        raise
-    except ValueError as error:  # PEFT's own
-        raise SvdtuneError(f"no adapter can be put on {checkpoint.name}: {error}") from error
-    modules = model.base_model.model.named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, SvdLayer)}
-    return layers, model.peft_config["default"]
+def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
+    """Put the adapter on the model without weights; rank 1 takes the place of a threshold there."""
+    measured = config.threshold is not None
+    model = skeleton(checkpoint, with_rank(config, 1) if measured else config)
+    found = sites(model)
+    given = {site.name: site.rank for site in found if not measured or pattern_rank(config, site.name, site.module)}
+    layers = [(site, model.base_model.model.get_submodule(site.name)) for site in found]
+    completed = found.config
+    vars(completed).update(r=config.r, threshold=config.threshold, ranks={}, base_fingerprint={}, inference_mode=True)
+    completed.base_model_name_or_path = checkpoint.name
+    return _Planned(layers, completed, given)
 
 
-class _Started(NamedTuple):
-    rank: int
-    fingerprint: str
-    tensors: dict[str, Tensor]
-
-
-def _start(checkpoint: Checkpoint, config: SvdConfig, name: str, layer: SvdLayer, device: str) -> _Started:
+def _tensors(
+    checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer, rank: int | None, device: str
+) -> tuple[int, str, dict[str, Tensor]]:
     """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone afterwards."""
-    weight = checkpoint.weight(config.module_of(name))
-    if name in config.slices:
-        weight = Rows(*config.slices[name]).matrix(weight)
-    weight = weight.to(device)
-    factors, rank = _decompose(name, weight, config)
+    weight = site.weight(checkpoint).to(device)
+    factors, rank = _decompose(site.name, weight, config, rank)
     tensors = layer.new_tensors(rank, config, factors)
-    return _Started(rank, weight_fingerprint(weight), {part: t for part, t in tensors.items() if t is not None})
+    return rank, weight_fingerprint(weight), {part: t for part, t in tensors.items() if t is not None}
 
 
-def _decompose(name: str, weight: Tensor, config: SvdConfig) -> tuple[Factors | None, int]:
-    """What an adapter's layer starts from, and its rank, by the ways that `get_peft_model` takes."""
-    rank = config.ranks.get(name)  # of those that are given
+def _decompose(name: str, weight: Tensor, config: SvdConfig, rank: int | None) -> tuple[Factors | None, int]:
+    """What an adapter's layer starts from, and its rank, by the ways that `get_peft_model` takes.
+
+    `rank` is None where the spectrum decides.
+    """
     if rank is None and config.needs_factors and not config.compact:
         factors = dict(spectra.ranked_factors({name: weight}, config.threshold, progress=False))[name]
         return factors, len(factors.s)
@@ -168,6 +150,10 @@ def _decompose(name: str, weight: Tensor, config: SvdConfig) -> tuple[Factors | 
     if not config.needs_factors:
         return None, rank
     return dict(spectra.factors({name: weight}, {name: rank}, exact=config.compact, progress=False))[name], rank
+
+
+def _sorted(by_layer: dict[str, Any]) -> dict[str, Any]:
+    return {name: by_layer[name] for name in sorted(by_layer)}
 
 
 def _parts(layer: SvdLayer) -> tuple[str, ...]:

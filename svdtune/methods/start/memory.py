@@ -3,7 +3,6 @@
 See `svdtune.spectra.sharing`.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -18,12 +17,11 @@ from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.integrity import fingerprint
 from svdtune.methods.layers.quantized import device_and_dtype
+from svdtune.methods.settings import settings
 from svdtune.spectra import sharing
 
 # Elements of a weight that are compared between processes.
 _SAMPLE = 1024
-# Of a configuration, what svdtune itself writes.
-_WRITTEN = {"ranks", "slices", "kernels", "base_fingerprint", "weights_sha256", "svdtune_version"}
 
 
 class Work:
@@ -97,9 +95,8 @@ def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present
     """
     if not sharing.is_on():
         return
-    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     facts: dict[str, Any] = {
-        "the adapter's settings": {name: value for name, value in settings.items() if name not in _WRITTEN},
+        "the adapter's settings": {field.name: getattr(config, field.name) for field in settings(config)},
         "the layers to adapt": {name: spectra.matrix_shape(module) for name, module in targets.items()},
     }
     if all(processes.gather(present)):

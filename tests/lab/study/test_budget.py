@@ -8,8 +8,8 @@ from tiny import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study import counting
 from svdtune.lab.study.budget import fit
+from svdtune.methods import injection
 from svdtune.training.method import adapt, method_problems
 
 pytestmark = [
@@ -190,7 +190,10 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(folder, section, budget,
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (NotImplementedError(), "what lora trains cannot be counted without the model's weights; leave it out of the"),
+        (
+            NotImplementedError(),
+            "what lora trains cannot be counted without the model's weights; put it on the loaded model",
+        ),
         (TypeError("no such layer"), "the method lora cannot be put on this model: no such layer"),
     ],
 )
@@ -198,6 +201,6 @@ def test_what_peft_cannot_set_up_without_weights(folder, monkeypatch, error, mes
     def refuse(*_, **__):
         raise error
 
-    monkeypatch.setattr(counting, "adapt", refuse)
+    monkeypatch.setattr(injection, "get_peft_model", refuse)
     with pytest.raises(SvdtuneError, match=re.escape(message)):
         fit({"name": "lora", **ALL}, folder, 1000)

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, LlamaForCausalLM
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.methods.start.disk import initialise_adapter
+from svdtune.methods.start.disk import start
 
 QV = ["q_proj", "v_proj"]
 WRITTEN_BY_PEFT = ("base_model_name_or_path", "weights_sha256")
@@ -52,7 +52,7 @@ def test_it_is_what_get_peft_model_starts(folder, tmp_path, case):
     tensors, config = started(LlamaForCausalLM.from_pretrained(folder), CASES[case](), tmp_path / "whole")
     torch.manual_seed(7)
     checkpoint = open_checkpoint(folder)
-    made = initialise_adapter(checkpoint, CASES[case](), tmp_path / "streamed")
+    made = start(checkpoint, CASES[case](), tmp_path / "streamed")
     found = load_file(made.adapter / "adapter_model.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
@@ -76,7 +76,7 @@ def test_it_loads_and_computes_the_same(folder, tmp_path, case):
     torch.manual_seed(7)
     whole = get_peft_model(LlamaForCausalLM.from_pretrained(folder), CASES[case]()).eval()
     torch.manual_seed(7)
-    made = initialise_adapter(open_checkpoint(folder), CASES[case](), tmp_path / "adapter")
+    made = start(open_checkpoint(folder), CASES[case](), tmp_path / "adapter")
     base = LlamaForCausalLM.from_pretrained(folder)
     loaded = PeftModel.from_pretrained(base, made.adapter, is_trainable=True).eval()
     tokens = torch.arange(12)[None]
@@ -95,7 +95,7 @@ def test_slices_and_transposed_weights(tmp_path, slices):
 
     tensors, expected = started(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), method(), tmp_path / "whole")
     torch.manual_seed(7)
-    made = initialise_adapter(open_checkpoint(tmp_path / "base"), method(), tmp_path / "streamed")
+    made = start(open_checkpoint(tmp_path / "base"), method(), tmp_path / "streamed")
     found = load_file(made.adapter / "adapter_model.safetensors")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
@@ -125,7 +125,7 @@ def test_one_weight_is_there_at_a_time(folder, tmp_path):
 
     readers = {name: reading(reader) for name, reader in checkpoint.readers.items()}
     watched = Checkpoint(checkpoint.name, checkpoint.model, readers, checkpoint.bytes)
-    initialise_adapter(watched, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
+    start(watched, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
     assert len(alive) == 6
     assert most == 0
 
@@ -141,16 +141,14 @@ def test_one_weight_is_there_at_a_time(folder, tmp_path):
 )
 def test_what_cannot_be_started_is_refused_before_anything_is_written(folder, tmp_path, config, message):
     with pytest.raises(SvdtuneError, match=message):
-        initialise_adapter(open_checkpoint(folder), config(), tmp_path / "adapter")
+        start(open_checkpoint(folder), config(), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 def test_a_shared_weight(tmp_path):
     tiny_llama(num_hidden_layers=1, vocab_size=64, tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    made = initialise_adapter(
-        open_checkpoint(tmp_path / "base"), SorsaConfig(r=2, target_modules=["lm_head"]), tmp_path / "delta"
-    )
+    made = start(open_checkpoint(tmp_path / "base"), SorsaConfig(r=2, target_modules=["lm_head"]), tmp_path / "delta")
     tied = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     assert made.ranks == PeftModel.from_pretrained(tied, made.adapter).peft_config["default"].ranks
 
@@ -161,5 +159,5 @@ def test_a_weight_that_cannot_be_decomposed_leaves_nothing(folder, tmp_path):
     readers = checkpoint.readers | {name: lambda: torch.full((16, 32), float("nan"))}
     broken = Checkpoint(checkpoint.name, checkpoint.model, readers, checkpoint.bytes)
     with pytest.raises(SvdtuneError, match=r"layers\.2\.self_attn\.v_proj: .*NaN"):
-        initialise_adapter(broken, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
+        start(broken, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -1,0 +1,148 @@
+"""The adapter that a command line asks for: a recipe's, or one for a model in the recipe's own words."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from svdtune.errors import SvdtuneError
+
+if TYPE_CHECKING:
+    import typer
+    from peft import PeftConfig
+
+    from svdtune.checkpoint import Checkpoint
+    from svdtune.training.problems import Problem
+    from svdtune.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked for.
+
+    Attributes:
+        model: as a recipe names it.
+        config: the adapter's configuration.
+        recipe: that it came from; None where a model was named.
+    """
+
+    model: str
+    config: "PeftConfig"
+    recipe: "Recipe | None"
+
+    def open(self, *, weights: bool = True) -> "Checkpoint":
+        """The model, with its weights where they are asked for, and the target names looked up in it.
+
+        Raises:
+            SvdtuneError: there is no such model, or a target name that it does not have.
+        """
+        from svdtune.checkpoint import SHAPES, open_checkpoint, open_shape
+        from svdtune.methods.injection import check_targets
+        from svdtune.models.loading import locate
+
+        if self.model in SHAPES and not Path(self.model).exists():
+            checkpoint = open_shape(self.model)
+        else:
+            alone = not weights and Path(self.model, "config.json").is_file()  # a configuration is enough
+            revision = self.recipe.model.revision if self.recipe else None
+            place = self.model if alone else locate(self.model)
+            checkpoint = open_checkpoint(place, revision=revision, weights=weights)
+        if not checkpoint.model.can_generate():
+            self.config.task_type = None  # PEFT would ask the model for what only causal models have
+        check_targets(checkpoint.model, self.config)
+        return checkpoint
+
+
+def asked(
+    verb: str,
+    what: str,
+    default: str,
+    method: str | None,
+    settings: Mapping[str, Any],
+    words: Sequence[str],
+    options: Sequence[str],
+) -> Asked:
+    """Make sense of a command line.
+
+    Args:
+        verb: the verb, for messages.
+        what: a recipe file, or a model.
+        default: the method for a model where none is named.
+        method: `--method`: a name, or a section as YAML; None for that of the recipe, or `default`.
+        settings: of the method, by options of their own (`--r`); None for those not given.
+        words: what is left of the command line: dotted settings and their values.
+        options: the verb's own options, to name the nearest where one is mistaken.
+
+    Raises:
+        SvdtuneError: with everything that is wrong.
+    """
+    from svdtune.training.method import FULL, build_config, method_problems
+    from svdtune.training.problems import refuse
+    from svdtune.training.recipe import load_recipe, parse_overrides, set_at
+
+    words = [*_as_words(method, settings), *words]
+    changes = list(parse_overrides(words))
+    is_recipe = Path(what).suffix in (".yaml", ".yml")
+    refuse(list(_unknown(changes, is_recipe, options)), verb)
+    if is_recipe:
+        recipe = load_recipe(what, words)
+        model, section = recipe.model.name, {"name": recipe.method.name, **recipe.method.options}
+    else:
+        recipe, model, given = None, what, {"method": {"name": default}}
+        for dotted, value in changes:
+            set_at(given, dotted, value)
+        section = given["method"]
+        name, rest = section.get("name"), {key: value for key, value in section.items() if key != "name"}
+        refuse(list(method_problems(str(name), rest)), verb)
+    if section["name"] == FULL:
+        raise SvdtuneError(f"{verb} is for adapters, and full fine-tuning has none")
+    return Asked(model, build_config(section.pop("name"), section), recipe)
+
+
+def _as_words(method: str | None, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Options of their own as dotted settings."""
+    from svdtune.training.inheritance import read_yaml
+
+    if method is not None:
+        section = read_yaml(method, "--method")
+        yield from ("--method", json.dumps(section if isinstance(section, dict) else {"name": method}))
+    for name, value in settings.items():
+        if value is not None:
+            yield from (f"--method.{name}", json.dumps(value))
+
+
+def _unknown(changes: Sequence[tuple[str, Any]], is_recipe: bool, options: Sequence[str]) -> Iterator["Problem"]:
+    """Options that the verb does not have; a recipe's settings count as its own beside a recipe."""
+    from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
+    from svdtune.methods.settings import settings
+    from svdtune.training.problems import Problem, unknown
+    from svdtune.training.recipe import Recipe
+
+    sections = [*Recipe.model_fields] if is_recipe else ["method"]
+    fields = (field for config in (SaraConfig, MoSaraConfig, SorsaConfig) for field in settings(config))
+    known = list(dict.fromkeys([*options, *(f"method.{field.name}" for field in fields)]))
+    for dotted, _ in changes:
+        if dotted.partition(".")[0] not in sections:
+            yield Problem(f"--{dotted}", unknown(dotted.replace("-", "_"), known, known))
+
+
+def options_of(ctx: "typer.Context") -> list[str]:
+    """The names of a verb's own options, without their dashes."""
+    return [name.removeprefix("--") for option in ctx.command.params for name in option.opts if name.startswith("--")]
+
+
+def names(text: str | None) -> list[str] | str | None:
+    """Comma-separated names as a list; anything with another special character is one regular expression."""
+    if text is None or text == "all-linear":
+        return text
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    plain = all(part.replace("_", "").replace(".", "").replace("-", "").isalnum() for part in parts)
+    if plain:
+        return parts
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise SvdtuneError(f"{text!r} is neither names nor a regular expression: {error}") from error
+    return text

@@ -1,0 +1,226 @@
+"""What is decided about the layers of a model before the first is adapted: names, ranks, factors, fingerprints.
+
+All layers are gone through together, so that one that cannot be adapted leaves the model as it was, and the disk cache and
+the progress bar see the whole job.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from svdtune import spectra
+from svdtune.errors import SvdtuneError, SvdtuneWarning
+from svdtune.linalg import Factors
+from svdtune.methods.closed import WAY_ROUND
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.files.card import TITLES
+from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.convolution import kernel_of
+from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
+from svdtune.methods.layers.slices import FusedLinear, RowSlice
+from svdtune.methods.ranks import given_rank
+from svdtune.methods.start.memory import Work, check_agreement
+from svdtune.spectra import sharing
+
+
+class Resolution:
+    """The decisions for one adapter.
+
+    Attributes:
+        config: the adapter's configuration.
+        model: that it goes on.
+        layer_cls: the method's layer.
+        load_only: whether values come from a file, so that no weight is decomposed.
+        shared: ids of the parameters that several modules hold.
+        present: whether this process has the model's weights.
+        ranks: by layer.
+        fingerprints: of the base weights, by layer, where they have one.
+        factors: by layer, where the adapter starts from them.
+        parts: the slices to adapt, by fused module.
+        kernels: by convolution.
+    """
+
+    def __init__(self, config: SvdConfig, model: nn.Module, layer_cls: type[SvdLayer], load_only: bool):
+        self.config, self.model, self.layer_cls, self.load_only = config, model, layer_cls, load_only
+        self.shared = shared_weights(model)
+        self.present = sharing.has_weights(model)
+        self.ranks: dict[str, int] = {}
+        self.fingerprints: dict[str, str] = {}
+        self.factors: dict[str, Factors] = {}
+        self.parts: dict[str, Parts] = {}
+        self.kernels: dict[str, dict[str, Any]] = {}
+
+    def layers(self, targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+        """The layers to adapt, by name: the target modules, or the slices of those that are adapted by slice."""
+        config = self.config
+        if isinstance(config.fused_slices, dict) and not config.initialized and targets:
+            for key in config.fused_slices:
+                if not any(f".{name}".endswith(f".{key}") for name in targets):
+                    raise SvdtuneError(
+                        f"`fused_slices` names {key!r}, but no target module is called that; the targets are "
+                        f"{', '.join(sorted({name.rpartition('.')[2] for name in targets}))}"
+                    )
+        for name, module in targets.items():
+            parts = self._parts_of(name, module)
+            if not parts:
+                yield name, module
+                continue
+            self.parts[name] = parts
+            fused = isinstance(module, FusedLinear)
+            for part, rows in parts.items():
+                adapted = module.slice(part) if fused else None
+                yield f"{name}.{part}", adapted or RowSlice(module.get_base_layer() if fused else module, rows)
+
+    def _parts_of(self, name: str, module: nn.Module) -> Parts:
+        config = self.config
+        check_supported(name, module)
+        if config.initialized:
+            stored = {key: rows for key, rows in config.slices.items() if key.rpartition(".")[0] == name}
+            parts = {key.rpartition(".")[2]: Rows(*rows) for key, rows in stored.items()}
+            check_rows(name, parts, spectra.matrix_shape(module)[0])
+        else:
+            out = spectra.matrix_shape(module)[0]
+            parts = chosen_parts(config.fused_slices, config.paper_slices, self.model, name, out)
+        if isinstance(module, BaseTunerLayer) and bool(parts) != isinstance(module, FusedLinear):
+            raise SvdtuneError(
+                f"{name!r} has an adapter already that adapts it {'as a whole' if parts else 'by slices'}, so another one "
+                f"cannot adapt it {'by slices' if parts else 'as a whole'}. Give both the same `fused_slices`"
+            )
+        return parts
+
+    def decide(self, targets: Mapping[str, nn.Module]) -> None:
+        """Decide everything about these layers, or raise `SvdtuneError` for the first that cannot be adapted."""
+        config = self.config
+        for name, module in targets.items():
+            check_supported(name, module)
+            check_one_method(name, module, self.layer_cls)
+            config.check_layer(name, module)
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if isinstance(base, spectra.CONVOLUTIONS):
+                self.kernels[name] = kernel_of(base)
+        if not self.load_only:
+            check_agreement(config, targets, self.present)
+        given = {name: self._given_rank(name) for name in targets}
+        measured = [name for name, rank in given.items() if rank is None]
+        if measured:
+            self._check_readable(measured)
+        work = Work(targets, together=not self.load_only, present=self.present)
+        takes_factors = config.needs_factors and not self.load_only
+        if measured and takes_factors and not config.compact:
+            ranks, factors = work.ranked_factors(measured, config.threshold)
+            given |= ranks
+            self.factors |= factors
+        elif measured:
+            given |= work.ranks(measured, config.threshold)
+        for name, rank in given.items():
+            check_rank(name, rank, targets[name])
+        self.ranks |= given
+        if not config.initialized:
+            self.fingerprints |= work.fingerprints()
+        if takes_factors:
+            rest = {name: rank for name, rank in given.items() if config.compact or name not in measured}
+            self.factors |= work.factors(rest, exact=config.compact)
+
+    def _given_rank(self, name: str) -> int | None:
+        """The rank of one layer as the configuration gives it, None where its spectrum decides."""
+        if self.config.initialized and name in self.config.ranks:
+            return self.config.ranks[name]
+        module = name.rpartition(".")[0]
+        return given_rank(self.config, name, *([module] if module in self.parts else []))
+
+    def check_patterns(self) -> None:
+        """Warn of keys in `rank_pattern` that are no layer's."""
+        layers = {*self.ranks, *self.parts}
+        unused = [
+            key for key in self.config.rank_pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in layers)
+        ]
+        if unused:
+            warnings.warn(
+                f"The following rank_pattern keys did not match any targeted module and were ignored: {sorted(unused)}.",
+                SvdtuneWarning,
+                stacklevel=2,
+            )
+
+    def _check_readable(self, names: list[str]) -> None:
+        if self.config.initialized:
+            raise SvdtuneError(
+                f"the saved adapter has no rank for {names[0]!r} ({len(names)} layers in all): it was made for another "
+                "model, or its adapter_config.json was altered. Load it onto the model it was trained on"
+            )
+        if self.load_only:
+            raise SvdtuneError(
+                f"threshold={self.config.threshold} takes the rank of {names[0]!r} from its weight, but low_cpu_mem_usage=True "
+                "reads no weights. Give the ranks with `r` or `rank_pattern` (`svdtune plan` writes one), or leave "
+                "low_cpu_mem_usage out"
+            )
+
+    def record(self) -> None:
+        """Write what was decided into the configuration, from where loading and export read it."""
+        config = self.config
+        config.ranks = {name: self.ranks[name] for name in sorted(self.ranks)}
+        config.kernels = {name: self.kernels[name] for name in sorted(self.kernels)}
+        config.slices = {
+            f"{name}.{part}": rows.as_list() for name in sorted(self.parts) for part, rows in self.parts[name].items()
+        }
+        if not config.initialized:
+            config.base_fingerprint = {name: self.fingerprints[name] for name in sorted(self.fingerprints)}
+
+
+def check_supported(name: str, module: nn.Module) -> None:
+    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass, Conv1D, a convolution, or quantized."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if not (isinstance(base, (nn.Linear, Conv1D, RowSlice, *spectra.CONVOLUTIONS)) or hasattr(base, "W_q")):
+        raise SvdtuneError(
+            f"target module {name!r} is a {type(base).__name__}; SARA, Mo-SARA and SORSA adapt torch.nn.Linear, transformers' "
+            "Conv1D, and torch.nn.Conv1d, Conv2d and Conv3d. Narrow `target_modules`, or name it in `exclude_modules`"
+        )
+    if type(base) is NonDynamicallyQuantizableLinear:
+        raise SvdtuneError(
+            f"target module {name!r} is the output projection of a torch.nn.MultiheadAttention, which reads its weight "
+            "but never calls it, so an adapter there would do nothing. Name it in `exclude_modules`"
+        )
+    if is_parametrized(base, "weight"):
+        raise SvdtuneError(
+            f"the weight of {name!r} is computed by a parametrization (such as weight_norm) at every use, so there is none to "
+            "decompose or to merge into. Take it off with torch.nn.utils.parametrize.remove_parametrizations, or name the "
+            "layer in `exclude_modules`"
+        )
+
+
+def check_one_method(name: str, module: nn.Module, method: type[SvdLayer]) -> None:
+    """Raise `SvdtuneError` for a layer that has an adapter of another method of ours."""
+    other = next((m for m in module.modules() if isinstance(m, SvdLayer) and not isinstance(m, method)), None)
+    if other is not None:
+        titles = TITLES[other.method], TITLES[method.method]
+        raise SvdtuneError(
+            f"layer {name!r} has a {titles[0]} adapter, and a {titles[1]} adapter cannot stand on the same layer. Adapt other "
+            f"layers, or unload the first. {WAY_ROUND}"
+        )
+
+
+def check_rank(name: str, rank: int, module: nn.Module) -> None:
+    """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
+    shape = spectra.matrix_shape(module)
+    if rank > min(shape):
+        raise SvdtuneError(
+            f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "
+            f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or name the layer in `exclude_modules`"
+        )
+
+
+def shared_weights(model: nn.Module) -> set[int]:
+    """The ids of the parameters that several modules hold."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        ids = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
+        shared |= seen & ids
+        seen |= ids
+    return shared

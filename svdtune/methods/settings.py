@@ -1,0 +1,41 @@
+"""The settings of a PEFT configuration: the fields that a user gives, apart from those that saving and loading write."""
+
+from dataclasses import MISSING, Field, fields
+from enum import Enum
+from typing import Any
+
+from peft import PeftConfig
+
+# PEFT keeps these for itself in the configuration of every method; of its common fields a user gives `task_type` alone.
+_OF_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
+
+
+def written(text: str) -> dict[str, Any]:
+    """The metadata of a field that svdtune writes itself, with its help text."""
+    return {"help": text, "written": True}
+
+
+def settings(config: PeftConfig | type[PeftConfig]) -> list[Field]:
+    """The fields of a configuration, or of its class, that a user gives."""
+    return [
+        field
+        for field in fields(config)
+        if field.init and field.name not in _OF_PEFT and not field.metadata.get("written", False)
+    ]
+
+
+def chosen(config: PeftConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, by name, as JSON and YAML hold them."""
+    found = {}
+    for field in settings(config):
+        value = getattr(config, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value != default:
+            found[field.name] = _plain(value)
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    return value.value if isinstance(value, Enum) else value
