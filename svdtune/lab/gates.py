@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from svdtune.methods.compute.lowrank import compute_dtype, filled
 from svdtune.methods.mosara.gates import GATES, Gate
-from svdtune.methods.mosara.math import projections
+from svdtune.methods.mosara.math import mixed_values, projections, token_gate
 
 
 def top1(weights: Tensor) -> Tensor:
@@ -58,8 +58,8 @@ def add_top1(
     z = flat @ A
     # Eq. 6 reads x V without v.
     a = flat @ (V @ w1.to(V.dtype)).to(dtype) if front else z @ filled(w1[None], z.shape[1])[0].to(dtype)
-    gate = top1(torch.softmax(torch.outer(a.to(w2.dtype), w2), 1))
-    t = z * filled(gate @ lam.to(gate.dtype), z.shape[1]).to(dtype)
+    gate = top1(token_gate(a, w2))
+    t = z * filled(mixed_values(gate, lam.to(gate.dtype)), z.shape[1]).to(dtype)
     return y + (t @ B.mT).view(y.shape).to(y.dtype)
 
 

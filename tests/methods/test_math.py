@@ -4,7 +4,6 @@ import pytest
 import torch
 from pairwise import all_pairs
 
-from svdtune.methods.compute.lowrank import add_low_rank
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import math as sara
@@ -109,7 +108,7 @@ class TestAgainstReference:
 
     @pytest.mark.parametrize(
         ("shape", "kind", "dtype", "layout", "moved"),
-        all_pairs(SHAPES.values(), WEIGHTS, TOLERANCE, ["delta", "residual"], [0.0, 0.3]),
+        all_pairs(SHAPES.values(), WEIGHTS, TOLERANCE, ["delta", "split"], [0.0, 0.3]),
         ids=str,
     )
     def test_sorsa(self, shape, kind, dtype, layout, moved):
@@ -134,14 +133,14 @@ class TestAgainstReference:
         compare(fast, literal, torch.randn(11, shape[1]).double(), frozen, trained, dtype)
 
 
-@pytest.mark.parametrize("case", ["sara", "delta", "residual", "mosara", "front"])
+@pytest.mark.parametrize("case", ["sara", "delta", "split", "mosara", "front"])
 def test_autocast_computes_as_linear_layers_do(case):
     """Under bf16 autocast an fp32 input gives a bf16 output, and fp32 gradients near the truth."""
     shape = (12, 16, 4)
     x = torch.randn(9, 16).double()
     if case == "sara":
         fast, literal, made = sara.sara_linear, sara_reference.sara_linear, sara_case(shape, "random", True)
-    elif case in ("delta", "residual"):
+    elif case in ("delta", "split"):
         fast, literal, made = sorsa.sorsa_linear, sorsa_reference.sorsa_linear, sorsa_case(shape, "random", case, 0.1)
     else:
         front = case == "front"
@@ -198,7 +197,7 @@ class TestGradcheck:
         frozen, trained = sorsa_case((5, 6, 3), "random", "delta", 0.2)
 
         def add_sorsa(x, y, *parameters):
-            return add_low_rank(y * 1, x, *parameters, frozen["P0"], frozen["V0"])
+            return sorsa.add_sorsa(y * 1, x, *parameters, frozen["P0"], frozen["V0"])
 
         self.check(add_sorsa, self.x, torch.randn(2, 3, 5).double(), *trained.values())
 
@@ -214,7 +213,8 @@ def test_differentiating_twice_is_refused():
 
 def test_delta_elements_are_equation_4():
     U, lam, V = sara.kaiming_factors(5, 7, 3)
-    delta = sara.sara_delta(U, lam, V)
+    A, B = sara.sara_pair(U, lam, V)
+    delta = B @ A.mT
     for i in range(5):
         for j in range(7):
             assert float(delta[i, j]) == pytest.approx(sara_reference.delta_element(U, lam, V, i, j), abs=1e-6)
@@ -235,13 +235,14 @@ def test_delta_keeps_small_changes_that_bf16_products_would_lose():
     x = torch.randn(16, 64).bfloat16()
     zero = torch.zeros(64, 64).bfloat16()
     got = sorsa.sorsa_linear(x, zero, None, U[:, :8], moved, V0, P0, V0).double()
-    truth = x.double() @ (sorsa.sorsa_delta(U[:, :8], moved, V0, P0, V0).double()).mT
+    A, B = sorsa.sorsa_pair(U[:, :8], moved, V0, P0, V0)
+    truth = x.double() @ (B @ A.mT).double().mT
     assert float((got - truth).norm() / truth.norm()) < 0.01
     together = (x @ V0.bfloat16()) @ (U[:, :8] * moved).bfloat16().mT - (x @ V0.bfloat16()) @ P0.bfloat16().mT
     assert float((together.double() - truth).norm() / truth.norm()) > 0.5
 
 
-@pytest.mark.parametrize("layout", ["delta", "residual"])
+@pytest.mark.parametrize("layout", ["delta", "split"])
 def test_zero_columns_change_nothing(layout, monkeypatch):
     """Odd ranks are filled up for tensor cores: the same outputs and gradients."""
     monkeypatch.setattr("svdtune.methods.compute.lowrank.alignment", lambda dtype, device: 8)

@@ -17,7 +17,7 @@ from peft import (
 from tiny import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
-from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, SvdtuneWarning
 from svdtune.checkpoint import open_checkpoint, open_shape
 from svdtune.methods.settings import settings
 from svdtune.methods.sites import count, sites
@@ -176,7 +176,7 @@ def test_a_shape_has_sites_but_no_spectrum():
 
 def test_keys_of_rank_pattern_that_no_site_has_are_named(folders):
     config = SaraConfig(r=2, target_modules=QV, rank_pattern={"nothing": 3})
-    with pytest.warns(RuntimeWarning, match=r"did not match any targeted module and were ignored: \['nothing'\]"):
+    with pytest.warns(SvdtuneWarning, match=r"did not match any targeted module and were ignored: \['nothing'\]"):
         sites(open_checkpoint(folders / "llama"), config)
 
 

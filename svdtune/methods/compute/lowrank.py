@@ -14,7 +14,7 @@ Against autograd's own bookkeeping the node saves x and x V alone, adds into the
 pass over a [T, in] or [T, out] tensor that is not a matrix product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -87,6 +87,10 @@ class Part(NamedTuple):
     V: Tensor
     P0: Tensor | None = None
     V0: Tensor | None = None
+
+
+Node = Callable[..., Tensor]
+"""What takes the arguments of `low_rank_linear` and gives its result, alone or together with other layers."""
 
 
 class LowRankLinear(torch.autograd.Function):

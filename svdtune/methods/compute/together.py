@@ -175,19 +175,16 @@ class Together:
                 by_input.setdefault(turn.input, []).append(turn)
         self._followers = {group[0].layer: group[1:] for group in by_input.values() if len(group) > 1}
 
-    def linear(
-        self, layer: nn.Module, adapter: str, x: Tensor, part: Part, x_adapter: Tensor | None, p: float
-    ) -> Tensor:
-        """`LowRankLinear` for one layer, with what of it was or can be done for several.
+    def linear(self, layer: nn.Module, adapter: str, x: Tensor, *arguments: Any) -> Tensor:
+        """`low_rank_linear` for one layer, with what of it was or can be done for several.
 
         Args:
             layer: a `LowRankLayer`.
             adapter: its sole adapter.
-            x: [..., in].
-            part: what the layer computes.
-            x_adapter, p: dropout, as `LowRankLinear` takes it.
+            x, arguments: all that `low_rank_linear` takes, in its order.
         """
-        now = self._pass
+        *fields, x_adapter, p = arguments
+        part, now = Part(*fields), self._pass
         if now is not None and now.pairs is not None and x_adapter is None and p == 0:
             return _with_kept_pair(now.pairs, layer, x, part)
         if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():

@@ -1,10 +1,11 @@
 """LowRankLayer: what SARA's and SORSA's layers share, a trained product U diag(s) Vᵀ added to the weight."""
 
 from abc import abstractmethod
+from functools import partial
 
 from torch import Tensor
 
-from svdtune.methods.compute.lowrank import LowRankLinear, Part, add_low_rank
+from svdtune.methods.compute.lowrank import Node, low_rank_linear
 from svdtune.methods.layers.base import SvdLayer
 
 
@@ -17,13 +18,6 @@ class LowRankLayer(SvdLayer):
     def product(self, adapter: str) -> tuple[Tensor | None, ...]:
         """U [out, r], s [r] or None, V [in, r], and P₀ and V₀ of what is taken away, None where nothing is."""
 
-    def fused(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
-    ) -> Tensor:
-        part = Part(weight, bias, *self.product(adapter))
-        if self.together is None:
-            return LowRankLinear.apply(x, x_adapter, p, *part)
-        return self.together.linear(self, adapter, x, part, x_adapter, p)
-
-    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_low_rank(y, x, *self.product(adapter))
+    def node(self, adapter: str) -> Node:
+        """What computes the adapter with the base layer: a node of its own, or one together with other layers."""
+        return low_rank_linear if self.together is None else partial(self.together.linear, self, adapter)

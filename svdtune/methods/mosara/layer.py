@@ -12,7 +12,16 @@ from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.convolution import as_channels, expand, per_position, project
 from svdtune.methods.mosara.config import MoSaraConfig
 from svdtune.methods.mosara.gates import GATES, Gate, mean_head
-from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start, ready, scaled_rows
+from svdtune.methods.mosara.math import (
+    add_mosara,
+    mixed_values,
+    mosara_linear,
+    mosara_pair,
+    random_start,
+    ready,
+    scaled_rows,
+    token_gate,
+)
 
 
 class MoSaraLinear(SvdLayer):
@@ -107,20 +116,17 @@ class MoSaraLinear(SvdLayer):
             gate_input = per_position(project(base, x, V @ w1[:, None].to(V.dtype)), groups, positions).reshape(-1)
         else:
             gate_input = rows @ w1.to(rows.dtype)
-        gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
+        gate = token_gate(gate_input, w2)
         if other := self._other_gate(adapter):
             gate = other.weights(gate)
-        t = as_channels((rows * (gate @ lam).to(rows.dtype)).view(z.shape), positions)
+        t = as_channels((rows * mixed_values(gate, lam).to(rows.dtype)).view(z.shape), positions)
         return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
         check_is_matrix(config)
         U, V, lam, v = (tensors.get(name) for name in ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v"))
-        lam = mean_head(lam)  # one head, or no gate
-        if config.v_position == "front":
-            return scaled_rows(V, v), U * lam
-        return V, scaled_rows(U, v) * lam
+        return mosara_pair(U, V, mean_head(lam), v, config.v_position == "front")  # one head, or no gate
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.configs[adapter_name].has_router

@@ -1,4 +1,4 @@
-"""Mo-SARA's equations (Gu et al., 2024, §4.3), fast, as one autograd node a layer.
+"""Mo-SARA's equations (Gu et al., 2024, §4.3), as its layer calls them: one autograd node a layer.
 
 With the paper's U and V exchanged (here W is [out, in], see SARA), U [out, k] and V [in, k] the frozen top-k singular vectors
 of W, λ [m, k] the m trained sets of singular values, v the trained diagonal and w₁ [k], w₂ [m] the router:
@@ -27,7 +27,7 @@ from svdtune.methods.compute.lowrank import compute_dtype, filled
 COLUMNS = 64
 
 
-class MoSaraFunction(torch.autograd.Function):
+class GatedLinear(torch.autograd.Function):
     """Eq. 5 and 6 with the base layer: `weight` and `bias`, or None and an output to add to in place.
 
     Saves x V [T, k], the gate [T, m] and, only where v stands in front, x. The frozen U, V and W get no gradient.
@@ -44,10 +44,10 @@ class MoSaraFunction(torch.autograd.Function):
         z = flat @ A
         if front and w1 is not None:  # the gate reads x V without v
             gate_input = flat @ (V @ w1.to(V.dtype)).to(dtype)
-            gate = torch.softmax(torch.outer(gate_input.to(w2.dtype), w2), 1)
-            t = z * filled(gate @ lam, z.shape[1]).to(dtype)
+            gate = token_gate(gate_input, w2)
+            t = z * filled(mixed_values(gate, lam), z.shape[1]).to(dtype)
         else:
-            t, gate, gate_input = mix(z, w1, w2, lam)
+            t, gate, gate_input = _mix(z, w1, w2, lam)
         if weight is None:
             y = bias_or_output
             ctx.mark_dirty(y)
@@ -68,7 +68,7 @@ class MoSaraFunction(torch.autograd.Function):
         needs_x, _, needs_base, needs_adapter, *_ = ctx.needs_input_grad
         dY = grad.to(dtype).reshape(-1, grad.shape[-1])
         A, B = projections(U, V, v, front, dtype, V_ready)
-        dz, dlam, dw1, dw2, da = mix_backward(dY @ B, z, gate, gate_input, lam, None if front else w1, w2)
+        dz, dlam, dw1, dw2, da = _mix_backward(dY @ B, z, gate, gate_input, lam, None if front else w1, w2)
         if da is not None and front:
             dw1 = V.mT.to(w1.dtype) @ (flat.mT.to(w1.dtype) @ da)
         dv = None
@@ -110,21 +110,21 @@ def projections(
     return ready(V, dtype) if V_ready is None else V_ready, ready(scaled_rows(U, v), dtype)
 
 
-def mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Eq. 6 and the inner part of Eq. 5: t = z ∘ (g λ) [T, k'], g [T, m] and the gate's input z w₁ [T] (None for one head)."""
     if w1 is None:
         return z * filled(lam, z.shape[1]).to(z.dtype), None, None
     if kernels.available(z, w1, w2, lam) and not torch.compiler.is_compiling():
         return kernels.mix(z, w1, w2, lam)
     a = z @ filled(w1[None], z.shape[1])[0].to(z.dtype)
-    gate = torch.softmax(torch.outer(a.to(w2.dtype), w2), 1)
-    return z * filled(gate @ lam, z.shape[1]).to(z.dtype), gate, a
+    gate = token_gate(a, w2)
+    return z * filled(mixed_values(gate, lam), z.shape[1]).to(z.dtype), gate, a
 
 
-def mix_backward(
+def _mix_backward(
     dt: Tensor, z: Tensor, gate: Tensor | None, a: Tensor | None, lam: Tensor, w1: Tensor | None, w2: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `mix`: dz [T, k'], dλ, dw₁, dw₂ and da [T]; without w1 the gate's input came from elsewhere."""
+    """Gradients of `_mix`: dz [T, k'], dλ, dw₁, dw₂ and da [T]; without w1 the gate's input came from elsewhere."""
     k = lam.shape[1]
     if gate is None:
         return dt * filled(lam, z.shape[1]).to(z.dtype), (dt * z)[:, :k].sum(0, dtype=lam.dtype)[None], None, None, None
@@ -134,12 +134,17 @@ def mix_backward(
     dgate = dvalues @ lam.mT
     dlogits = gate * (dgate - (gate * dgate).sum(1, keepdim=True))
     da = dlogits @ w2
-    dz = dt * filled(gate @ lam, z.shape[1]).to(z.dtype)
+    dz = dt * filled(mixed_values(gate, lam), z.shape[1]).to(z.dtype)
     dw1 = None
     if w1 is not None:
         dw1 = da @ z[:, :k].to(da.dtype)
         dz = dz.addr_(da.to(z.dtype), filled(w1[None], z.shape[1])[0].to(z.dtype))
     return dz, gate.mT @ dvalues, dw1, a.to(w2.dtype) @ dlogits, da
+
+
+def token_gate(a: Tensor, w2: Tensor) -> Tensor:
+    """Eq. 6: g [T, m], the weight of every head for every token, from a = x V w₁ [T]."""
+    return torch.softmax(torch.outer(a.to(w2.dtype), w2), 1)
 
 
 def scaled_rows(factor: Tensor, v: Tensor | None) -> Tensor:
@@ -170,7 +175,7 @@ def mosara_linear(
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     """
-    return MoSaraFunction.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
+    return GatedLinear.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
 
 
 def add_mosara(
@@ -185,14 +190,17 @@ def add_mosara(
     front: bool = False,
 ) -> Tensor:
     """Eq. 5's second term, added to y [..., out] in place."""
-    return MoSaraFunction.apply(x, None, y, None, U, V, lam, v, w1, w2, front, None)
+    return GatedLinear.apply(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
-def mosara_delta(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool = False) -> Tensor:
-    """ΔW [out, in] of one head, λ [1, k]. Several heads have none: their weights depend on the token."""
+def mosara_pair(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool = False) -> tuple[Tensor, Tensor]:
+    """Eq. 5 for one head, λ [1, k]: A [in, k] and B [out, k] with ΔW = B Aᵀ.
+
+    Several heads have no such pair: their weights depend on the token.
+    """
     if front:
-        return (U * lam[0]) @ scaled_rows(V, v).mT
-    return (scaled_rows(U, v) * lam[0]) @ V.mT
+        return scaled_rows(V, v), U * lam
+    return V, scaled_rows(U, v) * lam
 
 
 def random_start(k: int, num_heads: int, router: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
-from svdtune.methods.compute.lowrank import scaled
 from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.sara.config import SaraConfig
-from svdtune.methods.sara.math import kaiming_factors
+from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_linear, sara_pair
 
 
 class SaraLinear(LowRankLayer):
@@ -32,6 +31,14 @@ class SaraLinear(LowRankLayer):
     def product(self, adapter: str) -> tuple[Tensor | None, ...]:
         return *(self.adapter_tensor(name, adapter) for name in self.trained), None, None
 
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        return sara_linear(x, weight, bias, *self.product(adapter)[:3], x_adapter, p, self.node(adapter))
+
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        return add_sara(y, x, *self.product(adapter)[:3])
+
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:
-        return tensors["sara_V"], scaled(tensors["sara_U"], tensors.get("sara_lambda"))
+        return sara_pair(*(tensors.get(name) for name in SaraLinear.trained))

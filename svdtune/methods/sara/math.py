@@ -1,4 +1,4 @@
-"""SARA's equations (Gu et al., 2024, §4.2), fast.
+"""SARA's equations (Gu et al., 2024, §4.2), as its layer calls them.
 
 The paper writes h = x (W₀ + U Λ V) with W₀ [in, out]. Here W is [out, in] and y = x Wᵀ, so the paper's U [in, k] is V, and
 its V [k, out] is Uᵀ:
@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from svdtune.methods.compute.lowrank import low_rank_linear, scaled
+from svdtune.methods.compute.lowrank import Node, add_low_rank, low_rank_linear, scaled
 
 
 def sara_linear(
@@ -27,14 +27,23 @@ def sara_linear(
     V: Tensor,
     x_adapter: Tensor | None = None,
     p: float = 0.0,
+    node: Node = low_rank_linear,
 ) -> Tensor:
-    """Eq. 3: x [..., in] → [..., out]; `x_adapter` or `p`: dropout on the adapter's path, see `low_rank_linear`."""
-    return low_rank_linear(x, weight, bias, U, lam, V, x_adapter=x_adapter, p=p)
+    """Eq. 3: x [..., in] → [..., out]; λ is None for the ablation without it.
+
+    `x_adapter` and `p`: dropout on the adapter's path. `node` computes what `low_rank_linear` does.
+    """
+    return node(x, weight, bias, U, lam, V, None, None, x_adapter, p)
 
 
-def sara_delta(U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
-    """Eq. 4: ΔW [out, in]."""
-    return scaled(U, lam) @ V.mT
+def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
+    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [..., out]."""
+    return add_low_rank(y, x, U, lam, V)
+
+
+def sara_pair(U: Tensor, lam: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 4: A = V [in, k] and B = U diag(λ) [out, k], so that ΔW = B Aᵀ."""
+    return V, scaled(U, lam)
 
 
 def kaiming_factors(

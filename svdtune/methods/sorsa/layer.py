@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
-from svdtune.methods.compute.lowrank import add_low_rank, scaled
+from svdtune.methods.compute.lowrank import add_low_rank
 from svdtune.methods.layers.convolution import add_convolved
 from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.sara.math import kaiming_factors
 from svdtune.methods.sorsa.config import SorsaConfig
-from svdtune.methods.sorsa.math import sorsa_pair
+from svdtune.methods.sorsa.math import add_sorsa, principal_part, sorsa_linear, sorsa_pair
 
 
 class SorsaLinear(LowRankLayer):
@@ -40,16 +40,21 @@ class SorsaLinear(LowRankLayer):
 
     @staticmethod
     def frozen_from(factors: Factors) -> dict[str, Tensor]:
-        return {
-            "frozen_P0": scaled(factors.U, factors.s),
-            "frozen_V0": factors.Vh.mT.clone(memory_format=torch.contiguous_format),
-        }
+        return dict(zip(SorsaLinear.frozen, principal_part(factors), strict=True))
 
     def product(self, adapter: str) -> tuple[Tensor | None, ...]:
         trained = (self.adapter_tensor(name, adapter) for name in self.trained)
         if self.configs[adapter].layout == "split":
             return *trained, None, None
         return *trained, *(self.adapter_tensor(name, adapter) for name in self.frozen)
+
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        return sorsa_linear(x, weight, bias, *self.product(adapter), x_adapter, p, self.node(adapter))
+
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        return add_sorsa(y, x, *self.product(adapter))
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from svdtune.errors import SvdtuneError
-from svdtune.methods.sorsa.math import gram
+from svdtune.methods.compute.gram import gram
 
 
 def is_sharded(tensor: Tensor) -> bool:
