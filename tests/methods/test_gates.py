@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from svdtune import MoSaraConfig
 from svdtune.errors import SvdtuneError
 from svdtune.methods.mosara import gates, reference
-from svdtune.methods.mosara.math import trainable_parameters
+from svdtune.methods.mosara.reference import trainable_parameters
 from svdtune.training.method import method_problems
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]

@@ -19,8 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, SvdtuneWarning
 from svdtune.checkpoint import open_checkpoint, open_shape
+from svdtune.methods.mosara import reference as mosara
+from svdtune.methods.sara import reference as sara
 from svdtune.methods.settings import settings
 from svdtune.methods.sites import count, sites
+from svdtune.methods.sorsa import reference as sorsa
 from svdtune.methods.start.disk import start
 from svdtune.planning import plan
 
@@ -188,3 +191,21 @@ def test_what_svdtune_writes_is_no_setting():
         assert written <= hints.keys()
         empty = cls()
         assert not any(getattr(empty, name) for name in written)
+
+
+@pytest.mark.parametrize(
+    ("config", "formula"),
+    [
+        (SaraConfig(r=3), sara.trainable_parameters),
+        (SaraConfig(r=3, use_lambda=False), lambda k, i, o: sara.trainable_parameters(k, i, o, use_lambda=False)),
+        (SorsaConfig(r=3), sorsa.trainable_parameters),
+        (MoSaraConfig(r=3), mosara.trainable_parameters),
+        (MoSaraConfig(r=3, num_heads=1), lambda k, i, o: mosara.trainable_parameters(k, i, o, num_heads=1)),
+    ],
+    ids=["sara", "sara without lambda", "sorsa", "mosara", "mosara with one head"],
+)
+def test_the_papers_formulas_count_what_is_found(folders, config, formula):
+    config.target_modules = set(QV)
+    for site in sites(open_checkpoint(folders / "llama"), config):
+        out, inside = site.shape
+        assert site.trained == formula(site.rank, inside, out)

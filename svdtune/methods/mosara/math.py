@@ -213,18 +213,3 @@ def random_start(k: int, num_heads: int, router: bool = True) -> tuple[Tensor, T
     if num_heads == 1 or not router:
         return lam, None, None
     return lam, torch.empty(k).uniform_(-bound, bound), torch.empty(num_heads).uniform_(-1, 1)
-
-
-def trainable_parameters(
-    k: int,
-    in_features: int,
-    out_features: int,
-    num_heads: int = 5,
-    use_v: bool = True,
-    v_position: str = "after",
-    gate: str = "softmax",
-) -> int:
-    """Parameters trained in one layer: m k + k + m + out, with `in` for v in front, no router for one head or no gate."""
-    router = k + num_heads if num_heads > 1 and gate != "none" else 0
-    diagonal = (in_features if v_position == "front" else out_features) if use_v else 0
-    return num_heads * k + router + diagonal

@@ -60,8 +60,3 @@ def kaiming_factors(
         return torch.empty(shape, device=device).uniform_(-bound, bound)
 
     return uniform((out_features, k), k), uniform((k,), k), uniform((in_features, k), in_features)
-
-
-def trainable_parameters(k: int, in_features: int, out_features: int, use_lambda: bool = True) -> int:
-    """Parameters trained in one layer: k (in + out + 1), without λ k (in + out)."""
-    return k * (in_features + out_features + use_lambda)

@@ -14,3 +14,8 @@ def sara_linear(x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, lam: 
 def delta_element(U: Tensor, lam: Tensor, V: Tensor, i: int, j: int) -> float:
     """Eq. 4 for one element: Σ_r u_ir λ_r v_rj."""
     return sum(float(U[i, r]) * float(lam[r]) * float(V[j, r]) for r in range(len(lam)))
+
+
+def trainable_parameters(k: int, in_features: int, out_features: int, use_lambda: bool = True) -> int:
+    """Parameters trained in one layer: k (in + out + 1), without λ k (in + out)."""
+    return k * (in_features + out_features + use_lambda)

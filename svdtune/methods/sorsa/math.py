@@ -86,8 +86,3 @@ def penalty(
         length = norms if smooth_eps == 0 else torch.sqrt(norms.square() + smooth_eps**2)
         slope = torch.where(length > 0, 2 / length, 0) * weight
         return norms.to(factors.dtype), torch.bmm(factors, (E * slope[:, None, None]).to(factors.dtype))
-
-
-def trainable_parameters(r: int, in_features: int, out_features: int) -> int:
-    """Parameters trained in one layer: r (in + out + 1)."""
-    return r * (in_features + out_features + 1)

@@ -27,3 +27,8 @@ def orthonormal_regularizer(U: Tensor, V: Tensor) -> Tensor:
         return torch.linalg.matrix_norm(M.mT @ M - torch.eye(M.shape[1], dtype=M.dtype, device=M.device))
 
     return error(U) + error(V)
+
+
+def trainable_parameters(r: int, in_features: int, out_features: int) -> int:
+    """Parameters trained in one layer: r (in + out + 1)."""
+    return r * (in_features + out_features + 1)
