@@ -1,6 +1,7 @@
 """Methods that are fitted to a budget, counted again in the model that PEFT builds from the section."""
 
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -63,29 +64,34 @@ SECTIONS = {
 }
 
 
-@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
-def test_what_is_counted_is_what_peft_trains(folder, section):
-    budget = 1500
-    fitted = fit(section, folder, budget)
+@pytest.fixture(scope="module")
+def fits(folder):
+    """What a section is fitted to, by its name and the budget: asked for by several tests, searched for once."""
+    return cache(lambda name, budget: fit(SECTIONS[name], folder, budget))
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_what_is_counted_is_what_peft_trains(fits, name):
+    section, fitted = SECTIONS[name], fits(name, 3000)
     assert fitted.trained == trained(fitted.method)
     assert fitted.method["name"] == section["name"]
     assert fitted.method[fitted.knob] == fitted.value
 
 
-@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
-def test_more_budget_never_gives_less_and_the_next_value_would_go_over(folder, section):
-    less, middle, most = (fit(section, folder, budget) for budget in (700, 3000, 10**7))
+@pytest.mark.parametrize("name", SECTIONS)
+def test_more_budget_never_gives_less_and_the_next_value_would_go_over(fits, name):
+    less, middle, most = (fits(name, budget) for budget in (700, 3000, 10**7))
     assert less.trained <= middle.trained <= most.trained
     if middle.knob == "threshold" or middle.trained == most.trained:
         return  # a share of the singular values has no next value; what has ended goes no further
-    if section["name"] in ("randlora", "oft"):
+    if name in ("randlora", "oft"):
         return  # these round, so that the next value may cost less
     following = middle.method | {middle.knob: middle.value + 1}
     assert trained(following) > 3000
 
 
-def test_a_threshold_is_the_largest_that_the_budget_allows(folder):
-    fitted = fit(SECTIONS["sara"], folder, 3000)
+def test_a_threshold_is_the_largest_that_the_budget_allows(fits):
+    fitted = fits("sara", 3000)
     assert fitted.knob == "threshold"
     assert fitted.trained <= 3000
     one_rank = 32 + 48 + 1  # of the largest layer: the next step of the threshold adds at least one somewhere
@@ -103,31 +109,31 @@ def test_without_a_budget_a_method_stays_as_it_stands(folder):
     assert fit({"name": "ia3", **ALL, "feedforward_modules": []}, folder, None).trained > 0
 
 
-def test_a_method_that_cannot_come_near_takes_its_nearest(folder):
-    least = fit(SECTIONS["lora"], folder, 10)
+def test_a_method_that_cannot_come_near_takes_its_nearest(fits):
+    least = fits("lora", 10)
     assert least.value == 1
     assert least.trained == trained(least.method) > 10
-    assert fit(SECTIONS["sara"], folder, 10).trained == least.trained + 14  # a λ in each of 14 layers
-    most = fit(SECTIONS["mosara"], folder, 10**7)
+    assert fits("sara", 10).trained == least.trained + 14  # a λ in each of 14 layers
+    most = fits("mosara", 10**7)
     assert most.value == 1.0
     assert most.trained == trained(most.method) < 10**7
-    vera = fit(SECTIONS["vera"], folder, 10**7)
+    vera = fits("vera", 10**7)
     assert vera.value == 32
-    assert fit(SECTIONS["adalora"], folder, 10**7).value == 32
+    assert fits("adalora", 10**7).value == 32
     assert vera.trained == trained(vera.method)
-    sorsa = fit(SECTIONS["sorsa"], folder, 10**7)  # the k and v projections are [16, 32]
+    sorsa = fits("sorsa", 10**7)  # the k and v projections are [16, 32]
     assert sorsa.value == 16
 
 
-def test_lora_alpha_follows_the_rank(folder):
-    assert fit(SECTIONS["lora"], folder, 3000).method["lora_alpha"] == 2 * fit(SECTIONS["lora"], folder, 3000).value
+def test_lora_alpha_follows_the_rank(fits, folder):
+    assert fits("lora", 3000).method["lora_alpha"] == 2 * fits("lora", 3000).value
     both = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 32}, folder, 6000).method
     assert both["lora_alpha"] == 4 * both["r"]
     assert both["r"] != 8
     assert fit(SECTIONS["lora"] | {"lora_alpha": 5}, folder, 6000).method["lora_alpha"] == 5
     stable = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 5, "use_rslora": True}, folder, 6000).method
     assert stable["lora_alpha"] == 5
-    assert "lora_alpha" not in fit(SECTIONS["vera"], folder, 3000).method
+    assert "lora_alpha" not in fits("vera", 3000).method
 
 
 @pytest.mark.parametrize(

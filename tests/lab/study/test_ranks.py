@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from functools import cache
 
 import pytest
 import torch
@@ -57,14 +58,19 @@ def shapes(folder):
     return {name: tuple(m.weight.shape) for name, m in model.named_modules() if hasattr(m, "weight")}
 
 
+@pytest.fixture(scope="module")
+def fits(folder):
+    """What a section is fitted to, by its name, its ranks' source and a seed: asked for by several tests."""
+    return cache(lambda name, source, seed=1: fit(SECTIONS[name], folder, BUDGETS.get(name, BUDGET), source, seed))
+
+
 @pytest.mark.parametrize("source", ["sara", "random"])
-@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
-def test_the_ranks_reach_the_model_and_hold_the_budget(folder, section, source):
-    budget = BUDGETS.get(section["name"], BUDGET)
-    fitted = fit(section, folder, budget, source, seed=1)
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_ranks_reach_the_model_and_hold_the_budget(fits, folder, name, source):
+    fitted = fits(name, source)
     model = built(fitted.method, folder)
     counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert fitted.trained == counted <= budget
+    assert fitted.trained == counted <= BUDGETS.get(name, BUDGET)
     assert "threshold" not in fitted.method
     assert fitted.knob == "threshold"
     ranks = ranks_of(model)
@@ -73,21 +79,21 @@ def test_the_ranks_reach_the_model_and_hold_the_budget(folder, section, source):
     assert {f"^{re.escape(name)}": rank for name, rank in ranks.items()} == fitted.method["rank_pattern"]
 
 
-@pytest.mark.parametrize("section", SECTIONS.values(), ids=SECTIONS)
-def test_the_ranks_are_saras_at_the_threshold(folder, section):
-    fitted = fit(section, folder, BUDGETS.get(section["name"], BUDGET), "sara")
+@pytest.mark.parametrize("name", SECTIONS)
+def test_the_ranks_are_saras_at_the_threshold(fits, folder, name):
+    fitted = fits(name, "sara")
     weights = dict(LlamaForCausalLM.from_pretrained(folder).named_modules())
-    for name, rank in ranks_of(built(fitted.method, folder)).items():
-        values = torch.linalg.svdvals(weights[name].weight.double())
-        assert rank == rank_at_threshold(values, fitted.value), name
+    for layer, rank in ranks_of(built(fitted.method, folder)).items():
+        values = torch.linalg.svdvals(weights[layer].weight.double())
+        assert rank == rank_at_threshold(values, fitted.value), layer
 
 
-def test_the_control_moves_saras_ranks_among_layers_of_a_shape(folder):
-    section, shape = SECTIONS["lora"], shapes(folder)
-    sara = ranks_of(built(fit(section, folder, BUDGET, "sara").method, folder))
-    control = fit(section, folder, BUDGET, "random", seed=7)
+def test_the_control_moves_saras_ranks_among_layers_of_a_shape(fits, folder):
+    shape = shapes(folder)
+    sara = ranks_of(built(fits("lora", "sara").method, folder))
+    control = fits("lora", "random", 7)
     moved = ranks_of(built(control.method, folder))
-    assert control.trained == fit(section, folder, BUDGET, "sara").trained
+    assert control.trained == fits("lora", "sara").trained
     assert moved != sara
     for one in set(shape.values()):
         of_shape = [name for name in sara if shape[name] == one]
@@ -99,9 +105,9 @@ def test_a_seed_gives_one_draw_and_another_seed_another(folder):
     assert draws[0] == draws[1] != draws[2]
 
 
-def test_every_layer_of_lora_is_scaled_alike(folder):
-    for section, ratio in ((SECTIONS["lora"], 2), (SECTIONS["dora"], 3)):
-        model = built(fit(section, folder, BUDGET, "sara").method, folder)
+def test_every_layer_of_lora_is_scaled_alike(fits, folder):
+    for name, ratio in (("lora", 2), ("dora", 3)):
+        model = built(fits(name, "sara").method, folder)
         found = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}
         assert found == {ratio}
 
