@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl
 
+from svdtune.training import callbacks
 from svdtune.training.callbacks import ShowProgress, StopOnInterrupt
 
 
@@ -31,14 +32,16 @@ def state(step: int) -> SimpleNamespace:
     return SimpleNamespace(global_step=step, max_steps=10, is_world_process_zero=True)
 
 
-def test_lines_with_the_time_left_where_there_is_no_terminal() -> None:
+def test_lines_with_the_time_left_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, 1061.0])
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     text = StringIO()
     progress = ShowProgress(Console(file=text, width=80), every=0.0)
     progress.on_train_begin(None, state(0), None)
     progress.on_log(None, state(5), None, logs={"loss": 0.5})
     progress.on_log(None, state(10), None, logs={"eval_loss": 0.5})
     progress.on_train_end(None, state(10), None)
-    assert text.getvalue() == "step 5/10 · loss 0.5000 · 0:00 left\n"
+    assert text.getvalue() == "step 5/10 · loss 0.5000 · 1:01 left\n"
 
 
 def test_a_bar_on_a_terminal() -> None:
