@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from svdtune.cli.fit import Fitting
     from svdtune.planning import Plan
 
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
@@ -77,9 +78,7 @@ def plan(
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import Fitting, setting_of
     from svdtune.cli.options import check_device
-    from svdtune.planning import draw
     from svdtune.planning import plan as make_plan
-    from svdtune.system import write_json
 
     check_device(device)
     sizes = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
@@ -88,20 +87,22 @@ def plan(
     wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx))
     by_spectrum = getattr(wanted.config, "threshold", None) is not None
     checkpoint = wanted.open(weights=by_spectrum or any(size is not None for size in sizes.values()))
-    step = {
-        "batch_size": batch_size,
-        "length": length,
-        "accumulation": accumulation,
-        "gradient_checkpointing": gradient_checkpointing,
-        "offload": offload,
-    }
-    setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, dtype=dtype, **step)
+    step = {"batch_size": batch_size, "length": length, "accumulation": accumulation, "dtype": dtype}
+    step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
+    setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
     made = make_plan(checkpoint, wanted.config, **sizes, device=device)
+    _tell(made, Fitting(made, checkpoint.model, setting, memory, link), json_file, chart)
+
+
+def _tell(made: "Plan", fitting: "Fitting", json_file: Path | None, chart: Path | None) -> None:
+    """Print a plan, and write the files that were asked for."""
+    from svdtune.planning import draw
+    from svdtune.system import write_json
+
     console = Console()
     if made.sites.ranks:
         console.print(_ranks_table(made))
     console.print(_in_all(made))
-    fitting = Fitting(made, checkpoint.model, setting, memory, link)
     for line in fitting.lines():
         console.print(line, highlight=False, soft_wrap=True)
     if json_file is not None:
