@@ -59,7 +59,7 @@ class Size:
 
 
 # An untrained model talks at length: the limit must let it come to its answer, or "before" would be the limit's fault.
-FULL = Size(steps=60, rows=4, items=64, max_new_tokens=128)
+FULL = Size(steps=32, rows=4, items=64, max_new_tokens=128)
 QUICK = Size(steps=10, rows=4, items=16, max_new_tokens=64)
 TIMED_TOKENS = 8  # of the untrained model's answers, which the forecast is made of
 
@@ -95,7 +95,7 @@ def demo(
         Path, typer.Option(help="Folder for runs and results; an earlier demo there is replaced.")
     ] = Path("runs/demo"),
 ) -> None:
-    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; about five minutes on two CPU cores.
+    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; about six minutes on two CPU cores.
 
     The model, SmolLM2-135M-Instruct, comes from PyPI and is kept in the cache; everything else happens on this machine.
 
