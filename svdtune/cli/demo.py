@@ -95,7 +95,7 @@ def demo(
         Path, typer.Option(help="Folder for runs and results; an earlier demo there is replaced.")
     ] = Path("runs/demo"),
 ) -> None:
-    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; about six minutes on two CPU cores.
+    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; it says how long it will take.
 
     The model, SmolLM2-135M-Instruct, comes from PyPI and is kept in the cache; everything else happens on this machine.
 
