@@ -70,6 +70,7 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    final_loss: bool = True,
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
@@ -79,6 +80,7 @@ def train(
         recipe: from `load_recipe`.
         resume: go on from the run folder's latest checkpoint; the losses continue as if it had not stopped.
         overwrite: delete an earlier run in the folder.
+        final_loss: take the loss on `data.eval`, where there is one, when training has ended.
         console: where to print; standard error by default.
         callbacks: more callbacks for the Trainer.
 
@@ -95,7 +97,7 @@ def train(
         checkpoint = processes.from_main(
             processes.jointly(lambda: check_run(recipe, resume=resume, overwrite=overwrite) if main else None)
         )
-        result = _train(recipe, checkpoint, console, callbacks)
+        result = _train(recipe, checkpoint, console, callbacks, final_loss)
     if joined:
         processes.stop()
     return result
@@ -112,7 +114,11 @@ def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
 
 
 def _train(
-    recipe: Recipe, checkpoint: Path | None, console: Console, callbacks: Sequence[TrainerCallback]
+    recipe: Recipe,
+    checkpoint: Path | None,
+    console: Console,
+    callbacks: Sequence[TrainerCallback],
+    final_loss: bool,
 ) -> RunResult:
     folder = Path(recipe.output.dir)
     prepared = processes.jointly(lambda: prepare(recipe, console))
@@ -139,6 +145,8 @@ def _train(
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, watching, console, recipe)
+        if final_loss and prepared.eval_rows is not None:
+            trainer.evaluate()
     model.config.use_cache = True
     summary = {
         "svdtune": __version__,
@@ -214,8 +222,6 @@ def _fit(
             progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
-    if prepared.eval_rows is not None:
-        trainer.evaluate()
     return trainer, outcome
 
 

@@ -248,6 +248,14 @@ def test_held_out_loss_is_logged(recipe: dict[str, Any]) -> None:
     assert [line["step"] for line in lines][:2] == [2, 4]
 
 
+@pytest.mark.parametrize("final_loss", [True, False])
+def test_the_held_out_loss_at_the_end_can_be_left_out(recipe: dict[str, Any], final_loss: bool) -> None:
+    recipe["data"]["eval"] = {"source": "arithmetic", "split": "test", "limit": 4}
+    recipe["training"]["max_steps"] = 2
+    lines = [line for line in log_of(go(recipe, final_loss=final_loss)[0]) if "eval_loss" in line]
+    assert len(lines) == final_loss
+
+
 def test_the_penalty_is_logged_to_every_tracker(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, float]] = []
 
