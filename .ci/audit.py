@@ -1,9 +1,10 @@
-"""Look up known faults of the installed packages with pip-audit; exit code 1 if one of them has a fix.
+"""Look up known faults of the installed packages with pip-audit; exit code 1 if one of them has a
+fix.
 
-pip-audit calls a package that its service does not know "skipped", and ends well if all of them were: an index without
-advisories looks like a clean bill. So a package with well-known faults is asked about first; where those are not found,
-nothing can be looked up from here, which is said, and is no failure. Words on the command line go to pip-audit
-(`--ignore-vuln ID`).
+pip-audit calls a package that its service does not know "skipped", and ends well if all of them
+were: an index without advisories looks like a clean bill. So a package with well-known faults is
+asked about first; where those are not found, nothing can be looked up from here, which is said, and
+is no failure. Words on the command line go to pip-audit (`--ignore-vuln ID`).
 """
 
 import json
@@ -29,7 +30,8 @@ def main() -> int:
 
 
 def pins(installed: Any) -> list[str]:
-    """`name==version` of every package from an index, without what follows a + (torch's `+cpu`), which no index knows."""
+    """`name==version` of every package from an index, without what follows a + (torch's `+cpu`),
+    which no index knows."""
     found = {
         f"{each.metadata['Name'].lower()}=={each.version.partition('+')[0]}"
         for each in installed
@@ -61,7 +63,8 @@ def ask(requirements: list[str]) -> dict[str, Any] | str:
 
 
 def cannot_look_up(report: dict[str, Any] | str) -> str | None:
-    """Why a report on `KNOWN_FAULTY` shows that nothing can be looked up, None where its faults were found."""
+    """Why a report on `KNOWN_FAULTY` shows that nothing can be looked up, None where its faults
+    were found."""
     if isinstance(report, str):
         return report
     if any(package.get("vulns") for package in report["dependencies"]):

@@ -1,7 +1,9 @@
-"""Run a short part of the suite on every Python that svdtune supports and `make test` does not run on.
+"""Run a short part of the suite on every Python that svdtune supports and `make test` does not run
+on.
 
-An interpreter is one on PATH, one of pyenv's, or one that uv has or can download. A version that cannot be had is named and
-is no failure. Each gets a virtual environment of its own, .venv-3.12 for example, with the same releases as `make test`.
+An interpreter is one on PATH, one of pyenv's, or one that uv has or can download. A version that
+cannot be had is named and is no failure. Each gets a virtual environment of its own, .venv-3.12 for
+example, with the same releases as `make test`.
 """
 
 import re
@@ -63,7 +65,8 @@ def candidates(version: str) -> Iterator[str]:
 
 
 def version_of(python: str | Path) -> str | None:
-    """The version of an interpreter, such as 3.12; None where it does not work or cannot make environments."""
+    """The version of an interpreter, such as 3.12; None where it does not work or cannot make
+    environments."""
     ask = "import ensurepip, sys, venv; print('%d.%d' % sys.version_info[:2])"
     try:
         done = subprocess.run([str(python), "-c", ask], capture_output=True, text=True, check=False)

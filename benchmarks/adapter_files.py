@@ -1,11 +1,13 @@
-"""Sizes of saved adapters, whole and compact, what compact loading costs and gives back, and how much memory a merge takes.
+"""Sizes of saved adapters, whole and compact, what compact loading costs and gives back, and how
+much memory a merge takes.
 
-    python benchmarks/adapter_files.py sizes --out files.jsonl      # on SmolLM2-135M, which needs `pip install 'svdtune[demo]'`
-    python benchmarks/adapter_files.py merge --out files.jsonl      # a random Llama of 1.1 GB in two shards
+    python benchmarks/adapter_files.py sizes --out files.jsonl  # SmolLM2-135M: svdtune[demo]
+    python benchmarks/adapter_files.py merge --out files.jsonl  # a random Llama, 1.1 GB
 
-Each adapter is saved, then loaded in processes of their own: on one thread, as it was made, and on two. `outputs` is the
-largest difference of the logits relative to the largest logit, 0 where they agree bit for bit. The peak of a merge is that of
-its process, less what the imports take; it is read from Linux's /proc.
+Each adapter is saved, then loaded in processes of their own: on one thread, as it was made, and on
+two. `outputs` is the largest difference of the logits relative to the largest logit, 0 where they
+agree bit for bit. The peak of a merge is that of its process, less what the imports take; it is
+read from Linux's /proc.
 """
 
 import argparse

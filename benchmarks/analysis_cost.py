@@ -1,10 +1,12 @@
-"""What analysis costs: samples while SmolLM2-135M trains, `svdtune analyze` afterwards, and the page of a model of 32 layers.
+"""What analysis costs: samples while SmolLM2-135M trains, `svdtune analyze` afterwards, and the
+page of a model of 32 layers.
 
-    python benchmarks/analysis_cost.py run --out analysis.jsonl     # needs `pip install 'svdtune[demo]'`; a few minutes
+    python benchmarks/analysis_cost.py run --out analysis.jsonl  # svdtune[demo]; some minutes
     python benchmarks/analysis_cost.py page --out analysis.jsonl
 
-`run` trains 19 steps with 20 samples of all q and v projections, with SORSA and fully. `page` makes up every file of one run
-(224 layers, 20 samples): size of the page, and seconds to read the files and write it.
+`run` trains 19 steps with 20 samples of all q and v projections, with SORSA and fully. `page` makes
+up every file of one run (224 layers, 20 samples): size of the page, and seconds to read the files
+and write it.
 """
 
 import argparse

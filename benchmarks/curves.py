@@ -1,12 +1,15 @@
-"""Training curves of one real model: svdtune's layers beside the papers' equations as written, over the same batches.
+"""Training curves of one real model: svdtune's layers beside the papers' equations as written, over
+the same batches.
 
     python benchmarks/curves.py --model smollm2-135m --method sorsa --steps 200 --out curves.jsonl
 
-Both start from one adapter and see the same rows of worded arithmetic, the same optimizer and the same regularizer; fp32, or
-bf16 autocast with `--autocast`. On a GPU the fast side works as it does in training (layers together); on a CPU that is asked
-for with `--together`. A third curve is the control: the literal form again, its factors perturbed by 1e-7 at the start.
-Training multiplies rounding errors with every step, so that is how far two runs of one program can drift apart.
-Prints one JSON line: all losses, their largest relative difference in the first ten steps, the mean loss of the last half.
+Both start from one adapter and see the same rows of worded arithmetic, the same optimizer and the
+same regularizer; fp32, or bf16 autocast with `--autocast`. On a GPU the fast side works as it does
+in training (layers together); on a CPU that is asked for with `--together`. A third curve is the
+control: the literal form again, its factors perturbed by 1e-7 at the start. Training multiplies
+rounding errors with every step, so that is how far two runs of one program can drift apart. Prints
+one JSON line: all losses, their largest relative difference in the first ten steps, the mean loss
+of the last half.
 """
 
 import argparse

@@ -1,8 +1,10 @@
-"""Generating with an unmerged adapter, one sequence at a time: milliseconds a token beside the base model and PEFT's LoRA.
+"""Generating with an unmerged adapter, one sequence at a time: milliseconds a token beside the base
+model and PEFT's LoRA.
 
     python benchmarks/decode.py --shape llama-7b --out decode.jsonl
 
-Greedy, with a KV cache, bf16 base, no autocast; the median of `--repeats` runs of `--tokens` tokens. One JSON line a contender.
+Greedy, with a KV cache, bf16 base, no autocast; the median of `--repeats` runs of `--tokens`
+tokens. One JSON line a contender.
 """
 
 import argparse

@@ -1,16 +1,21 @@
-"""Several GPUs of one host against one: the same steps, how the time scales, and what of it is communication.
+"""Several GPUs of one host against one: the same steps, how the time scales, and what of it is
+communication.
 
-    python benchmarks/distributed.py --processes 1 2 4 --output out               # as many GPUs, some four minutes
+    python benchmarks/distributed.py --processes 1 2 4 --output out  # as many GPUs, 4 minutes
     python benchmarks/distributed.py --processes 1 2 --output out --device cpu --small
 
-Starts `torchrun` once for each number of processes and writes out/distributed.jsonl, a line for each of
+Starts `torchrun` once for each number of processes and writes out/distributed.jsonl, a line for
+each of
 
-- "equality": fp32 steps of one process against those of several with the same global batch, all methods, DDP and FSDP2:
-  the largest difference of a loss and of a trained number, and, as a scale, how far the numbers moved from their start.
-- "start": seconds until a model of LLaMA-7B's shapes has its SORSA adapter, the decompositions shared out.
-- "scaling": seconds a step of that model in bf16; weak: so many rows for each process, strong: so many in all. `efficiency` is
-  against one process. `communication` is the time of NCCL's kernels, waiting for each other included, over that of the step.
-  What of it hides behind computing costs nothing; what does cost shows in the efficiency.
+- "equality": fp32 steps of one process against those of several with the same global batch, all
+  methods, DDP and FSDP2: the largest difference of a loss and of a trained number, and, as a scale,
+  how far the numbers moved from their start.
+- "start": seconds until a model of LLaMA-7B's shapes has its SORSA adapter, the decompositions
+  shared out.
+- "scaling": seconds a step of that model in bf16; weak: so many rows for each process, strong: so
+  many in all. `efficiency` is against one process. `communication` is the time of NCCL's kernels,
+  waiting for each other included, over that of the step. What of it hides behind computing costs
+  nothing; what does cost shows in the efficiency.
 
 Random weights, random tokens. Each process has one GPU.
 """
@@ -71,7 +76,8 @@ class Worker:
         self.mesh = init_device_mesh(arguments.device, (self.count,))
 
     def run(self) -> None:
-        """Everything, in order; what fails in all processes is written down, and the rest goes on."""
+        """Everything, in order; what fails in all processes is written down, and the rest goes
+        on."""
         steps = {}
         for shape, settings in EQUALITY.items():
             for method in METHODS:

@@ -1,10 +1,12 @@
-"""`svdtune train` under every ready configuration of Accelerate, against one GPU: losses and the adapter that is saved.
+"""`svdtune train` under every ready configuration of Accelerate, against one GPU: losses and the
+adapter that is saved.
 
-    python benchmarks/distributed_runs.py --processes 2 --output out          # two GPUs, some three minutes
+    python benchmarks/distributed_runs.py --processes 2 --output out  # two GPUs, some three minutes
     python benchmarks/distributed_runs.py --processes 2 --output out --configs ddp --device cpu
 
-Trains all three methods for ten steps in fp32 on a tiny random Llama, with the same rows a step, and writes out/runs.jsonl: for
-each configuration and method the largest difference of a loss and of a number in the adapter's file, or what went wrong.
+Trains all three methods for ten steps in fp32 on a tiny random Llama, with the same rows a step,
+and writes out/runs.jsonl: for each configuration and method the largest difference of a loss and of
+a number in the adapter's file, or what went wrong.
 """
 
 import argparse

@@ -1,15 +1,17 @@
-"""The cost of starting an adapter: spectra, ranks and leading factors, beside torch's and PEFT's own ways, in one run.
+"""The cost of starting an adapter: spectra, ranks and leading factors, beside torch's and PEFT's
+own ways, in one run.
 
-    python benchmarks/init.py --device cuda --out results.jsonl              # LLaMA-7B's shapes on a GPU, then whole models
-    python benchmarks/init.py --device cpu --threads 2                       # one 4096 × 4096 weight
-    python benchmarks/init.py --device cpu --model path/to/SmolLM2-135M      # a real model: first and second start
+    python benchmarks/init.py --device cuda --out results.jsonl  # LLaMA-7B's shapes, whole models
+    python benchmarks/init.py --device cpu --threads 2  # one 4096 × 4096 weight
+    python benchmarks/init.py --device cpu --model path/to/SmolLM2-135M  # first and second start
     python benchmarks/init.py --n 512 --device cpu                           # anything, in seconds
 
-Prints one JSON line a measurement. Synthetic weights have random singular vectors and one of two spectra: "llama" has the
-ranks at 0.01, 0.09 and 0.5 that the papers imply for LLaMA-7B's q and v (9, 107, 907 of 4096); "outlier" is a power law
-whose largest value is 60 times the 128th. `seconds` is the median of `--repeat` runs after one that is not counted;
-`peak_gib` is the most that a call held on the GPU beyond its inputs. Whole-model lines decompose every weight of the model,
-cycling through a few distinct ones, with the cache off.
+Prints one JSON line a measurement. Synthetic weights have random singular vectors and one of two
+spectra: "llama" has the ranks at 0.01, 0.09 and 0.5 that the papers imply for LLaMA-7B's q and v
+(9, 107, 907 of 4096); "outlier" is a power law whose largest value is 60 times the 128th. `seconds`
+is the median of `--repeat` runs after one that is not counted; `peak_gib` is the most that a call
+held on the GPU beyond its inputs. Whole-model lines decompose every weight of the model, cycling
+through a few distinct ones, with the cache off.
 """
 
 import argparse
@@ -101,7 +103,8 @@ def _processor() -> str:
 
 
 def bench_ranks(bench: Bench, kind: str, n: int, peers: bool) -> dict[str, float]:
-    """Rank at each threshold of one n × n weight: safe_rank, the spectrum, svdvals and svd; seconds by method."""
+    """Rank at each threshold of one n × n weight: safe_rank, the spectrum, svdvals and svd; seconds
+    by method."""
     weight, _ = synthetic(kind, n, n, bench.device, seed=0)
     reference = torch.linalg.svdvals(weight.double())
     expected = {t: rank_at_threshold(reference, t) for t in THRESHOLDS}
@@ -131,7 +134,8 @@ def bench_ranks(bench: Bench, kind: str, n: int, peers: bool) -> dict[str, float
 def bench_factors(
     bench: Bench, kind: str, out_features: int, in_features: int, r: int, peers: bool
 ) -> dict[str, float]:
-    """The r leading triplets of one weight: top_factors, svd_lowrank, svd, and PEFT's two PiSSA starts; seconds by method."""
+    """The r leading triplets of one weight: top_factors, svd_lowrank, svd, and PEFT's two PiSSA
+    starts; seconds by method."""
     weight, _ = synthetic(kind, out_features, in_features, bench.device, seed=1)
     gram = weight.double() @ weight.double().mT if out_features < in_features else weight.double().mT @ weight.double()
     reference = torch.linalg.eigvalsh(gram).flip(0)[:r].sqrt()
@@ -173,7 +177,8 @@ def _pissa(weight: Tensor, r: int, start: str) -> None:
 
 
 def bench_whole_model(bench: Bench, n: int, wide: int, layers: int, r: int, top: int) -> None:
-    """SORSA, SARA and Mo-SARA on all the weights of a LLaMA-7B-like model, a few distinct ones in turn, without a cache."""
+    """SORSA, SARA and Mo-SARA on all the weights of a LLaMA-7B-like model, a few distinct ones in
+    turn, without a cache."""
     square = [synthetic("llama", n, n, bench.device, seed)[0] for seed in range(4)]
     up = [synthetic("llama", wide, n, bench.device, seed)[0] for seed in range(2)]
     down = [weight.mT.contiguous() for weight in up]
@@ -207,7 +212,8 @@ def bench_whole_model(bench: Bench, n: int, wide: int, layers: int, r: int, top:
 
 
 def bench_real_model(bench: Bench, folder: Path) -> None:
-    """Ranks of every linear of a real model against float64 SVDs, and the time of a first and a second start."""
+    """Ranks of every linear of a real model against float64 SVDs, and the time of a first and a
+    second start."""
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as shard:

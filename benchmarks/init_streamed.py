@@ -1,11 +1,13 @@
-"""Start a SORSA adapter for a model that is never there: random weights are made one by one as they are read.
+"""Start a SORSA adapter for a model that is never there: random weights are made one by one as they
+are read.
 
-    python benchmarks/init_streamed.py --shape llama-70b --layers 1                # a 70B model's layer in full width
-    python benchmarks/init_streamed.py --hidden 256 --layers 80                    # narrow, but as deep
+    python benchmarks/init_streamed.py --shape llama-70b --layers 1  # a 70B model's layer
+    python benchmarks/init_streamed.py --hidden 256 --layers 80  # narrow, but as deep
     python benchmarks/init_streamed.py --shape llama-70b --layers 1 --out init-streamed.jsonl
 
-Prints one JSON line (Linux only): the bytes that the model would take, the most memory that the process held (VmHWM)
-beside what `svdtune plan` states for initialisation, what it held before the first weight, the adapter's bytes and the seconds.
+Prints one JSON line (Linux only): the bytes that the model would take, the most memory that the
+process held (VmHWM) beside what `svdtune plan` states for initialisation, what it held before the
+first weight, the adapter's bytes and the seconds.
 """
 
 import argparse
@@ -30,7 +32,8 @@ from svdtune.planning import initialisation_bytes, plan
 
 
 def made_up(name: str, shape: tuple[int, int]) -> Tensor:
-    """A weight [out, in] in bf16 whose values follow from its name: 256 singular values as 1/√i, above noise."""
+    """A weight [out, in] in bf16 whose values follow from its name: 256 singular values as 1/√i,
+    above noise."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     generator = torch.Generator().manual_seed(seed)
     weight = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
@@ -61,7 +64,8 @@ def checkpoint(arguments: argparse.Namespace) -> Checkpoint:
 
 
 def held(what: str) -> int:
-    """Bytes of this process by the kernel's account: VmHWM is the most so far, VmRSS what it holds now."""
+    """Bytes of this process by the kernel's account: VmHWM is the most so far, VmRSS what it holds
+    now."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
 

@@ -1,11 +1,13 @@
-"""Each Triton kernel beside its plain PyTorch form and beside the floor that bytes and arithmetic set; CUDA only.
+"""Each Triton kernel beside its plain PyTorch form and beside the floor that bytes and arithmetic
+set; CUDA only.
 
     python benchmarks/kernel_times.py                    # all groups, at LLaMA-7B shapes
-    python benchmarks/kernel_times.py dropout products   # some: factors, dropout, router, products, transposed
+    python benchmarks/kernel_times.py dropout products  # two of the groups
 
-JSON lines, times in microseconds, medians with a cold L2 cache. `floor` is the larger of the bytes that must move over the
-bandwidth of a large copy and of the operations over the rate of a large bf16 product, both measured at the start of the run.
-`products` and `transposed` time PyTorch's own skinny products, to show which are far from their floor.
+JSON lines, times in microseconds, medians with a cold L2 cache. `floor` is the larger of the bytes
+that must move over the bandwidth of a large copy and of the operations over the rate of a large
+bf16 product, both measured at the start of the run. `products` and `transposed` time PyTorch's own
+skinny products, to show which are far from their floor.
 """
 
 import argparse
@@ -32,7 +34,8 @@ def time(run: Callable[[], object]) -> float:
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Normal values on the GPU, scaled as activations of a product over the last dimension would be."""
+    """Normal values on the GPU, scaled as activations of a product over the last dimension would
+    be."""
     return (torch.randn(*shape, device="cuda") / shape[-1] ** 0.5).to(dtype)
 
 
@@ -83,7 +86,8 @@ def factors(report: Report) -> None:
 
 
 def dropout(report: Report) -> None:
-    """The three products with a hashed mask, beside PyTorch's dropout and a product, and the product alone."""
+    """The three products with a hashed mask, beside PyTorch's dropout and a product, and the
+    product alone."""
     seed = kernels.dropout_seed("cuda")
     report.line("dropout_seed", "", 0, 0, ours=lambda: kernels.dropout_seed("cuda"))
     for d in WIDTHS:

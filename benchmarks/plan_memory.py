@@ -1,10 +1,12 @@
-"""The memory that `svdtune plan` takes, beside the model it plans: a checkpoint of random weights, planned in a new process.
+"""The memory that `svdtune plan` takes, beside the model it plans: a checkpoint of random weights,
+planned in a new process.
 
-    python benchmarks/plan_memory.py                           # LLaMA-7B's shapes, four of its layers, on disk 2.1 GB
+    python benchmarks/plan_memory.py  # LLaMA-7B's shapes, four of its layers, on disk 2.1 GB
     python benchmarks/plan_memory.py --layers 8 --out plan.jsonl
 
-Prints one JSON line (Linux only): the size of the model and of its largest weight, the most memory the process held, what it
-held before it read any weight (Python, torch and transformers imported), and the seconds it took, without a cache and with one.
+Prints one JSON line (Linux only): the size of the model and of its largest weight, the most memory
+the process held, what it held before it read any weight (Python, torch and transformers imported),
+and the seconds it took, without a cache and with one.
 """
 
 import argparse
@@ -41,7 +43,8 @@ print(before, most_held(), file=sys.stderr)
 
 
 def checkpoint(folder: Path, layers: int) -> dict[str, int]:
-    """Write a LLaMA-7B-like model of some layers, a shard each, bf16; the bytes of the whole and of the largest weight."""
+    """Write a LLaMA-7B-like model of some layers, a shard each, bf16; the bytes of the whole and of
+    the largest weight."""
     config = LlamaConfig(num_hidden_layers=layers, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     config.save_pretrained(folder)
     with torch.device("meta"):

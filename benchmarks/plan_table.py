@@ -1,4 +1,5 @@
-"""The tables of docs/planning.md: estimates beside measured steps, and what `svdtune plan` says of large models.
+"""The tables of docs/planning.md: estimates beside measured steps, and what `svdtune plan` says of
+large models.
 
     python benchmarks/plan_table.py
 
@@ -76,7 +77,8 @@ def smollm2() -> Checkpoint:
 
 
 def before(sizes: Anatomy, config: LlamaConfig, setting: Setting) -> float:
-    """GiB by the formula that came before: no inputs of adapted layers, 20 H + 4 KV bytes of a layer, 10 bytes of a logit."""
+    """GiB by the formula that came before: no inputs of adapted layers, 20 H + 4 KV bytes of a
+    layer, 10 bytes of a logit."""
     H, T = config.hidden_size, setting.tokens
     key_value = H * config.num_key_value_heads // config.num_attention_heads
     layers = sizes.depth * 2 * T * (8 * H + 2 * key_value + 3 * config.intermediate_size)

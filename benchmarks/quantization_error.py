@@ -1,15 +1,17 @@
-"""How much less nf4 rounds a model whose principal part was taken out first (SORSA's split, as QPiSSA), weight by weight.
+"""How much less nf4 rounds a model whose principal part was taken out first (SORSA's split, as
+QPiSSA), weight by weight.
 
-    python benchmarks/quantization_error.py --model path/to/model --rank 12 48 128 --out results.jsonl
+    python benchmarks/quantization_error.py --model MODEL --rank 12 48 128 --out results.jsonl
 
-For every matrix of the model's linear layers, with Q bitsandbytes' nf4 in blocks of 64 (dequantized again) and P₀ V₀ᵀ the r
-leading singular triplets kept in fp32:
+For every matrix of the model's linear layers, with Q bitsandbytes' nf4 in blocks of 64 (dequantized
+again) and P₀ V₀ᵀ the r leading singular triplets kept in fp32:
 
     plain  = ‖W − Q(W)‖        split = ‖W − (Q(W − P₀ V₀ᵀ) + P₀ V₀ᵀ)‖
 
-`reduction` is 1 − Σ split / Σ plain over the matrices, in the nuclear norm (as the QPiSSA paper has it) and the Frobenius norm.
-`bits` is what a weight takes on average, 4.5 for nf4 with fp32 block scales and 32 bits for each entry of P₀ and V₀: the price.
-Prints one JSON line a rank, with the least and the most of the layers.
+`reduction` is 1 − Σ split / Σ plain over the matrices, in the nuclear norm (as the QPiSSA paper has
+it) and the Frobenius norm. `bits` is what a weight takes on average, 4.5 for nf4 with fp32 block
+scales and 32 bits for each entry of P₀ and V₀: the price. Prints one JSON line a rank, with the
+least and the most of the layers.
 """
 
 import argparse
@@ -35,7 +37,8 @@ def nf4(weight: Tensor) -> Tensor:
 
 
 def matrices(model: Path, least: int) -> list[tuple[str, Tensor]]:
-    """The fp32 matrices of a model's folder that a linear layer may have: no embeddings, no side below `least`."""
+    """The fp32 matrices of a model's folder that a linear layer may have: no embeddings, no side
+    below `least`."""
     found = []
     for path in sorted(model.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:

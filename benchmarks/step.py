@@ -1,13 +1,15 @@
-"""One training step: svdtune's methods beside PEFT's, the frozen base's floor and the papers' literal form, in one run.
+"""One training step: svdtune's methods beside PEFT's, the frozen base's floor and the papers'
+literal form, in one run.
 
     python benchmarks/step.py --shape llama-7b --out step.jsonl              # a GPU with 80 GB
     python benchmarks/step.py --shape smollm2-135m --compile                 # launch bound
     python benchmarks/step.py --shape tiny --device cpu                      # any machine
 
-Prints one JSON line a contender. All of them see the same base weights, batches, optimizer (fused AdamW) and precision (bf16
-base, fp32 adapters, bf16 autocast; fp32 throughout on a CPU). The floor is a frozen base: forward and the gradients of the
-inputs, no optimizer. `over_floor` divides by the floor measured in the same run; `memory_over_floor_gib` subtracts its peak.
-`--contenders` picks some; `--list` names them.
+Prints one JSON line a contender. All of them see the same base weights, batches, optimizer (fused
+AdamW) and precision (bf16 base, fp32 adapters, bf16 autocast; fp32 throughout on a CPU). The floor
+is a frozen base: forward and the gradients of the inputs, no optimizer. `over_floor` divides by the
+floor measured in the same run; `memory_over_floor_gib` subtracts its peak. `--contenders` picks
+some; `--list` names them.
 """
 
 import argparse
@@ -128,7 +130,8 @@ def literal(model: nn.Module) -> nn.Module:
 
 
 def contenders() -> list[Contender]:
-    """Every line, the floor first and last: the two floors show how far the machine drifted in between."""
+    """Every line, the floor first and last: the two floors show how far the machine drifted in
+    between."""
 
     def lora(**settings):
         return lambda shape: peft.LoraConfig(r=shape["r"], lora_alpha=shape["r"], target_modules=ALL_LINEAR, **settings)
@@ -207,7 +210,8 @@ class Run:
         return torch.autocast("cuda", torch.bfloat16) if self.cuda else nullcontext()
 
     def measure(self, contender: Contender) -> dict:
-        """Build, warm up and time one contender. A contender that cannot run gives a line that says why."""
+        """Build, warm up and time one contender. A contender that cannot run gives a line that says
+        why."""
         gc.collect()
         model = self.base()
         torch.manual_seed(1)
@@ -320,7 +324,8 @@ def main() -> None:
             continue
         try:
             line = run.measure(contender)
-        except Exception as error:  # out of memory, or a method that refuses the shape: the others still run
+        # out of memory, or a method that refuses the shape: the others still run
+        except Exception as error:
             line = {"contender": contender.name, "error": f"{type(error).__name__}: {error}"[:300]}
         line = about | line
         print(json.dumps(line), flush=True)

@@ -1,7 +1,8 @@
-"""`python -m conformance [--fast] [pytest arguments]`: fetch PEFT's tests, run them with our configurations, fail if one fails.
+"""`python -m conformance [--fast] [pytest arguments]`: fetch PEFT's tests, run them with our
+configurations, fail if one fails.
 
---fast leaves out all but one configuration of each method and all but one decoder. Anything else goes to pytest, such as
-`-k test_merge_layers` or `-x`.
+--fast leaves out all but one configuration of each method and all but one decoder. Anything else
+goes to pytest, such as `-k test_merge_layers` or `-x`.
 """
 
 import os
@@ -34,7 +35,8 @@ def main() -> int:
     except RuntimeError as error:
         print(f"conformance: {error}", file=sys.stderr)
         return 2
-    # PEFT's tests name models of the hub. A folder of that name below the working folder goes before the hub.
+    # PEFT's tests name models of the hub. A folder of that name below the working folder goes
+    # before the hub.
     os.chdir(build_models())
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--rootdir", str(tests), "-c", os.devnull]
     options += ["-W", "ignore", "--timeout=300"]

@@ -1,11 +1,13 @@
-"""Our configurations in the form of PEFT's tables of test cases, and the tests that do not apply, each with the reason."""
+"""Our configurations in the form of PEFT's tables of test cases, and the tests that do not apply,
+each with the reason."""
 
 import re
 from typing import Any
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 
-# The settings that differ most from each other in code: one of each method first, which is what --fast runs.
+# The settings that differ most from each other in code: one of each method first, which is what
+# --fast runs.
 VARIANTS: dict[str, tuple[type, dict[str, Any]]] = {
     "SARA": (SaraConfig, {"r": 2}),
     "Mo-SARA": (MoSaraConfig, {"r": 2, "num_heads": 1}),
@@ -53,7 +55,8 @@ def decoders(fast: bool) -> list[tuple]:
 
 
 def active_adapters(fast: bool) -> list[tuple]:
-    """Rows (name, tuner, configuration class, settings, settings) for MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES."""
+    """Rows (name, tuner, configuration class, settings, settings) for
+    MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES."""
     rows = []
     for name, (cls, own) in _chosen(fast):
         own = own | {"init_weights": False}
@@ -66,7 +69,8 @@ def _chosen(fast: bool) -> list[tuple[str, tuple[type, dict[str, Any]]]]:
     return list(VARIANTS.items())[: FAST_VARIANTS if fast else None]
 
 
-# Names of LoRA's that a test may use and still be about any method: `like_lora` turns them into ours.
+# Names of LoRA's that a test may use and still be about any method: `like_lora` turns them into
+# ours.
 ONLY_LORAS = {"LoraConfig", "lora_alpha", "lora_dropout", "init_lora_weights", "lora_only", "lora_config", "lora_path"}
 
 
@@ -90,7 +94,8 @@ EXCUSES = {
     "adapt torch.nn.Linear, transformers' Conv1D": "targets layers that the three methods do not adapt, and refuse",
 }
 
-# What is skipped, by a regular expression on "file::test[parameters] as METHOD", and why. The first match counts.
+# What is skipped, by a regular expression on "file::test[parameters] as METHOD", and why. The first
+# match counts.
 _FROZEN = "takes every parameter named after the adapter for a trained one; these have frozen factors beside them"
 _MIXED = "PeftMixedModel is closed to methods from outside PEFT; adapters exported to LoRA do mix"
 _LORA_SETTINGS = "trainable_token_indices and target_parameters are settings of LoRA"

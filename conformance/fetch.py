@@ -10,12 +10,14 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Where PEFT's tests and the models for them stay: a folder of their own beside svdtune's cache."""
+    """Where PEFT's tests and the models for them stay: a folder of their own beside svdtune's
+    cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "svdtune-conformance"
 
 
 def fetch_tests() -> Path:
-    """The folder `tests` of the installed PEFT's source distribution, downloaded by pip where it is not there yet.
+    """The folder `tests` of the installed PEFT's source distribution, downloaded by pip where it is
+    not there yet.
 
     Raises:
         RuntimeError: pip could not get it; the message has pip's last line.
@@ -39,6 +41,7 @@ def fetch_tests() -> Path:
             inside = [member for member in archive if "/tests/" in f"/{member.name}" and "/src/" not in member.name]
             archive.extractall(work, members=inside, filter="data")
             unpacked = next(Path(work).glob("*/tests"))
-            (unpacked / "__init__.py").touch()  # the archive lacks it, and the tests import each other relatively
+            # the archive lacks it, and the tests import each other relatively
+            (unpacked / "__init__.py").touch()
             unpacked.rename(target)
     return target

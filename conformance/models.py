@@ -1,4 +1,5 @@
-"""Tiny random models under the names that PEFT's tests ask the hub for; built from configurations, no network."""
+"""Tiny random models under the names that PEFT's tests ask the hub for; built from configurations,
+no network."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,8 @@ _MODELS: dict[str, Callable[[], tf.PreTrainedModel]] = {
 
 
 def build_models() -> Path:
-    """A folder with every model of the list, each in the folder of its hub name; built where it is not there yet."""
+    """A folder with every model of the list, each in the folder of its hub name; built where it is
+    not there yet."""
     root = cache_folder() / f"models-transformers-{tf.__version__}"
     for name, build in _MODELS.items():
         if not (root / name / "config.json").is_file():

@@ -1,8 +1,9 @@
-"""A pytest plugin that puts our configurations in the place of PEFT's in PEFT's tests, and counts what happened.
+"""A pytest plugin that puts our configurations in the place of PEFT's in PEFT's tests, and counts
+what happened.
 
-PEFT's tests take their configurations from lists that `parametrize` keeps by reference, so filling the lists with ours after a
-test file was imported and before its tests are made is enough. Tests that build a `LoraConfig` themselves get ours under
-that name, in a session for each method.
+PEFT's tests take their configurations from lists that `parametrize` keeps by reference, so filling
+the lists with ours after a test file was imported and before its tests are made is enough. Tests
+that build a `LoraConfig` themselves get ours under that name, in a session for each method.
 """
 
 from collections import Counter
@@ -27,8 +28,8 @@ class Plugin:
 
     Args:
         fast: one configuration of each method and one decoder.
-        method: run the tests that make a LoraConfig themselves, with this method in its place; None: all those that take their
-            configurations from lists.
+        method: run the tests that make a LoraConfig themselves, with this method in its place;
+            None: all those that take their configurations from lists.
     """
 
     def __init__(self, fast: bool, method: str | None = None):
@@ -39,7 +40,8 @@ class Plugin:
     @pytest.hookimpl(hookwrapper=True)
     def pytest_make_collect_report(self, collector: pytest.Collector) -> Any:
         if isinstance(collector, pytest.Module):
-            with suppress(pytest.Collector.CollectError):  # collecting the file meets it again and reports it
+            # collecting the file meets it again and reports it
+            with suppress(pytest.Collector.CollectError):
                 self._replace(collector.obj)
         yield
 
@@ -56,7 +58,8 @@ class Plugin:
             del module.PEFT_DECODER_MODELS_TO_TEST[:-1]
         for holder in (module, getmodule(getattr(module, "PeftCommonTester", None))):
             if hasattr(holder, "hub_online_once"):
-                holder.hub_online_once = nullcontext  # it would go online for the first use of each model
+                # it would go online for the first use of each model
+                holder.hub_online_once = nullcontext
             for name in ("_skip_if_conv1d_not_supported", "_skip_if_not_conv1d_supported"):
                 if hasattr(holder, name):
                     setattr(holder, name, lambda *_, **__: None)  # ours adapt Conv1D
@@ -118,7 +121,8 @@ def _uses_our_lists(item: Any) -> bool:
 
 
 def _of_lora(item: Any) -> bool:
-    """Whether a test, or what its class has besides tests (fixtures, helpers), makes a LoraConfig by that name."""
+    """Whether a test, or what its class has besides tests (fixtures, helpers), makes a LoraConfig
+    by that name."""
     own = vars(item.cls) if item.cls else {}
     helpers = (part for name, part in own.items() if not name.startswith("test"))
     functions = (getattr(part, "_get_wrapped_function", lambda part=part: part)() for part in helpers)
@@ -126,7 +130,8 @@ def _of_lora(item: Any) -> bool:
 
 
 def _texts(code: CodeType) -> Iterator[str]:
-    """The strings, names and attributes in a function and in those inside it, but for the configuration's name."""
+    """The strings, names and attributes in a function and in those inside it, but for the
+    configuration's name."""
     comment = next(iter(code.co_consts), None)
     for part in (*code.co_consts, *code.co_names):
         if isinstance(part, CodeType):

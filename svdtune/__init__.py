@@ -1,6 +1,7 @@
 """svdtune: SVD-based parameter-efficient fine-tuning for Hugging Face PEFT.
 
-Importing it registers SARA, Mo-SARA and SORSA with PEFT; from then on PEFT's own functions know them:
+Importing it registers SARA, Mo-SARA and SORSA with PEFT; from then on PEFT's own functions know
+them:
 
     from peft import get_peft_model
     from svdtune import SorsaConfig

@@ -1,7 +1,8 @@
-"""The processes of a distributed run: how many there are, what they tell each other, and what they must agree on.
+"""The processes of a distributed run: how many there are, what they tell each other, and what they
+must agree on.
 
-In a run of one process everything here does nothing and costs nothing. Messages go through torch.distributed's default group,
-over the host or the GPU as its backend asks.
+In a run of one process everything here does nothing and costs nothing. Messages go through
+torch.distributed's default group, over the host or the GPU as its backend asks.
 """
 
 import datetime
@@ -38,17 +39,20 @@ def index() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process looks after files and prints: the first, also before torch.distributed has been started."""
+    """Whether this process looks after files and prints: the first, also before torch.distributed
+    has been started."""
     return index() == 0 if count() > 1 else launched() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 def launched() -> int:
-    """How many processes the launcher started; 1 where there was none. Schedulers set RANK for runs of one process too."""
+    """How many processes the launcher started; 1 where there was none. Schedulers set RANK for runs
+    of one process too."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def under_deepspeed() -> bool:
-    """Whether Accelerate was started with DeepSpeed, whose configuration then says in what to compute."""
+    """Whether Accelerate was started with DeepSpeed, whose configuration then says in what to
+    compute."""
     return _says_yes("ACCELERATE_USE_DEEPSPEED")
 
 
@@ -67,7 +71,8 @@ def _says_yes(variable: str) -> bool:
 
 
 def device(near: torch.device = _HOST) -> torch.device:
-    """Where tensors must lie to be sent: on `near`'s kind of device if the default group can, else where it can."""
+    """Where tensors must lie to be sent: on `near`'s kind of device if the default group can, else
+    where it can."""
     if count() == 1:
         return near
     able = dist.get_backend_config(dist.group.WORLD)
@@ -96,10 +101,12 @@ def from_main(value: Any) -> Any:
 
 
 def jointly(work: Callable[[], Result]) -> Result:
-    """work() in every process. Where it fails in one, it fails in all, so that none waits for a process that is gone.
+    """work() in every process. Where it fails in one, it fails in all, so that none waits for a
+    process that is gone.
 
     Raises:
-        SvdtuneError: with `everywhere` set where every process raises it; what else work() raised goes on in its process.
+        SvdtuneError: with `everywhere` set where every process raises it; what else work() raised
+            goes on in its process.
     """
     if count() == 1:
         return work()
@@ -188,11 +195,12 @@ def _host_group() -> Any:
 def start(on_cpu: bool, timeout: datetime.timedelta) -> bool:
     """Join the processes that torchrun or Accelerate started; whether that was still to be done.
 
-    Both the host and the GPUs get a backend: control messages and parameters that are offloaded travel over the host.
+    Both the host and the GPUs get a backend: control messages and parameters that are offloaded
+    travel over the host.
 
     Raises:
-        SvdtuneError: the launcher did not say all that a process must know. Without LOCAL_RANK Accelerate would take each
-            process for one that runs alone.
+        SvdtuneError: the launcher did not say all that a process must know. Without LOCAL_RANK
+            Accelerate would take each process for one that runs alone.
     """
     if launched() == 1 or dist.is_initialized():
         return False
@@ -219,7 +227,8 @@ def stop() -> None:
 
 @contextmanager
 def explain_loss(advice: str) -> Iterator[None]:
-    """Turn what torch.distributed says of a process that ended, or does not answer, into one sentence.
+    """Turn what torch.distributed says of a process that ended, or does not answer, into one
+    sentence.
 
     Raises:
         SvdtuneError: with `advice` as the end of the message.

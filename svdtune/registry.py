@@ -1,8 +1,10 @@
-"""Things by name, to which the laboratory adds its own; and the one door through which the laboratory is loaded.
+"""Things by name, to which the laboratory adds its own; and the one door through which the
+laboratory is loaded.
 
-`svdtune.lab` holds what reproduces the papers. The rest of svdtune works without it, and reaches it here alone: a registry
-that lacks a name, or is asked for all of them, imports the part of the laboratory that adds to it, `svdtune.lab.<part>`.
-That part calls `Registry.add` when it is imported.
+`svdtune.lab` holds what reproduces the papers. The rest of svdtune works without it, and reaches it
+here alone: a registry that lacks a name, or is asked for all of them, imports the part of the
+laboratory that adds to it, `svdtune.lab.<part>`. That part calls `Registry.add` when it is
+imported.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,17 +22,20 @@ T = TypeVar("T")
 def has_lab() -> bool:
     """Whether the laboratory is installed."""
     found = find_spec(_LAB)
-    return found is not None and found.origin is not None  # an empty folder is found too, without an origin
+    # an empty folder is found too, without an origin
+    return found is not None and found.origin is not None
 
 
 def load(part: str) -> None:
-    """Import a part of the laboratory, so that what it adds is known; without a laboratory, do nothing."""
+    """Import a part of the laboratory, so that what it adds is known; without a laboratory, do
+    nothing."""
     if has_lab():
         import_module(f"{_LAB}.{part}")
 
 
 def lab_note() -> str:
-    """Where the laboratory is missing, the words that say so, for a message about an unknown name; else nothing."""
+    """Where the laboratory is missing, the words that say so, for a message about an unknown name;
+    else nothing."""
     return "" if has_lab() else f"; those of the papers belong to {_LAB}, which is not installed"
 
 
@@ -56,7 +61,8 @@ class Registry(Mapping[str, T]):
             raise ValueError(f"there is another {name!r} already")
 
     def listed(self) -> str:
-        """All names, and where the laboratory is missing, that it is: the end of a message about an unknown name."""
+        """All names, and where the laboratory is missing, that it is: the end of a message about an
+        unknown name."""
         return ", ".join(self) + lab_note()
 
     def __getitem__(self, name: str) -> T:

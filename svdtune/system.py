@@ -1,4 +1,5 @@
-"""Where svdtune meets the machine: files and folders that appear whole or not at all, and what full disks and memory mean.
+"""Where svdtune meets the machine: files and folders that appear whole or not at all, and what full
+disks and memory mean.
 
 Light to import: the command line takes its last resort from here.
 """
@@ -38,8 +39,8 @@ _READING = {errno.EACCES: "you have no permission to read it", errno.EPERM: "you
 def explain_write_errors(path: Path, advice: str = "name another output") -> Iterator[None]:
     """Turn what the operating system says about writing below `path` into one clear SvdtuneError.
 
-    Covers what wraps the system's word in its own: safetensors, which names the error's number, and `torch.save`, which
-    names none.
+    Covers what wraps the system's word in its own: safetensors, which names the error's number, and
+    `torch.save`, which names none.
 
     Args:
         path: what was to be written.
@@ -108,9 +109,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file beside its place, then move it there: a reader sees the old one or the new one, never a part.
+    """Write a file beside its place, then move it there: a reader sees the old one or the new one,
+    never a part.
 
-    It is on the disk when this returns. A kill leaves at most `NAME.new` behind, which the next write takes over.
+    It is on the disk when this returns. A kill leaves at most `NAME.new` behind, which the next
+    write takes over.
     """
     fresh = path.with_name(path.name + ".new")
     try:
@@ -126,7 +129,8 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def new_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, which becomes `output` if the body succeeds and vanishes if it does not.
+    """Give a temporary folder to fill, which becomes `output` if the body succeeds and vanishes if
+    it does not.
 
     It lies beside `output`, hence on the same file system, so the move is one step.
 
@@ -140,13 +144,16 @@ def new_folder(output: Path) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     try:
         with explain_write_errors(output):
-            work.chmod(0o777 & ~_umask())  # mkdtemp makes it private; a result gets the usual permissions
+            # mkdtemp makes it private; a result gets the usual permissions
+            work.chmod(0o777 & ~_umask())
             yield work
             for path in work.rglob("*"):
                 if path.is_file():
                     to_disk(path)
-                    path.chmod(0o666 & ~_umask())  # so does each file: safetensors makes its own private
-            work.replace(output)  # an empty folder gives way; anything that appeared there meanwhile does not
+                    # so does each file: safetensors makes its own private
+                    path.chmod(0o666 & ~_umask())
+            # an empty folder gives way; anything that appeared there meanwhile does not
+            work.replace(output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -173,7 +180,8 @@ def _umask() -> int:
 
 
 def to_disk(path: Path) -> None:
-    """Wait until a file is on the disk: a power cut must not leave a folder under its name, and its files empty."""
+    """Wait until a file is on the disk: a power cut must not leave a folder under its name, and its
+    files empty."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -186,7 +194,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def last_resort(error: Exception) -> str | None:
-    """One sentence about an error of the machine that nothing nearer explained, None if it is not the machine's."""
+    """One sentence about an error of the machine that nothing nearer explained, None if it is not
+    the machine's."""
     if is_out_of_memory(error):
         return "out of memory: give it smaller batches, a smaller model, or a machine with more"
     if isinstance(error, OSError) and error.errno in set(_REASONS) - {errno.ENOENT} and error.filename is not None:

@@ -1,4 +1,5 @@
-"""What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data sets if there is one."""
+"""What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data
+sets if there is one."""
 
 import os
 from collections.abc import Iterator
@@ -18,7 +19,8 @@ from transformers import PreTrainedTokenizerFast
 
 from svdtune.methods.closed import refused_peft
 
-# One thread, here and in the processes that tests start: tests run side by side, and give the same on any number of cores.
+# One thread, here and in the processes that tests start: tests run side by side, and give the same
+# on any number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -29,7 +31,8 @@ settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],  # a busy machine is no fault
+    # a busy machine is no fault
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=1000, derandomize=False)
 settings.load_profile("quick")
@@ -39,7 +42,8 @@ SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def _torch() -> Iterator[None]:
-    """Give every test PyTorch in the same state: seed 0, fp32 products in fp32, nothing that another test set or compiled."""
+    """Give every test PyTorch in the same state: seed 0, fp32 products in fp32, nothing that
+    another test set or compiled."""
     with kept_torch_state():
         torch.manual_seed(0)
         yield
@@ -47,7 +51,8 @@ def _torch() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Iterator[Path]]:
-    """Folders that are not there yet, without end; the first is the cache of fixtures that several tests share."""
+    """Folders that are not there yet, without end; the first is the cache of fixtures that several
+    tests share."""
     folder = tmp_path_factory.mktemp("caches")
     caches = (folder / str(number) for number in count())
     with pytest.MonkeyPatch.context() as patch:
@@ -63,14 +68,16 @@ def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def transformers_takes_peft() -> None:
-    """For tests of what transformers itself does with adapters; skips where it refuses the PEFT that is installed."""
+    """For tests of what transformers itself does with adapters; skips where it refuses the PEFT
+    that is installed."""
     if (refusal := refused_peft()) is not None:
         pytest.skip(f"transformers {transformers.__version__} says of PEFT {peft.__version__}: {refusal}")
 
 
 @pytest.fixture
 def shared_data() -> Path:
-    """The folder of real data sets, `../shared/data` beside the checkout; skips where it does not exist."""
+    """The folder of real data sets, `../shared/data` beside the checkout; skips where it does not
+    exist."""
     if not SHARED_DATA.is_dir():
         pytest.skip(f"needs the data sets in {SHARED_DATA}, which is not there")
     return SHARED_DATA
@@ -78,7 +85,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 258 tokens, `<|end|>`, `<|pad|>` and the 256 bytes: it spells out any text, offline."""
+    """A tokenizer of 258 tokens, `<|end|>`, `<|pad|>` and the 256 bytes: it spells out any text,
+    offline."""
     tokens = ["<|end|>", "<|pad|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,5 +96,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A Transformers folder with a random two-layer Llama and `tiny_tokenizer`; read it, never write to it."""
+    """A Transformers folder with a random two-layer Llama and `tiny_tokenizer`; read it, never
+    write to it."""
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny", tiny_tokenizer)

@@ -1,4 +1,5 @@
-"""Goes through svdtune's core in one process, for `test_without_lab.py`: `python core_alone.py MODEL FOLDER`.
+"""Goes through svdtune's core in one process, for `test_without_lab.py`:
+`python core_alone.py MODEL FOLDER`.
 
 Prints one line for each thing it did, and ends with the first that does not do what it should.
 """

@@ -1,7 +1,7 @@
 """Functions called in new processes, which share nothing with the test but its environment.
 
-They are forked from a server that has imported torch, Transformers and PEFT, and nothing of svdtune: to start Python and
-import those takes seconds of a core, for every process.
+They are forked from a server that has imported torch, Transformers and PEFT, and nothing of
+svdtune: to start Python and import those takes seconds of a core, for every process.
 """
 
 import importlib
@@ -13,7 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any
 
 FORKED = multiprocessing.get_context("forkserver")
-# The server finds what is installed, not what pytest puts on the path; a module that it cannot import, it leaves out.
+# The server finds what is installed, not what pytest puts on the path; a module that it cannot
+# import, it leaves out.
 FORKED.set_forkserver_preload(
     [
         "torch",

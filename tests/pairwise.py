@@ -1,7 +1,9 @@
-"""Combinations for a grid of tests: every pair of values of two factors is in one, in far fewer than the full product has.
+"""Combinations for a grid of tests: every pair of values of two factors is in one, in far fewer
+than the full product has.
 
-A fault that shows only where three factors meet is rare, and the product of three grows with each value; see Kuhn, Wallace
-and Gallo (2004), "Software Fault Interactions and Implications for Software Testing".
+A fault that shows only where three factors meet is rare, and the product of three grows with each
+value; see Kuhn, Wallace and Gallo (2004), "Software Fault Interactions and Implications for
+Software Testing".
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,10 +12,11 @@ from typing import Any
 
 
 def all_pairs(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Combinations of one value of each factor that hold every pair of values of any two factors, in the product's order.
+    """Combinations of one value of each factor that hold every pair of values of any two factors,
+    in the product's order.
 
-    They are chosen greedily, so the same ones each time: from the product, always the first that holds most of the pairs
-    that none before it held.
+    They are chosen greedily, so the same ones each time: from the product, always the first that
+    holds most of the pairs that none before it held.
 
     Args:
         factors: The values of each, of which the product is small enough to list.

@@ -1,4 +1,5 @@
-"""The audit of the dependencies fails on a fault that has a fix, and says where nothing can be looked up."""
+"""The audit of the dependencies fails on a fault that has a fix, and says where nothing can be
+looked up."""
 
 import importlib.util
 import json
@@ -24,7 +25,8 @@ def audit():
 
 
 def say(monkeypatch: pytest.MonkeyPatch, *reports: object) -> None:
-    """Let pip-audit answer with these, one a call; a text is what it says on stderr, without a report."""
+    """Let pip-audit answer with these, one a call; a text is what it says on stderr, without a
+    report."""
     answers = iter(reports)
 
     def run(words: list[str], **_: object) -> subprocess.CompletedProcess:

@@ -1,4 +1,5 @@
-"""Imports point one way: a package may import only from those before it in the order that data flows."""
+"""Imports point one way: a package may import only from those before it in the order that data
+flows."""
 
 import ast
 import re

@@ -1,6 +1,8 @@
-"""Every sentence of a refusal stands, in part, in a test; those that no other test is about are called forth here.
+"""Every sentence of a refusal stands, in part, in a test; those that no other test is about are
+called forth here.
 
-The search looks for three words in a row of a message among the texts of the tests, and leaves out messages of shorter pieces.
+The search looks for three words in a row of a message among the texts of the tests, and leaves out
+messages of shorter pieces.
 """
 
 import ast
@@ -54,7 +56,8 @@ OUT_OF_REACH = {
 
 
 def messages(tree: ast.AST) -> Iterator[tuple[int, list[str]]]:
-    """(line, constant pieces) of every message that is given to a SvdtuneError where it is raised."""
+    """(line, constant pieces) of every message that is given to a SvdtuneError where it is
+    raised."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
             name = ast.unparse(node.exc.func)
@@ -210,7 +213,8 @@ def test_a_weight_in_three_places() -> None:
 
 
 def test_a_task_without_items(monkeypatch: pytest.MonkeyPatch) -> None:
-    routing = importlib.import_module("svdtune.analysis.routing")  # the package has a function of that name
+    # the package has a function of that name
+    routing = importlib.import_module("svdtune.analysis.routing")
     monkeypatch.setattr(routing, "_has_router", lambda _: True)
     layer = SimpleNamespace(name="q", module=None)
     with pytest.raises(SvdtuneError, match="the task letters has no items to put through the model"):

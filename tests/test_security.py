@@ -1,4 +1,5 @@
-"""What SECURITY.md promises of the code: no pickle, no code from texts, no shell, no secrets in what is printed."""
+"""What SECURITY.md promises of the code: no pickle, no code from texts, no shell, no secrets in
+what is printed."""
 
 import ast
 import re
@@ -80,7 +81,8 @@ def test_the_search_finds_what_it_is_for(code: str) -> None:
 
 
 def test_no_token_is_read() -> None:
-    """Access to the hub is huggingface_hub's business: svdtune neither reads nor passes nor prints a token."""
+    """Access to the hub is huggingface_hub's business: svdtune neither reads nor passes nor prints
+    a token."""
     found = [
         str(path.relative_to(ROOT))
         for path in ROOT.rglob("*.py")

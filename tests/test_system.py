@@ -1,4 +1,5 @@
-"""Full disks, full memory and what is in the way: one sentence each, and no file or folder half-written."""
+"""Full disks, full memory and what is in the way: one sentence each, and no file or folder
+half-written."""
 
 import errno
 import os

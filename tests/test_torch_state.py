@@ -1,4 +1,5 @@
-"""No test leaves PyTorch in another state than it found: the fixture that sees to it, held to what it promises."""
+"""No test leaves PyTorch in another state than it found: the fixture that sees to it, held to what
+it promises."""
 
 import pytest
 import torch

@@ -16,7 +16,8 @@ ROOT = Path(svdtune.__file__).parent
 
 def test_every_core_verb_works_on_a_copy_without_the_laboratory(tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT, tmp_path / "svdtune", ignore=shutil.ignore_patterns("lab", "__pycache__"))
-    (tmp_path / "svdtune" / "lab" / "__pycache__").mkdir(parents=True)  # what deleting the files may leave
+    # what deleting the files may leave
+    (tmp_path / "svdtune" / "lab" / "__pycache__").mkdir(parents=True)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent), *sys.path])}
     ended = subprocess.run(
         [

@@ -1,4 +1,5 @@
-"""Tiny random models with weights from seed 0: one Llama and one GPT-2, with whatever a test wants different."""
+"""Tiny random models with weights from seed 0: one Llama and one GPT-2, with whatever a test wants
+different."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ def tiny_gpt2(**changes: Any) -> GPT2LMHeadModel:
 
 
 def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes: Any) -> Path:
-    """A Transformers folder with the tokenizer and a Llama for it: fewer key and value heads, tied embeddings."""
+    """A Transformers folder with the tokenizer and a Llama for it: fewer key and value heads, tied
+    embeddings."""
     settings = {
         "vocab_size": len(tokenizer),
         "num_key_value_heads": 2,

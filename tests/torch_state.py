@@ -9,7 +9,8 @@ import torch
 
 @contextmanager
 def kept_torch_state() -> Iterator[None]:
-    """Begin in full fp32, and leave as it was: precision, default dtype, autograd, threads, CUDA's mode, compiled code."""
+    """Begin in full fp32, and leave as it was: precision, default dtype, autograd, threads, CUDA's
+    mode, compiled code."""
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
     forbid_tf32()
@@ -40,7 +41,8 @@ def allow_tf32() -> None:
 
 
 def _set_convolutions(precision: str) -> None:
-    """Convolutions follow a setting of their own, which torch 2.9 renamed; later releases refuse a mix of both names."""
+    """Convolutions follow a setting of their own, which torch 2.9 renamed; later releases refuse a
+    mix of both names."""
     if hasattr(torch.backends.cudnn, "conv"):
         torch.backends.cudnn.conv.fp32_precision = precision
     else:

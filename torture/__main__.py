@@ -1,8 +1,8 @@
-"""`python -m torture`: stop, fill and alter for some minutes; say what was tried and what held. Exit code 1 if something
-did not hold.
+"""`python -m torture`: stop, fill and alter for some minutes; say what was tried and what held.
+Exit code 1 if something did not hold.
 
---kills 100 --stops 100 --disks 40 --flips 3200 --minutes 15 --seed 0 are the defaults; the seed makes the choices, the
-machine's pace the moments of the kills.
+--kills 100 --stops 100 --disks 40 --flips 3200 --minutes 15 --seed 0 are the defaults; the seed
+makes the choices, the machine's pace the moments of the kills.
 """
 
 import argparse

@@ -1,4 +1,5 @@
-"""Every verb on a disk that is too small for it: one sentence, nothing half there, and the run goes on once there is space."""
+"""Every verb on a disk that is too small for it: one sentence, nothing half there, and the run goes
+on once there is space."""
 
 import os
 import random
@@ -96,7 +97,8 @@ def _train(work: Path, model: Path, disk: Path, whole: Path, small: Callable, fo
 
 
 def read_only(work: Path, model: Path, run: Path) -> Disks:
-    """Run every writing verb where nothing may be written: one sentence; and with a cache there, which only is not kept."""
+    """Run every writing verb where nothing may be written: one sentence; and with a cache there,
+    which only is not kept."""
     mounted = _can_mount(work)
     found = Disks("a tmpfs mounted read-only" if mounted else "a folder without the right to write")
     with (_mount if mounted else _plain)(work / "disk", 1 << 20) as disk:

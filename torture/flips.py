@@ -1,7 +1,8 @@
-"""Files with bytes flipped, cut, removed and put in: each is refused with one sentence, or read as what it was.
+"""Files with bytes flipped, cut, removed and put in: each is refused with one sentence, or read as
+what it was.
 
-Texts that people write themselves (data, recipes, an adapter's configuration) have no checksum: another value there is an
-edit. For those it counts that nothing but a `SvdtuneError` comes out.
+Texts that people write themselves (data, recipes, an adapter's configuration) have no checksum:
+another value there is an edit. For those it counts that nothing but a `SvdtuneError` comes out.
 """
 
 import random
@@ -177,9 +178,11 @@ def _targets(work: Path, run: Path, recipe: Path) -> dict[str, Target]:
 
 
 def _base_targets(work: Path, model: Path) -> dict[str, Target]:
-    """The base model under an adapter on all of its linear layers but the head, opened as `generate` opens it.
+    """The base model under an adapter on all of its linear layers but the head, opened as
+    `generate` opens it.
 
-    What must not change is what the adapter's fingerprints cover: the adapted layers' weights, at bf16's resolution.
+    What must not change is what the adapter's fingerprints cover: the adapted layers' weights, at
+    bf16's resolution.
     """
     base, adapter = work / "base", work / "on_base"
     shutil.copytree(model, base)

@@ -1,4 +1,5 @@
-"""Training stopped at random points, with SIGKILL and sometimes Ctrl-C, and gone on with until it is finished."""
+"""Training stopped at random points, with SIGKILL and sometimes Ctrl-C, and gone on with until it
+is finished."""
 
 import random
 import shutil
@@ -25,7 +26,8 @@ class Kills:
 
 
 def stop_at_random(work: Path, model: Path, wanted: int, chance: random.Random, deadline: float) -> Kills:
-    """Stop runs `wanted` times, or until the deadline; each is finished and compared with one that was left alone."""
+    """Stop runs `wanted` times, or until the deadline; each is finished and compared with one that
+    was left alone."""
     printed, found = work / "printed", Kills()
     whole = work / "whole"
     recipe = write_recipe(work / "whole.yaml", model, whole)

@@ -1,4 +1,5 @@
-"""Every verb that writes, stopped at random and called again: the second call ends well, with the bytes of an undisturbed one.
+"""Every verb that writes, stopped at random and called again: the second call ends well, with the
+bytes of an undisturbed one.
 
 After each stop the output is looked at first: it is whole, or it is not there.
 """
@@ -24,7 +25,8 @@ from torture.world import Done, call, is_interrupted, start, start_call, wait
 
 @dataclass
 class Stops:
-    """By verb how often it was stopped, how often at a moment when something had been written, and what did not hold."""
+    """By verb how often it was stopped, how often at a moment when something had been written, and
+    what did not hold."""
 
     stopped: Counter = field(default_factory=Counter)
     midway: Counter = field(default_factory=Counter)
@@ -44,7 +46,8 @@ class Verb:
     Attributes:
         words: the command, by the folder that it may write to.
         outputs: what it makes there, by name.
-        at_once: whether each output appears whole; of `evaluate`, which keeps what is done, only the end counts.
+        at_once: whether each output appears whole; of `evaluate`, which keeps what is done, only
+            the end counts.
     """
 
     words: Callable[[Path], list[str | Path]]
@@ -53,7 +56,8 @@ class Verb:
 
 
 def stop_verbs(work: Path, model: Path, run: Path, wanted: int, chance: random.Random, deadline: float) -> Stops:
-    """Stop merge, export, plan, evaluate and writers of the cache `wanted` times in all, or until the deadline.
+    """Stop merge, export, plan, evaluate and writers of the cache `wanted` times in all, or until
+    the deadline.
 
     Args:
         work: for what is written.
@@ -124,7 +128,8 @@ def _stop(
             if done.code != -signal.SIGKILL and list(folder.glob(".*.partial")) and verb.at_once:
                 found.wrong.append(f"{name}: Ctrl-C left what killed calls alone may leave")
             _remove_partial(folder)
-            if verb.at_once and state == expected:  # stopped between the result and the end: nothing is left to do
+            # stopped between the result and the end: nothing is left to do
+            if verb.at_once and state == expected:
                 return
             continue
         if done.code or _state(folder, verb) != expected:
@@ -138,7 +143,8 @@ def _remove_partial(folder: Path) -> None:
 
 
 def _state(folder: Path, verb: Verb) -> dict[str, object]:
-    """What a verb made, as digests, without the seconds that it took; None for what is not there."""
+    """What a verb made, as digests, without the seconds that it took; None for what is not
+    there."""
     return {output: _digest(folder / output) for output in verb.outputs}
 
 
@@ -153,7 +159,8 @@ def _digest(path: Path) -> object:
 
 
 def _stop_the_cache(folder: Path, printed: Path, chance: random.Random, found: Stops) -> None:
-    """Kill what does nothing but write cache files: what is there is what was written, or counts as absent."""
+    """Kill what does nothing but write cache files: what is there is what was written, or counts as
+    absent."""
     shutil.rmtree(folder, ignore_errors=True)
     with _own_cache(folder):
         done = wait(start_call(_write_entries, printed), printed, chance.uniform(0, 0.05))

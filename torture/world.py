@@ -1,4 +1,5 @@
-"""A tiny model, a recipe for it, and svdtune in processes that can be killed without paying for the start of Python."""
+"""A tiny model, a recipe for it, and svdtune in processes that can be killed without paying for the
+start of Python."""
 
 import json
 import os
@@ -74,7 +75,8 @@ def write_recipe(path: Path, model: Path, run: Path) -> Path:
 
 
 def start(words: Sequence[str | Path], printed: Path) -> int:
-    """Start `svdtune WORDS` in a copy of this process, which has imported everything; returns its process id."""
+    """Start `svdtune WORDS` in a copy of this process, which has imported everything; returns its
+    process id."""
 
     def run() -> None:
         sys.argv = ["svdtune", *map(str, words)]
@@ -86,7 +88,8 @@ def start(words: Sequence[str | Path], printed: Path) -> int:
 def start_call(run: Callable[[], object], printed: Path) -> int:
     """Start a function in a copy of this process; returns its process id."""
     sys.stdout.flush()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the child is where a user could be, in `main`
+    # until the child is where a user could be, in `main`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     child = os.fork()
     if child:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -145,11 +148,13 @@ def result_of(run: Path) -> tuple[list[dict[str, Any]], bytes]:
 
 
 def is_one_sentence(done: Done) -> bool:
-    """Whether a refusal is what a user can read: exit code 2, one line of svdtune's, no traceback."""
+    """Whether a refusal is what a user can read: exit code 2, one line of svdtune's, no
+    traceback."""
     lines = [line for line in done.printed.splitlines() if line.startswith("svdtune: ")]
     return done.code == 2 and len(lines) == 1 and "Traceback" not in done.printed
 
 
 def is_interrupted(done: Done) -> bool:
     """Whether a process ended as one does after Ctrl-C."""
-    return done.code == 130 or (done.code == 1 and done.printed.strip().endswith("Aborted!"))  # Typer's own word
+    # Typer's own word
+    return done.code == 130 or (done.code == 1 and done.printed.strip().endswith("Aborted!"))

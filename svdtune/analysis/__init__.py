@@ -1,4 +1,5 @@
-"""What a run's files tell: spectra and ranks before training, movement during it, the trained change and routing after it."""
+"""What a run's files tell: spectra and ranks before training, movement during it, the trained
+change and routing after it."""
 
 from svdtune.analysis.after import after
 from svdtune.analysis.before import THRESHOLDS, before

@@ -1,4 +1,5 @@
-"""After training: what changed in each layer, how large it is, and how it lies in the base weight's own singular directions."""
+"""After training: what changed in each layer, how large it is, and how it lies in the base weight's
+own singular directions."""
 
 import math
 from typing import Any
@@ -24,10 +25,11 @@ def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
 
     Returns:
         {"layers": {name: {…}}} with what `svdtune.training.movement.Movement` holds, and
-        "delta": {"values", "sum", "stable_rank", "effective_rank"} of ΔW (its leading singular values, their whole sum,
-        ‖ΔW‖_F² / σ₁², and exp of the entropy of σ / Σσ), and
-        "energy": {"count", "left", "right"}, the shares of ‖ΔW‖_F² within the base's `count` leading left and right
-        singular directions. A change without preference has count / out and count / in there.
+        "delta": {"values", "sum", "stable_rank", "effective_rank"} of ΔW (its leading singular
+        values, their whole sum, ‖ΔW‖_F² / σ₁², and exp of the entropy of σ / Σσ), and
+        "energy": {"count", "left", "right"}, the shares of ‖ΔW‖_F² within the base's `count`
+        leading left and right singular directions. A change without preference has count / out and
+        count / in there.
     """
     disable = None if progress is None else not progress
     with tqdm(total=len(run.matrices), desc="svdtune changes", unit="layer", delay=1.0, disable=disable) as bar:
@@ -61,7 +63,8 @@ def _compared(run: Opened, layer: Observed) -> dict[str, Any]:
 
 
 def _delta(layer: Observed, base: Tensor, weight: Tensor, largest: float) -> tuple[Tensor, Tensor]:
-    """ΔW [out, in] and its singular values, float64; from thin factors where they are what was added to `base`.
+    """ΔW [out, in] and its singular values, float64; from thin factors where they are what was
+    added to `base`.
 
     `largest` is the base weight's first singular value.
     """
@@ -79,7 +82,8 @@ def _delta(layer: Observed, base: Tensor, weight: Tensor, largest: float) -> tup
 
 
 def spectrum_of_change(values: Tensor) -> dict[str, Any]:
-    """The leading singular values of a change and two measures of how many matter, from all of them, descending."""
+    """The leading singular values of a change and two measures of how many matter, from all of
+    them, descending."""
     total = float(values.sum())
     if total == 0:
         return {"values": [], "sum": 0.0, "stable_rank": 0.0, "effective_rank": 0.0}
@@ -93,7 +97,8 @@ def spectrum_of_change(values: Tensor) -> dict[str, Any]:
 
 
 def energy(delta: Tensor, base: Factors) -> dict[str, list[float]]:
-    """Shares of ‖ΔW‖_F² in the spans of the base's leading 1, 2, 4, … left and right singular directions.
+    """Shares of ‖ΔW‖_F² in the spans of the base's leading 1, 2, 4, … left and right singular
+    directions.
 
     Args:
         delta: ΔW [out, in], not zero.

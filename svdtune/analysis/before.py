@@ -1,4 +1,5 @@
-"""Before training: each layer's spectrum, and its rank at thresholds from 0.1 to 0.9 (SARA, Fig. 2 and 8)."""
+"""Before training: each layer's spectrum, and its rank at thresholds from 0.1 to 0.9 (SARA, Fig. 2
+and 8)."""
 
 from typing import Any
 
@@ -11,12 +12,14 @@ THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 def before(run: Opened, progress: bool | None = None) -> dict[str, Any]:
-    """Spectra and ranks of the base weights, looked up in the cache on disk before they are computed.
+    """Spectra and ranks of the base weights, looked up in the cache on disk before they are
+    computed.
 
     Returns:
-        {"thresholds", "layers": {name: {"out", "in", "rank", "k", "sum", "values"}}}: `k` has the rank at each threshold,
-        `rank` the adapter's own (None under full fine-tuning), `sum` all singular values together, and `values` pairs
-        [index from 1, singular value], all of the first ones and ever fewer after them.
+        {"thresholds", "layers": {name: {"out", "in", "rank", "k", "sum", "values"}}}: `k` has the
+        rank at each threshold, `rank` the adapter's own (None under full fine-tuning), `sum` all
+        singular values together, and `values` pairs [index from 1, singular value], all of the
+        first ones and ever fewer after them.
     """
     layers = {layer.name: layer for layer in run.layers}
     weights = {name: lambda layer=layer: run.start(layer) for name, layer in layers.items()}
@@ -38,7 +41,8 @@ def _described(spectrum: Spectrum) -> dict[str, Any]:
 
 
 def _spread(count: int, per_doubling: int = 4) -> set[int]:
-    """Indices from 0 that get ever rarer: about `per_doubling` from each power of two to the next."""
+    """Indices from 0 that get ever rarer: about `per_doubling` from each power of two to the
+    next."""
     picked, at = set(), 1.0
     while at <= count:
         picked.add(round(at) - 1)

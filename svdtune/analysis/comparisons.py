@@ -1,4 +1,5 @@
-"""Comparisons over several runs: a score against trained parameters, threshold, heads, layers or scale (SARA, Fig. 2–6, 9)."""
+"""Comparisons over several runs: a score against trained parameters, threshold, heads, layers or
+scale (SARA, Fig. 2–6, 9)."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -27,7 +28,8 @@ class Point(TypedDict):
 
 
 class Comparison(TypedDict):
-    """One figure: by which setting, under which score, and the runs that have both, ordered by the setting."""
+    """One figure: by which setting, under which score, and the runs that have both, ordered by the
+    setting."""
 
     by: str
     title: str
@@ -38,7 +40,8 @@ class Comparison(TypedDict):
 
 
 def comparisons(runs: Sequence[Facts]) -> list[Comparison]:
-    """Every comparison that the runs allow: at least two runs have the score, and one method two values of the setting."""
+    """Every comparison that the runs allow: at least two runs have the score, and one method two
+    values of the setting."""
     labels = list(dict.fromkeys(label for run in runs for label in run["scores"]))
     labels.sort(key=lambda label: not label.startswith(AVERAGE))
     found = []

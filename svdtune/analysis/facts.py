@@ -1,4 +1,5 @@
-"""What the files of a run say, whichever of them there are: settings, log, scores, and what `svdtune analyze` left."""
+"""What the files of a run say, whichever of them there are: settings, log, scores, and what
+`svdtune analyze` left."""
 
 import json
 from pathlib import Path
@@ -21,7 +22,8 @@ _PARTS = {
 
 
 class RunScore(TypedDict):
-    """One score of a run: a share or another metric, its 95 % interval (None if unknown), and how many items it is over."""
+    """One score of a run: a share or another metric, its 95 % interval (None if unknown), and how
+    many items it is over."""
 
     value: float
     low: float | None
@@ -36,8 +38,8 @@ class Facts(TypedDict):
         name: of its folder.
         folder: the folder.
         method: its method's name.
-        settings: what a comparison is made by: threshold, heads, rank, scale (α / r), first and last layer; None where it has
-            none.
+        settings: what a comparison is made by: threshold, heads, rank, scale (α / r), first and
+            last layer; None where it has none.
         summary: `training.json`.
         log: lines of the log.
         scores: by label, such as "gsm8k-number (strict)".
@@ -60,7 +62,8 @@ class Facts(TypedDict):
 
 
 def read_facts(run: str | Path) -> Facts:
-    """Read a run folder; what is missing or damaged is named in `missing`, and everything else is still read.
+    """Read a run folder; what is missing or damaged is named in `missing`, and everything else is
+    still read.
 
     Raises:
         SvdtuneError: the folder is no run.
@@ -145,7 +148,8 @@ def _variant(config: Any) -> str | None:
 
 
 def _scores(folder: Path, problems: list[str]) -> dict[str, RunScore]:
-    """The scores of every finished evaluation, and their average over sets where there are several."""
+    """The scores of every finished evaluation, and their average over sets where there are
+    several."""
     found: dict[str, RunScore] = {}
     counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
     for path in sorted(folder.glob("evaluations/*/result.json")):

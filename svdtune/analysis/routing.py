@@ -18,7 +18,8 @@ class Routing(NamedTuple):
 
     Attributes:
         gate: the mean weight of each head [m], the sum is 1; what the paper's heat maps show.
-        entropy: the mean entropy of a token's gate over ln m: 1 for an even mix, 0 where one head has it all.
+        entropy: the mean entropy of a token's gate over ln m: 1 for an even mix, 0 where one head
+            has it all.
         dominant: the head with the largest mean weight, from 0.
         share: the share of tokens for which that head has the largest weight.
     """
@@ -49,7 +50,8 @@ def described(gates: Tensor) -> Routing:
 
 @torch.inference_mode()
 def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, Any]:
-    """Put items through the model once, item by item, and average the gates of every layer over their tokens.
+    """Put items through the model once, item by item, and average the gates of every layer over
+    their tokens.
 
     Args:
         run: of Mo-SARA with at least two heads and a gate.
@@ -80,7 +82,8 @@ def _has_router(module: torch.nn.Module) -> bool:
 
 
 def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """The gates [T, m] of each layer for all tokens of some items, computed from what the layer is given."""
+    """The gates [T, m] of each layer for all tokens of some items, computed from what the layer is
+    given."""
     seen: dict[str, list[Tensor]] = {name: [] for name in routed}
 
     def watch(name: str, layer: MoSaraLinear) -> RemovableHandle:

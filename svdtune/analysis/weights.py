@@ -1,4 +1,5 @@
-"""Open a finished run with both of its weights: the one each layer has now and the base model's own."""
+"""Open a finished run with both of its weights: the one each layer has now and the base model's
+own."""
 
 import fnmatch
 from collections.abc import Sequence
@@ -56,7 +57,8 @@ class Opened:
     def start(self, layer: Observed) -> Tensor:
         """The base model's own weight [out, in] of a layer.
 
-        Ours give it back exactly. Other methods may have changed it (PiSSA), so it is read from the base checkpoint again.
+        Ours give it back exactly. Other methods may have changed it (PiSSA), so it is read from the
+        base checkpoint again.
         """
         if isinstance(layer.module, SvdLayer):
             return layer.start()
@@ -83,7 +85,8 @@ def open_run(run: str | Path, wanted: Sequence[str] | None = None) -> Opened:
 
     Args:
         run: a run folder.
-        wanted: names or patterns of the layers to look at ("q_proj", "*.3.*"); all trained ones by default.
+        wanted: names or patterns of the layers to look at ("q_proj", "*.3.*"); all trained ones by
+            default.
 
     Raises:
         SvdtuneError: there is no finished run, or a part of it is missing.

@@ -15,12 +15,13 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in evaluation mode, every parameter on the meta device.
 
-    Its class is `architecture`; else the one with a head that it was saved from; else a causal language model, where there is
-    one of this kind; else the bare model.
+    Its class is `architecture`; else the one with a head that it was saved from; else a causal
+    language model, where there is one of this kind; else the bare model.
 
     Args:
         config: of the model.
-        architecture: a class of Transformers by name; one that Transformers does not have is passed over.
+        architecture: a class of Transformers by name; one that Transformers does not have is passed
+            over.
         trust_remote_code: allow code from the model's folder to run.
     """
     saved_from = list(getattr(config, "architectures", None) or [])

@@ -1,4 +1,5 @@
-"""A GGUF file as a Transformers model: Transformers maps names and layout, the package gguf dequantizes tensors."""
+"""A GGUF file as a Transformers model: Transformers maps names and layout, the package gguf
+dequantizes tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
 
 @contextmanager
 def _explain_damage(path: Path) -> Iterator[None]:
-    """A damaged GGUF file comes out as any of a dozen types of error, struct's and huggingface_hub's among them."""
+    """A damaged GGUF file comes out as any of a dozen types of error, struct's and
+    huggingface_hub's among them."""
     try:
         yield
     except Exception as error:

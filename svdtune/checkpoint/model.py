@@ -1,7 +1,8 @@
 """A model on disk: its architecture without its weights, and its weights one at a time.
 
-The architecture is built on the meta device from the configuration, so module names and types are exactly those that PEFT
-will see. Weights come straight from safetensors shards or a GGUF file. A file is opened for one tensor and closed again.
+The architecture is built on the meta device from the configuration, so module names and types are
+exactly those that PEFT will see. Weights come straight from safetensors shards or a GGUF file. A
+file is opened for one tensor and closed again.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +28,8 @@ class Checkpoint:
     Attributes:
         name: what was asked for.
         model: the architecture in evaluation mode; every parameter is on the meta device.
-        readers: a function by parameter name, for those that the checkpoint holds; none where it has no weights.
+        readers: a function by parameter name, for those that the checkpoint holds; none where it
+            has no weights.
         bytes: size of the stored weights.
         folder: where it lies; None for a GGUF file and for a model known by its shape alone.
         shards: its safetensors files.
@@ -71,7 +73,8 @@ class Checkpoint:
                 f"{parameter} has shape {tuple(tensor.shape)} in the checkpoint {self.name}, and its configuration asks for "
                 f"{tuple(module.weight.shape)}; they do not belong together"
             )
-        # A module of the same kind that holds the tensor, so that Conv1D and the like are read as they always are.
+        # A module of the same kind that holds the tensor, so that Conv1D and the like are read as
+        # they always are.
         holder = type(module).__new__(type(module))
         nn.Module.__init__(holder)
         holder.weight = nn.Parameter(tensor, requires_grad=False)
@@ -91,13 +94,15 @@ def open_checkpoint(
     Args:
         model: a path, or a hub name.
         revision: of a hub model.
-        weights: whether they will be read. If not, of a hub model its configuration alone is downloaded, and a folder may
-            hold no more than that.
-        architecture: the class of Transformers to build the model in, if not the one that its configuration names.
+        weights: whether they will be read. If not, of a hub model its configuration alone is
+            downloaded, and a folder may hold no more than that.
+        architecture: the class of Transformers to build the model in, if not the one that its
+            configuration names.
         trust_remote_code: allow code from the model's folder or repository to run.
 
     Raises:
-        SvdtuneError: there is no such model, it is stored in another format, it is damaged, or it cannot be downloaded.
+        SvdtuneError: there is no such model, it is stored in another format, it is damaged, or it
+            cannot be downloaded.
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -131,7 +136,8 @@ def _readers(names: StoredNames, stored: Mapping[str, Callable[[], Tensor]]) -> 
 
 
 def _download(name: str, revision: str | None, weights: bool, trust_remote_code: bool) -> Path:
-    """The cached folder of a hub model: its configuration, and its safetensors and code where these are asked for."""
+    """The cached folder of a hub model: its configuration, and its safetensors and code where these
+    are asked for."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

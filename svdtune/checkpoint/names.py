@@ -1,8 +1,9 @@
 """Under which names a checkpoint stores a model's parameters.
 
-A stored name may lack the base model's prefix, have one too many, or be an older one that Transformers renames when it loads
-the checkpoint. A tied parameter may be stored under another of its names. A tensor that Transformers does not take as it is,
-such as one expert of a layer that keeps all of them in one parameter, is no parameter's.
+A stored name may lack the base model's prefix, have one too many, or be an older one that
+Transformers renames when it loads the checkpoint. A tied parameter may be stored under another of
+its names. A tensor that Transformers does not take as it is, such as one expert of a layer that
+keeps all of them in one parameter, is no parameter's.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -25,13 +26,15 @@ class StoredNames:
     groups: Mapping[str, list[str]] = field(default_factory=dict)
 
     def of(self, parameter: str) -> str | None:
-        """The stored name of a parameter, under whichever of the parameter's names; None where it is not stored."""
+        """The stored name of a parameter, under whichever of the parameter's names; None where it
+        is not stored."""
         names = (parameter, *self.groups.get(parameter, ()))
         return next((self.own[name] for name in names if name in self.own), None)
 
 
 def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
-    """Match a model's parameters with a checkpoint's names, as Transformers does when it loads them.
+    """Match a model's parameters with a checkpoint's names, as Transformers does when it loads
+    them.
 
     Args:
         model: its parameters may be on the meta device.
@@ -54,7 +57,8 @@ def same_parameter(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _loading_rule(model: PreTrainedModel) -> Callable[[str], str | None]:
-    """What gives the parameter that a stored tensor is loaded into as it is, None where there is none."""
+    """What gives the parameter that a stored tensor is loaded into as it is, None where there is
+    none."""
     state = model.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping

@@ -1,12 +1,14 @@
-"""Models known by their shape alone, to plan for what is not at hand: the configurations that their authors published."""
+"""Models known by their shape alone, to plan for what is not at hand: the configurations that their
+authors published."""
 
 from transformers import LlamaConfig
 
 from svdtune.checkpoint.architecture import build_model
 from svdtune.checkpoint.model import Checkpoint
 
-# LLaMA: Touvron et al. 2023, arXiv:2302.13971, Table 2. Llama 2: arXiv:2307.09288, Table 1 and its published config.json.
-# Llama 3.1: Grattafiori et al. 2024, arXiv:2407.21783, Table 3. Of each: (H, layers, heads, key-value heads, I, vocabulary).
+# LLaMA: Touvron et al. 2023, arXiv:2302.13971, Table 2. Llama 2: arXiv:2307.09288, Table 1 and its
+# published config.json. Llama 3.1: Grattafiori et al. 2024, arXiv:2407.21783, Table 3. Of each: (H,
+# layers, heads, key-value heads, I, vocabulary).
 _SIZES = {
     "llama-7b": (4096, 32, 32, 32, 11008, 32000),
     "llama-13b": (5120, 40, 40, 40, 13824, 32000),
@@ -20,7 +22,8 @@ SHAPES = (*_SIZES, *_SHORT)
 
 
 def open_shape(name: str, *, layers: int | None = None) -> Checkpoint:
-    """The checkpoint of a model in `SHAPES`: its architecture on the meta device, and no weight to read.
+    """The checkpoint of a model in `SHAPES`: its architecture on the meta device, and no weight to
+    read.
 
     Args:
         name: one of `SHAPES`.

@@ -1,4 +1,5 @@
-"""Which safetensors files a model folder's weights lie in: the one place that reads an index, and trusts nothing in it."""
+"""Which safetensors files a model folder's weights lie in: the one place that reads an index, and
+trusts nothing in it."""
 
 import json
 from pathlib import Path, PurePath, PureWindowsPath
@@ -9,10 +10,12 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def shard_names(folder: Path) -> list[str] | None:
-    """The safetensors files that Transformers would load from a folder, by name in it; None where it has none.
+    """The safetensors files that Transformers would load from a folder, by name in it; None where
+    it has none.
 
     Raises:
-        SvdtuneError: the index is damaged, or names a file that is not in the folder, such as one outside it.
+        SvdtuneError: the index is damaged, or names a file that is not in the folder, such as one
+            outside it.
     """
     index = folder / INDEX
     if (folder / SINGLE).is_file():  # Transformers prefers it where there are both

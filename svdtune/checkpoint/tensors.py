@@ -1,7 +1,8 @@
 """The tensors of a safetensors file, each with the place of its bytes.
 
-A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: a dtype, a shape and two offsets by
-name) and the tensors' bytes. So a tensor that does not change can be copied as bytes, and no file is ever held in memory.
+A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON: a dtype,
+a shape and two offsets by name) and the tensors' bytes. So a tensor that does not change can be
+copied as bytes, and no file is ever held in memory.
 """
 
 import json
@@ -41,7 +42,8 @@ class Stored:
     nbytes: int
 
     def read(self) -> Tensor:
-        """The tensor; the file is opened for it alone, so that memory holds nothing else of what is in it.
+        """The tensor; the file is opened for it alone, so that memory holds nothing else of what is
+        in it.
 
         Raises:
             SvdtuneError: the file is gone or was changed.

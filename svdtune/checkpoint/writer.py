@@ -1,8 +1,10 @@
-"""Write a safetensors file one tensor at a time, whether or not the tensors' sizes are known beforehand.
+"""Write a safetensors file one tensor at a time, whether or not the tensors' sizes are known
+beforehand.
 
-The header stands first and is written last. Where a size is not known, it gets room for every name, and spaces fill what is
-left of it, as the format allows. Numbers must lie at multiples of their size, so a tensor whose bytes would shift the next off
-then waits for the end. Where all sizes are known, the file's layout is exactly the one that was asked for.
+The header stands first and is written last. Where a size is not known, it gets room for every name,
+and spaces fill what is left of it, as the format allows. Numbers must lie at multiples of their
+size, so a tensor whose bytes would shift the next off then waits for the end. Where all sizes are
+known, the file's layout is exactly the one that was asked for.
 """
 
 import json
@@ -20,7 +22,8 @@ from svdtune.checkpoint.tensors import NAMES, Stored
 from svdtune.errors import SvdtuneError
 
 _ALIGNMENT = 8
-# Of a tensor's entry beside its name: a dtype, two dimensions and two offsets of at most 19 digits, brackets and quotes.
+# Of a tensor's entry beside its name: a dtype, two dimensions and two offsets of at most 19 digits,
+# brackets and quotes.
 _ENTRY = 160
 _BLOCK = 16 * 2**20
 

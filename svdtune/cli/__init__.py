@@ -1,13 +1,15 @@
 """The command line: one file a verb, imported only when its verb is called.
 
-A verb is a name in VERBS and a module, `svdtune/cli/<verb>.py`, with an `app`, a `typer.Typer`: of one command, whose
-docstring is the verb's help, or of several. Other modules in the folder are helpers. The laboratory adds verbs of its own.
-`svdtune --help` imports all verbs for the first lines of their help, so what only the work itself needs (torch,
-transformers) is imported inside the command.
+A verb is a name in VERBS and a module, `svdtune/cli/<verb>.py`, with an `app`, a `typer.Typer`: of
+one command, whose docstring is the verb's help, or of several. Other modules in the folder are
+helpers. The laboratory adds verbs of its own. `svdtune --help` imports all verbs for the first
+lines of their help, so what only the work itself needs (torch, transformers) is imported inside the
+command.
 
-Errors: a word that is not UTF-8 is refused before any verb sees it. A `SvdtuneError` is printed as one message, exit code 2. A
-`KeyboardInterrupt` prints its own text, which may say how to go on, exit code 130. A full disk or memory that nothing nearer
-explained is one sentence too, exit code 2. Anything else is a fault of svdtune and keeps its traceback.
+Errors: a word that is not UTF-8 is refused before any verb sees it. A `SvdtuneError` is printed as
+one message, exit code 2. A `KeyboardInterrupt` prints its own text, which may say how to go on,
+exit code 130. A full disk or memory that nothing nearer explained is one sentence too, exit code 2.
+Anything else is a fault of svdtune and keeps its traceback.
 """
 
 import importlib
@@ -52,8 +54,8 @@ def verbs() -> list[str]:
 class _Interrupt:
     """Python's own answer to Ctrl-C, which also remembers it.
 
-    C code that asks an object for its kind, as `torch.asarray` does, may swallow the exception and raise another: an error
-    after Ctrl-C is that interrupt.
+    C code that asks an object for its kind, as `torch.asarray` does, may swallow the exception and
+    raise another: an error after Ctrl-C is that interrupt.
     """
 
     came = False
@@ -84,7 +86,8 @@ class _Verbs(TyperGroup):
         return self.commands[cmd_name]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuse bytes that are no text: tokenizers, YAML and JSON all fail at them later, each in its own way."""
+        """Refuse bytes that are no text: tokenizers, YAML and JSON all fail at them later, each in
+        its own way."""
         for word in args:
             try:
                 word.encode()
@@ -108,7 +111,8 @@ class _Verbs(TyperGroup):
             raise
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a verb; what a user or the machine caused ends in one sentence and a status, not in a traceback."""
+        """Run a verb; what a user or the machine caused ends in one sentence and a status, not in a
+        traceback."""
         try:
             return self._run(ctx)
         except SvdtuneError as error:

@@ -1,4 +1,5 @@
-"""The adapter that a command line asks for: a recipe's, or one for a model in the recipe's own words."""
+"""The adapter that a command line asks for: a recipe's, or one for a model in the recipe's own
+words."""
 
 import json
 import re
@@ -33,7 +34,8 @@ class Asked:
     recipe: "Recipe | None"
 
     def open(self, *, weights: bool = True) -> "Checkpoint":
-        """The model, with its weights where they are asked for, and the target names looked up in it.
+        """The model, with its weights where they are asked for, and the target names looked up in
+        it.
 
         Raises:
             SvdtuneError: there is no such model, or a target name that it does not have.
@@ -45,12 +47,14 @@ class Asked:
         if self.model in SHAPES and not Path(self.model).exists():
             checkpoint = open_shape(self.model)
         else:
-            alone = not weights and Path(self.model, "config.json").is_file()  # a configuration is enough
+            # a configuration is enough
+            alone = not weights and Path(self.model, "config.json").is_file()
             revision = self.recipe.model.revision if self.recipe else None
             place = self.model if alone else locate(self.model)
             checkpoint = open_checkpoint(place, revision=revision, weights=weights)
         if not checkpoint.model.can_generate():
-            self.config.task_type = None  # PEFT would ask the model for what only causal models have
+            # PEFT would ask the model for what only causal models have
+            self.config.task_type = None
         check_targets(checkpoint.model, self.config)
         return checkpoint
 
@@ -134,7 +138,8 @@ def options_of(ctx: "typer.Context") -> list[str]:
 
 
 def names(text: str | None) -> list[str] | str | None:
-    """Comma-separated names as a list; anything with another special character is one regular expression."""
+    """Comma-separated names as a list; anything with another special character is one regular
+    expression."""
     if text is None or text == "all-linear":
         return text
     parts = [part.strip() for part in text.split(",") if part.strip()]

@@ -28,8 +28,9 @@ def analyze(
 ) -> None:
     """Compute spectra and ranks, the trained change, and routing of finished runs.
 
-    Writes before.json, after.json and (Mo-SARA with several heads) routing.json into RUN/analysis, where `svdtune report` finds
-    them. Movement during training is sampled while training: put `analysis: {}` into the recipe.
+    Writes before.json, after.json and (Mo-SARA with several heads) routing.json into RUN/analysis,
+    where `svdtune report` finds them. Movement during training is sampled while training: put
+    `analysis: {}` into the recipe.
 
     Examples:
 

@@ -20,8 +20,9 @@ def combine(
 ) -> None:
     """Write the weighted sum of adapters on one base model as one LoRA.
 
-    The methods may differ. Exact by stacking: the rank of a layer is the sum of the adapters' ranks there. With --rank every
-    layer is cut to the best approximation of that rank, and its error is stated.
+    The methods may differ. Exact by stacking: the rank of a layer is the sum of the adapters' ranks
+    there. With --rank every layer is cut to the best approximation of that rank, and its error is
+    stated.
 
     \b
     svdtune combine runs/first=0.7 runs/second=0.3 --output combined

@@ -18,7 +18,8 @@ def check(
 ) -> None:
     """Say what each file is, how many rows it has, what is malformed, and what is there twice.
 
-    Exit code 0: every row of every file can be used. 1: some rows are malformed. 2: a file cannot be read at all.
+    Exit code 0: every row of every file can be used. 1: some rows are malformed. 2: a file cannot
+    be read at all.
 
     \b
     svdtune data check train.jsonl
@@ -42,7 +43,8 @@ def check(
 
 @app.command("list")
 def list_() -> None:
-    """List the papers' data sets: their splits, where each was found, and how to get those that are missing."""
+    """List the papers' data sets: their splits, where each was found, and how to get those that are
+    missing."""
     from svdtune.data.catalogue import CATALOGUE, GROUPS, data_folder
     from svdtune.registry import lab_note
 

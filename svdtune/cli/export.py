@@ -31,8 +31,8 @@ def export(
 ) -> None:
     """Write an adapter as LoRA, which PEFT, vLLM and llama.cpp load without svdtune.
 
-    SARA gives a LoRA of its own ranks, SORSA one of twice its rank, Mo-SARA with one head one of its own, all without loss.
-    Mo-SARA with several heads depends on the token and is no LoRA.
+    SARA gives a LoRA of its own ranks, SORSA one of twice its rank, Mo-SARA with one head one of
+    its own, all without loss. Mo-SARA with several heads depends on the token and is no LoRA.
 
     \b
     svdtune export runs/sorsa --to lora --output lora

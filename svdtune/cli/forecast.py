@@ -42,9 +42,11 @@ def in_minutes(seconds: float) -> str:
 
 
 def step_seconds(loaded: "LoadedModel", recipe: "Recipe", clock: Clock = time.monotonic) -> float:
-    """Seconds of one training step of a recipe on its frozen base: its first batch, there and back, without an adapter.
+    """Seconds of one training step of a recipe on its frozen base: its first batch, there and back,
+    without an adapter.
 
-    Nearly all of a step's work is the base's. Two are taken and the second counts, for the first one also fetches the memory.
+    Nearly all of a step's work is the base's. Two are taken and the second counts, for the first
+    one also fetches the memory.
 
     Args:
         loaded: the recipe's model; left without parameters that are trained.
@@ -74,7 +76,8 @@ def step_seconds(loaded: "LoadedModel", recipe: "Recipe", clock: Clock = time.mo
 
 
 class PassTimer:
-    """A forward hook of a model that generates: it times the pass over the prompts and those for a new token each.
+    """A forward hook of a model that generates: it times the pass over the prompts and those for a
+    new token each.
 
     Args:
         count: how many passes for a new token it times.

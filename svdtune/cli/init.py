@@ -31,9 +31,10 @@ def init(
 ) -> None:
     """Write a new adapter, reading one weight at a time and never building the model.
 
-    It is what get_peft_model starts on the loaded model, to the bit on the same device. `svdtune plan` says how much memory
-    it takes. Load it with PeftModel.from_pretrained(model, folder, is_trainable=True). Every setting of the method can be given
-    as `svdtune train` takes it.
+    It is what get_peft_model starts on the loaded model, to the bit on the same device.
+    `svdtune plan` says how much memory it takes. Load it with PeftModel.from_pretrained(model,
+    folder, is_trainable=True). Every setting of the method can be given as `svdtune train` takes
+    it.
 
     \b
     svdtune init smollm2-135m --r 32 --target-modules all-linear --output adapter

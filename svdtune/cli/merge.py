@@ -1,4 +1,5 @@
-"""`svdtune merge`: base and adapter as one plain Transformers checkpoint, checked before it appears."""
+"""`svdtune merge`: base and adapter as one plain Transformers checkpoint, checked before it
+appears."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,9 +30,10 @@ def merge(
 ) -> None:
     """Write base + adapter as one checkpoint that needs neither PEFT nor svdtune.
 
-    Weights are read, merged and written one at a time, so a model larger than memory merges. Shards, dtype, tokenizer and the
-    base folder's other files stay as they are. What was written is read back and compared with the adapter's outputs before
-    it appears under its name. Mo-SARA with several heads cannot be merged: its update differs from token to token.
+    Weights are read, merged and written one at a time, so a model larger than memory merges.
+    Shards, dtype, tokenizer and the base folder's other files stay as they are. What was written is
+    read back and compared with the adapter's outputs before it appears under its name. Mo-SARA with
+    several heads cannot be merged: its update differs from token to token.
 
     \b
     svdtune merge runs/sorsa --output merged

@@ -1,4 +1,5 @@
-"""What several verbs ask of the machine and the user: where a model computes, and the prompt around a text."""
+"""What several verbs ask of the machine and the user: where a model computes, and the prompt around
+a text."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,8 @@ if TYPE_CHECKING:
 
 
 def placement(dtype: str | None, device: str | None) -> dict[str, Any]:
-    """Arguments for loading a model: what the user said, and a GPU where there is one and none was named."""
+    """Arguments for loading a model: what the user said, and a GPU where there is one and none was
+    named."""
     import torch
 
     if device is not None:

@@ -56,10 +56,12 @@ def plan(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw rank by layer here (.svg, .png or .pdf).")] = None,
 ) -> None:
-    """Show ranks, trained parameters, memory and time, reading one weight at a time and never building the model.
+    """Show ranks, trained parameters, memory and time, reading one weight at a time and never
+    building the model.
 
-    With a recipe, this plans what `svdtune train` would train, with the same settings on the command line. With a model, the
-    method's settings are given in the same words. The batch, the length and the like are the recipe's where no option is given.
+    With a recipe, this plans what `svdtune train` would train, with the same settings on the
+    command line. With a model, the method's settings are given in the same words. The batch, the
+    length and the like are the recipe's where no option is given.
 
     Examples:
 
@@ -67,13 +69,15 @@ def plan(
 
       svdtune plan smollm2-135m --method sara --threshold 0.01 --method.use_lambda false
 
-      svdtune plan meta-llama/Llama-2-7b-hf --method sara --budget 0.07% --json plan.json --chart ranks.svg
+      svdtune plan meta-llama/Llama-2-7b-hf --method sara --budget 0.07% --json plan.json --chart
+      ranks.svg
 
       svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
 
       svdtune plan openai-community/gpt2-medium --threshold 0.012 --method.fused_slices auto
 
-      svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory 80 --batch 8 --length 2048
+      svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory
+      80 --batch 8 --length 2048
     """
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import Fitting, setting_of

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def counting(label: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Give a function to call with (items done, items in all); it shows both, the time taken and the time left."""
+    """Give a function to call with (items done, items in all); it shows both, the time taken and
+    the time left."""
     if not console.is_terminal:
         yield _lines(label, console)
         return

@@ -21,8 +21,9 @@ def report(
 ) -> None:
     """Write one HTML file that tells what happened in some runs.
 
-    It opens from disk, needs no network, and says which parts the runs have no files for: scores come from `svdtune evaluate`,
-    spectra, changes and routing from `svdtune analyze`. What changed also goes into each adapter's model card.
+    It opens from disk, needs no network, and says which parts the runs have no files for: scores
+    come from `svdtune evaluate`, spectra, changes and routing from `svdtune analyze`. What changed
+    also goes into each adapter's model card.
 
     Examples:
 

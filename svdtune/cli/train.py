@@ -24,7 +24,8 @@ def train(
 
     svdtune train recipes/small.yaml
 
-    svdtune train recipes/small.yaml --method.r 16 --training.learning_rate 1e-4 --output.dir runs/r16
+    svdtune train recipes/small.yaml --method.r 16 --training.learning_rate 1e-4 --output.dir
+    runs/r16
 
     svdtune train recipes/small.yaml --method '{name: sara, threshold: 0.02}'
 

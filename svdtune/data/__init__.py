@@ -1,4 +1,5 @@
-"""Data: rows from a file, the hub or an offline generator, made into examples, made into tokens with a loss mask."""
+"""Data: rows from a file, the hub or an offline generator, made into examples, made into tokens
+with a loss mask."""
 
 from svdtune.data.encoding import Collator, encode, encode_all, prompt_ids
 from svdtune.data.examples import Example, to_examples

@@ -1,10 +1,11 @@
 """Worded arithmetic, made offline: two-step problems with a worked answer.
 
-The templates of the two splits are disjoint: `train` draws from TRAIN, `test` from TEST, so that no held-out item, and no
-held-out wording, ever occurs in training. Names, things and the ranges of the numbers are shared. Items do not repeat
-within a split.
+The templates of the two splits are disjoint: `train` draws from TRAIN, `test` from TEST, so that no
+held-out item, and no held-out wording, ever occurs in training. Names, things and the ranges of the
+numbers are shared. Items do not repeat within a split.
 
-    Maria has 43 apples. Tom gives Maria 28 more, and then Maria sells 16. How many apples does Maria have now?
+    Maria has 43 apples. Tom gives Maria 28 more, and then Maria sells 16.
+    How many apples does Maria have now?
     43 + 28 = 71
     71 - 16 = 55
     #### 55
@@ -25,7 +26,8 @@ _THINGS = ("apples", "books", "pens", "stamps", "marbles", "stickers", "coins", 
 
 @dataclass(frozen=True)
 class Template:
-    """A problem over names {n} and {m}, a thing {t}, and numbers {a}, {b}, {c}, solved in two steps.
+    """A problem over names {n} and {m}, a thing {t}, and numbers {a}, {b}, {c}, solved in two
+    steps.
 
     The first step joins a and b by `first`; the second joins that result and c by `second`.
     """
@@ -79,7 +81,8 @@ SPLITS = {"train": TRAIN, "test": TEST}
 
 
 def rows(split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
-    """Make `size` different problems of one split: dicts of question, solution (worked, ending "#### N") and answer.
+    """Make `size` different problems of one split: dicts of question, solution (worked, ending
+    "#### N") and answer.
 
     The same split, size and seed give the same rows on every machine.
 

@@ -1,7 +1,8 @@
-"""Data sets by name: the files they come in, their splits, and how a row is asked, answered and graded.
+"""Data sets by name: the files they come in, their splits, and how a row is asked, answered and
+graded.
 
-A name stands for its files in the data folder: `data`, or what SVDTUNE_DATA names; `.gz` may follow. Data sets that are on the
-hub come from there where the folder lacks them.
+A name stands for its files in the data folder: `data`, or what SVDTUNE_DATA names; `.gz` may
+follow. Data sets that are on the hub come from there where the folder lacks them.
 """
 
 import os
@@ -66,7 +67,8 @@ class DataSet:
         """The rows of a split; None where the data folder lacks its file, but the hub has it.
 
         Raises:
-            SvdtuneError: if there is no such split, its file is malformed, or it is nowhere to be had.
+            SvdtuneError: if there is no such split, its file is malformed, or it is nowhere to be
+                had.
         """
         if split in self.made:
             return self.made[split](self)

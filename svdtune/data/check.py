@@ -1,4 +1,5 @@
-"""What a data file is: its format, how many rows it has, which are malformed, and which ask the same."""
+"""What a data file is: its format, how many rows it has, which are malformed, and which ask the
+same."""
 
 import json
 from collections import Counter

@@ -1,7 +1,9 @@
-"""Tokens and the loss mask: the prompt is masked, the response and its end token are trained on, padding never is.
+"""Tokens and the loss mask: the prompt is masked, the response and its end token are trained on,
+padding never is.
 
-The mask is built from lengths, not from token ids, so that a padding token that is also the end token does no harm.
-Prompt and completion are tokenized apart: generation then sees exactly the prompt tokens that training saw.
+The mask is built from lengths, not from token ids, so that a padding token that is also the end
+token does no harm. Prompt and completion are tokenized apart: generation then sees exactly the
+prompt tokens that training saw.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,11 +28,13 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
     Args:
         example: messages always go through the chat template.
         tokenizer: with a chat template if that is asked for.
-        template: "plain" (the prompt as it is), "chat" (as the user's message in the tokenizer's chat template), a name in
-            `svdtune.data.prompts.TEMPLATES`, or a text with "{prompt}" in it, and perhaps "{eos}" for the end token.
+        template: "plain" (the prompt as it is), "chat" (as the user's message in the tokenizer's
+            chat template), a name in `svdtune.data.prompts.TEMPLATES`, or a text with "{prompt}" in
+            it, and perhaps "{eos}" for the end token.
 
     Raises:
-        SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template has no "{prompt}".
+        SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template
+            has no "{prompt}".
     """
     if template == CHAT or not isinstance(example.prompt, str):
         if tokenizer.chat_template is None:
@@ -49,7 +53,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
     text = form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt)
     ids = tokenizer.encode(text)
     ended = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if ended else ids  # some tokenizers close every text; the response is still to come
+    # some tokenizers close every text; the response is still to come
+    return ids[:-1] if ended else ids
 
 
 def encode(
@@ -69,7 +74,8 @@ def encode(
         template: see `prompt_ids`.
 
     Raises:
-        SvdtuneError: if the example does not fit: a cut response would teach the model to stop anywhere.
+        SvdtuneError: if the example does not fit: a cut response would teach the model to stop
+            anywhere.
     """
     if loss_on not in ("response", "all"):
         raise SvdtuneError(f"loss_on is {loss_on!r}; expected response or all")
@@ -103,8 +109,8 @@ def encode_all(
     Args:
         examples: what to encode.
         tokenizer: as in `encode`, like `max_length`, `loss_on` and `template`.
-        overlong: "error" refuses an example that does not fit, "drop" leaves it out, and "cut" cuts it off, end token
-            included, as the papers' code does: it then teaches no end.
+        overlong: "error" refuses an example that does not fit, "drop" leaves it out, and "cut" cuts
+            it off, end token included, as the papers' code does: it then teaches no end.
 
     Raises:
         SvdtuneError: as `encode`; with "drop" and "cut" only if no example is left.
@@ -131,8 +137,8 @@ class Collator:
 
     Attributes:
         pad_id: fills `input_ids`; those places get attention 0 and the label -100.
-        multiple_of: round the length up to a multiple of this; by default of 8 for a GPU's tensor cores, and not at all for a
-            CPU, which would only compute the padding.
+        multiple_of: round the length up to a multiple of this; by default of 8 for a GPU's tensor
+            cores, and not at all for a CPU, which would only compute the padding.
     """
 
     pad_id: int

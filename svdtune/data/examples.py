@@ -1,4 +1,5 @@
-"""Examples: what a row says to the model (prompt), what it should answer (completion), and what the row was."""
+"""Examples: what a row says to the model (prompt), what it should answer (completion), and what the
+row was."""
 
 import difflib
 import string
@@ -17,7 +18,8 @@ class Example:
 
     Attributes:
         prompt: text, or messages ({"role", "content"} dicts) for the tokenizer's chat template.
-        completion: the text to learn; the end token is not part of it, encoding adds it. Empty where none is needed.
+        completion: the text to learn; the end token is not part of it, encoding adds it. Empty
+            where none is needed.
         row: what it was made from, reference answers included.
         name: where it comes from, for error messages: "train.jsonl row 12".
     """
@@ -35,13 +37,15 @@ def to_examples(
 
     Args:
         rows: as read by `read_rows`.
-        prompt: a field's name ("question"), or a text with fields in braces ("{instruction}\\n{input}"). A field may hold
-            a list of messages; if `completion` is None the last of them, the assistant's, becomes the completion.
+        prompt: a field's name ("question"), or a text with fields in braces
+            ("{instruction}\\n{input}"). A field may hold a list of messages; if `completion` is
+            None the last of them, the assistant's, becomes the completion.
         completion: likewise; None where only prompts are needed.
         source: what to call the data in error messages.
 
     Raises:
-        SvdtuneError: if a row lacks a field or holds no text there. The message names the row and the nearest field.
+        SvdtuneError: if a row lacks a field or holds no text there. The message names the row and
+            the nearest field.
     """
     return [_example(row, prompt, completion, f"{source} row {i}") for i, row in enumerate(rows, 1)]
 
@@ -69,7 +73,8 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
     """Refuse a row without one of `fields`.
 
     Raises:
-        SvdtuneError: naming the row, what it has, and the field that looks most like the one it lacks.
+        SvdtuneError: naming the row, what it has, and the field that looks most like the one it
+            lacks.
     """
     for wanted in fields:
         if wanted not in row:

@@ -1,7 +1,8 @@
-"""Files of rows: JSON, JSONL, CSV, Parquet and E2E's text form (also .gz), read row by row, each with its line.
+"""Files of rows: JSON, JSONL, CSV, Parquet and E2E's text form (also .gz), read row by row, each
+with its line.
 
-A row that is malformed comes out as a `Fault` instead of a row, so that one reader serves training, which refuses the first
-fault, and `svdtune data check`, which lists them all.
+A row that is malformed comes out as a `Fault` instead of a row, so that one reader serves training,
+which refuses the first fault, and `svdtune data check`, which lists them all.
 """
 
 import csv
@@ -45,8 +46,8 @@ def scan(path: Path) -> Iterator[Located | Fault]:
     """Yield every row of a file, or what is wrong with it.
 
     Raises:
-        SvdtuneError: if the file as a whole cannot be read: it is missing, of an unknown format, not text, or so damaged
-            that no further row can be told apart.
+        SvdtuneError: if the file as a whole cannot be read: it is missing, of an unknown format,
+            not text, or so damaged that no further row can be told apart.
     """
     if not path.is_file():
         raise SvdtuneError(f"there is no file {path}")
@@ -105,7 +106,8 @@ def _scan_json(text: str, path: Path) -> Iterator[Located | Fault]:
 
 
 def _scan_jsonl(text: str, path: Path) -> Iterator[Located | Fault]:
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: JSON strings may hold U+2028
+    # not splitlines: JSON strings may hold U+2028
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -119,7 +121,8 @@ def _scan_jsonl(text: str, path: Path) -> Iterator[Located | Fault]:
 
 
 class _Unusable(Exception):
-    """JSON that parses but cannot be meant, or cannot be held: the end of a sentence that starts with its place."""
+    """JSON that parses but cannot be meant, or cannot be held: the end of a sentence that starts
+    with its place."""
 
 
 def _parse(text: str) -> Any:

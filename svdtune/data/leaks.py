@@ -1,4 +1,5 @@
-"""Leaks between training and test data: questions that are the same but for case, spaces and punctuation."""
+"""Leaks between training and test data: questions that are the same but for case, spaces and
+punctuation."""
 
 import re
 import unicodedata
@@ -20,7 +21,8 @@ def normalise(question: str) -> str:
 
 
 def leaks(test: Sequence[str], train: Sequence[str]) -> list[tuple[int, int]]:
-    """Pairs (index in `test`, first index in `train`) of the same question, in the order of `test`."""
+    """Pairs (index in `test`, first index in `train`) of the same question, in the order of
+    `test`."""
     seen: dict[str, int] = {}
     for index, question in enumerate(train):
         seen.setdefault(normalise(question), index)

@@ -12,5 +12,6 @@ def template_names() -> list[str]:
 
 
 def is_template(text: str) -> bool:
-    """Whether `text` can be a recipe's template: plain, chat, a name above, or a text with {prompt} in it."""
+    """Whether `text` can be a recipe's template: plain, chat, a name above, or a text with {prompt}
+    in it."""
     return text in ("plain", "chat") or "{prompt}" in text or text in TEMPLATES

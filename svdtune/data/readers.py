@@ -1,4 +1,5 @@
-"""Rows by the name of their source: a file, an offline generator, a data set that is known by name, or one on the hub."""
+"""Rows by the name of their source: a file, an offline generator, a data set that is known by name,
+or one on the hub."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,8 +30,9 @@ def read_rows(
     """Read all rows, or the first `limit`.
 
     Args:
-        source: a path ending in .json, .jsonl, .csv, .parquet or .txt (.gz may follow), the name of an offline generator
-            ("arithmetic") or of a data set in `svdtune.data.catalogue`, or a data set's name on the hub.
+        source: a path ending in .json, .jsonl, .csv, .parquet or .txt (.gz may follow), the name of
+            an offline generator ("arithmetic") or of a data set in `svdtune.data.catalogue`, or a
+            data set's name on the hub.
         split: of anything but a file, "train" by default; files have none.
         config: the configuration of a hub data set ("main" of openai/gsm8k).
         limit: how many rows; a generator makes 1000 by default.
@@ -38,8 +40,8 @@ def read_rows(
         fields: fields every row must have.
 
     Raises:
-        SvdtuneError: if there is no such source, it is malformed (the message names path and line), empty, or a row
-            lacks one of `fields`.
+        SvdtuneError: if there is no such source, it is malformed (the message names path and line),
+            empty, or a row lacks one of `fields`.
     """
     name = str(source)
     if limit is not None and limit < 1:

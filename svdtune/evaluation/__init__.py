@@ -1,4 +1,5 @@
-"""Score a model on held-out items: batched decoding, graders in two modes, and scores with their intervals."""
+"""Score a model on held-out items: batched decoding, graders in two modes, and scores with their
+intervals."""
 
 from svdtune.evaluation.decoding import GREEDY, Decoding
 from svdtune.evaluation.engines import Engine, TransformersEngine

@@ -1,4 +1,5 @@
-"""Averages over several data sets: macro (of the sets' accuracies, as the papers' tables have it) and micro (of all items)."""
+"""Averages over several data sets: macro (of the sets' accuracies, as the papers' tables have it)
+and micro (of all items)."""
 
 import math
 from collections.abc import Mapping
@@ -32,8 +33,8 @@ class Average:
 def average(counts: Mapping[str, tuple[int, int]]) -> Average:
     """Average over sets.
 
-    The interval of the mean of K independent proportions pᵢ with intervals (lᵢ, uᵢ) adds their distances in squares:
-    mean − √Σ(pᵢ − lᵢ)² / K to mean + √Σ(uᵢ − pᵢ)² / K.
+    The interval of the mean of K independent proportions pᵢ with intervals (lᵢ, uᵢ) adds their
+    distances in squares: mean − √Σ(pᵢ − lᵢ)² / K to mean + √Σ(uᵢ − pᵢ)² / K.
 
     Args:
         counts: (right answers, answers) of each set, at least one set, by name.
@@ -41,7 +42,8 @@ def average(counts: Mapping[str, tuple[int, int]]) -> Average:
     Raises:
         ValueError: If there is no set, or counts that describe no proportion.
 
-    Source: Zou and Donner, "Construction of confidence limits about effect measures" (2008), for the interval.
+    Source: Zou and Donner, "Construction of confidence limits about effect measures" (2008), for
+    the interval.
     """
     if not counts:
         raise ValueError("an average needs at least one data set")

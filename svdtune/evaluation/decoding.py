@@ -1,7 +1,8 @@
-"""Batched generation: prompts of similar length together, padded on the left, stopped at the end tokens.
+"""Batched generation: prompts of similar length together, padded on the left, stopped at the end
+tokens.
 
-Greedy completions are generated in rounds. Between two rounds a batch lets go of the completions that are finished, and
-keeps the keys and values of the others.
+Greedy completions are generated in rounds. Between two rounds a batch lets go of the completions
+that are finished, and keeps the keys and values of the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,11 +28,15 @@ class Decoding:
         samples: Completions of each prompt.
         temperature: Draw tokens at this temperature; 0 takes the likeliest.
         top_p: Draw from the fewest likeliest tokens that have this probability together.
-        seed: A batch's random numbers depend on it and on nothing else that an interruption could change.
-        beams: Keep so many beginnings and take the likeliest whole, instead of the likeliest token at each step.
+        seed: A batch's random numbers depend on it and on nothing else that an interruption could
+            change.
+        beams: Keep so many beginnings and take the likeliest whole, instead of the likeliest token
+            at each step.
         length_penalty: Of beam search: log-likelihoods are divided by length to this power.
-        no_repeat_ngram_size: No n-gram of this size occurs twice, prompt included; 0 for no such rule.
-        stop_loops: Of greedy decoding: cut a completion that repeats itself (see `is_loop`), before the length limit does.
+        no_repeat_ngram_size: No n-gram of this size occurs twice, prompt included; 0 for no such
+            rule.
+        stop_loops: Of greedy decoding: cut a completion that repeats itself (see `is_loop`), before
+            the length limit does.
 
     Raises:
         SvdtuneError: If a value is out of its range, or two of them contradict each other.
@@ -71,21 +76,25 @@ class Decoding:
 GREEDY = Decoding()
 _ROUND = 16  # new tokens between two looks at which completions are finished
 _REREAD = 64  # as many, at first, where the tokens so far must be read again after each look
-_CYCLES, _LOOP = 3, 32  # how often a cycle of tokens has come, and how many tokens that were, when it is a loop
+# how often a cycle of tokens has come, and how many tokens that were, when it is a loop
+_CYCLES, _LOOP = 3, 32
 
 
 class Completion(NamedTuple):
-    """New token ids without the end token, and whether an end token came: before the length limit, or before a loop."""
+    """New token ids without the end token, and whether an end token came: before the length limit,
+    or before a loop."""
 
     tokens: list[int]
     ended: bool
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: those of the model's generation config and the tokenizer's own.
+    """Every token that ends a completion: those of the model's generation config and the
+    tokenizer's own.
 
     Raises:
-        SvdtuneError: If neither names one: generation would then only ever stop at its length limit.
+        SvdtuneError: If neither names one: generation would then only ever stop at its length
+            limit.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -107,8 +116,9 @@ def context_length(model: PreTrainedModel) -> int | None:
 def plan_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Group indices of `prompts` by length, the longest first.
 
-    Similar lengths waste little padding, and starting with the longest makes a lack of memory show at once. The plan
-    depends on nothing but the prompts and `batch_size`, so an interrupted evaluation continues with the same batches.
+    Similar lengths waste little padding, and starting with the longest makes a lack of memory show
+    at once. The plan depends on nothing but the prompts and `batch_size`, so an interrupted
+    evaluation continues with the same batches.
     """
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
@@ -118,8 +128,9 @@ def plan_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list
 def sole_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Make `config` the model's only generation settings for a while.
 
-    `generate` fills whatever a given config leaves open from the model's own, so a checkpoint that asks for a
-    repetition penalty would get one, and the result would not be greedy or a plain sample.
+    `generate` fills whatever a given config leaves open from the model's own, so a checkpoint that
+    asks for a repetition penalty would get one, and the result would not be greedy or a plain
+    sample.
     """
     owners = [module for module in model.modules() if "generation_config" in vars(module)]
     kept = [owner.generation_config for owner in owners]
@@ -181,13 +192,15 @@ def complete_in_rounds(
 ) -> list[Completion]:
     """`complete_batch`, where greedy completions leave the batch once they are finished.
 
-    A batch otherwise computes all its rows until the last one ends, or to the limit where a single one never does. Here it
-    stops after every 16 tokens and goes on with the rows that have not ended, nor fallen into a loop where
-    `decoding.stop_loops`. Their keys and values are kept. Some caches hold something else: those of sliding windows, of
-    state-space models and of PEFT's prompt methods. There the tokens are read again, after 64 tokens, 128, 256 and so on.
-    What is drawn, or searched for with beams, runs in one go.
+    A batch otherwise computes all its rows until the last one ends, or to the limit where a single
+    one never does. Here it stops after every 16 tokens and goes on with the rows that have not
+    ended, nor fallen into a loop where `decoding.stop_loops`. Their keys and values are kept. Some
+    caches hold something else: those of sliding windows, of state-space models and of PEFT's prompt
+    methods. There the tokens are read again, after 64 tokens, 128, 256 and so on. What is drawn, or
+    searched for with beams, runs in one go.
 
-    Args and returns as `complete_batch`; in half precision a near tie between two tokens may fall the other way.
+    Args and returns as `complete_batch`; in half precision a near tie between two tokens may fall
+    the other way.
     """
     if not decoding.greedy:
         return complete_batch(model, prompts, max_new_tokens, ends, pad, decoding=decoding, seed=seed)
@@ -246,10 +259,11 @@ def _configure(decoding: Decoding, max_new_tokens: int, ends: Sequence[int], pad
 
 
 def _kept(output: Any, rows: Tensor) -> dict[str, Cache]:
-    """The cache of some rows, under the name that `generate` gave and takes it by, which differs between releases.
+    """The cache of some rows, under the name that `generate` gave and takes it by, which differs
+    between releases.
 
-    Empty where a layer of it holds something else than the keys and values of every token: selecting rows of that is not
-    certain to select all of it.
+    Empty where a layer of it holds something else than the keys and values of every token:
+    selecting rows of that is not certain to select all of it.
     """
     for name, cache in output.items():
         if isinstance(cache, Cache) and all(type(layer) is DynamicLayer for layer in cache.layers):
@@ -259,9 +273,11 @@ def _kept(output: Any, rows: Tensor) -> dict[str, Cache]:
 
 
 def is_loop(tokens: Sequence[int]) -> bool:
-    """Whether a completion repeats itself: its last 32 tokens or more are one cycle of tokens, three times over or more.
+    """Whether a completion repeats itself: its last 32 tokens or more are one cycle of tokens,
+    three times over or more.
 
-    Greedy decoding hardly ever leaves such a loop, and what it says of an answer it has said three times.
+    Greedy decoding hardly ever leaves such a loop, and what it says of an answer it has said three
+    times.
     """
     size = len(tokens)
     for cycle in range(1, size // _CYCLES + 1):

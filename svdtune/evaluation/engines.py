@@ -1,4 +1,5 @@
-"""What completes prompts: the interface that `evaluate` asks, and the engine that runs a loaded model by Transformers."""
+"""What completes prompts: the interface that `evaluate` asks, and the engine that runs a loaded
+model by Transformers."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ class Engine(Protocol):
     context: int | None
 
     def identity(self) -> dict[str, Any]:
-        """What predictions depend on; those of another identity are never mixed with this engine's."""
+        """What predictions depend on; those of another identity are never mixed with this
+        engine's."""
         ...
 
     def details(self) -> dict[str, Any]:
@@ -74,7 +76,8 @@ class TransformersEngine:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 over names, shapes and up to 64 evenly spread values of every parameter and buffer that is saved.
+    """SHA-256 over names, shapes and up to 64 evenly spread values of every parameter and buffer
+    that is saved.
 
     Cheap enough for any model, and changed by any training step, which moves nearly every value.
     """

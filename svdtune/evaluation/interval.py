@@ -1,4 +1,5 @@
-"""The 95 % interval that goes with every score: Wilson's for an accuracy, a bootstrap interval for other means; pass@k."""
+"""The 95 % interval that goes with every score: Wilson's for an accuracy, a bootstrap interval for
+other means; pass@k."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,8 +29,8 @@ class Metric(NamedTuple):
 def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
     """Interval for the proportion behind `correct` successes in `total` independent trials.
 
-    Unlike p ± z·sqrt(p(1−p)/n), it stays inside [0, 1], is not empty at 0 or `total` successes, and covers well for
-    the few hundred items an evaluation here often has.
+    Unlike p ± z·sqrt(p(1−p)/n), it stays inside [0, 1], is not empty at 0 or `total` successes, and
+    covers well for the few hundred items an evaluation here often has.
 
     Args:
         correct: Number of successes, 0 ≤ correct ≤ total.
@@ -53,7 +54,8 @@ def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
 
 
 def bootstrap(counts: np.ndarray, score: Callable[[np.ndarray], np.ndarray]) -> Metric:
-    """A score of all items, and its percentile interval over samples of them drawn with replacement.
+    """A score of all items, and its percentile interval over samples of them drawn with
+    replacement.
 
     Args:
         counts: Shape (items, …), rows that may be summed.
@@ -71,7 +73,8 @@ def bootstrap_mean(values: Sequence[float]) -> Metric:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """The chance that at least one of k samples is right, estimated without bias from `samples` of which `correct` are.
+    """The chance that at least one of k samples is right, estimated without bias from `samples` of
+    which `correct` are.
 
     1 − C(samples − correct, k) / C(samples, k); the plain 1 − (1 − correct/samples)^k is too small.
 
@@ -81,7 +84,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def pass_at(verdicts: Sequence[Sequence[bool]]) -> dict[str, Metric]:
-    """pass@1, pass@10 and pass@100 as far as there are so many samples, and pass@n of all n: means over the items.
+    """pass@1, pass@10 and pass@100 as far as there are so many samples, and pass@n of all n: means
+    over the items.
 
     Args:
         verdicts: For each item, whether each of its n samples is right.

@@ -1,4 +1,5 @@
-"""What is evaluated: a prompt in tokens, and the reference that its completion is graded against."""
+"""What is evaluated: a prompt in tokens, and the reference that its completion is graded
+against."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,8 @@ def check_items(items: Sequence[Item], max_new_tokens: int, context: int | None)
         context: Positions the model has, None where unknown.
 
     Raises:
-        SvdtuneError: If there is no item, an item's prompt is empty, or a prompt leaves too little room.
+        SvdtuneError: If there is no item, an item's prompt is empty, or a prompt leaves too little
+            room.
     """
     if not items:
         raise SvdtuneError("there is nothing to evaluate: the data holds no items")

@@ -1,4 +1,5 @@
-"""The predictions file: one JSON line an item, written so that an interruption loses nothing and a rerun goes on."""
+"""The predictions file: one JSON line an item, written so that an interruption loses nothing and a
+rerun goes on."""
 
 import hashlib
 import json
@@ -23,12 +24,15 @@ class Prediction:
         prompt: The text the model was given.
         completion: The text it answered, special tokens left out.
         reference: The text to grade against.
-        extracted: The answer that strict grading read out of the completion, None where it holds none.
+        extracted: The answer that strict grading read out of the completion, None where it holds
+            none.
         correct: Whether that answer is right; None where the task grades no single completions.
         paper_extracted: The answer that the paper's grading read out.
-        paper_correct: Whether the paper's grading accepts it; None where no paper graded such items.
+        paper_correct: Whether the paper's grading accepts it; None where no paper graded such
+            items.
         tokens: Number of new tokens, the end token not counted.
-        ended: Whether the model ended by itself; False where it was cut, at the length limit or in a loop.
+        ended: Whether the model ended by itself; False where it was cut, at the length limit or in
+            a loop.
         sample: Which of several completions of the item, from 0.
     """
 
@@ -56,12 +60,13 @@ class PredictionStore:
 
     Args:
         folder: Created where missing.
-        settings: What the predictions depend on. A folder that holds predictions made with others is refused, so that
-            two models' answers never mix.
+        settings: What the predictions depend on. A folder that holds predictions made with others
+            is refused, so that two models' answers never mix.
         restart: Drop what the folder holds instead of continuing.
 
     Raises:
-        SvdtuneError: If the folder holds predictions of other settings, a damaged file, or files of another origin.
+        SvdtuneError: If the folder holds predictions of other settings, a damaged file, or files of
+            another origin.
         OSError: If the folder cannot be read or written.
     """
 
@@ -88,7 +93,8 @@ class PredictionStore:
         self.done.update((prediction.place, prediction) for prediction in predictions)
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Put the lines into the data's order and write `result.json`; each file is replaced whole or not at all."""
+        """Put the lines into the data's order and write `result.json`; each file is replaced whole
+        or not at all."""
         replace_text(self._predictions, "".join(_line(self.done[place]) for place in sorted(self.done)))
         replace_text(self._result, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
@@ -112,7 +118,8 @@ class PredictionStore:
             raise SvdtuneError(f"{self.folder} holds predictions made with other settings ({differences}); {_WAY_OUT}")
 
     def _read(self) -> dict[tuple[int, int], Prediction]:
-        """Read what an earlier run wrote; the half line that a power cut can leave at the end is cut off."""
+        """Read what an earlier run wrote; the half line that a power cut can leave at the end is
+        cut off."""
         if not self._predictions.exists():
             return {}
         text = self._predictions.read_bytes()
@@ -137,7 +144,8 @@ def _line(prediction: Prediction) -> str:
 
 
 def _digest(prediction: Prediction) -> str:
-    """16 hex digits over all fields: a byte that a disk changed would otherwise be somebody's answer."""
+    """16 hex digits over all fields: a byte that a disk changed would otherwise be somebody's
+    answer."""
     return hashlib.sha256(json.dumps(asdict(prediction)).encode()).hexdigest()[:16]
 
 

@@ -1,4 +1,5 @@
-"""Generation with PEFT's prompt methods (prefix, prompt and P-tuning) where transformers is ahead of PEFT."""
+"""Generation with PEFT's prompt methods (prefix, prompt and P-tuning) where transformers is ahead
+of PEFT."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +15,20 @@ PEFTS_NAME = "past_key_values"
 
 
 def is_prompted(model: nn.Module) -> bool:
-    """Whether the model's adapter is one of PEFT's prompt methods, whose cache begins with what is no token."""
+    """Whether the model's adapter is one of PEFT's prompt methods, whose cache begins with what is
+    no token."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
 
 
 @contextmanager
 def cache_where_peft_looks(model: nn.Module) -> Iterator[None]:
-    """While it lasts, a prompt method's `generate` hands PEFT the cache under the name that PEFT knows.
+    """While it lasts, a prompt method's `generate` hands PEFT the cache under the name that PEFT
+    knows.
 
-    transformers 5.24 calls it `cache`. PEFT 0.21, which transformers therefore refuses, takes it to be
-    missing: it gives a new prompt at every token, and transformers ignores a prefix beside its own
-    cache, so that the model generates as if it were not trained. Nothing is done with a PEFT that
-    transformers takes, nor with any other method.
+    transformers 5.24 calls it `cache`. PEFT 0.21, which transformers therefore refuses, takes it to
+    be missing: it gives a new prompt at every token, and transformers ignores a prefix beside its
+    own cache, so that the model generates as if it were not trained. Nothing is done with a PEFT
+    that transformers takes, nor with any other method.
     """
     if not is_prompted(model) or refused_peft() is None:
         yield

@@ -1,4 +1,5 @@
-"""Which items a model is asked, and in what form: as the user says, else as its recipe says, else as the data set asks."""
+"""Which items a model is asked, and in what form: as the user says, else as its recipe says, else
+as the data set asks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,8 +58,8 @@ def form_of(
     template: str | None,
     max_new_tokens: int | None,
 ) -> Form:
-    """What the user said; else what the run's recipe says of its evaluation; else what a data set of the papers asks for;
-    else what the run was trained with.
+    """What the user said; else what the run's recipe says of its evaluation; else what a data set
+    of the papers asks for; else what the run was trained with.
 
     A run that was trained with a paper's prompt is asked with the prompt that the paper tests with.
     """
@@ -73,7 +74,8 @@ def form_of(
         task=task or (known and known.task) or "number",
         prompt=prompt or (known.prompt if known else trained.prompt if trained else "question"),
         answer=graded_against,
-        # A run without a field for the answer is graded against the completions it was trained towards.
+        # A run without a field for the answer is graded against the completions it was trained
+        # towards.
         completion=trained.completion if trained and graded_against is None else None,
         template=template or (trained.template if kept else known.template if known and trained else None),
         fallback=known.template if known else "plain",
@@ -82,7 +84,8 @@ def form_of(
 
 
 def sets_to_ask(recipe: Recipe | None, data: str | None, task: str | None) -> list[str | None]:
-    """The names of what is scored: the data named, or the sets that the run's recipe names; groups as their members.
+    """The names of what is scored: the data named, or the sets that the run's recipe names; groups
+    as their members.
 
     None stands for what `held_out` finds by itself.
     """
@@ -101,7 +104,8 @@ def held_out(
     limit: int | None,
     task: str | None = None,
 ) -> DataSource:
-    """Where the items come from: the data named, or the run's own held-out rows, or the data set that the task is made for.
+    """Where the items come from: the data named, or the run's own held-out rows, or the data set
+    that the task is made for.
 
     Raises:
         SvdtuneError: If none is there.
@@ -129,7 +133,8 @@ def held_out(
 
 @dataclass(frozen=True)
 class Asked:
-    """One data set, ready to be asked: where its rows come from, in what form, and the rows as examples."""
+    """One data set, ready to be asked: where its rows come from, in what form, and the rows as
+    examples."""
 
     rows: DataSource
     form: Form
@@ -195,12 +200,13 @@ def ask(
 class BatchedEngine:
     """An engine that completes the prompts of several data sets in common batches, longest first.
 
-    A small set would otherwise wait for its longest answer by itself. What it completes ahead is kept in memory, so it is for
-    runs that are scored in minutes.
+    A small set would otherwise wait for its longest answer by itself. What it completes ahead is
+    kept in memory, so it is for runs that are scored in minutes.
 
     Args:
         engine: what completes.
-        asked: the sets, of which one is asked first; the others' prompts with the same length limit come along.
+        asked: the sets, of which one is asked first; the others' prompts with the same length limit
+            come along.
         batch_size: completions generated together.
     """
 
@@ -231,7 +237,8 @@ class BatchedEngine:
 
 
 def output_folder(run: Path | None, source: str, data: str, task: str) -> Path:
-    """In the run's own folder; for a model, whose folder is not ours to write to, below runs/evaluations."""
+    """In the run's own folder; for a model, whose folder is not ours to write to, below
+    runs/evaluations."""
     name = f"{_short(data)}-{task}"
     return run / "evaluations" / name if run else Path("runs", "evaluations", f"{_short(source)}-{name}")
 

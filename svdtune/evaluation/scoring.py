@@ -1,4 +1,5 @@
-"""Evaluate: generate a completion for every item, grade it, keep it on disk, and report the accuracy.
+"""Evaluate: generate a completion for every item, grade it, keep it on disk, and report the
+accuracy.
 
 items → batches by length → completions → grades → predictions.jsonl → result.json
 """
@@ -48,9 +49,12 @@ class Evaluation:
         n: Number of items.
         strict: The score of strict grading; None where the task grades no single completions.
         paper: The score of the paper's grading; None where no paper graded such items.
-        metrics: Scores of all completions together, such as BLEU, and pass@k of programs and of several samples an item.
-        unended: How many completions were cut, at the length limit or in a loop; where it is large, so should the limit be.
-        seconds: Time this call spent generating; less than the whole where it continued an earlier one.
+        metrics: Scores of all completions together, such as BLEU, and pass@k of programs and of
+            several samples an item.
+        unended: How many completions were cut, at the length limit or in a loop; where it is large,
+            so should the limit be.
+        seconds: Time this call spent generating; less than the whole where it continued an earlier
+            one.
         settings: Everything the predictions depend on, and how they were made.
         folder: Where predictions and result lie.
     """
@@ -86,8 +90,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model, with or without an adapter on it.
 
-    Every batch is on disk before the next one starts. The same call after an interruption continues with the items that
-    are missing; after a finished run it generates nothing.
+    Every batch is on disk before the next one starts. The same call after an interruption continues
+    with the items that are missing; after a finished run it generates nothing.
 
     Args:
         engine: What completes the prompts, or a loaded model, which then runs by Transformers.
@@ -99,7 +103,8 @@ def evaluate(
         decoding: How completions are drawn, and how many of each item; greedy by default.
         settings: Further settings to record, such as the data's name; a rerun must bring the same.
         restart: Drop an earlier run's predictions in `output`.
-        on_progress: Called with (completions done, completions in all) at the start and after each batch.
+        on_progress: Called with (completions done, completions in all) at the start and after each
+            batch.
 
     Raises:
         SvdtuneError: If the items, the end tokens or the output folder cannot be used.
@@ -140,7 +145,8 @@ def _generate_missing(
     decoding: Decoding,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Complete, grade and store what the store lacks; each batch is stored before the next one starts."""
+    """Complete, grade and store what the store lacks; each batch is stored before the next one
+    starts."""
     wanted = [(index, sample) for index in range(len(items)) for sample in range(decoding.samples)]
     tell = on_progress or (lambda *_: None)
     tell(len(store.done), len(wanted))

@@ -1,4 +1,5 @@
-"""The same evaluation by vLLM: the adapter is exported to LoRA, which vLLM serves on the base model."""
+"""The same evaluation by vLLM: the adapter is exported to LoRA, which vLLM serves on the base
+model."""
 
 import contextlib
 import hashlib
@@ -58,7 +59,8 @@ class VllmEngine:
         return {"vllm": self._vllm.__version__}
 
     def close(self) -> None:
-        """End vLLM's own process, which holds the accelerator's memory; without this it lives as long as this one."""
+        """End vLLM's own process, which holds the accelerator's memory; without this it lives as
+        long as this one."""
         core = getattr(getattr(self._llm, "llm_engine", None), "engine_core", None)
         if core is not None:
             core.shutdown()
@@ -102,16 +104,18 @@ class VllmEngine:
 
 @contextlib.contextmanager
 def open_vllm(source: Source, dtype: str | None = None, **options: Any) -> Iterator[VllmEngine]:
-    """Start vLLM on a source's base model, with its adapter, exported to LoRA for as long as the engine is open.
+    """Start vLLM on a source's base model, with its adapter, exported to LoRA for as long as the
+    engine is open.
 
     Args:
         source: What to evaluate.
         dtype: Of the weights; None for that of the run, or the one they are stored in.
-        **options: Passed on to `vllm.LLM`, such as `gpu_memory_utilization` and `tensor_parallel_size`.
+        **options: Passed on to `vllm.LLM`, such as `gpu_memory_utilization` and
+            `tensor_parallel_size`.
 
     Raises:
-        SvdtuneError: If vLLM is not installed, or cannot serve the adapter as LoRA: its method is no LoRA, its rank is too
-            large, or it trains whole modules or biases.
+        SvdtuneError: If vLLM is not installed, or cannot serve the adapter as LoRA: its method is
+            no LoRA, its rank is too large, or it trains whole modules or biases.
     """
     _import_vllm()
     dtype = dtype or (source.recipe.model.dtype if source.recipe else "auto")
@@ -143,7 +147,8 @@ def _served_rank(lora: Path) -> int:
 
 
 def _end_tokens(base: str | Path, end: int | None) -> list[int]:
-    """The tokenizer's end token and those of the generation config, as `end_token_ids` finds them."""
+    """The tokenizer's end token and those of the generation config, as `end_token_ids` finds
+    them."""
     try:
         configured = GenerationConfig.from_pretrained(base).eos_token_id
     except OSError:
@@ -156,7 +161,8 @@ def _end_tokens(base: str | Path, end: int | None) -> list[int]:
 
 
 def _fingerprint(base: str | Path, adapter: Path | None) -> str:
-    """SHA-256 over name, size and 64 evenly spread pieces of every file of weights; a hub model is known by its name.
+    """SHA-256 over name, size and 64 evenly spread pieces of every file of weights; a hub model is
+    known by its name.
 
     Any training step moves nearly every value, so that the pieces tell.
     """

@@ -1,4 +1,5 @@
-"""Take a trained adapter out of its run: open it for inference, or merge it into a plain checkpoint."""
+"""Take a trained adapter out of its run: open it for inference, or merge it into a plain
+checkpoint."""
 
 from svdtune.export.comparison import LogitComparison
 from svdtune.export.merge_checkpoint import MergeReport, merge

@@ -1,4 +1,5 @@
-"""Compare two models by their logits: a merged checkpoint, or an exported adapter, with the adapter that it came from."""
+"""Compare two models by their logits: a merged checkpoint, or an exported adapter, with the adapter
+that it came from."""
 
 import warnings
 from collections.abc import Iterable
@@ -24,8 +25,9 @@ PROBES = (
 )
 
 
-# Largest ‖merged − adapter‖/‖adapter‖ of the logits that rounding the merged weights explains, by dtype. A merge that
-# went wrong is off by a multiple of the adapter's own effect, which for a trained one is far larger.
+# Largest ‖merged − adapter‖/‖adapter‖ of the logits that rounding the merged weights explains, by
+# dtype. A merge that went wrong is off by a multiple of the adapter's own effect, which for a
+# trained one is far larger.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -36,8 +38,8 @@ class LogitComparison:
     Attributes:
         max_abs: largest absolute difference of two logits.
         relative: ‖model − adapter‖ / ‖adapter‖ over all logits (Frobenius).
-        effect: ‖base − adapter‖ / ‖adapter‖, what the adapter itself changes: `relative` must be small beside it, or
-            rounding ate what was trained.
+        effect: ‖base − adapter‖ / ‖adapter‖, what the adapter itself changes: `relative` must be
+            small beside it, or rounding ate what was trained.
         same_token: share of positions with the same likeliest next token.
         positions: number of positions compared.
     """
@@ -51,7 +53,8 @@ class LogitComparison:
 
 @torch.inference_mode()
 def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """Next-token logits at every position of `PROBES`, float32 on the CPU, (positions, vocabulary)."""
+    """Next-token logits at every position of `PROBES`, float32 on the CPU, (positions,
+    vocabulary)."""
     device = model.get_input_embeddings().weight.device
     rows = []
     for text in PROBES:
@@ -102,7 +105,8 @@ def why_not(source: Source, model: PreTrainedModel, folder: Path, weights: int, 
 def compare_checkpoint(
     source: Source, folder: Path, dtype: str, device: str | None, dtypes: Iterable[torch.dtype]
 ) -> LogitComparison:
-    """Compare a merged checkpoint, read back from its folder, with the adapter on its base; one model in memory at a time.
+    """Compare a merged checkpoint, read back from its folder, with the adapter on its base; one
+    model in memory at a time.
 
     Args:
         source: base and adapter.
@@ -117,7 +121,8 @@ def compare_checkpoint(
     loaded = open_source(source, dtype=dtype, device=device)
     adapted = probe_logits(loaded.model, loaded.tokenizer)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")  # this is for scale alone
+        # this is for scale alone
+        warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
         with loaded.model.disable_adapter():
             alone = probe_logits(loaded.model, loaded.tokenizer)
     del loaded

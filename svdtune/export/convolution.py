@@ -1,9 +1,11 @@
-"""A convolution's pair in the form of PEFT's LoRA: lora_A convolves, lora_B looks at single positions.
+"""A convolution's pair in the form of PEFT's LoRA: lora_A convolves, lora_B looks at single
+positions.
 
-PEFT's lora_A takes the base layer's kernel size, stride and padding, and sees all input channels at once; lora_B takes the base
-layer's groups. So the kernels of grouped convolutions are laid out one group after the other, with zeros where a kernel
-would see another group's channels; the rank is that of a group, times their number. Dilation and padding other than with
-zeros are not there, and such layers are refused.
+PEFT's lora_A takes the base layer's kernel size, stride and padding, and sees all input channels at
+once; lora_B takes the base layer's groups. So the kernels of grouped convolutions are laid out one
+group after the other, with zeros where a kernel would see another group's channels; the rank is
+that of a group, times their number. Dilation and padding other than with zeros are not there, and
+such layers are refused.
 """
 
 from collections.abc import Mapping

@@ -1,6 +1,7 @@
 """Merge one layer at a time: PEFT's own merge, on a model that consists of that layer alone.
 
-So every method, layer kind and check is the same as in memory: nothing is written a second time for merging from disk.
+So every method, layer kind and check is the same as in memory: nothing is written a second time for
+merging from disk.
 """
 
 import copy
@@ -19,7 +20,8 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_same_layers
 
 _ROOT = "base_model.model."
-# Settings that choose layers among many, or train something beside them: a model of one layer has neither.
+# Settings that choose layers among many, or train something beside them: a model of one layer has
+# neither.
 _ONE_LAYER = {
     "exclude_modules": None,
     "layers_to_transform": None,
@@ -37,8 +39,8 @@ class LayerwiseAdapter:
 
     Attributes:
         layers: the modules it adapts, each with the keys of its tensors in the file.
-        replaced: parameters of the base model that it replaces as they are (biases, modules_to_save), by name, each with
-            its key in the file.
+        replaced: parameters of the base model that it replaces as they are (biases,
+            modules_to_save), by name, each with its key in the file.
     """
 
     def __init__(self, folder: Path, config: PeftConfig, base: nn.Module):
@@ -93,17 +95,19 @@ class LayerwiseAdapter:
             weight: the base model's, as its checkpoint stores it.
 
         Raises:
-            SvdtuneError: another base model's weight, an adapter that is no matrix (Mo-SARA with several heads) or one with
-                NaN or infinity.
+            SvdtuneError: another base model's weight, an adapter that is no matrix (Mo-SARA with
+                several heads) or one with NaN or infinity.
         """
         module = copy.deepcopy(self._modules[layer])
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)  # PEFT merges in place
+        # PEFT merges in place
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         module.weight = nn.Parameter(weight, requires_grad=False)
         if getattr(module, "bias", None) is not None:
             module.bias = nn.Parameter(torch.zeros(module.bias.shape), requires_grad=False)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # what PEFT says of a model without a configuration
+                # what PEFT says of a model without a configuration
+                warnings.simplefilter("ignore", UserWarning)
                 model = PeftModel(_holding(layer, module), self._config_of(layer))
                 loaded = set_peft_model_state_dict(
                     model, {key: self._tensors[key].read() for key in self.layers[layer]}

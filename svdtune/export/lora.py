@@ -1,11 +1,13 @@
-"""Write an adapter as the LoRA that does the same, which PEFT, vLLM, llama.cpp and others load without svdtune.
+"""Write an adapter as the LoRA that does the same, which PEFT, vLLM, llama.cpp and others load
+without svdtune.
 
-A layer's addition to the base weight is ΔW = B Aᵀ with a pair A [in, w], B [out, w] that its method gives (SARA and one-headed
-Mo-SARA: w = k, SORSA: w = 2r, in both layouts against the base model's own weight). LoRA stores Aᵀ as lora_A and B as lora_B,
-and multiplies by alpha / rank, so alpha = rank. Nothing is lost: SORSA's change is not squeezed back into rank r.
+A layer's addition to the base weight is ΔW = B Aᵀ with a pair A [in, w], B [out, w] that its method
+gives (SARA and one-headed Mo-SARA: w = k, SORSA: w = 2r, in both layouts against the base model's
+own weight). LoRA stores Aᵀ as lora_A and B as lora_B, and multiplies by alpha / rank, so alpha =
+rank. Nothing is lost: SORSA's change is not squeezed back into rank r.
 
-Only the adapter's own files are read. A base model is needed for one that was saved with compact=True alone: what its file
-leaves out follows from the base's weights.
+Only the adapter's own files are read. A base model is needed for one that was saved with
+compact=True alone: what its file leaves out follows from the base's weights.
 """
 
 import dataclasses
@@ -43,7 +45,8 @@ class LoraReport:
     Attributes:
         output: the folder.
         ranks: rank by layer.
-        errors: ‖ΔW_lora − ΔW‖_F / ‖ΔW‖_F by layer; empty where nothing was cut off and the export is exact.
+        errors: ‖ΔW_lora − ΔW‖_F / ‖ΔW‖_F by layer; empty where nothing was cut off and the export
+            is exact.
         notes: what a tool other than PEFT would not take, a sentence each.
     """
 
@@ -66,12 +69,15 @@ def export_lora(
     Args:
         adapter: folder of a saved SARA, Mo-SARA or SORSA adapter.
         output: folder to create.
-        rank: cut every layer to this rank, the best approximation of ΔW there is, and state the error. None: no loss.
-        uniform: pad every layer with zeros to the largest rank, for llama.cpp, which knows one alpha for all layers.
+        rank: cut every layer to this rank, the best approximation of ΔW there is, and state the
+            error. None: no loss.
+        uniform: pad every layer with zeros to the largest rank, for llama.cpp, which knows one
+            alpha for all layers.
         base: for a compact adapter, how to open its base model; as its configuration says if None.
 
     Raises:
-        SvdtuneError: the adapter is damaged or another method's, has several heads, or `output` cannot be written.
+        SvdtuneError: the adapter is damaged or another method's, has several heads, or `output`
+            cannot be written.
     """
     check_new_folder(output.expanduser())
     saved = _read_whole(adapter, base)
@@ -81,10 +87,12 @@ def export_lora(
 def combine(
     weights: Mapping[Path, float], output: Path, *, rank: int | None = None, uniform: bool = False
 ) -> LoraReport:
-    """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of the methods alone can be.
+    """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of
+    the methods alone can be.
 
-    Exact by stacking, so the rank of a layer is the sum of the adapters' ranks there; or cut to `rank`, stating the error. The
-    methods may differ; a layer that an adapter leaves alone counts as zero.
+    Exact by stacking, so the rank of a layer is the sum of the adapters' ranks there; or cut to
+    `rank`, stating the error. The methods may differ; a layer that an adapter leaves alone counts
+    as zero.
 
     Args:
         weights: folder of each adapter → its weight, which may be negative.
@@ -92,7 +100,8 @@ def combine(
         rank, uniform: as for `export_lora`.
 
     Raises:
-        SvdtuneError: as `export_lora`; also where the adapters were made from different bases or train whole modules or biases.
+        SvdtuneError: as `export_lora`; also where the adapters were made from different bases or
+            train whole modules or biases.
     """
     check_new_folder(output.expanduser())
     if not weights:
@@ -123,7 +132,8 @@ def combine(
 
 
 def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
-    """An adapter with its frozen tensors; those of a compact one are recomputed, by loading it onto its base model."""
+    """An adapter with its frozen tensors; those of a compact one are recomputed, by loading it onto
+    its base model."""
     saved = read_adapter(adapter)
     if not saved.config.compact or not layer_class(saved.config).frozen:
         return saved
@@ -185,7 +195,8 @@ def _write(
 def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """The pair of rank `rank` nearest to B Aᵀ, and its relative error in the Frobenius norm.
 
-    From an SVD of R_B R_Aᵀ [w, w] in float64, where A = Q_A R_A and B = Q_B R_B; B Aᵀ itself is never formed.
+    From an SVD of R_B R_Aᵀ [w, w] in float64, where A = Q_A R_A and B = Q_B R_B; B Aᵀ itself is
+    never formed.
     """
     QA, RA = torch.linalg.qr(A.double())
     QB, RB = torch.linalg.qr(B.double())
@@ -197,7 +208,8 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 
 
 def compare(base: str, adapter: Path, lora: Path) -> tuple[float, float]:
-    """‖lora − adapter‖ / ‖adapter‖ and ‖base − adapter‖ / ‖adapter‖ of the logits of both on one base model."""
+    """‖lora − adapter‖ / ‖adapter‖ and ‖base − adapter‖ / ‖adapter‖ of the logits of both on one
+    base model."""
     source = open_source(find_source(base, adapter))
     adapted = probe_logits(source.model, source.tokenizer)
     with source.model.disable_adapter():
@@ -234,7 +246,8 @@ def lora_config(config: SvdConfig, ranks: dict[str, int]) -> LoraConfig:
 
 
 def notes_for_servers(config: LoraConfig, ranks: dict[str, int]) -> list[str]:
-    """What vLLM and llama.cpp would not take, or take otherwise than PEFT, by their documentation and loaders."""
+    """What vLLM and llama.cpp would not take, or take otherwise than PEFT, by their documentation
+    and loaders."""
     notes = []
     if config.r > VLLM_RANKS[-1]:
         notes.append(f"vLLM serves ranks up to {VLLM_RANKS[-1]}; this one has {config.r}: export with a smaller rank")

@@ -1,7 +1,9 @@
-"""Merge an adapter into a plain Transformers checkpoint on disk, weight by weight, and compare what it gives with the adapter.
+"""Merge an adapter into a plain Transformers checkpoint on disk, weight by weight, and compare what
+it gives with the adapter.
 
-No model is built for it: each tensor of the base checkpoint is copied, or merged and written, one in memory at a time. Files,
-their names and the dtype stay those of the base. A comparison of logits follows where the model fits into memory.
+No model is built for it: each tensor of the base checkpoint is copied, or merged and written, one
+in memory at a time. Files, their names and the dtype stay those of the base. A comparison of logits
+follows where the model fits into memory.
 """
 
 import json
@@ -32,7 +34,8 @@ from svdtune.methods.files.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
 from svdtune.system import check_new_folder, new_folder, read_json
 
-# What is copied of the base folder besides its weights: everything but weights in other formats, its card, and the hidden.
+# What is copied of the base folder besides its weights: everything but weights in other formats,
+# its card, and the hidden.
 _LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
 _FOLDERS = ("additional_chat_templates",)
 
@@ -43,9 +46,11 @@ class MergeReport:
 
     Attributes:
         output: folder of the checkpoint.
-        dtype: of the merged weights, as a word of Transformers; several, joined by commas, where the base mixes them.
+        dtype: of the merged weights, as a word of Transformers; several, joined by commas, where
+            the base mixes them.
         layers: number of weights that the adapter changed.
-        comparison: the checkpoint's logits, read back from the disk, with the adapter's; None where they were not compared.
+        comparison: the checkpoint's logits, read back from the disk, with the adapter's; None where
+            they were not compared.
         unchecked: why not.
     """
 
@@ -66,19 +71,23 @@ def merge(
 ) -> MergeReport:
     """Write base + adapter as one checkpoint that needs neither PEFT nor svdtune.
 
-    Shards, dtype, tokenizer, generation config and the base folder's other files are kept. The checkpoint is written beside
-    `output`, compared with the adapter there, and only then moved into place.
+    Shards, dtype, tokenizer, generation config and the base folder's other files are kept. The
+    checkpoint is written beside `output`, compared with the adapter there, and only then moved into
+    place.
 
     Args:
         source: a base model with an adapter.
         output: folder to create.
-        dtype: of the checkpoint; "auto" keeps the base checkpoint's own, whatever the run was trained in.
+        dtype: of the checkpoint; "auto" keeps the base checkpoint's own, whatever the run was
+            trained in.
         device: where to compute the logits that are compared.
-        check: compare logits with the adapter's. By default where the model is a causal language model that fits into memory.
+        check: compare logits with the adapter's. By default where the model is a causal language
+            model that fits into memory.
 
     Raises:
-        SvdtuneError: there is no adapter, it cannot be merged (Mo-SARA with several heads: its update depends on the token)
-            or belongs to another base, `output` cannot be written, or the checkpoint does not give the adapter's outputs.
+        SvdtuneError: there is no adapter, it cannot be merged (Mo-SARA with several heads: its
+            update depends on the token) or belongs to another base, `output` cannot be written, or
+            the checkpoint does not give the adapter's outputs.
     """
     output = Path(output).expanduser()
     folder = adapter_of(source, "merge")
@@ -109,9 +118,11 @@ def _words() -> dict[str, torch.dtype]:
 
 @contextmanager
 def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Checkpoint]:
-    """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion that is removed again."""
+    """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion
+    that is removed again."""
     folder = base_folder(source)
-    # An adapter without a task names the class that it was made for; features come from the model without a head.
+    # An adapter without a task names the class that it was made for; features come from the model
+    # without a head.
     bare = "AutoModel" if adapter.task_type == TaskType.FEATURE_EXTRACTION else None
     architecture = (adapter.auto_mapping or {}).get("base_model_class", bare)
     how = {"architecture": architecture, "trust_remote_code": source.trust_remote_code}
@@ -129,7 +140,8 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
 def _write_weights(
     base: Checkpoint, work: Path, adapter: LayerwiseAdapter, target: torch.dtype | None
 ) -> tuple[bool, set[torch.dtype]]:
-    """Write every weight; whether tied weights had to part, and the dtypes of the weights that were changed."""
+    """Write every weight; whether tied weights had to part, and the dtypes of the weights that were
+    changed."""
     with tqdm(desc="svdtune merge", unit="weight", delay=1.0) as bar:
         new, added, untied = _plan(base, adapter, target, bar)
         weight_map: dict[str, str] = {}
@@ -158,9 +170,11 @@ def _write_weights(
 def _plan(
     base: Checkpoint, adapter: LayerwiseAdapter, target: torch.dtype | None, bar: tqdm
 ) -> tuple[dict[str, Computed], dict[str, dict[str, Stored | Computed]], bool]:
-    """What takes the place of a stored tensor, what is written beside one, and whether tied embeddings part.
+    """What takes the place of a stored tensor, what is written beside one, and whether tied
+    embeddings part.
 
-    Where input and output embeddings are one weight and one of them is adapted, both are written, each with its own values.
+    Where input and output embeddings are one weight and one of them is adapted, both are written,
+    each with its own values.
     """
     tensors, own = base.tensors, base.names.own
     changed = {f"{layer}.weight": partial(_merged, base, adapter, layer) for layer in adapter.layers}
@@ -197,7 +211,8 @@ def _place(base: Checkpoint, parameter: str) -> str:
 
 
 def _twins(base: Checkpoint, parameter: str) -> list[str]:
-    """The other names of a tied parameter; a configuration can untie input and output embeddings alone."""
+    """The other names of a tied parameter; a configuration can untie input and output embeddings
+    alone."""
     names = base.names.groups.get(parameter, [parameter])
     if len(names) == 1:
         return []
@@ -249,7 +264,8 @@ def _cast(stored: Stored, target: torch.dtype | None) -> Stored | Computed:
 
 
 def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
-    """Tokenizer, configurations and whatever else stands in the base folder; with the run's end token where it set one."""
+    """Tokenizer, configurations and whatever else stands in the base folder; with the run's end
+    token where it set one."""
     folder, model = base.folder, base.model
     for path in sorted(folder.iterdir()):
         weights = path.suffix in _LEFT_OUT or path.name.endswith(".index.json")

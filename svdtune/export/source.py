@@ -1,4 +1,5 @@
-"""Open what a command is given: a training run, an adapter folder, or a plain model with or without an adapter."""
+"""Open what a command is given: a training run, an adapter folder, or a plain model with or without
+an adapter."""
 
 import warnings
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
     """Work out what `given` is, reading small files only.
 
     Args:
-        given: A run folder (`recipe.yaml`, `adapter/`), an adapter folder, a model folder, or a hub name.
+        given: A run folder (`recipe.yaml`, `adapter/`), an adapter folder, a model folder, or a hub
+            name.
         adapter: An adapter folder to put on `given`, which then must be a model.
 
     Raises:
@@ -74,7 +76,8 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
 
     Args:
         source: What to open.
-        **load_kwargs: Passed to `svdtune.models.load` (dtype, device, ...); they go before the recipe's.
+        **load_kwargs: Passed to `svdtune.models.load` (dtype, device, ...); they go before the
+            recipe's.
 
     Raises:
         SvdtuneError: If a part is missing or the adapter was made for another model.
@@ -88,7 +91,8 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
 
 
 def base_folder(source: Source) -> Path:
-    """Where the base lies on this disk: its folder or GGUF file, fetched from the hub if it has to be.
+    """Where the base lies on this disk: its folder or GGUF file, fetched from the hub if it has to
+    be.
 
     Raises:
         SvdtuneError: it does not exist, or cannot be fetched.
@@ -106,10 +110,11 @@ def base_folder(source: Source) -> Path:
 
 
 def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
-    """Load an adapter onto its base model and make sure that every one of its weights found its place.
+    """Load an adapter onto its base model and make sure that every one of its weights found its
+    place.
 
-    PEFT only warns about weights that are missing and is silent about weights left over, so an adapter of a model with
-    more or fewer layers would half load.
+    PEFT only warns about weights that are missing and is silent about weights left over, so an
+    adapter of a model with more or fewer layers would half load.
 
     Raises:
         SvdtuneError: If the files are missing or damaged, or the adapter does not fit this model.

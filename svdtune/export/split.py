@@ -1,13 +1,16 @@
 """SORSA on a quantized base as QPiSSA does it: decompose the weights, then quantize what is left.
 
-Quantization rounds each block of a weight by a share of its largest entry. The leading singular triplets hold much of what is
-large, so W − P₀ V₀ᵀ rounds less than W, and the adapter keeps P₀ V₀ᵀ itself in full precision:
+Quantization rounds each block of a weight by a share of its largest entry. The leading singular
+triplets hold much of what is large, so W − P₀ V₀ᵀ rounds less than W, and the adapter keeps P₀ V₀ᵀ
+itself in full precision:
 
     ‖W − (Q(W − P₀ V₀ᵀ) + P₀ V₀ᵀ)‖ < ‖W − Q(W)‖
 
-Both parts are written once, offline; the residual is then loaded with any quantization and the adapter put on it.
+Both parts are written once, offline; the residual is then loaded with any quantization and the
+adapter put on it.
 
-W_r = W − P₀ V₀ᵀ is what merging writes for an adapter with s = 0, whose ΔW is U diag(0) Vᵀ − P₀ V₀ᵀ.
+W_r = W − P₀ V₀ᵀ is what merging writes for an adapter with s = 0, whose ΔW is U diag(0) Vᵀ − P₀
+V₀ᵀ.
 """
 
 import dataclasses
@@ -35,8 +38,10 @@ class Split:
     """What `split_checkpoint` wrote.
 
     Attributes:
-        residual: folder of the base model without its principal part, to be loaded with or without quantization.
-        adapter: folder of the SORSA adapter that has it; with it the model starts as the one that was split.
+        residual: folder of the base model without its principal part, to be loaded with or without
+            quantization.
+        adapter: folder of the SORSA adapter that has it; with it the model starts as the one that
+            was split.
         ranks: rank by layer.
     """
 
@@ -58,28 +63,32 @@ def split_checkpoint(
 
     Then, for training on nf4:
 
-        model = AutoModelForCausalLM.from_pretrained(split.residual, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+        four_bit = BitsAndBytesConfig(load_in_4bit=True)
+        model = AutoModelForCausalLM.from_pretrained(split.residual, quantization_config=four_bit)
         model = PeftModel.from_pretrained(model, split.adapter, is_trainable=True)
 
-    Disabling the adapter gives the model before training, to the rounding of the residual. Unloading it leaves the residual.
-    No second adapter can stand on the layers of a split checkpoint.
+    Disabling the adapter gives the model before training, to the rounding of the residual.
+    Unloading it leaves the residual. No second adapter can stand on the layers of a split
+    checkpoint.
 
     Args:
         base: what `svdtune.models.load` takes; not quantized.
         output: folder to create, with the folders `residual` and `adapter`.
         config: ranks, target modules and the rest; its layout does not matter.
-        dtype: of the residual's weights; "auto" is the checkpoint's own. The subtraction is done in fp32.
+        dtype: of the residual's weights; "auto" is the checkpoint's own. The subtraction is done in
+            fp32.
         device: where to decompose.
         **load_kwargs: more for `svdtune.models.load`.
 
     Raises:
-        SvdtuneError: the model cannot be loaded, `output` cannot be written, or a weight cannot lose its principal part
-            because it is quantized or belongs to other modules too.
+        SvdtuneError: the model cannot be loaded, `output` cannot be written, or a weight cannot
+            lose its principal part because it is quantized or belongs to other modules too.
     """
     output = Path(output).expanduser().absolute()
     check_new_folder(output)
     loaded = load(base, dtype=dtype, device=device, **load_kwargs)
-    how = {"layout": "delta", "compact": False}  # what a compact adapter leaves out comes from the whole weight
+    # what a compact adapter leaves out comes from the whole weight
+    how = {"layout": "delta", "compact": False}
     model = get_peft_model(loaded.model, dataclasses.replace(config or SorsaConfig(), **how))
     config = model.peft_config["default"]
     layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, SorsaLinear)}
@@ -92,7 +101,8 @@ def split_checkpoint(
     config.base_model_name_or_path = str(output / RESIDUAL)
     with new_folder(output) as work:
         config.layout = "split"
-        model.save_pretrained(work / ADAPTER, save_embedding_layers=False)  # PEFT would look for the residual's folder
+        # PEFT would look for the residual's folder
+        model.save_pretrained(work / ADAPTER, save_embedding_layers=False)
         config.layout = "delta"
         with _at_zero(layers):
             residual = model.merge_and_unload()

@@ -1,9 +1,11 @@
-"""A gate that the paper does not have, as a control for its softmax: top-1 routing. PyTorch's own autograd throughout.
+"""A gate that the paper does not have, as a control for its softmax: top-1 routing. PyTorch's own
+autograd throughout.
 
-"top1" keeps the head whose weight in Eq. 6 is the largest, with that weight, and drops the others. The weight is a softmax
-over all heads still, so that the router gets a gradient (Fedus et al., 2022, Switch Transformers, Eq. 2). Eq. 6 has rank
-one: its logits are a w₂ with one number a for each token, so the largest is where w₂ is largest if a > 0 and where it is
-smallest if a < 0. At any moment no more than these two heads are in use, whatever m is.
+"top1" keeps the head whose weight in Eq. 6 is the largest, with that weight, and drops the others.
+The weight is a softmax over all heads still, so that the router gets a gradient (Fedus et al.,
+2022, Switch Transformers, Eq. 2). Eq. 6 has rank one: its logits are a w₂ with one number a for
+each token, so the largest is where w₂ is largest if a > 0 and where it is smallest if a < 0. At any
+moment no more than these two heads are in use, whatever m is.
 """
 
 import torch

@@ -1,4 +1,5 @@
-"""The task catalogue of EleutherAI's lm-evaluation-harness (`lm-eval`), run on a model with its adapter."""
+"""The task catalogue of EleutherAI's lm-evaluation-harness (`lm-eval`), run on a model with its
+adapter."""
 
 import json
 import logging
@@ -31,7 +32,8 @@ def harness_model(loaded: LoadedModel, batch_size: int | str = 16, **options: An
 
     quiet = logging.getLogger(lm_eval.__name__)
     level = quiet.level
-    quiet.setLevel(logging.ERROR)  # it warns that a model object takes no loading options: none are meant
+    # it warns that a model object takes no loading options: none are meant
+    quiet.setLevel(logging.ERROR)
     try:
         return HFLM(
             pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", batch_size=batch_size, **options

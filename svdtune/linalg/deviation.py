@@ -1,8 +1,10 @@
-"""How far a weight has moved from where it started, in the terms of its singular value decomposition.
+"""How far a weight has moved from where it started, in the terms of its singular value
+decomposition.
 
-SORSA's ΔΣ and ΔD (Eq. 7–10) pair singular vectors by their index. Where two close singular values change places, the
-vectors of both indices turn by 90° and ΔD jumps although the weight hardly moved. The angle between the subspaces that the
-leading vectors span has no such jump, provided that the subspace ends at a gap of the spectrum; both are given.
+SORSA's ΔΣ and ΔD (Eq. 7–10) pair singular vectors by their index. Where two close singular values
+change places, the vectors of both indices turn by 90° and ΔD jumps although the weight hardly
+moved. The angle between the subspaces that the leading vectors span has no such jump, provided that
+the subspace ends at a gap of the spectrum; both are given.
 """
 
 import math
@@ -14,7 +16,8 @@ from torch import Tensor
 from svdtune.linalg.factors import Factors, top_factors
 from svdtune.linalg.matrix import largest_entry
 
-# Up to this short side all singular vectors are compared, as the paper has it; beyond it the leading ones.
+# Up to this short side all singular vectors are compared, as the paper has it; beyond it the
+# leading ones.
 FULL = 1024
 LEADING = 64
 # The subspace whose angle is measured has at most so many dimensions, and at least half as many.
@@ -27,7 +30,8 @@ class Deviation(NamedTuple):
     Attributes:
         delta_sigma: ΔΣ, the mean |σ_t − σ_0|, in the weight's own unit.
         delta_d: ΔD in [0, 1], the mean turn of singular vectors paired by index; 0 for none.
-        angle: the largest principal angle between the leading subspaces, in degrees, of left or right vectors.
+        angle: the largest principal angle between the leading subspaces, in degrees, of left or
+            right vectors.
         k: how many triplets ΔΣ and ΔD compare.
         p: the dimension of the subspaces.
     """
@@ -44,7 +48,8 @@ def compared_factors(weight: Tensor, k: int | None = None) -> Factors:
 
     Args:
         weight: on any device.
-        k: how many leading ones; by default all min(out, in) of them (the papers' k) where that is at most 1024, else 64.
+        k: how many leading ones; by default all min(out, in) of them (the papers' k) where that is
+            at most 1024, else 64.
 
     Raises:
         SvdtuneError: `weight` is not a finite matrix.
@@ -59,7 +64,8 @@ def compared_factors(weight: Tensor, k: int | None = None) -> Factors:
 
 
 def deviation(start: Factors, now: Factors) -> Deviation:
-    """ΔΣ, ΔD and the subspace angle between two weights of one shape, from as many leading triplets of each."""
+    """ΔΣ, ΔD and the subspace angle between two weights of one shape, from as many leading triplets
+    of each."""
     k, p = len(start.s), subspace_size(start.s)
     angle = max(
         subspace_angle(start.U[:, :p], now.U[:, :p]),
@@ -81,10 +87,11 @@ def delta_d(start: Factors, now: Factors) -> float:
 
 
 def subspace_size(values: Tensor) -> int:
-    """Where to cut descending singular values [k]: at the widest relative gap after the 8th to the 16th (k/4 to k/2 if fewer).
+    """Where to cut descending singular values [k]: at the widest relative gap after the 8th to the
+    16th (k/4 to k/2 if fewer).
 
-    A subspace that ends at a gap turns by at most about ‖ΔW‖ / gap (Wedin); one that ends between two equal values
-    may turn by anything.
+    A subspace that ends at a gap turns by at most about ‖ΔW‖ / gap (Wedin); one that ends between
+    two equal values may turn by anything.
     """
     most = max(1, min(SUBSPACE, len(values) // 2))
     least = max(1, most // 2)
@@ -106,12 +113,14 @@ def subspace_angle(first: Tensor, second: Tensor) -> float:
 
 
 def product_values(A: Tensor, B: Tensor) -> Tensor:
-    """The w singular values, descending, of B Aᵀ for A [in, w] and B [out, w], w at most both; float64, never forming it."""
+    """The w singular values, descending, of B Aᵀ for A [in, w] and B [out, w], w at most both;
+    float64, never forming it."""
     A, B = A.detach().double(), B.detach().double()
     return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A).R.mT)
 
 
 def condition_number(values: Tensor) -> float:
-    """σ_max / σ_min of descending singular values; infinite where the last is 0 to float64's rounding."""
+    """σ_max / σ_min of descending singular values; infinite where the last is 0 to float64's
+    rounding."""
     first, last = float(values[0]), float(values[-1])
     return first / last if last > first * len(values) * torch.finfo(torch.float64).eps else math.inf

@@ -19,8 +19,8 @@ from svdtune.linalg.matrix import (
 from svdtune.linalg.orthonormal import fixed_signs, polish
 from svdtune.linalg.spectrum import DENSE, LARGE, Spectrum, from_eigenvalues, settled_spectrum
 
-# Relative error allowed to the smallest singular value kept, and to Ritz residuals against the smallest squared one: the
-# error of a Ritz value is of the order of its residual squared, 2.5e-7.
+# Relative error allowed to the smallest singular value kept, and to Ritz residuals against the
+# smallest squared one: the error of a Ritz value is of the order of its residual squared, 2.5e-7.
 _ACCURACY = 1e-5
 _RESIDUAL = 5e-4
 _EXACT = 1e-9
@@ -29,7 +29,8 @@ _MANY = 0.2
 
 
 class Factors(NamedTuple):
-    """W ≈ U · diag(s) · Vh in fp32: U [out, r] and Vh [r, in] orthonormal, s [r] descending and >= 0."""
+    """W ≈ U · diag(s) · Vh in fp32: U [out, r] and Vh [r, in] orthonormal, s [r] descending and >=
+    0."""
 
     U: Tensor
     s: Tensor
@@ -41,20 +42,24 @@ def top_factors(weight: Tensor, r: int, *, exact: bool = False) -> Factors:
 
     Three routes, each taken where the one before would not do:
 
-    1. *Block Krylov* (`BlockKrylov`) where min(out, in) is 1024 or more and r small beside it: fp32, or float64 where
-       σ₁/σ_r is too large for fp32. Relative error of σ at most 1e-5, usually below 1e-7.
-    2. *Gram matrix and its eigenvectors* in float64, while σ₁/σ_r stays below about 4e4. Relative error 1e-10.
+    1. *Block Krylov* (`BlockKrylov`) where min(out, in) is 1024 or more and r small beside it:
+       fp32, or float64 where σ₁/σ_r is too large for fp32. Relative error of σ at most 1e-5,
+       usually below 1e-7.
+    2. *Gram matrix and its eigenvectors* in float64, while σ₁/σ_r stays below about 4e4. Relative
+       error 1e-10.
     3. LAPACK's SVD in float64 on the CPU: rank-deficient weights, whose null vectors it completes.
 
-    The columns of U and V are orthonormal to fp32's rounding whichever route was taken. Signs make the first entry of v
-    within 10 % of its largest positive. Nothing is drawn from the global random state. Repeated calls agree bit for bit on
-    one machine; other devices and thread counts agree up to rounding (within repeated singular values any basis is right).
+    The columns of U and V are orthonormal to fp32's rounding whichever route was taken. Signs make
+    the first entry of v within 10 % of its largest positive. Nothing is drawn from the global
+    random state. Repeated calls agree bit for bit on one machine; other devices and thread counts
+    agree up to rounding (within repeated singular values any basis is right).
 
     Args:
         weight: a matrix [out, in].
         r: how many triplets.
-        exact: leave out the first route, and the second unless it gives σ_r to 1e-9: vectors to fp32's rounding wherever two
-            singular values do not nearly agree, hence the same on every machine.
+        exact: leave out the first route, and the second unless it gives σ_r to 1e-9: vectors to
+            fp32's rounding wherever two singular values do not nearly agree, hence the same on
+            every machine.
 
     Raises:
         SvdtuneError: r outside 1 … min(out, in), or `weight` is not a finite matrix.
@@ -77,8 +82,9 @@ def top_factors(weight: Tensor, r: int, *, exact: bool = False) -> Factors:
 def factors_at_threshold(weight: Tensor, threshold: float, known: Spectrum | None = None) -> tuple[Spectrum, Factors]:
     """A spectrum that settles `threshold`, and as many leading triplets as the rank there says.
 
-    What `settled_spectrum` and then `top_factors` give, up to rounding. Where both would take the Gram matrix anyway (no
-    spectrum is `known`, and a large share of the sum takes many triplets), one matrix and one eigendecomposition serve both.
+    What `settled_spectrum` and then `top_factors` give, up to rounding. Where both would take the
+    Gram matrix anyway (no spectrum is `known`, and a large share of the sum takes many triplets),
+    one matrix and one eigendecomposition serve both.
 
     Args:
         weight: a matrix [out, in].
@@ -123,26 +129,30 @@ class _TooCoarse(Exception):
 
 
 def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Triplets | None:
-    """Triplets of tall(weight) / scale from a Krylov basis, or None where it would not pay or cannot be trusted.
+    """Triplets of tall(weight) / scale from a Krylov basis, or None where it would not pay or
+    cannot be trusted.
 
     Raises:
         _TooCoarse: in another dtype it might.
     """
     n = min(weight.shape)
     block = 32 if r <= 256 else 64
-    # Beyond half of all directions a dense solver is cheaper, and the blocks break down as the space fills up. Nor does it
-    # pay for small weights: a decomposition takes milliseconds, and their spectra are flat, which takes many blocks.
+    # Beyond half of all directions a dense solver is cheaper, and the blocks break down as the
+    # space fills up. Nor does it pay for small weights: a decomposition takes milliseconds, and
+    # their spectra are flat, which takes many blocks.
     if n < LARGE or 2 * (r + 4 * block) > n:
         return None
     krylov = BlockKrylov(tall(working_copy(weight, scale, dtype)), block, capacity=n // 2)
-    # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely to be the last time.
+    # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely
+    # to be the last time.
     check_at = max(6 * r, r + 8 * block)
     while krylov.room:
         krylov.extend()
         if krylov.p < check_at and krylov.room:
             continue
         values, vectors, residuals = krylov.ritz()
-        # Rounding in B = WQ leaves a relative error of some 4 ε σ₁/σ_r in σ_r, the float64 eigenproblem one of its noise.
+        # Rounding in B = WQ leaves a relative error of some 4 ε σ₁/σ_r in σ_r, the float64
+        # eigenproblem one of its noise.
         rounding = 4 * torch.finfo(dtype).eps * values[0].sqrt() <= _ACCURACY * values[r - 1].sqrt()
         solving = noise(float(values[0]), krylov.p, torch.float64) <= _ACCURACY * float(values[r - 1])
         if not solving or krylov.misses_copies(values[:r]):
@@ -158,7 +168,8 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
 
 
 def _triplets(W: Tensor, V: Tensor) -> Triplets:
-    """The triplets of W [m, n] within the span of V [n, r], nearly orthonormal; in float64, so that they are exact there."""
+    """The triplets of W [m, n] within the span of V [n, r], nearly orthonormal; in float64, so that
+    they are exact there."""
     V = polish(polish(V))
     US = W.double() @ V
     squared, Y = torch.linalg.eigh(US.mT @ US)
@@ -167,7 +178,8 @@ def _triplets(W: Tensor, V: Tensor) -> Triplets:
 
 
 def _by_gram(weight: Tensor, r: int, scale: float, accuracy: float) -> Triplets | None:
-    """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where σ_r is too small."""
+    """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where σ_r
+    is too small."""
     return _from_eigenvectors(weight, *torch.linalg.eigh(gram(weight, scale, torch.float64)), r, scale, accuracy)
 
 

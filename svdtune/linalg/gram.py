@@ -1,4 +1,5 @@
-"""The Gram matrix of a weight over its short side, whose eigenvalues are the squared singular values."""
+"""The Gram matrix of a weight over its short side, whose eigenvalues are the squared singular
+values."""
 
 import torch
 from torch import Tensor
@@ -10,10 +11,12 @@ _BLOCKS = 8
 
 
 def gram(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """WᵀW / scale² of a weight [out, in], or WWᵀ where out < in: [n, n], n = min(out, in), in `dtype`.
+    """WᵀW / scale² of a weight [out, in], or WWᵀ where out < in: [n, n], n = min(out, in), in
+    `dtype`.
 
-    The long side is taken a slab at a time, so that no copy of the whole weight in `dtype` is made, and on the CPU,
-    where products dominate, only the lower block triangle is multiplied, then mirrored.
+    The long side is taken a slab at a time, so that no copy of the whole weight in `dtype` is made,
+    and on the CPU, where products dominate, only the lower block triangle is multiplied, then
+    mirrored.
     """
     W = tall(weight)
     n = W.shape[1]
@@ -30,10 +33,12 @@ def gram(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def noise(largest_eigenvalue: float, n: int, dtype: torch.dtype) -> float:
-    """Bound on the error of each eigenvalue of a Gram matrix [n, n] computed in `dtype`, by product and solver together.
+    """Bound on the error of each eigenvalue of a Gram matrix [n, n] computed in `dtype`, by product
+    and solver together.
 
-    (16 + 2√n) ε λ₁: over the spectra and shapes of tests/linalg the largest deviation seen in fp32 is half of that, on flat
-    spectra, and a seventh on decaying ones. Four times as much in float64, where the SVD that one compares with errs too.
+    (16 + 2√n) ε λ₁: over the spectra and shapes of tests/linalg the largest deviation seen in fp32
+    is half of that, on flat spectra, and a seventh on decaying ones. Four times as much in float64,
+    where the SVD that one compares with errs too.
     """
     margin = 4 if dtype == torch.float64 else 1
     return margin * (16 + 2 * n**0.5) * torch.finfo(dtype).eps * largest_eigenvalue

@@ -1,9 +1,11 @@
-"""Block Krylov iteration for the leading singular triplets: one pass reads the weight twice and adds a block of directions.
+"""Block Krylov iteration for the leading singular triplets: one pass reads the weight twice and
+adds a block of directions.
 
-Golub, Luk and Overton, "A block Lanczos method for computing the singular values and corresponding singular vectors
-of a matrix", ACM TOMS 7 (1981), with full reorthogonalisation; Musco and Musco, "Randomized block Krylov methods for
-stronger and faster approximate singular value decomposition" (2015), for why few passes suffice. Not squaring the
-weight first keeps the error of a singular value near ε·σ₁, where a Gram matrix would give ε·σ₁²/σ.
+Golub, Luk and Overton, "A block Lanczos method for computing the singular values and corresponding
+singular vectors of a matrix", ACM TOMS 7 (1981), with full reorthogonalisation; Musco and Musco,
+"Randomized block Krylov methods for stronger and faster approximate singular value decomposition"
+(2015), for why few passes suffice. Not squaring the weight first keeps the error of a singular
+value near ε·σ₁, where a Gram matrix would give ε·σ₁²/σ.
 """
 
 import torch
@@ -13,7 +15,8 @@ SEED = 0x5D
 
 
 class BlockKrylov:
-    """A growing orthonormal basis Q [n, p] of the Krylov space of WᵀW, with B = WQ [m, p] and T = BᵀB [p, p].
+    """A growing orthonormal basis Q [n, p] of the Krylov space of WᵀW, with B = WQ [m, p] and T =
+    BᵀB [p, p].
 
     Args:
         W: a finite matrix [m, n], m >= n, fp32 or float64, on CPU or CUDA.
@@ -28,7 +31,8 @@ class BlockKrylov:
         self.Q = torch.empty(n, capacity, dtype=W.dtype, device=W.device)
         self.B = torch.empty(m, capacity, **wide)
         self.T = torch.empty(capacity, capacity, **wide)
-        # A generator of its own, on the CPU, so that every device starts from the same block and no global state moves.
+        # A generator of its own, on the CPU, so that every device starts from the same block and no
+        # global state moves.
         start = torch.randn(n, block, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)
         self.next = _orthonormalize(start.to(W.device, W.dtype))[0]
         self.R = self.T[:block, :block]  # set by the first pass
@@ -50,10 +54,12 @@ class BlockKrylov:
         self._find_next(self.W.mT @ product)
 
     def _find_next(self, image: Tensor) -> None:
-        """Make the part of `image` [n, block] outside the basis orthonormal: the waiting block, with its R."""
+        """Make the part of `image` [n, block] outside the basis orthonormal: the waiting block,
+        with its R."""
         Q = self.Q[:, : self.p]
-        # Projecting twice is enough (Kahan) where the second time changes little. Where the space is exhausted the first
-        # leaves only rounding, in which directions can nearly coincide: then once more, by the sturdier factorisation.
+        # Projecting twice is enough (Kahan) where the second time changes little. Where the space
+        # is exhausted the first leaves only rounding, in which directions can nearly coincide: then
+        # once more, by the sturdier factorisation.
         for passes, factorize in ((2, _orthonormalize), (3, _orthonormalize_safely)):
             block, R = image, torch.eye(self.block, dtype=torch.float64, device=image.device)
             for _ in range(passes):
@@ -64,10 +70,11 @@ class BlockKrylov:
         self.next, self.R = block, R
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(squared singular values [p] descending, their vectors in the basis [p, p], residuals ‖WᵀWv − λv‖ [p]).
+        """(squared singular values [p] descending, their vectors in the basis [p, p], residuals
+        ‖WᵀWv − λv‖ [p]).
 
-        The residual of a Ritz pair lies in the block not yet added, so it needs no further product. NaN marks a
-        basis that broke down.
+        The residual of a Ritz pair lies in the block not yet added, so it needs no further product.
+        NaN marks a basis that broke down.
         """
         T = self.T[: self.p, : self.p]
         if not torch.isfinite(T).all() or not torch.isfinite(self.R).all():
@@ -81,8 +88,8 @@ class BlockKrylov:
     def misses_copies(self, values: Tensor) -> bool:
         """Whether `values` (squared, descending) hold a full block of near-equal ones.
 
-        From one starting block the iteration finds at most `block` copies of a repeated singular value, so more of
-        them may be missing.
+        From one starting block the iteration finds at most `block` copies of a repeated singular
+        value, so more of them may be missing.
         """
         if len(values) < self.block:
             return False
@@ -90,7 +97,8 @@ class BlockKrylov:
 
 
 def _orthonormalize(X: Tensor) -> tuple[Tensor, Tensor]:
-    """(Q [n, b] in X's dtype, R [b, b] in float64) with X = QR, by Cholesky, the quickest on a GPU; NaN where X lost rank."""
+    """(Q [n, b] in X's dtype, R [b, b] in float64) with X = QR, by Cholesky, the quickest on a GPU;
+    NaN where X lost rank."""
     wide = X.double()
     L, info = torch.linalg.cholesky_ex(wide.mT @ wide)
     L = torch.where(info == 0, L, torch.nan)

@@ -1,4 +1,5 @@
-"""What every routine here does first: check a weight, scale it, and put it in full precision on a device that can."""
+"""What every routine here does first: check a weight, scale it, and put it in full precision on a
+device that can."""
 
 import math
 import threading
@@ -28,7 +29,8 @@ def largest_entry(weight: Tensor) -> float:
     """The largest magnitude in a weight [out, in].
 
     Raises:
-        SvdtuneError: the weight is not a matrix, is empty, has no values, is not floating point, or holds NaN or infinity.
+        SvdtuneError: the weight is not a matrix, is empty, has no values, is not floating point, or
+            holds NaN or infinity.
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise SvdtuneError(f"a weight must be a non-empty matrix [out, in]; this one has shape {tuple(weight.shape)}")
@@ -51,9 +53,11 @@ def tall(weight: Tensor) -> Tensor:
 
 
 def power_of_two(largest: float) -> float:
-    """The power of two at or below `largest`, clamped so that it and its inverse are finite in fp32.
+    """The power of two at or below `largest`, clamped so that it and its inverse are finite in
+    fp32.
 
-    Dividing by it is exact, and keeps squares of very large or very small weights inside the range of fp32.
+    Dividing by it is exact, and keeps squares of very large or very small weights inside the range
+    of fp32.
     """
     return 2.0 ** max(-120, min(120, math.frexp(largest)[1] - 1)) if largest > 0 else 1.0
 
@@ -75,7 +79,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class _Ieee:
-    """Forbids TF32 while any thread is inside: the setting is the process's, so the last to leave puts it back."""
+    """Forbids TF32 while any thread is inside: the setting is the process's, so the last to leave
+    puts it back."""
 
     _lock = threading.Lock()
     _inside = 0

@@ -1,8 +1,9 @@
 """The nuclear norm of a weight by matrix products alone, which is what a GPU does fastest.
 
-Polar iteration: W = QH with QᵀQ = I and H positive semidefinite, and the nuclear norm is tr(H) = tr(QᵀW). Q is the
-limit of X ← X·p(XᵀX) with the polynomials of Amsel, Persson, Musco and Gower, "The Polar Express" (2025): at each step
-the odd quintic closest to 1 on the interval that holds the singular values.
+Polar iteration: W = QH with QᵀQ = I and H positive semidefinite, and the nuclear norm is tr(H) =
+tr(QᵀW). Q is the limit of X ← X·p(XᵀX) with the polynomials of Amsel, Persson, Musco and Gower,
+"The Polar Express" (2025): at each step the odd quintic closest to 1 on the interval that holds the
+singular values.
 """
 
 from functools import cache
@@ -12,16 +13,18 @@ from torch import Tensor
 
 # Singular values below this share of σ₁ are not driven to 1; they count in the error bound.
 FLOOR = 1e-4
-# Outside their interval the quintics diverge, and rounding to ten bits can push a value out; each step stays this far inside.
+# Outside their interval the quintics diverge, and rounding to ten bits can push a value out; each
+# step stays this far inside.
 _SAFETY = 1.01
 
 
 def nuclear_norm(W: Tensor, largest: float) -> tuple[float, float]:
     """(nuclear norm, bound on its error) of a matrix [m, n], m >= n, given an upper estimate of σ₁.
 
-    On a GPU the steps multiply in fp16. What that leaves, X = Q(I + S + K) with S symmetric and K skew, is corrected to third
-    order in S through E = XᵀX − I, in fp32: tr(H) ≈ tr(XᵀW) − ½tr(E·XᵀW) + ⅜tr(E²·XᵀW) − …; K enters only squared, and
-    shows as the skew part of XᵀW. The bound adds up both, the values under `FLOOR`·σ₁ and the rounding of the traces.
+    On a GPU the steps multiply in fp16. What that leaves, X = Q(I + S + K) with S symmetric and K
+    skew, is corrected to third order in S through E = XᵀX − I, in fp32: tr(H) ≈ tr(XᵀW) −
+    ½tr(E·XᵀW) + ⅜tr(E²·XᵀW) − …; K enters only squared, and shows as the skew part of XᵀW. The
+    bound adds up both, the values under `FLOOR`·σ₁ and the rounding of the traces.
     """
     X = W / (1.01 * largest)
     # fp16 has TF32's ten bits, but asks for no setting that other threads would see.
@@ -44,7 +47,8 @@ def nuclear_norm(W: Tensor, largest: float) -> tuple[float, float]:
 
 @cache
 def _quintics(low: float) -> tuple[tuple[float, float, float], ...]:
-    """Coefficients (a, b, c) of ax + bx³ + cx⁵, one triple a step, that take [low, 1] to within 1e-4 of 1."""
+    """Coefficients (a, b, c) of ax + bx³ + cx⁵, one triple a step, that take [low, 1] to within
+    1e-4 of 1."""
     steps, high = [], 1.0
     while high - low > 1e-4:
         (a, b, c), error = _closest_to_one(low, high)
@@ -54,7 +58,8 @@ def _quintics(low: float) -> tuple[tuple[float, float, float], ...]:
 
 
 def _closest_to_one(low: float, high: float) -> tuple[tuple[float, float, float], float]:
-    """((a, b, c), error): the odd quintic closest to 1 on [low, high], by Remez exchange in float64."""
+    """((a, b, c), error): the odd quintic closest to 1 on [low, high], by Remez exchange in
+    float64."""
     inner = torch.tensor([low + (high - low) / 4, low + 3 * (high - low) / 4], dtype=torch.float64)
     signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     for _ in range(50):

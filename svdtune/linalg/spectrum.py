@@ -1,4 +1,5 @@
-"""Singular values of a weight with a bound on their error, and the rank that reaches a share of their sum."""
+"""Singular values of a weight with a bound on their error, and the rank that reaches a share of
+their sum."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +33,12 @@ class Spectrum:
     """The singular values of a weight and how far to trust them.
 
     Attributes:
-        values: float64 on CPU, descending, length min(out, in); fewer where only the leading ones were computed.
+        values: float64 on CPU, descending, length min(out, in); fewer where only the leading ones
+            were computed.
         total: the sum of all singular values, the nuclear norm.
         error: bound on the absolute error of `total`, of each value and of every partial sum.
-        squared_error: bound on the error of each squared value; it bounds the leading partial sums more tightly than
-            `error` does. 0 where nothing is known beyond `error`.
+        squared_error: bound on the error of each squared value; it bounds the leading partial sums
+            more tightly than `error` does. 0 where nothing is known beyond `error`.
         reference: whether the values are those of a float64 SVD, against which ranks are defined.
     """
 
@@ -59,7 +61,8 @@ class Spectrum:
         return _value_errors(self.values, self.squared_error).cumsum(0)
 
     def locate(self, threshold: float) -> tuple[int | None, bool]:
-        """(rank at `threshold`, whether no error within the bounds could change it); the rank is None out of reach."""
+        """(rank at `threshold`, whether no error within the bounds could change it); the rank is
+        None out of reach."""
         sums, target = self.values.cumsum(0), threshold * self.total
         reached = (sums >= target).nonzero()
         if self.total == 0:
@@ -76,13 +79,15 @@ class Spectrum:
 def spectrum(weight: Tensor, *, dtype: torch.dtype | None = None) -> Spectrum:
     """All singular values of a weight [out, in].
 
-    The square roots of the eigenvalues of the Gram matrix over the short side, formed and solved in `dtype`; LAPACK's
-    SVD in float64 where the short side n is at most 128. An eigenvalue is off by up to δ = (16 + 2√n) ε λ₁, four times
-    that in float64 (see `noise`), so a singular value σ by up to min(√δ, δ/σ): in float64, below 1e-12·σ₁ for values
-    near σ₁ and at most 4e-7·σ₁ for zeros. `Spectrum.error` sums these.
+    The square roots of the eigenvalues of the Gram matrix over the short side, formed and solved in
+    `dtype`; LAPACK's SVD in float64 where the short side n is at most 128. An eigenvalue is off by
+    up to δ = (16 + 2√n) ε λ₁, four times that in float64 (see `noise`), so a singular value σ by up
+    to min(√δ, δ/σ): in float64, below 1e-12·σ₁ for values near σ₁ and at most 4e-7·σ₁ for zeros.
+    `Spectrum.error` sums these.
 
     Args:
-        weight: [out, in], any floating dtype; computed on its device, or on the CPU where that lacks float64.
+        weight: [out, in], any floating dtype; computed on its device, or on the CPU where that
+            lacks float64.
         dtype: torch.float64 (default), or torch.float32, about twice as fast on a CPU.
 
     Raises:
@@ -103,7 +108,8 @@ def spectrum(weight: Tensor, *, dtype: torch.dtype | None = None) -> Spectrum:
 
 
 def from_eigenvalues(squared: Tensor, scale: float) -> Spectrum:
-    """The spectrum of a weight from the eigenvalues [n], ascending, of its Gram matrix over scale²."""
+    """The spectrum of a weight from the eigenvalues [n], ascending, of its Gram matrix over
+    scale²."""
     dtype = squared.dtype
     squared = squared.flip(0).cpu().double().clamp_min(0)
     values = squared.sqrt()
@@ -113,17 +119,20 @@ def from_eigenvalues(squared: Tensor, scale: float) -> Spectrum:
 
 
 def rank_at_threshold(values: Tensor | Spectrum, threshold: float) -> int:
-    """SARA Algorithm 1: the least k >= 1 whose first k values sum to at least `threshold` times the whole sum.
+    """SARA Algorithm 1: the least k >= 1 whose first k values sum to at least `threshold` times the
+    whole sum.
 
-    The listing compares with `threshold` alone; its text and its parameter counts mean a share of the sum. A zero weight has
-    rank 1. The values are taken as they are; `safe_rank` also makes sure that their errors cannot matter.
+    The listing compares with `threshold` alone; its text and its parameter counts mean a share of
+    the sum. A zero weight has rank 1. The values are taken as they are; `safe_rank` also makes sure
+    that their errors cannot matter.
 
     Args:
         values: all singular values, descending [min(out, in)], or a `Spectrum`.
         threshold: θ in (0, 1].
 
     Raises:
-        SvdtuneError: `threshold` outside (0, 1]; values empty, not finite or negative; a `Spectrum` that ends too early.
+        SvdtuneError: `threshold` outside (0, 1]; values empty, not finite or negative; a `Spectrum`
+            that ends too early.
     """
     check_threshold(threshold)
     if isinstance(values, Spectrum):
@@ -154,9 +163,9 @@ def safe_rank(weight: Tensor, threshold: float) -> int:
 def settled_spectrum(weight: Tensor, threshold: float, known: Spectrum | None = None) -> tuple[Spectrum, int]:
     """(a spectrum of `weight` [out, in] that settles `threshold`, the rank there).
 
-    Tries `known`, then ever more exact spectra, until no partial sum lies within its error bound of the target; a float64
-    SVD settles what is left, such as exact ties. On a GPU a small threshold needs only the nuclear norm and the
-    leading values.
+    Tries `known`, then ever more exact spectra, until no partial sum lies within its error bound of
+    the target; a float64 SVD settles what is left, such as exact ties. On a GPU a small threshold
+    needs only the nuclear norm and the leading values.
     """
     check_threshold(threshold)
     attempts = [partial(spectrum, weight), partial(_by_svd, weight)]
@@ -190,7 +199,8 @@ def _by_svd(weight: Tensor) -> Spectrum:
 
 
 def _leading(weight: Tensor, threshold: float) -> Spectrum | None:
-    """The leading values and the nuclear norm, as far as `threshold` needs; None where that is no shortcut."""
+    """The leading values and the nuclear norm, as far as `threshold` needs; None where that is no
+    shortcut."""
     largest, n = largest_entry(weight), min(weight.shape)
     if largest == 0:
         return None
@@ -214,7 +224,8 @@ def _leading(weight: Tensor, threshold: float) -> Spectrum | None:
             if good and float(values[:good].sum()) > threshold * (total + error):
                 delta = float(residuals[:good].max() + 8 * torch.finfo(torch.float32).eps * squared[0])
                 return Spectrum(values[:good] * scale, total * scale, error * scale, delta * scale**2)
-            # Ritz values are lower bounds, so about this many are needed; a basis of eight times as many settles them.
+            # Ritz values are lower bounds, so about this many are needed; a basis of eight times as
+            # many settles them.
             missing = threshold * total - float(values.sum())
             k = int((values.cumsum(0) < threshold * total).sum()) + max(0, int(missing / float(values[-1])))
             if not k <= n // 16:

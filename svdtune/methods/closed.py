@@ -38,8 +38,10 @@ def explain_refusals() -> None:
 
 
 def refused_peft() -> str | None:
-    """What transformers says of the installed PEFT where its own `add_adapter` and the like refuse it, or None."""
-    from transformers.integrations.peft import MIN_PEFT_VERSION  # of its insides, so asked after a refusal alone
+    """What transformers says of the installed PEFT where its own `add_adapter` and the like refuse
+    it, or None."""
+    # of its insides, so asked after a refusal alone
+    from transformers.integrations.peft import MIN_PEFT_VERSION
     from transformers.utils import check_peft_version
 
     try:

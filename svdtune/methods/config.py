@@ -29,31 +29,40 @@ class SvdConfig(PeftConfig):
 
     Args:
         r: the rank of every layer. Excludes `threshold`.
-        threshold: sets each layer's rank from its own spectrum instead: the least k whose k largest singular values sum
-            to this share of all of them (SARA, Algorithm 1).
-        rank_pattern: ranks of single layers, as in LoRA: module names or regular expressions → rank. Goes before both.
+        threshold: sets each layer's rank from its own spectrum instead: the least k whose k largest
+            singular values sum to this share of all of them (SARA, Algorithm 1).
+        rank_pattern: ranks of single layers, as in LoRA: module names or regular expressions →
+            rank. Goes before both.
         dropout: probability with which entries of the adapter's input are zeroed during training.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias: as in LoRA.
-        init_weights: True decomposes the weights. False fills the factors at random, so that the adapter changes the
-            outputs from the start: for tests.
-        compact: save without the frozen factors (SORSA's P₀ and V₀, Mo-SARA's U and V) and recompute them on loading; see
-            `svdtune.methods.files.compact`. Set it when the adapter is made: its factors are then computed in float64.
-        fused_slices: what to adapt of projections that hold several matrices in one weight. None: the whole weight, as LoRA
-            does. {"c_attn": ["q", "v"]}: these slices of modules of that name, each with a rank and factors of its own;
-            for a model that svdtune does not know, {"in_proj": {"q": [groups, width, start, stop]}}, see
-            `svdtune.methods.layers.rows`. "auto": of every projection known to be fused, the slices that the paper adapts.
-        ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading reads ranks from here.
-        slices: [groups, width, start, stop] of every adapted slice, by its name. Written by svdtune.
-        kernels: groups, shape [in / groups, k, ...], dilation and padding mode of every adapted convolution. Written by
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias:
+            as in LoRA.
+        init_weights: True decomposes the weights. False fills the factors at random, so that the
+            adapter changes the outputs from the start: for tests.
+        compact: save without the frozen factors (SORSA's P₀ and V₀, Mo-SARA's U and V) and
+            recompute them on loading; see `svdtune.methods.files.compact`. Set it when the adapter
+            is made: its factors are then computed in float64.
+        fused_slices: what to adapt of projections that hold several matrices in one weight. None:
+            the whole weight, as LoRA does. {"c_attn": ["q", "v"]}: these slices of modules of that
+            name, each with a rank and factors of its own; for a model that svdtune does not know,
+            {"in_proj": {"q": [groups, width, start, stop]}}, see `svdtune.methods.layers.rows`.
+            "auto": of every projection known to be fused, the slices that the paper adapts.
+        ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading
+            reads ranks from here.
+        slices: [groups, width, start, stop] of every adapted slice, by its name. Written by
             svdtune.
-        initialized: True in a saved adapter's configuration: factors are loaded, nothing is decomposed.
-        base_fingerprint: of each adapted layer's base weight, by module name. Written by svdtune; loading onto another base
-            is refused. {} does not look.
-        weights_sha256: of the saved weights file. Written by svdtune; a file that was altered since is refused.
+        kernels: groups, shape [in / groups, k, ...], dilation and padding mode of every adapted
+            convolution. Written by svdtune.
+        initialized: True in a saved adapter's configuration: factors are loaded, nothing is
+            decomposed.
+        base_fingerprint: of each adapted layer's base weight, by module name. Written by svdtune;
+            loading onto another base is refused. {} does not look.
+        weights_sha256: of the saved weights file. Written by svdtune; a file that was altered since
+            is refused.
         svdtune_version: that saved the adapter.
 
     Raises:
-        SvdtuneError: a value outside its range, or settings that exclude each other; all of them in one message.
+        SvdtuneError: a value outside its range, or settings that exclude each other; all of them in
+            one message.
     """
 
     r: int | None = field(default=None, metadata=_help("Rank of every layer; excludes `threshold`."))
@@ -127,7 +136,8 @@ class SvdConfig(PeftConfig):
             raise SvdtuneError(f"{type(self).__name__}: " + "; ".join(problems))
 
     def _kinds(self) -> Iterator[str]:
-        """Yield which fields are of another kind: what PEFT and `re` would only find out while a model is being changed."""
+        """Yield which fields are of another kind: what PEFT and `re` would only find out while a
+        model is being changed."""
         for name in ("rank_pattern", "ranks", "slices", "kernels", "base_fingerprint"):
             if not isinstance(value := getattr(self, name), Mapping):
                 yield f"`{name}` must be a dict by module name; got {value!r:.60}"
@@ -186,18 +196,21 @@ class SvdConfig(PeftConfig):
                 yield f"`fused_slices[{name!r}]` must give [groups, width, start, stop] for each slice; got {parts!r}"
 
     def check_layer(self, name: str, layer: Any) -> None:
-        """Raise `SvdtuneError` for a layer, adapted already or not, that these settings cannot work with.
+        """Raise `SvdtuneError` for a layer, adapted already or not, that these settings cannot work
+        with.
 
         Called for every layer before anything is changed.
         """
 
     def module_of(self, layer: str) -> str:
-        """The base model's module that an adapted layer belongs to: itself, or for a slice the fused projection."""
+        """The base model's module that an adapted layer belongs to: itself, or for a slice the
+        fused projection."""
         return layer.rpartition(".")[0] if layer in self.slices else layer
 
     @property
     def needs_factors(self) -> bool:
-        """Whether the start of an adapter takes the singular vectors of the weights, not only their number."""
+        """Whether the start of an adapter takes the singular vectors of the weights, not only their
+        number."""
         return self.init_weights
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -206,7 +219,8 @@ class SvdConfig(PeftConfig):
         The file says that the weights exist; this configuration can start anew.
         """
         weights = Path(save_directory) / ADAPTER_WEIGHTS
-        # Transformers' own save_pretrained writes the configuration before the weights: then the file there is an older one.
+        # Transformers' own save_pretrained writes the configuration before the weights: then the
+        # file there is an older one.
         digest = file_digest(weights) if weights.is_file() and holds(weights, self.last_taken) else None
         saved = dataclasses.replace(self, initialized=True, weights_sha256=digest, svdtune_version=__version__)
         saved._write(save_directory, **kwargs)
@@ -217,7 +231,8 @@ class SvdConfig(PeftConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> "SvdConfig":
-        """As PEFT's; also makes sure that the weights beside it are whole, before any model is touched.
+        """As PEFT's; also makes sure that the weights beside it are whole, before any model is
+        touched.
 
         Raises:
             SvdtuneError: the adapter's files are damaged, or a later version of svdtune wrote them.
@@ -244,7 +259,8 @@ class SvdConfig(PeftConfig):
 
 
 def _no_expression(name: str, text: Any) -> list[str]:
-    """The sentence that says a text is no regular expression, in a list; empty where it is one, as every name is."""
+    """The sentence that says a text is no regular expression, in a list; empty where it is one, as
+    every name is."""
     try:
         re.compile(text)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
@@ -266,7 +282,8 @@ def _is_rows(rows: Any) -> bool:
 
 
 def is_number_in(value: Any, low: float, high: float, low_open: bool = False, high_open: bool = False) -> bool:
-    """Whether `value` is a finite number in the interval, closed unless said otherwise; bools are no numbers."""
+    """Whether `value` is a finite number in the interval, closed unless said otherwise; bools are
+    no numbers."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)

@@ -1,4 +1,5 @@
-"""Ranks as a PEFT configuration gives them: `r` for every layer, and `rank_pattern` for single ones."""
+"""Ranks as a PEFT configuration gives them: `r` for every layer, and `rank_pattern` for single
+ones."""
 
 import dataclasses
 import re
@@ -13,7 +14,8 @@ Config = TypeVar("Config", bound=PeftConfig)
 
 
 def given_rank(config: PeftConfig, *names: str) -> int | None:
-    """The rank that a configuration gives a layer, by the first of its names that `rank_pattern` knows, else `r`.
+    """The rank that a configuration gives a layer, by the first of its names that `rank_pattern`
+    knows, else `r`.
 
     None where the configuration has a threshold instead.
     """
@@ -22,7 +24,8 @@ def given_rank(config: PeftConfig, *names: str) -> int | None:
 
 
 def pattern_rank(config: PeftConfig, *names: str) -> int | None:
-    """The rank that `rank_pattern` gives a layer, by the first of its names that it knows; None where it knows none."""
+    """The rank that `rank_pattern` gives a layer, by the first of its names that it knows; None
+    where it knows none."""
     patterns: Mapping[str, int] = getattr(config, "rank_pattern", None) or {}
     matched = (next((rank for key, rank in patterns.items() if _expression(key).match(name)), None) for name in names)
     return next((rank for rank in matched if rank is not None), None)
@@ -32,15 +35,18 @@ def pattern_rank(config: PeftConfig, *names: str) -> int | None:
 def _expression(key: str) -> re.Pattern[str]:
     """A key of `rank_pattern` as PEFT's `get_pattern_key` reads it.
 
-    Kept compiled: `re` itself remembers 512 expressions, and a large model has more layers than that.
+    Kept compiled: `re` itself remembers 512 expressions, and a large model has more layers than
+    that.
     """
     return re.compile(rf"(.*\.)?({key})$")
 
 
 def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
-    """PEFT's `rank_pattern` for ranks by layer: an anchored expression for each layer's whole name → its rank.
+    """PEFT's `rank_pattern` for ranks by layer: an anchored expression for each layer's whole name
+    → its rank.
 
-    The anchor keeps a name from also matching a longer one that ends in it (`layers.0.q` and `vision.layers.0.q`).
+    The anchor keeps a name from also matching a longer one that ends in it (`layers.0.q` and
+    `vision.layers.0.q`).
     """
     return {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
 
@@ -51,7 +57,8 @@ def common_rank(ranks: Mapping[str, int]) -> int:
 
 
 def with_rank(config: Config, r: int, **changes: Any) -> Config:
-    """The configuration with one rank for all layers but those in its `rank_pattern`, and no threshold."""
+    """The configuration with one rank for all layers but those in its `rank_pattern`, and no
+    threshold."""
     if hasattr(config, "threshold"):
         changes["threshold"] = None
     return dataclasses.replace(config, r=r, **changes)

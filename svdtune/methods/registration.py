@@ -1,7 +1,9 @@
-"""Makes PEFT know methods of ours: `PeftType` members, configurations and tuners. Importing svdtune runs it, once.
+"""Makes PEFT know methods of ours: `PeftType` members, configurations and tuners. Importing svdtune
+runs it, once.
 
-PEFT has no plugin point: its registry takes only names that are members of the `PeftType` enum. So the members are added to
-the enum. Should a PEFT release bring a method of the same name, PEFT's own stays and ours is left out with a warning.
+PEFT has no plugin point: its registry takes only names that are members of the `PeftType` enum. So
+the members are added to the enum. Should a PEFT release bring a method of the same name, PEFT's own
+stays and ours is left out with a warning.
 """
 
 import warnings
@@ -16,9 +18,11 @@ from svdtune.registry import load
 
 
 def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
-    """Make a method available to `get_peft_model`, `PeftModel.from_pretrained` and everything behind them.
+    """Make a method available to `get_peft_model`, `PeftModel.from_pretrained` and everything
+    behind them.
 
-    The configuration's class attribute `method` is its name. Registering the same method twice does nothing.
+    The configuration's class attribute `method` is its name. Registering the same method twice does
+    nothing.
     """
     name = config_cls.method
     member = name.upper()
@@ -39,7 +43,8 @@ def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
 
 
 def config_class(peft_type: str) -> type[PeftConfig] | None:
-    """The configuration class of a method, PEFT's, ours or the laboratory's, by its name in `PeftType`; None without one."""
+    """The configuration class of a method, PEFT's, ours or the laboratory's, by its name in
+    `PeftType`; None without one."""
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         load("baselines")
     return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
@@ -58,4 +63,5 @@ def extend_enum(name: str) -> None:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     PeftType._member_names_.append(name)
-    type.__setattr__(PeftType, name, member)  # since Python 3.12 `PeftType.NAME` is looked up as an attribute alone
+    # since Python 3.12 `PeftType.NAME` is looked up as an attribute alone
+    type.__setattr__(PeftType, name, member)

@@ -1,7 +1,8 @@
-"""What is decided about the layers of a model before the first is adapted: names, ranks, factors, fingerprints.
+"""What is decided about the layers of a model before the first is adapted: names, ranks, factors,
+fingerprints.
 
-All layers are gone through together, so that one that cannot be adapted leaves the model as it was, and the disk cache and
-the progress bar see the whole job.
+All layers are gone through together, so that one that cannot be adapted leaves the model as it was,
+and the disk cache and the progress bar see the whole job.
 """
 
 import re
@@ -58,7 +59,8 @@ class Resolution:
         self.kernels: dict[str, dict[str, Any]] = {}
 
     def layers(self, targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-        """The layers to adapt, by name: the target modules, or the slices of those that are adapted by slice."""
+        """The layers to adapt, by name: the target modules, or the slices of those that are adapted
+        by slice."""
         config = self.config
         if isinstance(config.fused_slices, dict) and not config.initialized and targets:
             for key in config.fused_slices:
@@ -96,7 +98,8 @@ class Resolution:
         return parts
 
     def decide(self, targets: Mapping[str, nn.Module]) -> None:
-        """Decide everything about these layers, or raise `SvdtuneError` for the first that cannot be adapted."""
+        """Decide everything about these layers, or raise `SvdtuneError` for the first that cannot
+        be adapted."""
         config = self.config
         for name, module in targets.items():
             check_supported(name, module)
@@ -174,7 +177,8 @@ class Resolution:
 
 
 def check_supported(name: str, module: nn.Module) -> None:
-    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass, Conv1D, a convolution, or quantized."""
+    """Raise `SvdtuneError` unless the layer is nn.Linear or a subclass, Conv1D, a convolution, or
+    quantized."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if not (isinstance(base, (nn.Linear, Conv1D, RowSlice, *spectra.CONVOLUTIONS)) or hasattr(base, "W_q")):
         raise SvdtuneError(

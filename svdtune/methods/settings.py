@@ -1,4 +1,5 @@
-"""The settings of a PEFT configuration: the fields that a user gives, apart from those that saving and loading write."""
+"""The settings of a PEFT configuration: the fields that a user gives, apart from those that saving
+and loading write."""
 
 from dataclasses import MISSING, Field, fields
 from enum import Enum
@@ -6,7 +7,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-# PEFT keeps these for itself in the configuration of every method; of its common fields a user gives `task_type` alone.
+# PEFT keeps these for itself in the configuration of every method; of its common fields a user
+# gives `task_type` alone.
 _OF_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
 
 

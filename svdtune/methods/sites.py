@@ -36,7 +36,8 @@ class Site:
     """One adapted layer.
 
     Attributes:
-        name: of the layer in the base model; a slice of a fused weight is called `<module>.<slice>`.
+        name: of the layer in the base model; a slice of a fused weight is called
+            `<module>.<slice>`.
         module: the base model's module that holds its weight.
         rows: which rows of that weight's matrix; None for all of them.
         shape: (out, in) of the layer's matrix; None where the module has no single matrix.
@@ -85,7 +86,8 @@ class Sites(Sequence[Site]):
     """The sites of an adapter, in the model's order.
 
     Attributes:
-        config: the adapter's configuration as PEFT completed it; None for a model without an adapter.
+        config: the adapter's configuration as PEFT completed it; None for a model without an
+            adapter.
         places: the sites.
         count: the parameters of the whole model. Virtual tokens, `modules_to_save` and biases that
             are trained elsewhere belong to no site, and count here.
@@ -126,7 +128,8 @@ def sites(
         progress: show a bar; by default where stderr is a terminal.
 
     Raises:
-        SvdtuneError: the adapter cannot be put on this model, or it needs weights that are not there.
+        SvdtuneError: the adapter cannot be put on this model, or it needs weights that are not
+            there.
     """
     if config is None:
         return _read(model.model if isinstance(model, Checkpoint) else model)

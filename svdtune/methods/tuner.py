@@ -1,7 +1,9 @@
-"""SvdTuner: how the three methods enter a model through PEFT: which layers, which ranks, which factors, loading, merging.
+"""SvdTuner: how the three methods enter a model through PEFT: which layers, which ranks, which
+factors, loading, merging.
 
-Ranks and factors are settled for all target layers together before any layer is replaced, so that a layer that cannot be
-decomposed leaves the model as it was, and the disk cache and the progress bar see the whole job.
+Ranks and factors are settled for all target layers together before any layer is replaced, so that a
+layer that cannot be decomposed leaves the model as it was, and the disk cache and the progress bar
+see the whole job.
 """
 
 import warnings
@@ -28,7 +30,8 @@ from svdtune.spectra import sharing
 
 
 class SvdTuner(BaseTuner):
-    """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and `PeftModel.from_pretrained`."""
+    """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and
+    `PeftModel.from_pretrained`."""
 
     tuner_layer_cls: ClassVar[type[SvdLayer]]
     together: Together | None = None
@@ -49,7 +52,8 @@ class SvdTuner(BaseTuner):
         self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
         self._resolution = Resolution(config, model, self.tuner_layer_cls, load_only)
-        if state_dict is not None:  # PEFT takes the modules' names from the keys, and a slice is no module yet
+        # PEFT takes the modules' names from the keys, and a slice is no module yet
+        if state_dict is not None:
             keys = {key: key.rpartition(".") for key in state_dict}
             state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
         try:
@@ -85,8 +89,8 @@ class SvdTuner(BaseTuner):
         self._resolution.decide(targets)
 
     def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
-        """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name, which `layers_to_transform`
-        does not look into, so that is applied here."""
+        """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name,
+        which `layers_to_transform` does not look into, so that is applied here."""
         shorthand = config.target_modules
         config = _maybe_include_all_linear_layers(config, model)
         if (
@@ -126,7 +130,8 @@ class SvdTuner(BaseTuner):
         if current_key in self._resolution.parts:
             self._adapt_slices(peft_config, adapter_name, target, target_name, parent, current_key)
             return
-        if current_key not in self._resolution.ranks:  # PEFT found the layer in a state dict, not by the configuration
+        # PEFT found the layer in a state dict, not by the configuration
+        if current_key not in self._resolution.ranks:
             self._resolution.decide({current_key: target})
         layer = self._adapted(peft_config, adapter_name, target, current_key)
         if layer is not target:
@@ -158,7 +163,8 @@ class SvdTuner(BaseTuner):
             layer.tied = id(getattr(layer.get_base_layer(), "weight", None)) in self._resolution.shared
             layer.quantization_backend = backend_of(layer.get_base_layer(), self.model)
         factors = self._resolution.factors.pop(name, None)
-        # Without the weights, the adapter's values come from the main process when the model is sharded.
+        # Without the weights, the adapter's values come from the main process when the model is
+        # sharded.
         weightless = not self._resolution.load_only and not self._resolution.present
         load_only = self._resolution.load_only or weightless
         layer.update_layer(adapter_name, self._resolution.ranks[name], config, factors, load_only)
@@ -171,7 +177,8 @@ class SvdTuner(BaseTuner):
         return layer
 
     def _check_merge_allowed(self) -> None:
-        """PEFT warns here of tied weights; merging one of ours leaves the other modules' weight alone."""
+        """PEFT warns here of tied weights; merging one of ours leaves the other modules' weight
+        alone."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As PEFT's, which on unloading expects every layer to have a weight; HQQ's have none."""
@@ -181,7 +188,8 @@ class SvdTuner(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32 factors whatever the base dtype, unless `autocast_adapter_dtype=False` asks for the base's own.
+        """fp32 factors whatever the base dtype, unless `autocast_adapter_dtype=False` asks for the
+        base's own.
 
         Frozen factors stay as they are: rounding them would make them another weight's.
         """
@@ -210,7 +218,8 @@ class SvdTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT calls around a forward pass that may name an adapter for each sample, which it knows for LoRA alone."""
+        """What PEFT calls around a forward pass that may name an adapter for each sample, which it
+        knows for LoRA alone."""
         if kwargs.get("adapter_names") is not None:
             raise SvdtuneError(
                 f"`adapter_names`, an adapter for each sample of a batch, is there for LoRA alone. {WAY_ROUND}; or call the "
@@ -219,7 +228,8 @@ class SvdTuner(BaseTuner):
         yield
 
     def adapted_layers(self) -> Iterator[SvdLayer]:
-        """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute the tuner lacks does.)"""
+        """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute
+        the tuner lacks does.)"""
         return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
 
     # Saving and loading
@@ -244,7 +254,8 @@ class SvdTuner(BaseTuner):
 
     @classmethod
     def _some_of(cls, state_dict: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, Tensor]:
-        """The smallest trained tensor of every layer, under the names that the file will have: training changes them all."""
+        """The smallest trained tensor of every layer, under the names that the file will have:
+        training changes them all."""
         found = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter in layer.r:
@@ -281,7 +292,8 @@ class SvdTuner(BaseTuner):
 
     @staticmethod
     def _take_back(model: nn.Module, adapter_name: str) -> None:
-        """Remove an adapter that was put on a model in order to be loaded, so that the model is as it was."""
+        """Remove an adapter that was put on a model in order to be loaded, so that the model is as
+        it was."""
         tuner = getattr(model, "base_model", None)
         if not isinstance(tuner, SvdTuner) or all(
             adapter_name not in layer._awaited for layer in tuner.adapted_layers()

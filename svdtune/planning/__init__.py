@@ -1,4 +1,5 @@
-"""Ranks, parameters, memory and time of an adapter, from a checkpoint whose model is never built."""
+"""Ranks, parameters, memory and time of an adapter, from a checkpoint whose model is never
+built."""
 
 from svdtune.planning.anatomy import Anatomy, anatomy
 from svdtune.planning.chart import by_depth, draw

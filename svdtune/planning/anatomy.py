@@ -12,7 +12,8 @@ from svdtune.methods.sites import Site
 from svdtune.planning.plan import Plan
 from svdtune.spectra import CONVOLUTIONS, matrix_shape
 
-# Modules that read one tensor, which is then kept once; and those whose input is kept anyway, as the attention's output.
+# Modules that read one tensor, which is then kept once; and those whose input is kept anyway, as
+# the attention's output.
 _ONE_INPUT = dict.fromkeys(("q_proj", "k_proj", "v_proj", "query", "key", "value"), "qkv")
 _ONE_INPUT |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up")
 _KEPT_ANYWAY = ("o_proj", "out_proj")
@@ -33,9 +34,11 @@ class Anatomy:
         head: of the output head, which the loss needs whole.
         largest: of the largest linear layer.
         trained, frozen: of the adapter.
-        copies: of the adapter's factors in the dtype of the products, kept between forward and backward.
+        copies: of the adapter's factors in the dtype of the products, kept between forward and
+            backward.
         kept: per token, what the adapter keeps for the backward pass beside what the base keeps.
-        widths: Σ (in + out) over the adapted layers, what the adapter's products read and write per token.
+        widths: Σ (in + out) over the adapted layers, what the adapter's products read and write per
+            token.
     """
 
     method: str
@@ -83,7 +86,8 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
 
 
 def _kept(method: str, sized: Sequence[tuple[Site, int, int]]) -> int:
-    """Per token: the low-rank products of every layer, and the inputs that gradients of factors need.
+    """Per token: the low-rank products of every layer, and the inputs that gradients of factors
+    need.
 
     PEFT's LoRA copies the input for every layer, and its other methods are counted as LoRA. Mo-SARA
     trains no factor of the input, so it keeps none.
@@ -106,7 +110,8 @@ def _padded(rank: int) -> int:
 
 
 def _blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """The decoder layers: the list of modules with the most parameters; the model itself where there is none."""
+    """The decoder layers: the list of modules with the most parameters; the model itself where
+    there is none."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
     return list(max(lists, key=_count, default=[model]))
 

@@ -10,9 +10,11 @@ from svdtune.system import explain_write_errors, replace_bytes
 
 
 def by_depth(plan: Plan) -> dict[str, dict[int, int]]:
-    """Kind of module ("q_proj") → depth → rank. The depth is the first number in a module's name, 0 where there is none.
+    """Kind of module ("q_proj") → depth → rank. The depth is the first number in a module's name, 0
+    where there is none.
 
-    Kinds that occur more than once at a depth are told apart by as many more of their names' parts as it takes.
+    Kinds that occur more than once at a depth are told apart by as many more of their names' parts
+    as it takes.
     """
     found: dict[str, dict[int, int]] = {}
     for site in plan.sites:

@@ -31,8 +31,8 @@ class Costs:
         """Measure on a checkpoint or a model, without reading a weight.
 
         Raises:
-            SvdtuneError: layers of this method cannot each have a rank of their own, or it cannot be
-                put on this model.
+            SvdtuneError: layers of this method cannot each have a rank of their own, or it cannot
+                be put on this model.
         """
         check_ranked(config)
         self.least = sites(model, with_rank(config, 1))

@@ -1,4 +1,5 @@
-"""The host memory that starting an adapter layer by layer takes: what one weight's decomposition holds, and no more."""
+"""The host memory that starting an adapter layer by layer takes: what one weight's decomposition
+holds, and no more."""
 
 import torch
 from torch import Tensor
@@ -9,15 +10,18 @@ from svdtune.planning.plan import Plan
 
 # Python with torch, transformers and PEFT imported, and their work space.
 _RUNTIME = 640 * 2**20
-# Numbers in float64 [m, n] and [n, n], n the short side: the weight and its quotient by a power of two, or its product with the
-# vectors; the Gram matrix, its mirrored copy, its eigenvectors and LAPACK's work space (2 n²).
+# Numbers in float64 [m, n] and [n, n], n the short side: the weight and its quotient by a power of
+# two, or its product with the vectors; the Gram matrix, its mirrored copy, its eigenvectors and
+# LAPACK's work space (2 n²).
 _LONG, _SQUARE = 2, 6
-# Of the factors [out + in, r] in float64: as found, orthonormalised, with signs; the start's own copies in fp32.
+# Of the factors [out + in, r] in float64: as found, orthonormalised, with signs; the start's own
+# copies in fp32.
 _FACTORS = 4
 
 
 def initialisation_bytes(plan: Plan, model: PreTrainedModel) -> int:
-    """The most host memory that `svdtune init` needs, whatever route a decomposition takes but LAPACK's SVD.
+    """The most host memory that `svdtune init` needs, whatever route a decomposition takes but
+    LAPACK's SVD.
 
     That one, for weights without full rank, takes some 30 bytes a number more.
 
@@ -33,6 +37,8 @@ def initialisation_bytes(plan: Plan, model: PreTrainedModel) -> int:
 
 def _one(site: Site, model: PreTrainedModel, item: int) -> int:
     long, short = max(site.shape), min(site.shape)
-    whole: Tensor = model.get_submodule(site.module).weight  # of a slice, all of the projection is read
-    weight = item * whole.numel() + 2 * long * short  # and its copy in bf16, of which the fingerprint is taken
+    # of a slice, all of the projection is read
+    whole: Tensor = model.get_submodule(site.module).weight
+    # and its copy in bf16, of which the fingerprint is taken
+    weight = item * whole.numel() + 2 * long * short
     return weight + 8 * (_LONG * long * short + _SQUARE * short * short + _FACTORS * site.rank * (long + short))

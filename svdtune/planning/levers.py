@@ -1,4 +1,5 @@
-"""The cheapest setting that fits: levers that save memory, the dearest pulled only where nothing fits without them."""
+"""The cheapest setting that fits: levers that save memory, the dearest pulled only where nothing
+fits without them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,8 +10,9 @@ from svdtune.planning.speed import LINK, StepTime, step_time
 
 # Of a device's memory, what is left to CUDA's context, NCCL's buffers and fragmentation.
 RESERVE = 0.08
-# In order of price. Smaller batches and checkpointing cost time alone, so of these two the estimate of a step's time decides.
-# Sharding costs communication, offloading waits for the host, and 4 bits change the base model itself.
+# In order of price. Smaller batches and checkpointing cost time alone, so of these two the estimate
+# of a step's time decides. Sharding costs communication, offloading waits for the host, and 4 bits
+# change the base model itself.
 LEVERS = ("batch", "checkpointing", "strategy", "offload", "4-bit")
 _STRONGER = {"ddp": ("ddp", "zero2", "fsdp2"), "zero2": ("zero2", "zero3"), "fsdp2": ("fsdp2",), "zero3": ("zero3",)}
 _MOST_DEVICES = 4096
@@ -19,7 +21,8 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting and its estimates; `pulled` says how far each lever is, in the order of `LEVERS`."""
+    """A setting and its estimates; `pulled` says how far each lever is, in the order of
+    `LEVERS`."""
 
     pulled: tuple[int, ...]
     setting: Setting
@@ -52,9 +55,10 @@ def fits(memory: Memory, capacity: float) -> bool:
 def cheapest(sizes: Anatomy, asked: Setting, capacity: float, *, link: float = LINK) -> Choice | None:
     """The cheapest setting that fits, None where none does.
 
-    Of the last three of `LEVERS` none is pulled where something fits without it, or with a cheaper one. With those as they
-    are, it is the batch, with or without checkpointing, whose step takes the least where no communication is hidden. The
-    search starts from the batch, length, strategy and dtype that were asked for, without offloading.
+    Of the last three of `LEVERS` none is pulled where something fits without it, or with a cheaper
+    one. With those as they are, it is the batch, with or without checkpointing, whose step takes
+    the least where no communication is hidden. The search starts from the batch, length, strategy
+    and dtype that were asked for, without offloading.
 
     Args:
         sizes: of a plan and its model.
@@ -80,7 +84,8 @@ def least(sizes: Anatomy, asked: Setting) -> tuple[Setting, Memory]:
 
 
 def devices_needed(sizes: Anatomy, asked: Setting, capacity: float) -> int | None:
-    """The least power of two of devices, above those asked for, that need neither offloading nor 4 bits; None if none do."""
+    """The least power of two of devices, above those asked for, that need neither offloading nor 4
+    bits; None if none do."""
     devices = 1
     while devices <= _MOST_DEVICES:
         choice = cheapest(sizes, replace(asked, devices=devices), capacity) if devices > asked.devices else None
@@ -118,7 +123,8 @@ def _tiers(sizes: Anatomy, asked: Setting, link: float) -> Iterator[list[Trial]]
 
 
 def _batches(size: int) -> list[int]:
-    """The batches that an accumulation makes whole again: halves as long as they are whole, then 1."""
+    """The batches that an accumulation makes whole again: halves as long as they are whole, then
+    1."""
     found = [size]
     while found[-1] % 2 == 0:
         found.append(found[-1] // 2)
@@ -126,7 +132,8 @@ def _batches(size: int) -> list[int]:
 
 
 def _reasons(best: Trial, before: list[Trial], tier: list[Trial], capacity: float) -> dict[str, str]:
-    """For each lever that is pulled: what a step without it would take, where that fits, else the memory that it would need."""
+    """For each lever that is pulled: what a step without it would take, where that fits, else the
+    memory that it would need."""
     why = {}
     for place, lever in enumerate(LEVERS):
         if not best.pulled[place]:

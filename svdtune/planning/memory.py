@@ -1,7 +1,9 @@
-"""An estimate of the memory that training takes on each device, checked against steps that were measured.
+"""An estimate of the memory that training takes on each device, checked against steps that were
+measured.
 
-The peak is at the start of the backward pass, when every activation and the loss's work are there, or, where the loss is
-small beside a decoder layer's, while a layer's backward pass runs. docs/planning.md compares it with measured peaks.
+The peak is at the start of the backward pass, when every activation and the loss's work are there,
+or, where the loss is small beside a decoder layer's, while a layer's backward pass runs.
+docs/planning.md compares it with measured peaks.
 """
 
 from dataclasses import dataclass, field
@@ -9,14 +11,16 @@ from dataclasses import dataclass, field
 from svdtune.errors import SvdtuneError
 from svdtune.planning.anatomy import Anatomy
 
-# Bytes of a base weight. Four bits: bitsandbytes' nf4 with a 4-byte scale for 64 weights; eight: int8 and a scale a row.
+# Bytes of a base weight. Four bits: bitsandbytes' nf4 with a 4-byte scale for 64 weights; eight:
+# int8 and a scale a row.
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
 QUANTIZED = ("int8", "int4")
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 SHARDED = ("fsdp2", "zero3")
 # cuBLAS keeps work space for itself, as PyTorch sets it on H100s.
 _WORKSPACE = 64 * 2**20
-# Of the decoder layers that sharding gathers: the one that computes, and the one that is fetched meanwhile.
+# Of the decoder layers that sharding gathers: the one that computes, and the one that is fetched
+# meanwhile.
 _GATHERED = 2
 
 
@@ -31,8 +35,10 @@ class Setting:
         length: tokens of a sequence.
         accumulation: batches a device goes through before a step of the optimizer.
         gradient_checkpointing: keep each decoder layer's input alone and compute the rest again.
-        offload: keep what is sharded in the host's memory (fsdp2, zero3), or gradients and optimizer (zero2).
-        dtype: of the frozen base's weights, one of `BYTES`; int8 and int4 are for the decoder layers' linear weights.
+        offload: keep what is sharded in the host's memory (fsdp2, zero3), or gradients and
+            optimizer (zero2).
+        dtype: of the frozen base's weights, one of `BYTES`; int8 and int4 are for the decoder
+            layers' linear weights.
 
     Raises:
         SvdtuneError: a value that there is not, or a strategy that cannot offload.
@@ -70,14 +76,17 @@ class Memory:
 
     Attributes:
         weights: the base model's, or this device's share.
-        gathered: of sharded weights and factors, what is whole for a while: two decoder layers and the output head.
+        gathered: of sharded weights and factors, what is whole for a while: two decoder layers and
+            the output head.
         adapter: its trained factors in fp32, with copies in the dtype of the products.
         frozen: its frozen factors.
-        gradients: all of them, as accumulation has them beside the activations; under DDP twice, for its buckets.
+        gradients: all of them, as accumulation has them beside the activations; under DDP twice,
+            for its buckets.
         optimizer: AdamW's moments; ZeRO keeps a copy of the factors beside them.
         activations: what the forward pass keeps for the backward pass.
         logits: three copies in fp32: the probabilities and two gradients.
-        temporaries: what a decoder layer's backward pass takes beyond the logits, dequantized weights, work space.
+        temporaries: what a decoder layer's backward pass takes beyond the logits, dequantized
+            weights, work space.
         host: what `offload` keeps there for one device.
     """
 
@@ -139,7 +148,8 @@ def estimate(sizes: Anatomy, setting: Setting) -> Memory:
 
 
 def weight_bytes(sizes: Anatomy, dtype: str) -> int:
-    """Bytes of the whole base model; quantization leaves embeddings, norms and the output head in two bytes a number."""
+    """Bytes of the whole base model; quantization leaves embeddings, norms and the output head in
+    two bytes a number."""
     if dtype not in QUANTIZED:
         return int(BYTES[dtype] * sizes.parameters)
     return int(BYTES[dtype] * sizes.linear + 2 * (sizes.parameters - sizes.linear))
@@ -161,10 +171,11 @@ def _gathered(sizes: Anatomy, setting: Setting) -> int:
 def _working(sizes: Anatomy, setting: Setting) -> tuple[int, int, int]:
     """(activations, logits, temporaries).
 
-    A decoder layer with norms in fp32, a fused attention kernel and a gated MLP keeps, in bytes per token: two copies of its
-    inputs in fp32 (8 H), q, k, v and the attention's output (8 H, keys and values counted as often as they are used), gate,
-    its activation and up (6 I), and two bytes for each number that the adapter keeps. Beside the layers, the embeddings' output
-    and the last norm (6 H). A layer's backward pass works on gradients of the MLP (6 I) and of its inputs (10 H).
+    A decoder layer with norms in fp32, a fused attention kernel and a gated MLP keeps, in bytes per
+    token: two copies of its inputs in fp32 (8 H), q, k, v and the attention's output (8 H, keys and
+    values counted as often as they are used), gate, its activation and up (6 I), and two bytes for
+    each number that the adapter keeps. Beside the layers, the embeddings' output and the last norm
+    (6 H). A layer's backward pass works on gradients of the MLP (6 I) and of its inputs (10 H).
     """
     H, wide, tokens = sizes.hidden, sizes.intermediate, setting.tokens
     layer = tokens * (16 * H + 6 * wide + 2 * sizes.kept // sizes.depth)

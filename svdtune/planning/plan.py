@@ -66,7 +66,8 @@ class Plan:
         return section
 
     def lora_section(self) -> dict[str, Any]:
-        """Arguments for `peft.LoraConfig` with the same ranks; α = r in every layer, a scaling of 1.
+        """Arguments for `peft.LoraConfig` with the same ranks; α = r in every layer, a scaling of
+        1.
 
         LoRA knows no slices: a module that is adapted by slice gets the sum of their ranks.
         """

@@ -29,8 +29,9 @@ class RankTable:
     def largest_threshold(self, fits: Fits) -> float | None:
         """The largest threshold whose ranks fit, or None if rank 1 everywhere does not.
 
-        Ranks change only where the threshold crosses a partial sum's share, so a bisection over these steps is exact. The
-        threshold returned lies inside the last step that fits, in as few digits as that step allows.
+        Ranks change only where the threshold crosses a partial sum's share, so a bisection over
+        these steps is exact. The threshold returned lies inside the last step that fits, in as few
+        digits as that step allows.
         """
         low, high = -1, len(self.steps) - 1
         if fits(self.at(self.steps[high])):

@@ -1,4 +1,5 @@
-"""The report: one self-contained page about some runs, figures for papers, and their numbers as CSV."""
+"""The report: one self-contained page about some runs, figures for papers, and their numbers as
+CSV."""
 
 from svdtune.report.figures import figures, write_figures
 from svdtune.report.gather import gather

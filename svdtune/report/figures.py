@@ -61,7 +61,8 @@ def new_figure(title: str, height: float = 4) -> "Figure":
 
 
 def write_figures(data: dict[str, Any], folder: Path) -> list[Path]:
-    """Write every figure as NAME.svg and its numbers as NAME.csv; the same data gives the same files.
+    """Write every figure as NAME.svg and its numbers as NAME.csv; the same data gives the same
+    files.
 
     Raises:
         SvdtuneError: matplotlib is not installed, or the folder cannot be written.

@@ -1,4 +1,5 @@
-"""What the page shows, put together from the runs' files: the numbers themselves, with nothing computed but where they go."""
+"""What the page shows, put together from the runs' files: the numbers themselves, with nothing
+computed but where they go."""
 
 import re
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ def gather(runs: Sequence[Facts], title: str | None = None) -> dict[str, Any]:
 
 
 def headline(runs: Sequence[Facts]) -> str:
-    """The result in a sentence or two: the best score where there are scores, else what was trained."""
+    """The result in a sentence or two: the best score where there are scores, else what was
+    trained."""
     labels = list(dict.fromkeys(label for run in runs for label in run["scores"]))
     labels.sort(key=lambda label: not label.startswith(AVERAGE))
     for label in labels:
@@ -69,7 +71,8 @@ def title_of(run: Facts) -> str:
 
 
 def depth_of(name: str) -> int:
-    """The layer's number in the model: the first number in its module's name, 0 where there is none."""
+    """The layer's number in the model: the first number in its module's name, 0 where there is
+    none."""
     number = re.search(r"\.(\d+)\.", f".{name}.")
     return int(number.group(1)) if number else 0
 

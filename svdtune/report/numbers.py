@@ -1,4 +1,5 @@
-"""The numbers of each figure, from the page's data: the same that the page draws with everything switched on."""
+"""The numbers of each figure, from the page's data: the same that the page draws with everything
+switched on."""
 
 import csv
 import io
@@ -29,7 +30,8 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """A figure of lines, or of points that are not joined; a spread is shown as error bars, or as a `band`."""
+    """A figure of lines, or of points that are not joined; a spread is shown as error bars, or as a
+    `band`."""
 
     name: str
     title: str
@@ -59,7 +61,8 @@ Numbers = Lines | Grid
 
 
 def all_numbers(data: dict[str, Any]) -> Iterator[Numbers]:
-    """Every figure that the data allows, in the page's order; those with choices once for each choice."""
+    """Every figure that the data allows, in the page's order; those with choices once for each
+    choice."""
     yield from _comparisons(data)
     yield from _during(data)
     yield from _after(data)

@@ -1,4 +1,5 @@
-"""The page: one HTML file that holds its style, its code and its numbers, and asks the network for nothing."""
+"""The page: one HTML file that holds its style, its code and its numbers, and asks the network for
+nothing."""
 
 import html
 import json
@@ -14,8 +15,8 @@ _SCRIPTS = ("dom.js", "chart.js", "frame.js", "sections.js", "page.js")
 def render(data: dict[str, Any]) -> str:
     """The page of some data, from `gather`.
 
-    Whatever the data holds (names of runs, data sets, modules) stays text: it travels as JSON in which no `<` or `&` is left,
-    and the page's code only ever sets text, never markup.
+    Whatever the data holds (names of runs, data sets, modules) stays text: it travels as JSON in
+    which no `<` or `&` is left, and the page's code only ever sets text, never markup.
     """
     folder = files("svdtune.report") / "page"
     scripts = "\n".join((folder / name).read_text("utf-8") for name in _SCRIPTS)
@@ -30,7 +31,8 @@ def render(data: dict[str, Any]) -> str:
 
 
 def as_json(data: Any) -> str:
-    """JSON that may stand inside a script element; numbers that JSON has no word for become null."""
+    """JSON that may stand inside a script element; numbers that JSON has no word for become
+    null."""
     text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     escaped = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     return re.sub("[<>&\u2028\u2029]", lambda found: escaped[found[0]], text)

@@ -1,4 +1,5 @@
-"""The section of a run's model card that says what changed: a table by kind of module, and the key figure."""
+"""The section of a run's model card that says what changed: a table by kind of module, and the key
+figure."""
 
 from pathlib import Path
 from statistics import fmean
@@ -14,14 +15,16 @@ FIGURE = "analysis.svg"
 
 
 def add_analysis(adapter: Path, data: dict[str, Any]) -> bool:
-    """Bring the section "What changed" of an adapter's card up to date; the figure lies beside the card.
+    """Bring the section "What changed" of an adapter's card up to date; the figure lies beside the
+    card.
 
     Args:
         adapter: folder of the adapter.
         data: of this run alone, from `svdtune.report.gather`.
 
     Returns:
-        Whether there is anything to show: `svdtune analyze` ran. Without matplotlib there is the table alone.
+        Whether there is anything to show: `svdtune analyze` ran. Without matplotlib there is the
+            table alone.
     """
     (run,) = data["runs"]
     if run["after"]:

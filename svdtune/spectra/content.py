@@ -11,10 +11,12 @@ _CHUNK = 16 * 2**20
 
 
 def content_key(weight: Tensor) -> str:
-    """64 hex digits naming a weight by dtype, shape and every byte of it: a SHA-256 tree over 16 MiB chunks.
+    """64 hex digits naming a weight by dtype, shape and every byte of it: a SHA-256 tree over 16
+    MiB chunks.
 
-    Chunks are hashed on several threads (hashlib lets go of the interpreter lock). A weight on a GPU is copied to the host
-    a chunk at a time, so the same weight has the same key on every device.
+    Chunks are hashed on several threads (hashlib lets go of the interpreter lock). A weight on a
+    GPU is copied to the host a chunk at a time, so the same weight has the same key on every
+    device.
     """
     flat = weight.detach().contiguous().flatten().view(torch.uint8)
     chunks = flat.split(_CHUNK)

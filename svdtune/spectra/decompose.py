@@ -1,4 +1,5 @@
-"""Spectra, ranks and factors of many weights: one at a time, with progress, looked up on disk before they are computed."""
+"""Spectra, ranks and factors of many weights: one at a time, with progress, looked up on disk
+before they are computed."""
 
 import threading
 from collections import deque
@@ -21,7 +22,8 @@ Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 Result = TypeVar("Result")
 # Weights of a GPU in work at once.
 _AT_ONCE = 4
-# Up to this short side a weight keeps one core of a CPU busy, and threads inside a decomposition mostly wait for each other.
+# Up to this short side a weight keeps one core of a CPU busy, and threads inside a decomposition
+# mostly wait for each other.
 _ONE_CORE = 1024
 # Each worker thread's stream, by device.
 _thread = threading.local()
@@ -31,8 +33,8 @@ def spectra(weights: Weights, *, progress: bool | None = None) -> Iterator[tuple
     """Yield (name, whole float64 spectrum) of each weight, in order.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
-            where they are small or on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
+            few where they are small or on a GPU.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
@@ -51,16 +53,18 @@ def spectra(weights: Weights, *, progress: bool | None = None) -> Iterator[tuple
 
 
 def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -> dict[str, int]:
-    """The rank at `threshold` of each weight (SARA Algorithm 1), by name, equal to what its float64 SVD gives.
+    """The rank at `threshold` of each weight (SARA Algorithm 1), by name, equal to what its float64
+    SVD gives.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
-            where they are small or on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
+            few where they are small or on a GPU.
         threshold: θ in (0, 1].
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
-        SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message names it.
+        SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message
+            names it.
     """
 
     return dict(_each(weights, _settling(settled_spectrum, threshold), "ranks", progress))
@@ -72,13 +76,14 @@ def ranked_factors(
     """Yield (name, leading factors) of each weight, as many as its rank at `threshold`.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
-            where they are small or on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
+            few where they are small or on a GPU.
         threshold: θ in (0, 1].
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
-        SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message names it.
+        SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message
+            names it.
     """
 
     return _each(weights, _settling(factors_at_threshold, threshold), "factors", progress)
@@ -87,7 +92,8 @@ def ranked_factors(
 def _settling(
     settle: Callable[[Tensor, float, Spectrum | None], tuple[Spectrum, Result]], threshold: float
 ) -> Callable[[str, Tensor], Result]:
-    """(name, weight) → what `settle` gives beside a spectrum, which is looked up before and kept afterwards."""
+    """(name, weight) → what `settle` gives beside a spectrum, which is looked up before and kept
+    afterwards."""
 
     def one(name: str, weight: Tensor) -> Result:
         key = _key(weight)
@@ -111,15 +117,17 @@ def factors(
     """Yield (name, leading factors) of each weight in `ranks`, in the order of `ranks`.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a few
-            where they are small or on a GPU.
+        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
+            few where they are small or on a GPU.
         ranks: how many triplets, by name.
-        exact: in float64, so that they come out the same on every machine; see `svdtune.linalg.top_factors`.
+        exact: in float64, so that they come out the same on every machine; see
+            `svdtune.linalg.top_factors`.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
-        SvdtuneError: a rank without a weight, a rank outside 1 … min(out, in), or a weight that is not a finite matrix.
+        SvdtuneError: a rank without a weight, a rank outside 1 … min(out, in), or a weight that is
+            not a finite matrix.
     """
     missing = [name for name in ranks if name not in weights]
     if missing:
@@ -143,13 +151,16 @@ def factors(
 def _each(
     weights: Weights, compute: Callable[[str, Tensor], Result], what: str, progress: bool | None
 ) -> Iterator[tuple[str, Result]]:
-    """Yield (name, compute(name, weight)) in order, reading one weight after the other; trim the cache at the end.
+    """Yield (name, compute(name, weight)) in order, reading one weight after the other; trim the
+    cache at the end.
 
-    A few weights are worked on at once, each on a thread of its own. On a GPU also on a stream of its own: the small steps of
-    one (launches, eigenvalues on a few multiprocessors, hashing on the host) hide behind another's. On a CPU small weights take
-    one core each, and large ones all cores, one after the other. It changes no result.
+    A few weights are worked on at once, each on a thread of its own. On a GPU also on a stream of
+    its own: the small steps of one (launches, eigenvalues on a few multiprocessors, hashing on the
+    host) hide behind another's. On a CPU small weights take one core each, and large ones all
+    cores, one after the other. It changes no result.
     """
-    # None leaves it to tqdm, which looks whether stderr is a terminal: of several processes that share it, the main one's.
+    # None leaves it to tqdm, which looks whether stderr is a terminal: of several processes that
+    # share it, the main one's.
     disable = (None if processes.is_main() else True) if progress is None else not progress
     crew = _Crew()
     try:
@@ -172,7 +183,8 @@ def _each(
 
 
 class _Crew:
-    """Threads that work on a few weights at once and give the results in the order in which the weights came."""
+    """Threads that work on a few weights at once and give the results in the order in which the
+    weights came."""
 
     def __init__(self) -> None:
         self.waiting: deque[tuple[str, Future]] = deque()
@@ -217,7 +229,8 @@ class _Crew:
             torch.set_num_threads(self._threads)
             self._threads = 0
         if self._streams:
-            # cuBLAS keeps some 32 MiB of workspace for each stream that it ever ran on; ours are done.
+            # cuBLAS keeps some 32 MiB of workspace for each stream that it ever ran on; ours are
+            # done.
             torch._C._cuda_clearCublasWorkspaces()
             self._streams = False
 
@@ -225,7 +238,8 @@ class _Crew:
 def _on_own_stream(
     compute: Callable[[str, Tensor], Result], name: str, weight: Tensor, caller: torch.cuda.Stream
 ) -> Result:
-    """compute(name, weight) on this thread's stream, started after what `caller` has queued and finished on return."""
+    """compute(name, weight) on this thread's stream, started after what `caller` has queued and
+    finished on return."""
     streams = _thread.__dict__.setdefault("streams", {})
     if weight.device not in streams:
         streams[weight.device] = torch.cuda.Stream(weight.device)
@@ -235,7 +249,8 @@ def _on_own_stream(
         result = compute(name, weight)
         stream.synchronize()
     for part in result if isinstance(result, Factors) else ():
-        part.record_stream(caller)  # the allocator must not hand its memory out while the caller still reads it
+        # the allocator must not hand its memory out while the caller still reads it
+        part.record_stream(caller)
     return result
 
 
@@ -248,7 +263,8 @@ def _named(name, compute):
 
 
 def _key(weight: Tensor) -> str | None:
-    """The cache key of a weight; None with the cache off, since then hashing it would be for nothing."""
+    """The cache key of a weight; None with the cache off, since then hashing it would be for
+    nothing."""
     return None if store.cache_dir() is None else content_key(weight)
 
 

@@ -1,12 +1,15 @@
 """The decompositions of one start, shared out among the processes of a distributed run.
 
-Each process does its part, results go to all: every process has the same ranks and, bit for bit, the same factors with the
-same signs, each weight was decomposed once, and its entry in the disk cache was written by one process.
+Each process does its part, results go to all: every process has the same ranks and, bit for bit,
+the same factors with the same signs, each weight was decomposed once, and its entry in the disk
+cache was written by one process.
 
-Where a weight cannot be read by one process alone, work goes in rounds of one weight for each process: one that is spread over
-processes is put together by all of them, one that the main process alone has is sent. So nobody holds more than one.
+Where a weight cannot be read by one process alone, work goes in rounds of one weight for each
+process: one that is spread over processes is put together by all of them, one that the main process
+alone has is sent. So nobody holds more than one.
 
-Every process must take part. SVDTUNE_SHARED_INIT=off switches it off, for programs that adapt a model in some processes alone.
+Every process must take part. SVDTUNE_SHARED_INIT=off switches it off, for programs that adapt a
+model in some processes alone.
 """
 
 import math
@@ -32,7 +35,8 @@ def is_on() -> bool:
 
 
 def has_weights(model: nn.Module) -> bool:
-    """Whether this process has a model's weights. Quantized ones Transformers loads in every process, whatever is set."""
+    """Whether this process has a model's weights. Quantized ones Transformers loads in every
+    process, whatever is set."""
     loads = not processes.main_alone_loads() or getattr(model, "is_quantized", False)
     return loads or os.environ.get("LOCAL_RANK", "0") == "0"
 
@@ -86,7 +90,8 @@ class Sharing:
     def factors(
         self, compute: Callable[[Weights], Iterable[tuple[str, Factors]]]
     ) -> tuple[dict[str, int], dict[str, Factors]]:
-        """compute() over all weights, each done by one process: how many factors each has, and the factors.
+        """compute() over all weights, each done by one process: how many factors each has, and the
+        factors.
 
         A process without the model's weights gets the numbers alone.
 
@@ -120,7 +125,8 @@ class Sharing:
                     mine[name] = _on_accelerator(matrix)
             try:
                 found |= dict(compute(mine)) if failed is None else {}
-            except Exception as error:  # whatever it is, the others wait for this process in the rounds to come
+            # whatever it is, the others wait for this process in the rounds to come
+            except Exception as error:
                 failed = error
         if failed is not None:
             raise failed
@@ -141,7 +147,8 @@ class Sharing:
         return None
 
     def _sent(self, name: str, own: Factors | None, k: int) -> Factors:
-        """One weight's k factors, from the process that found them, in every process: their very bytes."""
+        """One weight's k factors, from the process that found them, in every process: their very
+        bytes."""
         out, inner = self.shapes[name]
         sizes = (out * k, k, k * inner)
         flat = (

@@ -1,7 +1,9 @@
-"""The cache on disk: safetensors files under a key, written atomically, checked when read, bounded in size.
+"""The cache on disk: safetensors files under a key, written atomically, checked when read, bounded
+in size.
 
-Nothing here can make a computation fail or change its result: a file that cannot be read, is damaged or was written by another
-version counts as absent, and a folder that cannot be written to is reported once and then left alone.
+Nothing here can make a computation fail or change its result: a file that cannot be read, is
+damaged or was written by another version counts as absent, and a folder that cannot be written to
+is reported once and then left alone.
 """
 
 import hashlib
@@ -23,7 +25,8 @@ from svdtune.errors import SvdtuneError
 
 log = logging.getLogger(__name__)
 
-# Part of every file: raise it whenever an algorithm of svdtune.linalg or the layout of the files changes.
+# Part of every file: raise it whenever an algorithm of svdtune.linalg or the layout of the files
+# changes.
 VERSION = "1"
 # The subfolders; others may lie beside them.
 KINDS = ("spectrum", "factors")
@@ -33,7 +36,8 @@ _UNITS = 1_000_000_000
 
 
 class Entry(NamedTuple):
-    """One cached file: its kind ("spectrum" or "factors"), key, size in bytes and time of last use in seconds."""
+    """One cached file: its kind ("spectrum" or "factors"), key, size in bytes and time of last use
+    in seconds."""
 
     kind: str
     key: str
@@ -43,7 +47,8 @@ class Entry(NamedTuple):
 
 
 def cache_dir() -> Path | None:
-    """The cache folder: $SVDTUNE_CACHE, else $XDG_CACHE_HOME/svdtune, else ~/.cache/svdtune; None if switched "off"."""
+    """The cache folder: $SVDTUNE_CACHE, else $XDG_CACHE_HOME/svdtune, else ~/.cache/svdtune; None
+    if switched "off"."""
     chosen = os.environ.get("SVDTUNE_CACHE", "")
     if chosen.strip().lower() == "off":
         return None
@@ -76,7 +81,8 @@ def cache_limit() -> int:
 
 
 def load(kind: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
-    """(tensors, facts) stored under a key, or None if they are not there in this version and undamaged."""
+    """(tensors, facts) stored under a key, or None if they are not there in this version and
+    undamaged."""
     path = _path(kind, key)
     if path is None:
         return None
@@ -97,7 +103,8 @@ def load(kind: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None
 
 
 def store(kind: str, key: str, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
-    """Keep tensors and facts under a key; a failure to write is logged once and otherwise harmless."""
+    """Keep tensors and facts under a key; a failure to write is logged once and otherwise
+    harmless."""
     path = _path(kind, key)
     if path is None:
         return
@@ -109,7 +116,8 @@ def store(kind: str, key: str, tensors: dict[str, Tensor], facts: dict[str, str]
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
             temporary = Path(file.name)
             file.write(save(tensors, metadata))
-        # Atomic: a reader sees the old file, the new one or none, and of two writers one wins whole.
+        # Atomic: a reader sees the old file, the new one or none, and of two writers one wins
+        # whole.
         temporary.replace(path)
     except OSError as error:
         if temporary is not None:
@@ -131,9 +139,11 @@ def entries() -> Iterator[Entry]:
 
 
 def trim(limit: int | None = None) -> list[Entry]:
-    """Remove the files unused for longest until at most `limit` bytes remain; returns what was removed.
+    """Remove the files unused for longest until at most `limit` bytes remain; returns what was
+    removed.
 
-    Also removes what a killed writer left behind. `limit` defaults to `cache_limit()`; 0 clears the cache.
+    Also removes what a killed writer left behind. `limit` defaults to `cache_limit()`; 0 clears the
+    cache.
     """
     limit = cache_limit() if limit is None else limit
     folder = cache_dir()
@@ -165,7 +175,8 @@ def _path(kind: str, key: str) -> Path | None:
 
 
 def _digest(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
-    """SHA-256 of facts and tensors: safetensors itself notices a truncated file but not a changed byte."""
+    """SHA-256 of facts and tensors: safetensors itself notices a truncated file but not a changed
+    byte."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]

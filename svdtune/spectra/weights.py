@@ -1,7 +1,8 @@
 """The matrix [out, in] behind a layer, whichever kind of layer stores it.
 
-Linear stores it as it is, transformers' Conv1D transposed, and a convolution as its kernel [out, in / groups, k, ...], which
-is the matrix [out, in / groups · k ...] that multiplies each patch of the input.
+Linear stores it as it is, transformers' Conv1D transposed, and a convolution as its kernel [out, in
+/ groups, k, ...], which is the matrix [out, in / groups · k ...] that multiplies each patch of the
+input.
 """
 
 import copy
@@ -41,9 +42,9 @@ def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
 def base_weight(module: nn.Module) -> Tensor:
     """The weight of a layer as a matrix [out, in], in its stored dtype, or dequantized.
 
-    Linear as it is, transformers' Conv1D transposed, kernels flattened to [out, in / groups · kh · kw], 8-bit and 4-bit
-    layers dequantized by PEFT. Weights that Accelerate offloaded are read from where they wait; ZeRO-3 and tensor-parallel
-    shards are gathered.
+    Linear as it is, transformers' Conv1D transposed, kernels flattened to [out, in / groups · kh ·
+    kw], 8-bit and 4-bit layers dequantized by PEFT. Weights that Accelerate offloaded are read from
+    where they wait; ZeRO-3 and tensor-parallel shards are gathered.
 
     Raises:
         SvdtuneError: the layer has no such weight, or its values are not in memory.
@@ -69,13 +70,14 @@ def base_weight(module: nn.Module) -> Tensor:
 
 def _dequantized(module: nn.Module) -> Tensor:
     if type(stored := getattr(module, "weight", None)).__name__ == "Int8Params":
-        # The scales are with the weight until the first use, then with the layer. PEFT's function would take those of a
-        # weight before the last merge, and on CPUs lose them.
+        # The scales are with the weight until the first use, then with the layer. PEFT's function
+        # would take those of a weight before the last merge, and on CPUs lose them.
         scales = module.state.SCB if stored.SCB is None else stored.SCB
         return stored.data * (scales.to(stored.device)[:, None] / 127)
     state = getattr(stored, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        # After inference on some CPUs, bitsandbytes keeps 4-bit codes in another order, which dequantizing does not know.
+        # After inference on some CPUs, bitsandbytes keeps 4-bit codes in another order, which
+        # dequantizing does not know.
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse, dequantize_4bit
 
         return dequantize_4bit(*_convert_weight_packed_for_cpu_inverse(stored.data, copy.deepcopy(state)))

@@ -1,7 +1,8 @@
-"""AdaLoRA in Trainer: its ranks are given up as it trains, and a checkpoint keeps what the next step goes by.
+"""AdaLoRA in Trainer: its ranks are given up as it trains, and a checkpoint keeps what the next
+step goes by.
 
-PEFT saves the ranks that are left alone, which is right for a result. A checkpoint needs all of them, as the optimizer has
-them, and the importance that the ranks were found to have so far.
+PEFT saves the ranks that are left alone, which is right for a result. A checkpoint needs all of
+them, as the optimizer has them, and the importance that the ranks were found to have so far.
 """
 
 from collections.abc import Iterator
@@ -19,19 +20,22 @@ _SCORES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
 class AllocateRanks(TrainerCallback):
-    """Lets AdaLoRA redistribute its ranks after each optimizer step, which Trainer does not do by itself."""
+    """Lets AdaLoRA redistribute its ranks after each optimizer step, which Trainer does not do by
+    itself."""
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         tuner, config = _adalora(model)
-        if tuner is not None and config.target_r < config.init_r:  # PEFT cannot choose none to give up
+        # PEFT cannot choose none to give up
+        if tuner is not None and config.target_r < config.init_r:
             tuner.update_and_allocate(state.global_step)
 
 
 @contextmanager
 def all_ranks(model: Any) -> Iterator[None]:
-    """A while in which saving keeps the ranks that were given up too; of other methods, nothing changes."""
+    """A while in which saving keeps the ranks that were given up too; of other methods, nothing
+    changes."""
     _, config = _adalora(model)
     if config is None:
         yield

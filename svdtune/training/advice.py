@@ -1,4 +1,5 @@
-"""What a run's batch settings cost a GPU: whether it would wait for launches rather than compute, and what to do about it."""
+"""What a run's batch settings cost a GPU: whether it would wait for launches rather than compute,
+and what to do about it."""
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -7,7 +8,8 @@ from svdtune.methods.compute.together import SMALL_LAYER
 
 
 def launch_bound(model: nn.Module, batch_size: int, tokens: float) -> str | None:
-    """A sentence of advice where the layers' products are shorter than the launches around them; None elsewhere.
+    """A sentence of advice where the layers' products are shorter than the launches around them;
+    None elsewhere.
 
     Args:
         model: with its adapter.

@@ -1,7 +1,9 @@
-"""Batches for several processes that hold, step by step, the rows that one process has with the same global batch.
+"""Batches for several processes that hold, step by step, the rows that one process has with the
+same global batch.
 
-Where rows do not fill the last batches of an epoch, Accelerate gives rows from the epoch's start once more. Here an empty row
-fills them up instead, one without labels: it adds nothing to the loss and is counted by nobody.
+Where rows do not fill the last batches of an epoch, Accelerate gives rows from the epoch's start
+once more. Here an empty row fills them up instead, one without labels: it adds nothing to the loss
+and is counted by nobody.
 """
 
 from collections.abc import Iterator

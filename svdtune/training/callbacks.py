@@ -1,4 +1,5 @@
-"""Trainer callbacks of a run: the local log, progress with the time left, and a stop that can be resumed."""
+"""Trainer callbacks of a run: the local log, progress with the time left, and a stop that can be
+resumed."""
 
 import json
 import os
@@ -15,7 +16,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from svdtune import processes
 from svdtune.system import replace_text
 
-# What a line of the log holds, where known; everything else in Trainer's logs is derived from these.
+# What a line of the log holds, where known; everything else in Trainer's logs is derived from
+# these.
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "l_reg", "tokens_per_second")
 
 
@@ -55,7 +57,8 @@ def _step_of(line: str) -> int | None:
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with the time left on a terminal; elsewhere a line for each log, at most one every `every` seconds."""
+    """A bar with the time left on a terminal; elsewhere a line for each log, at most one every
+    `every` seconds."""
 
     def __init__(self, console: Console, every: float = 10.0):
         self.console, self.every = console, every
@@ -104,11 +107,13 @@ class ShowProgress(TrainerCallback):
 
 
 class StopOnInterrupt(TrainerCallback):
-    """The first Ctrl-C ends training after the current step, with a checkpoint; a second one ends it at once.
+    """The first Ctrl-C ends training after the current step, with a checkpoint; a second one ends
+    it at once.
 
-    SIGTERM, which schedulers send some time before they kill, counts as Ctrl-C. Of several processes, which hear of it at
-    different moments, all stop after the same step: each tells the others at the end of every step, and reads what it was told
-    at the end of the next, so that nobody waits.
+    SIGTERM, which schedulers send some time before they kill, counts as Ctrl-C. Of several
+    processes, which hear of it at different moments, all stop after the same step: each tells the
+    others at the end of every step, and reads what it was told at the end of the next, so that
+    nobody waits.
     """
 
     def __init__(self) -> None:
@@ -130,7 +135,8 @@ class StopOnInterrupt(TrainerCallback):
         self.stopped = True
         self._restore()
         if processes.is_main():
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
+            # print is not safe in a handler
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def _restore(self) -> None:
         while self._previous:

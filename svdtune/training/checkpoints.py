@@ -1,8 +1,9 @@
-"""Checkpoints that are whole: sealed with the digest of every file once all of them are on the disk.
+"""Checkpoints that are whole: sealed with the digest of every file once all of them are on the
+disk.
 
-Trainer writes a checkpoint file by file. A process that is killed leaves some of them, and a disk may lose or change one
-later. Only a sealed checkpoint whose files are what was sealed is gone on from; older ones are deleted after a newer one is
-sealed, never before.
+Trainer writes a checkpoint file by file. A process that is killed leaves some of them, and a disk
+may lose or change one later. Only a sealed checkpoint whose files are what was sealed is gone on
+from; older ones are deleted after a newer one is sealed, never before.
 """
 
 import hashlib
@@ -28,7 +29,8 @@ def checkpoint_folder(run: Path, step: int) -> Path:
 
 
 class WrittenBy(NamedTuple):
-    """How many processes wrote a checkpoint, and how many rows of data they took a step, together."""
+    """How many processes wrote a checkpoint, and how many rows of data they took a step,
+    together."""
 
     processes: int
     rows: int
@@ -81,12 +83,14 @@ def fault(checkpoint: Path) -> str | None:
 
 
 def sealed_checkpoints(run: Path) -> dict[int, Path]:
-    """By step, in order, the checkpoints that were written to their end; whether they still are whole is `fault`'s to say."""
+    """By step, in order, the checkpoints that were written to their end; whether they still are
+    whole is `fault`'s to say."""
     return {step: path for step, path in _numbered(run) if (path / SEAL).is_file()}
 
 
 def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
-    """The whole checkpoint with the most steps, and a sentence for every later one that is not whole."""
+    """The whole checkpoint with the most steps, and a sentence for every later one that is not
+    whole."""
     skipped = []
     for _, path in reversed(list(_numbered(run))):
         reason = fault(path)
@@ -104,7 +108,8 @@ def keep_up_to(run: Path, step: int) -> None:
 
 
 def keep_newest(run: Path, count: int) -> None:
-    """Delete all but the `count` sealed checkpoints of the most steps, and what is not sealed beside them."""
+    """Delete all but the `count` sealed checkpoints of the most steps, and what is not sealed
+    beside them."""
     kept = list(sealed_checkpoints(run).values())[-count:]
     for _, path in list(_numbered(run)):
         if path not in kept:

@@ -33,11 +33,13 @@ _BATCH = {"batch_size", "gradient_accumulation"}
 
 
 def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
-    """Check that a run may start in its folder, touching nothing; return the checkpoint to go on from, if any.
+    """Check that a run may start in its folder, touching nothing; return the checkpoint to go on
+    from, if any.
 
     Raises:
-        SvdtuneError: if the folder holds another run and neither flag says what to do, if there is nothing to resume, if
-            the recipe to resume is another one, or if the folder is not a run's.
+        SvdtuneError: if the folder holds another run and neither flag says what to do, if there is
+            nothing to resume, if the recipe to resume is another one, or if the folder is not a
+            run's.
     """
     folder = Path(recipe.output.dir)
     if resume and overwrite:
@@ -69,7 +71,8 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
 
 
 def start_run(recipe: Recipe) -> None:
-    """Make the folder of a checked, fresh run: delete an earlier run's files, write the resolved recipe."""
+    """Make the folder of a checked, fresh run: delete an earlier run's files, write the resolved
+    recipe."""
     folder = Path(recipe.output.dir)
     for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL, folder / ANALYSIS]:
         shutil.rmtree(path, ignore_errors=True)
@@ -103,7 +106,8 @@ def read_run(folder: Path) -> Recipe:
         raise SvdtuneError(f"{folder} is not a run of svdtune: it has no {RECIPE}")
     settings = read_yaml(read_text(path), str(path))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "SORSA's layout='residual'")  # the adapter's own configuration says it
+        # the adapter's own configuration says it
+        warnings.filterwarnings("ignore", "SORSA's layout='residual'")
         return check_recipe(settings, str(path), begun=True)
 
 
@@ -124,7 +128,8 @@ def _check_same(folder: Path, recipe: Recipe) -> None:
 
 
 def _check_same_rows(recipe: Recipe, by: WrittenBy) -> None:
-    """Other processes may go on, each with other rows, if together they take the rows that a step had."""
+    """Other processes may go on, each with other rows, if together they take the rows that a step
+    had."""
     t, there = recipe.training, processes.count()
     if by.rows != (rows := _rows_a_step(recipe, there)):
         raise SvdtuneError(

@@ -1,6 +1,8 @@
-"""What goes wrong in numbers while a run trains, said once each: a loss that is no number, and SORSA's factors coming apart.
+"""What goes wrong in numbers while a run trains, said once each: a loss that is no number, and
+SORSA's factors coming apart.
 
-Nothing is changed or stopped: the run's owner decides. Looked at at every log, where Trainer waits for the device anyway.
+Nothing is changed or stopped: the run's owner decides. Looked at at every log, where Trainer waits
+for the device anyway.
 """
 
 import logging
@@ -19,12 +21,14 @@ from svdtune.methods.sorsa.sharded import rows, summed_grams, whole
 
 log = logging.getLogger(__name__)
 
-# ‖MᵀM − I‖_F / √r: 0 where the columns are orthonormal, 1 where they have become twice as long or half of them are lost.
+# ‖MᵀM − I‖_F / √r: 0 where the columns are orthonormal, 1 where they have become twice as long or
+# half of them are lost.
 ORTHONORMALITY = 0.5
 
 
 class WatchNumbers(TrainerCallback):
-    """Warns once of a loss or gradient that is not finite, of factors far from orthonormal, and of singular values < 0.
+    """Warns once of a loss or gradient that is not finite, of factors far from orthonormal, and of
+    singular values < 0.
 
     Attributes:
         told: the kinds of trouble that were told of.
@@ -83,7 +87,8 @@ def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]
 
 
 def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
-    """What is to be said of the factor that is farthest from orthonormal, None where all are near."""
+    """What is to be said of the factor that is farthest from orthonormal, None where all are
+    near."""
     factors = _trained(layers, "sorsa_U", "sorsa_V")
     if not factors:
         return None

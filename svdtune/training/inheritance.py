@@ -1,7 +1,8 @@
 """Recipe files on top of others: `extends: base.yaml` takes that file's settings and changes some.
 
-A section is changed setting by setting, but for `method`, which is replaced: the settings of one method mean nothing to
-another. With several files the later ones change the earlier ones. Paths are relative to the file that names them.
+A section is changed setting by setting, but for `method`, which is replaced: the settings of one
+method mean nothing to another. With several files the later ones change the earlier ones. Paths are
+relative to the file that names them.
 """
 
 from pathlib import Path
@@ -75,11 +76,12 @@ def read_yaml(text: str, source: str) -> Any:
     """Parse YAML 1.2.
 
     Raises:
-        SvdtuneError: naming the line; or the values are too many or too deep to be settings, as where anchors repeat each
-            other.
+        SvdtuneError: naming the line; or the values are too many or too deep to be settings, as
+            where anchors repeat each other.
     """
     try:
-        # Before anything is made of it: merge keys (<<) copy what they name, and a few of them copy for ever.
+        # Before anything is made of it: merge keys (<<) copy what they name, and a few of them copy
+        # for ever.
         if _size(YAML(typ="safe", pure=True).compose(text), {}) > _MOST_VALUES:
             raise SvdtuneError(_too_much(source))
         found = YAML(typ="safe", pure=True).load(text)
@@ -95,7 +97,8 @@ def read_yaml(text: str, source: str) -> Any:
         raise SvdtuneError(f"{source} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise SvdtuneError(f"{source} is not a recipe: its values lie too deep in each other") from error
-    except Exception as error:  # values that look like dates or numbers and are none, by the types of what makes them
+    # values that look like dates or numbers and are none, by the types of what makes them
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise SvdtuneError(f"{source} is not valid YAML: {reason:.200}; put texts in quotes") from error
     _check_shape(found, source)
@@ -103,7 +106,8 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def _size(node: Any, known: dict[int, int]) -> int:
-    """How many values a node stands for, each alias counted as often as it is used; too many where it contains itself."""
+    """How many values a node stands for, each alias counted as often as it is used; too many where
+    it contains itself."""
     if id(node) not in known:
         known[id(node)] = _MOST_VALUES + 1
         inner = node.value if isinstance(node, SequenceNode | MappingNode) else []
@@ -120,7 +124,8 @@ def _too_much(source: str) -> str:
 
 
 def _check_shape(found: Any, source: str) -> None:
-    """Refuse names that are no texts, and what a few anchors can blow up to: every alias counts as often as it is used."""
+    """Refuse names that are no texts, and what a few anchors can blow up to: every alias counts as
+    often as it is used."""
     waiting, count = [(found, 0)], 0
     while waiting:
         value, depth = waiting.pop()

@@ -1,4 +1,5 @@
-"""Refuse to train on what the run is scored on: the rows of data.eval, and the data sets of the evaluation section."""
+"""Refuse to train on what the run is scored on: the rows of data.eval, and the data sets of the
+evaluation section."""
 
 from collections.abc import Sequence
 
@@ -26,7 +27,8 @@ def check_leaks(
         How many questions of each allowed set are trained on.
 
     Raises:
-        SvdtuneError: naming the rows, if another set leaks; or if a set is allowed that is not scored.
+        SvdtuneError: naming the rows, if another set leaks; or if a set is allowed that is not
+            scored.
     """
     trained = [question_text(example.prompt) for example in train]
     asked = _questions(recipe, held_out, console)

@@ -12,7 +12,8 @@ from svdtune.training.recipe import Recipe
 
 @contextmanager
 def explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
-    """Turn running out of the GPU's or the host's memory into one SvdtuneError that says what to set."""
+    """Turn running out of the GPU's or the host's memory into one SvdtuneError that says what to
+    set."""
     try:
         yield
     except Exception as error:
@@ -22,7 +23,8 @@ def explain_out_of_memory(recipe: Recipe) -> Iterator[None]:
 
 
 def out_of_memory_message(recipe: Recipe, measured: str = "") -> str:
-    """The message: what was asked for, and the settings that take less, the ones that change least first."""
+    """The message: what was asked for, and the settings that take less, the ones that change least
+    first."""
     training, options = recipe.training, recipe.method.options
     longest = recipe.data.max_length
     at = f"batch_size {training.batch_size} and rows of up to {longest} tokens"

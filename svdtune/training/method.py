@@ -1,6 +1,8 @@
-"""The method of a recipe: its PEFT configuration, checked field by field, and the model adapted with it.
+"""The method of a recipe: its PEFT configuration, checked field by field, and the model adapted
+with it.
 
-Every method of PEFT, with SARA, Mo-SARA, SORSA and the baselines that the laboratory adds to it, takes this one path.
+Every method of PEFT, with SARA, Mo-SARA, SORSA and the baselines that the laboratory adds to it,
+takes this one path.
 """
 
 import difflib
@@ -58,7 +60,8 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
 
 
 def as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run that was begun, perhaps with an earlier svdtune, as this one has them."""
+    """The settings of a run that was begun, perhaps with an earlier svdtune, as this one has
+    them."""
     if name == "sorsa" and "layout" in options:
         return options | {"layout": stored_layout(options["layout"])}
     return options
@@ -78,7 +81,8 @@ def build_config(name: str, options: dict[str, Any]) -> PeftConfig:
 
 
 def with_steps(name: str, options: dict[str, Any], steps: int) -> dict[str, Any]:
-    """The settings, with AdaLoRA's `total_step` filled in where the recipe leaves it to the length of the run."""
+    """The settings, with AdaLoRA's `total_step` filled in where the recipe leaves it to the length
+    of the run."""
     return {"total_step": steps, **options} if name == "adalora" else options
 
 
@@ -106,13 +110,15 @@ def config_class(name: str) -> type[PeftConfig] | None:
 
 
 def _type_error(hint: Any, value: Any) -> str | None:
-    """What is wrong with a value, by a PEFT configuration's type hint; None also where the hint cannot be checked."""
+    """What is wrong with a value, by a PEFT configuration's type hint; None also where the hint
+    cannot be checked."""
     try:
         adapter = TypeAdapter(hint)
     except (PydanticSchemaGenerationError, PydanticUserError):
         return None
     try:
-        # From JSON, a list may become a tuple or a set, and a text an enum; otherwise types must match exactly.
+        # From JSON, a list may become a tuple or a set, and a text an enum; otherwise types must
+        # match exactly.
         adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         expected = dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in error.errors())

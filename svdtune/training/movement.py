@@ -1,7 +1,8 @@
-"""A trainer callback that samples how far the weights have moved, while a run trains: SORSA's Figure 2 and Theorem 5.5.
+"""A trainer callback that samples how far the weights have moved, while a run trains: SORSA's
+Figure 2 and Theorem 5.5.
 
-RUN/analysis/during.jsonl has one line a sample: {"step", "seconds", "layers": {name: `Movement`}}. Loss and gradient norm are
-in the run's log.
+RUN/analysis/during.jsonl has one line a sample: {"step", "seconds", "layers": {name: `Movement`}}.
+Loss and gradient norm are in the run's log.
 """
 
 import fnmatch
@@ -37,9 +38,10 @@ _WORKERS = 8
 class Movement(TypedDict):
     """What a sample says of one layer.
 
-    `delta_sigma`, `delta_d`, `angle`, `k` and `p` as in `svdtune.linalg.deviation.Deviation`; `relative_change` is
-    ‖W_t − W_0‖_F / ‖W_0‖_F; `condition` is κ of the trained product (W_p), None where it is infinite or there is none;
-    `orthonormality` has ‖UᵀU − I‖_F and ‖VᵀV − I‖_F of SORSA's factors.
+    `delta_sigma`, `delta_d`, `angle`, `k` and `p` as in `svdtune.linalg.deviation.Deviation`;
+    `relative_change` is ‖W_t − W_0‖_F / ‖W_0‖_F; `condition` is κ of the trained product (W_p),
+    None where it is infinite or there is none; `orthonormality` has ‖UᵀU − I‖_F and ‖VᵀV − I‖_F of
+    SORSA's factors.
     """
 
     delta_sigma: float
@@ -69,12 +71,14 @@ class Start(NamedTuple):
 
 
 class SampleMovement(TrainerCallback):
-    """Samples at `samples` evenly spread steps, the start and the end among them, on the training thread.
+    """Samples at `samples` evenly spread steps, the start and the end among them, on the training
+    thread.
 
-    A sample costs one SVD on the CPU for each layer whose short side is at most 1024 (576×576: 0.07 s on one core), and for
-    larger ones the leading triplets, found on the weight's device. k(out + in) fp32 numbers a layer wait in the host's
-    memory, and under full fine-tuning its first weight. A sample between start and end is left out where sampling has
-    taken more than `max_share` of the run's time, so a run never gets slower than that by much.
+    A sample costs one SVD on the CPU for each layer whose short side is at most 1024 (576×576: 0.07
+    s on one core), and for larger ones the leading triplets, found on the weight's device. k(out +
+    in) fp32 numbers a layer wait in the host's memory, and under full fine-tuning its first weight.
+    A sample between start and end is left out where sampling has taken more than `max_share` of the
+    run's time, so a run never gets slower than that by much.
 
     Args:
         model: with its adapter, before the first step and before a checkpoint is loaded into it.
@@ -113,7 +117,8 @@ class SampleMovement(TrainerCallback):
             return
         self._began = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = read_samples(self.path) if state.global_step else []  # a resumed run takes the later steps again
+        # a resumed run takes the later steps again
+        kept = read_samples(self.path) if state.global_step else []
         lines = [json.dumps(sample) + "\n" for sample in kept if sample["step"] <= state.global_step]
         replace_text(self.path, "".join(lines))
         if state.global_step == 0:
@@ -140,7 +145,8 @@ class SampleMovement(TrainerCallback):
 
 
 def side_by_side(compute: Callable[[Observed], Found], layers: Sequence[Observed]) -> dict[str, Found]:
-    """compute(layer) of each layer, by name: small ones on a core each, since their SVDs gain nothing from more."""
+    """compute(layer) of each layer, by name: small ones on a core each, since their SVDs gain
+    nothing from more."""
     threads = torch.get_num_threads()
     small = [layer for layer in layers if min(matrix_shape(layer.module)) <= FULL]
     found: dict[str, Found] = {}
@@ -155,7 +161,8 @@ def side_by_side(compute: Callable[[Observed], Found], layers: Sequence[Observed
 
 
 def start_of(layer: Observed, k: int | None = None) -> Start:
-    """What `movement` needs to know of a layer; ask before the first step. `k` as in `compared_factors`."""
+    """What `movement` needs to know of a layer; ask before the first step. `k` as in
+    `compared_factors`."""
     weight, pair = layer.start(), layer.added_pair()
     if pair is not None:
         pair = None if isinstance(layer.module, SvdLayer) else (pair[0].cpu().clone(), pair[1].cpu().clone())
@@ -192,7 +199,8 @@ def _change(layer: Observed, start: Start, weight: Tensor) -> float:
 
 
 def sampled_steps(samples: int, max_steps: int) -> set[int]:
-    """The steps at which a run of `max_steps` steps is sampled: 0, the last, and others evenly between."""
+    """The steps at which a run of `max_steps` steps is sampled: 0, the last, and others evenly
+    between."""
     return {round(i * max_steps / max(1, samples - 1)) for i in range(samples)} | {max_steps}
 
 

@@ -1,4 +1,5 @@
-"""What a run needs before its model is adapted: rows read, checked for leaks and encoded, and the base model loaded."""
+"""What a run needs before its model is adapted: rows read, checked for leaks and encoded, and the
+base model loaded."""
 
 from dataclasses import dataclass
 
@@ -31,7 +32,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     """Read, check and load what a recipe names.
 
     Raises:
-        SvdtuneError: if a part is missing or does not fit the others, or if test questions are among the training rows.
+        SvdtuneError: if a part is missing or does not fit the others, or if test questions are
+            among the training rows.
     """
     train_examples = _read(recipe, recipe.data.train)
     eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None

@@ -1,4 +1,5 @@
-"""What is shown before training: adapted modules, trained parameters, and one example with its loss mask visible."""
+"""What is shown before training: adapted modules, trained parameters, and one example with its loss
+mask visible."""
 
 from collections.abc import Sequence
 from itertools import groupby

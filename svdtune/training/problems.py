@@ -1,4 +1,5 @@
-"""Problems of a recipe, found all at once: each with its path, what was given, and the nearest right name."""
+"""Problems of a recipe, found all at once: each with its path, what was given, and the nearest
+right name."""
 
 import difflib
 import types
@@ -47,10 +48,12 @@ def from_pydantic(error: ValidationError, model: type[BaseModel]) -> Iterator[Pr
 
 
 def unknown(path: str, siblings: Sequence[str], everywhere: Sequence[str] = ()) -> str:
-    """The message about a setting that does not exist: the nearest name beside it, or the same name elsewhere."""
+    """The message about a setting that does not exist: the nearest name beside it, or the same name
+    elsewhere."""
     name = path.rpartition(".")[2]
     near = difflib.get_close_matches(name, siblings, n=1)
-    near = near or [other for other in siblings if "".join(word[0] for word in other.split("_")) == name]  # lr
+    # lr
+    near = near or [other for other in siblings if "".join(word[0] for word in other.split("_")) == name]
     near = near or [other for other in everywhere if other.rpartition(".")[2] == name]
     if near:
         return f"unknown setting; did you mean {near[0]}?"

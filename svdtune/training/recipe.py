@@ -1,7 +1,7 @@
 """The recipe: everything that decides a training run, as one strict YAML file.
 
-Strict means: no unknown key, no wrong type, no duplicate key, no two settings that exclude each other. All problems are
-reported at once. The file is YAML 1.2 (`1e-3` is a number, `no` is a word).
+Strict means: no unknown key, no wrong type, no duplicate key, no two settings that exclude each
+other. All problems are reported at once. The file is YAML 1.2 (`1e-3` is a number, `no` is a word).
 """
 
 import io
@@ -49,7 +49,8 @@ class MethodSection(BaseModel):
 
 
 class DataSource(_Section):
-    """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for `{source: text}`."""
+    """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for
+    `{source: text}`."""
 
     source: str = Field(min_length=1, description="File, hub name, generator (arithmetic) or data set of the papers.")
     split: str | None = Field(None, description="Split of a generator or hub data set.")
@@ -95,7 +96,8 @@ def _check_template(template: str) -> str:
 
 
 class Training(_Section):
-    """The optimization. Batch sizes are per process; one optimizer step sees batch_size × gradient_accumulation rows."""
+    """The optimization. Batch sizes are per process; one optimizer step sees batch_size ×
+    gradient_accumulation rows."""
 
     epochs: float | None = Field(None, gt=0, description="Passes over the data; excludes max_steps. 1 by default.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; excludes epochs.")
@@ -129,7 +131,8 @@ class Training(_Section):
 
 
 class EvaluationSection(_Section):
-    """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same questions."""
+    """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same
+    questions."""
 
     data: list[str] = Field(min_length=1, description="Data sets of the papers, or groups of them, by name.")
     split: str | None = Field(None, description="The split of every set, such as unseen; null: that of the paper.")
@@ -153,7 +156,8 @@ class EvaluationSection(_Section):
 
 
 class Analysis(_Section):
-    """Samples of how far the weights have moved, taken while the run trains; see `svdtune.training.movement`."""
+    """Samples of how far the weights have moved, taken while the run trains; see
+    `svdtune.training.movement`."""
 
     samples: int = Field(20, ge=2, description="How many, spread evenly, the start and the end among them.")
     modules: list[str] | None = Field(None, description="Names or patterns of the layers; null: all adapted ones.")
@@ -192,10 +196,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     """Read a recipe file, apply command-line overrides, check everything.
 
     Args:
-        path: the YAML file. `extends` in it names another, or several, whose settings it changes (see `svdtune.training.
-            extending`).
-        overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML. "--method" replaces a whole
-            section: `--method '{name: sara, threshold: 0.02}'`.
+        path: the YAML file. `extends` in it names another, or several, whose settings it changes
+            (see `svdtune.training. extending`).
+        overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML.
+            "--method" replaces a whole section: `--method '{name: sara, threshold: 0.02}'`.
         begun: whether it is that of a run to resume, as for `check_recipe`.
 
     Raises:
@@ -215,8 +219,8 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
     Args:
         settings: by section.
         source: what to call it in an error.
-        begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that settings which are refused now
-            are taken as what they have become; a warning says so.
+        begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that
+            settings which are refused now are taken as what they have become; a warning says so.
 
     Raises:
         SvdtuneError: with all problems, the method's own settings included.

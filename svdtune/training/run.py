@@ -1,6 +1,7 @@
 """One run: recipe → model → adapter → data → Trainer → run folder.
 
-Everything that can be refused is refused before the first step: the recipe, the folder, the end token, the data.
+Everything that can be refused is refused before the first step: the recipe, the folder, the end
+token, the data.
 """
 
 import datetime
@@ -78,7 +79,8 @@ def train(
 
     Args:
         recipe: from `load_recipe`.
-        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not stopped.
+        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not
+            stopped.
         overwrite: delete an earlier run in the folder.
         final_loss: take the loss on `data.eval`, where there is one, when training has ended.
         console: where to print; standard error by default.
@@ -170,7 +172,8 @@ def _train(
 
 
 def _by_main(write: Callable[[], None], folder: Path) -> None:
-    """Have the main process write into the run folder; no process goes on before that is done, nor where it fails."""
+    """Have the main process write into the run folder; no process goes on before that is done, nor
+    where it fails."""
 
     def work() -> None:
         with explain_write_errors(folder, _WRITING):
@@ -180,7 +183,8 @@ def _by_main(write: Callable[[], None], folder: Path) -> None:
 
 
 def _place(model: Any, args: TrainingArguments) -> None:
-    """Put a model that this process will hold whole where it trains, which is also where it is decomposed fastest."""
+    """Put a model that this process will hold whole where it trains, which is also where it is
+    decomposed fastest."""
     whole = not processes.under_deepspeed() and not processes.under_fsdp()
     if torch.accelerator.is_available() and whole and not getattr(model, "is_quantized", False):
         model.to(args.device)
@@ -226,7 +230,8 @@ def _fit(
 
 
 def _loss(trainer: RunTrainer, outcome: TrainOutput) -> float:
-    """The mean training loss; of the log where the run was resumed after its last step and took none."""
+    """The mean training loss; of the log where the run was resumed after its last step and took
+    none."""
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]
     taken = trainer.state.global_step > (trainer.resumed_at or 0)
     return outcome.training_loss if taken or not logged else sum(logged) / len(logged)
@@ -235,7 +240,8 @@ def _loss(trainer: RunTrainer, outcome: TrainOutput) -> float:
 def _save(
     model: Any, state: dict[str, Any] | None, loaded: LoadedModel, result: Path, recipe: Recipe, summary: dict[str, Any]
 ) -> None:
-    """Write the result, and last the summary that says it is there. `state` holds the tensors of a model that is spread."""
+    """Write the result, and last the summary that says it is there. `state` holds the tensors of a
+    model that is spread."""
     model.save_pretrained(result, **({} if state is None else {"state_dict": state}))
     loaded.tokenizer.save_pretrained(result)
     summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))

@@ -1,6 +1,8 @@
-"""What of a model and its optimizer is spread over processes, put together to be saved, and spread again to go on.
+"""What of a model and its optimizer is spread over processes, put together to be saved, and spread
+again to go on.
 
-A checkpoint holds whole tensors, whatever the processes held: it is gone on from by another number of them, sharded or not.
+A checkpoint holds whole tensors, whatever the processes held: it is gone on from by another number
+of them, sharded or not.
 """
 
 from collections.abc import Iterator
@@ -20,7 +22,8 @@ def is_spread(model: nn.Module) -> bool:
 
 
 def saved_state(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained and what belongs to an adapter, whole and on the CPU, by name; in the main process, {} in others.
+    """What is trained and what belongs to an adapter, whole and on the CPU, by name; in the main
+    process, {} in others.
 
     One tensor at a time is put together. Every process must call it.
     """
@@ -51,7 +54,8 @@ def _gathered(parameter: Tensor) -> Any:
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors on the CPU; of use in the main process alone. Every process must call it."""
+    """`optimizer.state_dict()` with whole tensors on the CPU; of use in the main process alone.
+    Every process must call it."""
     state = optimizer.state_dict()
     whole = {}
     for number, values in state["state"].items():
@@ -66,7 +70,8 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def spread_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A whole optimizer's state with what belongs to sharded parameters spread as these are: each process keeps its own."""
+    """A whole optimizer's state with what belongs to sharded parameters spread as these are: each
+    process keeps its own."""
     parameters = dict(enumerate(_parameters(optimizer)))
     spread = {
         number: {key: _spread_like(parameters[number], value) for key, value in values.items()}

@@ -1,4 +1,5 @@
-"""Hugging Face's Trainer, set up from a recipe; it adds tokens a second and L_reg to every log, and seals checkpoints."""
+"""Hugging Face's Trainer, set up from a recipe; it adds tokens a second and L_reg to every log, and
+seals checkpoints."""
 
 import math
 import time
@@ -27,10 +28,12 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 class RunTrainer(Trainer):
-    """Trainer that counts tokens without waiting for the device, logs L_reg to every tracker, and seals its checkpoints.
+    """Trainer that counts tokens without waiting for the device, logs L_reg to every tracker, and
+    seals its checkpoints.
 
-    Under FSDP2 its checkpoints are those of one process, and factors keep their own dtype: rounded to bf16 before a layer
-    forms differences of them, as FSDP's mixed precision would, they lose what was trained. Autocast rounds afterwards.
+    Under FSDP2 its checkpoints are those of one process, and factors keep their own dtype: rounded
+    to bf16 before a layer forms differences of them, as FSDP's mixed precision would, they lose
+    what was trained. Autocast rounds afterwards.
 
     Args:
         regularizer: SORSA's, applied by itself at the optimizer step; here only read.
@@ -59,8 +62,8 @@ class RunTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         loader = super().get_train_dataloader()
-        # Label smoothing, and models that are not told how many labels a step has, take the mean over a batch's labels, of
-        # which there must be some.
+        # Label smoothing, and models that are not told how many labels a step has, take the mean
+        # over a batch's labels, of which there must be some.
         if self.args.label_smoothing_factor == 0 and self.model_accepts_loss_kwargs:
             fill_up(loader)
         return loader
@@ -119,7 +122,8 @@ class RunTrainer(Trainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def load_before_sharding(self, checkpoint: str) -> None:
-        """Give the model, whole as yet, a checkpoint's values; Trainer itself looks for them in FSDP's own files later."""
+        """Give the model, whole as yet, a checkpoint's values; Trainer itself looks for them in
+        FSDP's own files later."""
         if self.is_fsdp2:
             self.is_fsdp_enabled = False
             self._load_from_checkpoint(checkpoint)
@@ -201,7 +205,8 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     if processes.under_deepspeed():
         _check_deepspeed(args)
     if args.n_gpu > 1:
-        args._n_gpu = 1  # one process, one GPU: DataParallel would split batches and copy the adapter every step
+        # one process, one GPU: DataParallel would split batches and copy the adapter every step
+        args._n_gpu = 1
     return args
 
 
@@ -221,7 +226,8 @@ def _renamed(checkpointing: bool, by_length: bool) -> dict[str, Any]:
     renamed: dict[str, Any] = {}
     if checkpointing:
         name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-        # Reentrant checkpointing would need inputs that require gradients, which a frozen embedding does not give.
+        # Reentrant checkpointing would need inputs that require gradients, which a frozen embedding
+        # does not give.
         renamed |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     if by_length:
         strategy = {"train_sampling_strategy": "group_by_length"}

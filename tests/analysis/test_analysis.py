@@ -1,4 +1,5 @@
-"""Analysis of runs that were really trained: what each part says against the weights themselves, and what is refused."""
+"""Analysis of runs that were really trained: what each part says against the weights themselves,
+and what is refused."""
 
 import json
 import math

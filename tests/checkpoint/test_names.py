@@ -1,4 +1,5 @@
-"""Parameters and stored names are matched as Transformers matches them when it loads a checkpoint."""
+"""Parameters and stored names are matched as Transformers matches them when it loads a
+checkpoint."""
 
 import importlib
 

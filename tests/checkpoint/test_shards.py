@@ -1,4 +1,5 @@
-"""An index of shards is a text of somebody else's: it names files of its folder, or is refused by every reader."""
+"""An index of shards is a text of somebody else's: it names files of its folder, or is refused by
+every reader."""
 
 import json
 from pathlib import Path

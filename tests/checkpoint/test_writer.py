@@ -1,4 +1,5 @@
-"""A file written tensor by tensor is the safetensors file that a reader expects, with sizes known beforehand or not."""
+"""A file written tensor by tensor is the safetensors file that a reader expects, with sizes known
+beforehand or not."""
 
 import torch
 from safetensors import safe_open
@@ -28,7 +29,8 @@ def test_a_safetensors_file_whatever_the_sizes(tmp_path):
 
 
 def test_known_sizes_give_the_layout_that_was_asked_for(tmp_path):
-    """Copied as bytes or computed: where nothing changes, the file is the one that safetensors wrote, to the byte."""
+    """Copied as bytes or computed: where nothing changes, the file is the one that safetensors
+    wrote, to the byte."""
     tensors = {
         "odd": torch.randn(3),
         "count": torch.arange(5),

@@ -70,7 +70,8 @@ def test_ctrl_c_that_c_code_turned_into_another_error(
 
     monkeypatch.setattr("svdtune.cli.train.app", failing)
     monkeypatch.setattr("sys.argv", ["svdtune", "train"])
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without it
+    # a shell starts its background jobs without it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as ended:
             cli.main()

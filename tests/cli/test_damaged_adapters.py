@@ -1,4 +1,5 @@
-"""Whatever is wrong with an adapter's folder, every verb answers with one message, and writes nothing."""
+"""Whatever is wrong with an adapter's folder, every verb answers with one message, and writes
+nothing."""
 
 import json
 import shutil

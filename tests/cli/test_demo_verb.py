@@ -1,4 +1,5 @@
-"""`svdtune demo --quick` from end to end on the tiny model: every method trained, scored, and merged where it can be."""
+"""`svdtune demo --quick` from end to end on the tiny model: every method trained, scored, and
+merged where it can be."""
 
 import json
 from dataclasses import replace
@@ -19,7 +20,8 @@ def svdtune(*words: str | Path) -> Result:
 def tiny_demo(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Result]:
     monkeypatch.setattr(demo, "QUICK", demo.Size(steps=2, rows=2, items=3, max_new_tokens=4))
     sorsa, *others = demo.METHODS
-    small = replace(sorsa, options=sorsa.options | {"r": 4})  # the tiny model's layers have no rank 32
+    # the tiny model's layers have no rank 32
+    small = replace(sorsa, options=sorsa.options | {"r": 4})
     monkeypatch.setattr(demo, "METHODS", (small, *others))
     output = tmp_path / "demo"
     return output, svdtune("--quick", "--model", tiny_folder, "--output", output)

@@ -1,4 +1,5 @@
-"""`svdtune evaluate` on the papers' sets: groups, a recipe's evaluation section, both modes, and averages."""
+"""`svdtune evaluate` on the papers' sets: groups, a recipe's evaluation section, both modes, and
+averages."""
 
 import json
 from pathlib import Path
@@ -26,7 +27,8 @@ def row(question: str, answer: str) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SARA's files with two held-out rows each; of AddSub's, one is trained on in other punctuation."""
+    """SARA's files with two held-out rows each; of AddSub's, one is trained on in other
+    punctuation."""
     folder = tmp_path / "data" / "sara_math"
     folder.mkdir(parents=True)
     trained = [row("Trained on?", "1")]
@@ -63,7 +65,8 @@ def test_a_group_is_scored_set_by_set_and_averaged_in_both_modes(
     assert len(asked) == 12
     assert asked[0].startswith("Below is an instruction that describes a task. Write a response that appropriately")
     assert asked[0].endswith(f"### Instruction:\n{indent}SVAMP 0?\n\n{indent}### Response:\n{indent}")
-    # The paper's code deletes commas, so that 3,4 is 34. No answer holds a letter from A to E, as AQuA's should.
+    # The paper's code deletes commas, so that 3,4 is 34. No answer holds a letter from A to E, as
+    # AQuA's should.
     assert "svamp\n  accuracy (strict) 50.0%" in result.stdout
     assert "accuracy (paper) 100.0%" in result.stdout
     assert "macro average (strict) 41.7%, 95 % interval" in result.stdout
@@ -99,7 +102,8 @@ def test_a_run_is_scored_as_its_recipe_says(run: Path, asked: list[str]) -> None
     result = svdtune(run)
     assert result.exit_code == 0, result.output
     assert len(asked) == 3  # the question of AddSub that is trained on is left out
-    assert "appropriately completes the request. \n\n" in asked[0]  # the paper tests with other white space
+    # the paper tests with other white space
+    assert "appropriately completes the request. \n\n" in asked[0]
     stored = json.loads((run / "evaluations" / "addsub-number" / "result.json").read_text())
     assert (stored["n"], stored["settings"]["max_new_tokens"], stored["settings"]["beams"]) == (1, 9, 4)
     assert (run / "evaluations" / "run-averages.json").is_file()

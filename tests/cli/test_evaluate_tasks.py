@@ -1,4 +1,5 @@
-"""`svdtune evaluate` on the papers' generation tasks, by other ways of decoding, through vLLM and lm-eval."""
+"""`svdtune evaluate` on the papers' generation tasks, by other ways of decoding, through vLLM and
+lm-eval."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""`svdtune evaluate` from the command line: scores, defaults of a run, and one clear message for what is wrong."""
+"""`svdtune evaluate` from the command line: scores, defaults of a run, and one clear message for
+what is wrong."""
 
 import json
 from pathlib import Path

@@ -44,7 +44,8 @@ def sharded_on_cpu() -> None:
 
 
 def with_an_odd_process() -> None:
-    """Kill one process, or tell it to stop, in the middle of a step: ODD_PROCESS is "SIGNAL STEP"."""
+    """Kill one process, or tell it to stop, in the middle of a step: ODD_PROCESS is "SIGNAL
+    STEP"."""
     step = RunTrainer.training_step
 
     def step_or_end(self: RunTrainer, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +59,8 @@ def with_an_odd_process() -> None:
 
 
 def end_of_a_run_on_a_full_disk(recipe: Path, when: str) -> str:
-    """The sentence that a run ends with where the main process finds the disk full at its "start" or "end".
+    """The sentence that a run ends with where the main process finds the disk full at its "start"
+    or "end".
 
     Called without a launcher, which would end the processes that wait.
     """

@@ -1,4 +1,5 @@
-"""Two and four processes on the CPU against one: the start, the steps, the regularizer, and what is refused."""
+"""Two and four processes on the CPU against one: the start, the steps, the regularizer, and what is
+refused."""
 
 from typing import Any
 

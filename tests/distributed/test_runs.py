@@ -1,4 +1,5 @@
-"""`svdtune train` by several processes: the run of one process, whatever holds the parameters, and what may go wrong."""
+"""`svdtune train` by several processes: the run of one process, whatever holds the parameters, and
+what may go wrong."""
 
 import json
 import re

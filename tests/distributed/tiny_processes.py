@@ -77,7 +77,8 @@ def loaded_by_main(index: int) -> nn.Module:
 
 
 def started(method: str, model: nn.Module | None = None) -> dict[str, Any]:
-    """How an adapter starts: its tensors' digest, and how many weights this process decomposed for it."""
+    """How an adapter starts: its tensors' digest, and how many weights this process decomposed for
+    it."""
     model = model or tiny()
     counts = {
         name: Counted(getattr(decompose, name)) for name in ("top_factors", "factors_at_threshold", "settled_spectrum")
@@ -118,7 +119,8 @@ def digest(model: nn.Module) -> str:
 
 
 def drawn_apart(index: int) -> tuple[str, float]:
-    """A random start where each process has a seed of its own: its digest, and the number drawn after it."""
+    """A random start where each process has a seed of its own: its digest, and the number drawn
+    after it."""
     model = tiny()
     torch.manual_seed(100 + index)
     return digest(adapt(model, "sara")), float(torch.rand(()))
@@ -147,7 +149,8 @@ def unreadable(index: int) -> tuple[str, bool]:
 
 
 def undecomposable(index: int, failing: int) -> tuple[str, bool]:
-    """The same where one process fails, in the first round already, with an error that svdtune does not know."""
+    """The same where one process fails, in the first round already, with an error that svdtune does
+    not know."""
 
     def decompose_or_fail(*args: Any, **kwargs: Any) -> Any:
         if index == failing:
@@ -171,7 +174,8 @@ def failure(work: Callable[[], Any]) -> tuple[str, bool]:
 
 
 def regularizer_gradients(wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
-    """L_reg and its gradients for factors that have moved, some with a gradient already and some without."""
+    """L_reg and its gradients for factors that have moved, some with a gradient already and some
+    without."""
     model = adapt(tiny(), "sorsa")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

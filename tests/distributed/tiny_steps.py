@@ -1,4 +1,5 @@
-"""A training loop of one's own on a tiny Llama, by one process or by several: what the processes of these tests run."""
+"""A training loop of one's own on a tiny Llama, by one process or by several: what the processes of
+these tests run."""
 
 import datetime
 from collections.abc import Callable
@@ -57,7 +58,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def train(method: str, strategy: str, steps: int) -> dict[str, Any]:
-    """Losses, penalties and trained factors of some steps on batches of `ROWS` rows, shared out among the processes."""
+    """Losses, penalties and trained factors of some steps on batches of `ROWS` rows, shared out
+    among the processes."""
     torch.manual_seed(1)  # random starts draw from here
     model = get_peft_model(tiny(), METHODS[method]())
     wrapped = WRAPPERS[strategy](model)

@@ -1,4 +1,5 @@
-"""Batched, padded, cached generation against the plain loop: one prompt at a time, the whole text at every step."""
+"""Batched, padded, cached generation against the plain loop: one prompt at a time, the whole text
+at every step."""
 
 from pathlib import Path
 
@@ -23,7 +24,8 @@ PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
 
 @pytest.fixture
 def loaded(tiny_folder: Path) -> LoadedModel:
-    """The tiny model with larger weights, so that its answers vary instead of repeating one token."""
+    """The tiny model with larger weights, so that its answers vary instead of repeating one
+    token."""
     loaded = load(tiny_folder)
     with torch.no_grad():
         for parameter in loaded.model.parameters():
@@ -51,7 +53,8 @@ def test_equals_the_plain_loop_and_stops_at_end_tokens(loaded: LoadedModel) -> N
 
 
 class Counted:
-    """`generate` of a model, which remembers (rows, new tokens at most, tokens read before the first new one) of each call."""
+    """`generate` of a model, which remembers (rows, new tokens at most, tokens read before the
+    first new one) of each call."""
 
     def __init__(self, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[int, int, int]] = []

@@ -1,4 +1,5 @@
-"""A whole evaluation: graded, resumed after an interruption, and refused where its inputs cannot be used."""
+"""A whole evaluation: graded, resumed after an interruption, and refused where its inputs cannot be
+used."""
 
 import errno
 import json

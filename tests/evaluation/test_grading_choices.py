@@ -1,4 +1,5 @@
-"""Choices: `letter` and `choice`, what is right in strict mode and what the papers' code makes of the same text."""
+"""Choices: `letter` and `choice`, what is right in strict mode and what the papers' code makes of
+the same text."""
 
 import pytest
 

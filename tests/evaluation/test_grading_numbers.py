@@ -1,4 +1,5 @@
-"""Numbers: `number` and `gsm8k`, what is right in strict mode and what the papers' code makes of the same text."""
+"""Numbers: `number` and `gsm8k`, what is right in strict mode and what the papers' code makes of
+the same text."""
 
 import pytest
 

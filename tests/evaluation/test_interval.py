@@ -1,4 +1,5 @@
-"""Wilson's interval against its defining equation and published values; bootstrap intervals; pass@k."""
+"""Wilson's interval against its defining equation and published values; bootstrap intervals;
+pass@k."""
 
 import math
 from itertools import combinations

@@ -1,4 +1,5 @@
-"""Prompts for evaluation are training's prompts, and every item has something to be graded against."""
+"""Prompts for evaluation are training's prompts, and every item has something to be graded
+against."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast

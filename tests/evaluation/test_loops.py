@@ -1,4 +1,5 @@
-"""What `stop_loops` does to grades: nothing. The answers are SmolLM2-135M's, untrained, to questions of `arithmetic`."""
+"""What `stop_loops` does to grades: nothing. The answers are SmolLM2-135M's, untrained, to
+questions of `arithmetic`."""
 
 import pytest
 
@@ -29,7 +30,8 @@ ANSWERS = [
 
 
 def cut(text: str) -> str:
-    """The text up to where decoding, which looks every 16 tokens, finds a loop; a token is a character here."""
+    """The text up to where decoding, which looks every 16 tokens, finds a loop; a token is a
+    character here."""
     return text[: next(length for length in range(16, len(text), 16) if is_loop(list(text[:length].encode())))]
 
 

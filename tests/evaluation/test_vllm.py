@@ -1,4 +1,5 @@
-"""The vLLM engine against a stand-in for the module `vllm` that records its calls and answers by Transformers."""
+"""The vLLM engine against a stand-in for the module `vllm` that records its calls and answers by
+Transformers."""
 
 import json
 import sys
@@ -22,7 +23,8 @@ PROMPTS = [[70, 71, 72], [80], [90, 91]]
 
 
 class FakeLLM:
-    """Loads the base model and the LoRA it is told of; keeps end tokens in its outputs, as vLLM does."""
+    """Loads the base model and the LoRA it is told of; keeps end tokens in its outputs, as vLLM
+    does."""
 
     made: list["FakeLLM"]
 

@@ -1,4 +1,5 @@
-"""The real vLLM, where it is installed: the completions of an exported adapter are those of Transformers."""
+"""The real vLLM, where it is installed: the completions of an exported adapter are those of
+Transformers."""
 
 from pathlib import Path
 

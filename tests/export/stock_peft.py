@@ -20,8 +20,10 @@ class Absent:
 def save_logits(folder: Path) -> None:
     """Write lora.pt beside every `lora` folder: its logits over the base model in `base`."""
     sys.meta_path.insert(0, Absent())
-    warnings.simplefilter("error", UserWarning)  # what PEFT says of weights that are missing or left over
-    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # PEFT sets it itself for Conv1D
+    # what PEFT says of weights that are missing or left over
+    warnings.simplefilter("error", UserWarning)
+    # PEFT sets it itself for Conv1D
+    warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
     tokens = torch.arange(1, 25).view(2, 12)
     for lora in sorted(folder.glob("*/lora")):
         base = AutoModelForCausalLM.from_pretrained(folder / "base")

@@ -1,4 +1,5 @@
-"""Whatever an adapter's configuration says: the adapter loads and works, or one SvdtuneError; no other file is touched."""
+"""Whatever an adapter's configuration says: the adapter loads and works, or one SvdtuneError; no
+other file is touched."""
 
 import copy
 import json

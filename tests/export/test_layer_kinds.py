@@ -1,4 +1,5 @@
-"""Convolutions and slices of fused projections exported to LoRA: stock PEFT gives the same outputs."""
+"""Convolutions and slices of fused projections exported to LoRA: stock PEFT gives the same
+outputs."""
 
 import copy
 

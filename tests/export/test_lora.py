@@ -1,4 +1,5 @@
-"""An adapter exported to LoRA gives the same logits in stock PEFT, in a process that cannot import svdtune."""
+"""An adapter exported to LoRA gives the same logits in stock PEFT, in a process that cannot import
+svdtune."""
 
 import copy
 import json
@@ -81,7 +82,8 @@ def test_ranks_are_the_methods(name, tmp_path):
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize("name", EXACT)
 def test_the_rules_of_vllm_and_llama_cpp(name, uniform, tmp_path):
-    """vLLM: r bounds every tensor's rank, one scale alpha / r, plain targets. llama.cpp: alpha / the tensor's own rank."""
+    """vLLM: r bounds every tensor's rank, one scale alpha / r, plain targets. llama.cpp: alpha /
+    the tensor's own rank."""
     trained(EXACT[name]).save_pretrained(tmp_path / "adapter")
     report = export_lora(tmp_path / "adapter", tmp_path / "lora", uniform=uniform)
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())

@@ -1,4 +1,5 @@
-"""A merged checkpoint stands alone, gives the adapter's outputs, keeps the base folder's files, and appears only if so."""
+"""A merged checkpoint stands alone, gives the adapter's outputs, keeps the base folder's files, and
+appears only if so."""
 
 import errno
 import json
@@ -148,7 +149,8 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
     ids=["sorsa", "sara-module-bias", "mosara", "no-gate", "lora-embedding", "dora", "head", "saved-head"],
 )
 def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> None:
-    """Square Conv1D weights lie transposed; an adapted end of tied embeddings parts from the other."""
+    """Square Conv1D weights lie transposed; an adapted end of tied embeddings parts from the
+    other."""
     base = saved(tiny_gpt2(vocab_size=258, n_positions=256), tmp_path / "base", tiny_tokenizer)
     config.task_type = "CAUSAL_LM"
     adapter = save_adapter(base, tmp_path / "adapter", config)

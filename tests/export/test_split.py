@@ -1,4 +1,5 @@
-"""A model split into residual and SORSA adapter starts as the model that was split, quantized or not, and trains."""
+"""A model split into residual and SORSA adapter starts as the model that was split, quantized or
+not, and trains."""
 
 import dataclasses
 
@@ -71,7 +72,8 @@ def test_the_split_adapter_belongs_to_its_residual(tiny_folder, tmp_path):
 
 
 def test_it_stands_alone_on_its_layers(tiny_folder, tmp_path):
-    """Its base lacks the principal part, to which another adapter's change would have to be added."""
+    """Its base lacks the principal part, to which another adapter's change would have to be
+    added."""
     split = split_checkpoint(tiny_folder, tmp_path / "split", SorsaConfig(r=4, target_modules=["q_proj"]))
     model = PeftModel.from_pretrained(load(split.residual).model, split.adapter)
     before = logits(model)

@@ -1,4 +1,5 @@
-"""A task of lm-evaluation-harness on a model with one of our adapters, against the sums of its own logits."""
+"""A task of lm-evaluation-harness on a model with one of our adapters, against the sums of its own
+logits."""
 
 import json
 from pathlib import Path
@@ -11,7 +12,8 @@ from svdtune import SorsaConfig, SvdtuneError
 from svdtune.lab.harness import harness_model, run_harness
 from svdtune.models import LoadedModel, load
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # the harness and what it imports warn of many things
+# the harness and what it imports warn of many things
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUESTIONS = [{"question": f"{a}+{b}=", "choices": [str(a + b), "cat"], "answer": 0} for a in range(3) for b in range(3)]
 

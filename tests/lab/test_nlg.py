@@ -60,8 +60,8 @@ def test_bleu_equals_sacrebleu_lower_cased():
 
 
 def test_nist_by_hand():
-    # References: a b c / a b d / a. Information: a 7 words / 3, b 7/2, c and d 7/1; a b 3/2, b c and b d 2/1;
-    # a b c and a b d 2/1.
+    # References: a b c / a b d / a. Information: a 7 words / 3, b 7/2, c and d 7/1; a b 3/2, b c
+    # and b d 2/1; a b c and a b d 2/1.
     outputs, references = ["a b c d", "e"], [["a b c", "a b d"], ["a"]]
     counts = counted(nist_counts, outputs, references)
     one = math.log2(7 / 3) + math.log2(7 / 2) + 2 * math.log2(7)
@@ -94,7 +94,8 @@ print(json.dumps([float(metric.compute_score(gold, found)[0]) for metric in (Met
 
 
 def official(outputs: list[str], references: list[list[str]]) -> list[float]:
-    """METEOR, ROUGE-L and CIDEr through pycocoevalcap's own classes, in a process that may leave its pipes open."""
+    """METEOR, ROUGE-L and CIDEr through pycocoevalcap's own classes, in a process that may leave
+    its pipes open."""
     texts = iter(java.tokenize_ptb([text for refs in references for text in refs] + outputs))
     gold = [[next(texts) for _ in refs] for refs in references]
     data = json.dumps([gold, [[text] for text in texts]])

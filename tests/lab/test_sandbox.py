@@ -1,4 +1,5 @@
-"""Programs that mean harm: each is denied what it tries, counts as failed, and leaves nothing behind."""
+"""Programs that mean harm: each is denied what it tries, counts as failed, and leaves nothing
+behind."""
 
 import os
 import runpy
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.skipif(bool(LACKING), reason=f"this system has no whole
 DOUBLES = "def check(candidate):\n    assert candidate(2) == 4\n    assert candidate([1]) == [1, 1]\n"
 RIGHT = "def f(x):\n    return x * 2\n"
 HOUR = 3600
-AMPLE = Limits(wall_seconds=HOUR, cpu_seconds=HOUR)  # for what ends by itself, on however busy a machine
+# for what ends by itself, on however busy a machine
+AMPLE = Limits(wall_seconds=HOUR, cpu_seconds=HOUR)
 ENDLESS = Limits(wall_seconds=HOUR, cpu_seconds=1)
 ASLEEP = Limits(wall_seconds=0.5)
 
@@ -307,7 +309,8 @@ def check(candidate):
 
 
 def watch_a_sleeper(pids: Connection) -> None:
-    """Send the ids of the confined processes, then watch over them for as long as this process lives."""
+    """Send the ids of the confined processes, then watch over them for as long as this process
+    lives."""
     kept = supervise.subprocess.Popen
 
     def popen(*args, **kwargs):
@@ -373,4 +376,5 @@ def test_the_filter_allows_its_list_and_nothing_else(machine: str):
         0, 1, 2, 3, 4, 1030,
     ]  # fmt: skip
     assert allows(program, numbers["ioctl"], (0, 0x5413), audit)
-    assert not allows(program, numbers["ioctl"], (0, 0x5412), audit)  # TIOCSTI: typing into a terminal
+    # TIOCSTI: typing into a terminal
+    assert not allows(program, numbers["ioctl"], (0, 0x5412), audit)

@@ -1,4 +1,5 @@
-"""Mo-SARA's top-1 gate against the literal form; what any gate must do through PEFT stands in `tests/methods/test_gates.py`."""
+"""Mo-SARA's top-1 gate against the literal form; what any gate must do through PEFT stands in
+`tests/methods/test_gates.py`."""
 
 import itertools
 

@@ -1,4 +1,5 @@
-"""ΔΣ, ΔD and the subspace angle: against the paper's formulas written out, and where two singular values change places."""
+"""ΔΣ, ΔD and the subspace angle: against the paper's formulas written out, and where two singular
+values change places."""
 
 import math
 
@@ -60,7 +61,8 @@ def test_delta_d_jumps_where_two_close_values_change_places_and_the_angle_does_n
     start, now = (compared_factors(U @ torch.diag(v) @ V.mT) for v in (values, swapped))
     found = deviation(start, now)
     assert found.delta_sigma < 1e-3  # the weight moved by a hundredth in two of its singular values
-    assert found.delta_d == pytest.approx(2 / 40, abs=1e-3)  # and two of forty pairs of vectors turned by 90°
+    # and two of forty pairs of vectors turned by 90°
+    assert found.delta_d == pytest.approx(2 / 40, abs=1e-3)
     assert found.p == 8
     assert found.angle < 0.05
 

@@ -1,4 +1,5 @@
-"""Leading factors against a float64 SVD, and the promises about orthonormality, signs and reproducibility."""
+"""Leading factors against a float64 SVD, and the promises about orthonormality, signs and
+reproducibility."""
 
 import sys
 
@@ -22,7 +23,8 @@ SHAPES = [(96, 96), (200, 60), (60, 200)]
 
 
 def check(weight: torch.Tensor, r: int, rtol: float = 1e-5) -> None:
-    """top_factors(weight, r) has the right shapes and values, orthonormal vectors, and approximates as well as can be."""
+    """top_factors(weight, r) has the right shapes and values, orthonormal vectors, and approximates
+    as well as can be."""
     found = top_factors(weight, r)
     values = torch.linalg.svdvals(weight.double())
     assert found.U.shape == (weight.shape[0], r)
@@ -60,7 +62,8 @@ def test_krylov_agrees_with_the_dense_route_vector_by_vector(kind, monkeypatch):
 
 
 def test_more_copies_of_a_value_than_a_block_holds_are_all_found():
-    """From one start block, Krylov iteration finds at most a block's worth of copies; that must be noticed."""
+    """From one start block, Krylov iteration finds at most a block's worth of copies; that must be
+    noticed."""
     values = torch.cat([torch.full((90,), 5.0), torch.linspace(2, 1, 910)]).double()
     check(weight_with(values, 1000, 1000).float(), 64)
 

@@ -1,4 +1,5 @@
-"""The nuclear norm by polar iteration, the leading spectrum built on it, and the settings of torch it must leave alone."""
+"""The nuclear norm by polar iteration, the leading spectrum built on it, and the settings of torch
+it must leave alone."""
 
 from contextlib import ExitStack
 from threading import Thread

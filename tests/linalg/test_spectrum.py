@@ -90,7 +90,8 @@ def test_weights_at_the_ends_of_fp32_neither_overflow_nor_vanish(size):
 
 
 def test_an_exact_tie_is_settled_as_the_svd_settles_it():
-    weight = torch.diag(torch.tensor([4.0] * 75 + [1.0] * 300))  # half of the sum is reached at exactly k = 75
+    # half of the sum is reached at exactly k = 75
+    weight = torch.diag(torch.tensor([4.0] * 75 + [1.0] * 300))
     assert safe_rank(weight, 0.5) == 75
     found, k = settled_spectrum(weight, 0.5)
     assert found.reference
@@ -118,7 +119,8 @@ def test_a_spectrum_cut_short_answers_what_it_holds_and_refuses_the_rest():
 
 
 def test_the_threshold_multiplies_the_sum():
-    """The listing's `threshold` alone would give 1 here, as it would for nearly every layer of LLaMA."""
+    """The listing's `threshold` alone would give 1 here, as it would for nearly every layer of
+    LLaMA."""
     assert rank_at_threshold(torch.tensor([2.0, 1.0, 1.0]), 0.6) == 2
 
 

@@ -5,7 +5,8 @@ from torch import Tensor
 
 
 def weight_with(values: Tensor, out_features: int, in_features: int, seed: int = 0) -> Tensor:
-    """A float64 weight [out, in] with the given singular values [min(out, in)] and random singular vectors."""
+    """A float64 weight [out, in] with the given singular values [min(out, in)] and random singular
+    vectors."""
     generator = torch.Generator().manual_seed(seed)
     U, V = (
         torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q
@@ -15,7 +16,8 @@ def weight_with(values: Tensor, out_features: int, in_features: int, seed: int =
 
 
 def llama_like(n: int) -> Tensor:
-    """Values [n] whose ranks at 0.01, 0.09 and 0.5 are those the papers imply for LLaMA-7B: 9, 107, 907 at n = 4096."""
+    """Values [n] whose ranks at 0.01, 0.09 and 0.5 are those the papers imply for LLaMA-7B: 9, 107,
+    907 at n = 4096."""
     i = torch.arange(1, n + 1, dtype=torch.float64)
     return torch.exp(-2.8 * (i / n) ** 0.8) + 0.8 * i**-0.5
 

@@ -1,4 +1,5 @@
-"""No weight of the base changes, in any bit, except by a merge: methods × kinds of layer × what is done with adapters."""
+"""No weight of the base changes, in any bit, except by a merge: methods × kinds of layer × what is
+done with adapters."""
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ KINDS = {
 
 
 def base_weights(model) -> dict[str, torch.Tensor]:
-    """Copies of all tensors of a model but those of adapters, by their names before anything was adapted."""
+    """Copies of all tensors of a model but those of adapters, by their names before anything was
+    adapted."""
     adapters = {id(p) for layer in model.modules() if isinstance(layer, SvdLayer) for p in own_parameters(layer)}
     found = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

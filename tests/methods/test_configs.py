@@ -1,4 +1,5 @@
-"""Configurations: defaults, and every bad value refused in one message that names the field, the value and the range."""
+"""Configurations: defaults, and every bad value refused in one message that names the field, the
+value and the range."""
 
 import pytest
 

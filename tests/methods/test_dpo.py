@@ -1,4 +1,5 @@
-"""DPO as trainers run it: the policy is the model with its adapter, the reference the same model with the adapter disabled."""
+"""DPO as trainers run it: the policy is the model with its adapter, the reference the same model
+with the adapter disabled."""
 
 import pytest
 import torch

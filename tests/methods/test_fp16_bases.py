@@ -1,4 +1,5 @@
-"""On a base in fp16, whose largest number is 65,504, factors are decomposed, trained and kept in fp32."""
+"""On a base in fp16, whose largest number is 65,504, factors are decomposed, trained and kept in
+fp32."""
 
 import pytest
 import torch

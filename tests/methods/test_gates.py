@@ -119,7 +119,8 @@ def test_two_adapters_and_dropout_take_the_other_path(base, gate):
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     x = torch.randn(3, layer.in_features)
     alone = layer(x) - layer.get_base_layer()(x)
-    layer.get_base_layer().register_forward_hook(lambda *_: None)  # a hooked layer is called, not computed with
+    # a hooked layer is called, not computed with
+    layer.get_base_layer().register_forward_hook(lambda *_: None)
     torch.testing.assert_close(layer(x) - layer.get_base_layer()(x), alone, rtol=1e-4, atol=1e-5)
     dropped = made(base(), gate, dropout=0.5).train()
     first, second = logits(dropped), logits(dropped)

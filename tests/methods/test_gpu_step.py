@@ -1,4 +1,5 @@
-"""The training step on a GPU, where the kernels and the aligned shapes are: against the literal forms. Skips without CUDA."""
+"""The training step on a GPU, where the kernels and the aligned shapes are: against the literal
+forms. Skips without CUDA."""
 
 import copy
 
@@ -33,7 +34,8 @@ def gradients(model, autocast=False):
     return {key: p.grad.clone() for key, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("small_layer", [0, 4e9])  # layers with one input in one node, or all changes at once
+# layers with one input in one node, or all changes at once
+@pytest.mark.parametrize("small_layer", [0, 4e9])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_fp32(name, small_layer, monkeypatch):
     monkeypatch.setattr("svdtune.methods.compute.together.SMALL_LAYER", small_layer)
@@ -43,7 +45,8 @@ def test_fp32(name, small_layer, monkeypatch):
         assert float((gradient - want[key]).norm()) <= 1e-3 * float(want[key].norm()) + 1e-5, key
 
 
-@pytest.mark.parametrize("small_layer", [0, 4e9])  # layers with one input in one node, or all changes at once
+# layers with one input in one node, or all changes at once
+@pytest.mark.parametrize("small_layer", [0, 4e9])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_autocast_is_no_worse_than_the_literal_form(name, small_layer, monkeypatch):
     monkeypatch.setattr("svdtune.methods.compute.together.SMALL_LAYER", small_layer)
@@ -92,7 +95,8 @@ def test_dropout_in_a_model_trains():
 
 @pytest.mark.parametrize("name", ["sara", "sorsa", "mosara"])
 def test_a_step_as_a_cuda_graph(name):
-    """Forward, backward and a fused optimizer captured once and replayed: the same losses as step by step."""
+    """Forward, backward and a fused optimizer captured once and replayed: the same losses as step
+    by step."""
     losses = {}
     for graphed in (False, True):
         model = adapted(name, dtype=torch.bfloat16).train()

@@ -1,4 +1,5 @@
-"""Reload identity and base identity over method × dtype × layer kind × model family, bit for bit."""
+"""Reload identity and base identity over method × dtype × layer kind × model family, bit for
+bit."""
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 METHODS = ["sara", "mosara", "sorsa"]
 VARIANTS = ["sara-spectral", "mosara-one-head", "mosara-front"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# One of each kind of layer: Linear, Conv1D, slices in a row and by head, Conv2d, Conv1d and groups, all of them in a UNet.
+# One of each kind of layer: Linear, Conv1D, slices in a row and by head, Conv2d, Conv1d and groups,
+# all of them in a UNet.
 KINDS = ["llama", "gpt2-whole", "gpt2", "gpt_neox", "convolutions", "unet"]
 
 

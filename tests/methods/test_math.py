@@ -1,4 +1,5 @@
-"""Each method's fast node against its literal reference: outputs and every gradient, over shapes, dtypes and settings."""
+"""Each method's fast node against its literal reference: outputs and every gradient, over shapes,
+dtypes and settings."""
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def base_weight(kind: str, out: int, n: int) -> torch.Tensor:
 
 
 def run(function, inputs, frozen, dtype, upstream, autocast=False):
-    """Output and gradients of one function, with copies of its inputs; factors stay fp32 where `dtype` is bf16."""
+    """Output and gradients of one function, with copies of its inputs; factors stay fp32 where
+    `dtype` is bf16."""
     leaves = {name: None if t is None else t.clone().requires_grad_() for name, t in inputs.items()}
     with torch.autocast("cpu", dtype, enabled=autocast):
         y = function(**leaves, **frozen)
@@ -41,8 +43,8 @@ def run(function, inputs, frozen, dtype, upstream, autocast=False):
 def compare(fast, literal, x, frozen, trained, dtype, autocast=False):
     """The fast function in `dtype` against the literal one in float64, on the same values.
 
-    Allowed is TOLERANCE of each result's norm; in bf16 also three times the error that the literal form makes in bf16, since a
-    gradient that nearly cancels has no small relative error in either.
+    Allowed is TOLERANCE of each result's norm; in bf16 also three times the error that the literal
+    form makes in bf16, since a gradient that nearly cancels has no small relative error in either.
     """
     factor_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     x_dtype = torch.float32 if autocast else dtype
@@ -156,7 +158,8 @@ def test_autocast_computes_as_linear_layers_do(case):
 
 
 class TestGradcheck:
-    """Numerical derivatives in float64, through every input, leading dimensions and the separate adapter input too."""
+    """Numerical derivatives in float64, through every input, leading dimensions and the separate
+    adapter input too."""
 
     x = torch.randn(2, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

@@ -1,4 +1,5 @@
-"""The equations in each method's math.py are what its layers compute: whoever changes a sign there changes the method."""
+"""The equations in each method's math.py are what its layers compute: whoever changes a sign there
+changes the method."""
 
 import ast
 import inspect

@@ -1,4 +1,5 @@
-"""The three methods on a tiny instance of every model family: train a step, save, load, merge and export to LoRA."""
+"""The three methods on a tiny instance of every model family: train a step, save, load, merge and
+export to LoRA."""
 
 import copy
 from collections.abc import Callable
@@ -56,7 +57,8 @@ class Family(NamedTuple):
 
 
 class TinyUNet(nn.Module):
-    """What a diffusion UNet is made of, at its smallest: strided and transposed convolutions, a skip, time, attention."""
+    """What a diffusion UNet is made of, at its smallest: strided and transposed convolutions, a
+    skip, time, attention."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,5 @@
-"""Saved here, loaded in a fresh process: the same logits, bit for bit, in fp32 and bf16, for every method."""
+"""Saved here, loaded in a fresh process: the same logits, bit for bit, in fp32 and bf16, for every
+method."""
 
 from pathlib import Path
 
@@ -19,7 +20,8 @@ TOKENS = torch.arange(1, 25).view(2, 12)
 
 
 def compare_logits(folder: Path) -> int:
-    """Load every adapter in a folder and compare its logits with those beside it; how many there were."""
+    """Load every adapter in a folder and compare its logits with those beside it; how many there
+    were."""
     adapters = 0
     for dtype in (torch.float32, torch.bfloat16):
         for adapter in sorted(folder.glob(f"*-{dtype}")):

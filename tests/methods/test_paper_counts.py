@@ -1,4 +1,5 @@
-"""Trained parameters as both papers count them, through PEFT, on models of the papers' shapes without any weights."""
+"""Trained parameters as both papers count them, through PEFT, on models of the papers' shapes
+without any weights."""
 
 import pytest
 import torch
@@ -18,7 +19,8 @@ def model_of(config):
 
 
 def trained_share(model, config) -> tuple[int, float]:
-    """Trained parameters, and their share in percent of all parameters of the adapted model, as both papers divide."""
+    """Trained parameters, and their share in percent of all parameters of the adapted model, as
+    both papers divide."""
     model = get_peft_model(model, config, low_cpu_mem_usage=True)
     assert all(p.is_meta for p in model.parameters())
     trained, all_parameters = model.get_nb_trainable_parameters()
@@ -69,7 +71,8 @@ GPT2_MEDIUM = GPT2Config(n_embd=1024, n_layer=24, n_head=16)
 
 
 def test_sara_on_gpt2_medium_adapts_the_slices_q_and_v():
-    """0.33 million at θ = 0.012, which implies a mean rank of 3.36 over the q and v of 24 layers."""
+    """0.33 million at θ = 0.012, which implies a mean rank of 3.36 over the q and v of 24
+    layers."""
     model = model_of(GPT2_MEDIUM)
     names = [f"transformer.h.{layer}.attn.c_attn.{part}" for layer in range(24) for part in "qv"]
     pattern = {name: 3 + (i >= 0.64 * len(names)) for i, name in enumerate(names)}

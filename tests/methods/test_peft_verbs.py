@@ -1,4 +1,5 @@
-"""What PEFT users do with an adapter, for every method, setting and model family: all of it works as for LoRA."""
+"""What PEFT users do with an adapter, for every method, setting and model family: all of it works
+as for LoRA."""
 
 import copy
 
@@ -141,7 +142,8 @@ class TestEveryMethod:
     def test_save_and_load(self, name, family, tmp_path, monkeypatch):
         model = adapted(name, family, moved=0.1)
         model.save_pretrained(tmp_path)
-        monkeypatch.setattr("torch.linalg.svd", None)  # loading decides no rank and decomposes nothing
+        # loading decides no rank and decomposes nothing
+        monkeypatch.setattr("torch.linalg.svd", None)
         monkeypatch.setattr("svdtune.spectra.ranks", None)
         monkeypatch.setattr("svdtune.spectra.factors", None)
         for low_cpu_mem_usage in (False, True):
@@ -179,7 +181,8 @@ class TestEveryMethod:
 
 @pytest.mark.parametrize("name", ["sara", "sara-spectral", "mosara-one-head", "sorsa"])
 def test_the_general_path_equals_the_fused_one(name):
-    """Layers that must call their base (here: it has a hook) give the same outputs and gradients."""
+    """Layers that must call their base (here: it has a hook) give the same outputs and
+    gradients."""
     fused, general = adapted(name, moved=0.1), adapted(name, moved=0.1)
     for layer in layers(general):
         layer.get_base_layer().register_forward_hook(lambda *_: None)
@@ -240,7 +243,8 @@ def test_factors_in_the_base_dtype_train(name):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", sorted(MERGEABLE))
 def test_pefts_own_conversion_to_lora(name, family):
-    """It decomposes `get_delta_weight`, which must lie as the base layer stores it, against the base's own weight."""
+    """It decomposes `get_delta_weight`, which must lie as the base layer stores it, against the
+    base's own weight."""
     model = adapted(name, family, moved=0.1)
     config, tensors = convert_to_lora(model, rank=16)
     config.fan_in_fan_out = family == "gpt2"
@@ -250,7 +254,8 @@ def test_pefts_own_conversion_to_lora(name, family):
 
 
 def test_attributes_of_the_base_model_are_reached_through_the_tuner():
-    """A name that the tuner itself uses would hide the base model's, such as the `layers` of many models."""
+    """A name that the tuner itself uses would hide the base model's, such as the `layers` of many
+    models."""
     model = model_of("llama").model
     adapted_model = get_peft_model(model, SorsaConfig(r=4))
     assert adapted_model.base_model.layers is model.layers

@@ -1,4 +1,5 @@
-"""Registering with PEFT: the enum member, harmless repetition, and giving way to a method PEFT has itself."""
+"""Registering with PEFT: the enum member, harmless repetition, and giving way to a method PEFT has
+itself."""
 
 import pytest
 from peft import PeftType

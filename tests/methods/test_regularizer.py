@@ -1,4 +1,5 @@
-"""The orthonormal regularizer: closed form against autograd, three doors, and exactness under every kind of step."""
+"""The orthonormal regularizer: closed form against autograd, three doors, and exactness under every
+kind of step."""
 
 import pytest
 import torch
@@ -103,7 +104,8 @@ def test_exact_orthonormality_gives_zero_and_no_nan():
 
 
 def test_the_gradient_has_a_constant_norm_near_orthonormality():
-    """Theorem 5.2 bounds L_reg, not its gradient: that stays near 2 however close E is to 0, and flips its sign there."""
+    """Theorem 5.2 bounds L_reg, not its gradient: that stays near 2 however close E is to 0, and
+    flips its sign there."""
     direction = torch.linalg.qr(torch.randn(20, 4, dtype=torch.float64)).Q
     for size in (1e-2, 1e-4, 1e-6):
         for sign in (1, -1):
@@ -124,7 +126,8 @@ def test_theorem_5_1_does_not_hold():
 
 
 def test_equation_42_bounds_the_condition_number_in_the_wrong_direction():
-    """κ(U S Vᵀ) can be far below κ(U) κ(S) κ(V), so orthonormal factors can make it worse, not better."""
+    """κ(U S Vᵀ) can be far below κ(U) κ(S) κ(V), so orthonormal factors can make it worse, not
+    better."""
     U, S, V = torch.diag(torch.tensor([1.0, 2.0])), torch.diag(torch.tensor([2.0, 1.0])), torch.eye(2)
     product, parts = torch.linalg.cond(U @ S @ V.mT), torch.linalg.cond(U) * torch.linalg.cond(S)
     assert float(product) == pytest.approx(1)
@@ -157,7 +160,8 @@ class TestHook:
             assert torch.allclose(one, other, atol=1e-6)
 
     def test_acts_after_clipping(self):
-        """With the training gradient clipped to almost nothing, the step is the regularizer's alone."""
+        """With the training gradient clipped to almost nothing, the step is the regularizer's
+        alone."""
         model = adapted(gamma=0.5)
         before = self.trained(model)
         _, gradients = autograd_gradients(model, "mean")
@@ -189,7 +193,8 @@ class TestHook:
 
     @pytest.mark.parametrize("unscale", [False, True])
     def test_a_grad_scaler_changes_nothing(self, unscale):
-        """Whether the loop unscales for clipping or leaves it to the scaler's step, the hook sees plain gradients."""
+        """Whether the loop unscales for clipping or leaves it to the scaler's step, the hook sees
+        plain gradients."""
         plain, scaled = adapted(gamma=0.5), adapted(gamma=0.5)
         optimizer = self.optimizer(plain)
         regularize(optimizer, plain)

@@ -1,4 +1,5 @@
-"""In bf16 a layer's outputs and gradients lie no further from float64 than those of a LoRA with the same factors."""
+"""In bf16 a layer's outputs and gradients lie no further from float64 than those of a LoRA with the
+same factors."""
 
 import pytest
 import torch

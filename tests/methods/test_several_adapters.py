@@ -1,4 +1,5 @@
-"""Several adapters on one model: what works, and where PEFT or the methods refuse, one error that names the way round."""
+"""Several adapters on one model: what works, and where PEFT or the methods refuse, one error that
+names the way round."""
 
 import pytest
 import torch
@@ -77,7 +78,8 @@ class TestTwoMethods:
     @pytest.mark.usefixtures("transformers_takes_peft")
     @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
     def test_on_different_layers(self, tmp_path):
-        """Through Transformers' own add_adapter: switching, disabling, saving, deleting; each file loads alone."""
+        """Through Transformers' own add_adapter: switching, disabling, saving, deleting; each file
+        loads alone."""
         model = base()
         alone = logits(model)
         model.add_adapter(sorsa("q_proj"), "first")
@@ -131,7 +133,8 @@ class TestTwoMethods:
         assert torch.equal(logits(model), before)
 
     def test_the_way_round(self, tmp_path):
-        """Exported to LoRA they stand on the same layers of one model, and are chosen for each sample."""
+        """Exported to LoRA they stand on the same layers of one model, and are chosen for each
+        sample."""
         expected = []
         for name, config in (("first", sorsa()), ("second", SaraConfig(r=3, target_modules=["q_proj"]))):
             model = move(get_peft_model(base(), config)).eval()
@@ -178,7 +181,8 @@ def test_a_peft_that_transformers_refuses(monkeypatch):
 
 @pytest.mark.usefixtures("transformers_takes_peft")
 def test_transformers_saves_over_an_earlier_adapter(tmp_path):
-    """It writes the configuration before the weights, so what lies there then must not be taken for what is saved."""
+    """It writes the configuration before the weights, so what lies there then must not be taken for
+    what is saved."""
     model = base()
     model.add_adapter(sorsa(), "first")
     for _ in range(2):

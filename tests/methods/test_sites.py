@@ -1,4 +1,5 @@
-"""One answer everywhere: what is found, counted, planned, started from disk and put on the loaded model is the same."""
+"""One answer everywhere: what is found, counted, planned, started from disk and put on the loaded
+model is the same."""
 
 import dataclasses
 import typing
@@ -29,8 +30,9 @@ from svdtune.planning import plan
 
 METHODS = (SaraConfig, MoSaraConfig, SorsaConfig)
 QV = ["q_proj", "v_proj"]
-# For each setting that may change where an adapter goes or what it holds: values beside its default. A new setting of a method
-# must stand here or in WITHOUT_SHAPES, or `test_every_setting_is_looked_at` fails.
+# For each setting that may change where an adapter goes or what it holds: values beside its
+# default. A new setting of a method must stand here or in WITHOUT_SHAPES, or
+# `test_every_setting_is_looked_at` fails.
 VALUES = {
     "r": [3],
     "threshold": [0.3],

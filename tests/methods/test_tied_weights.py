@@ -1,4 +1,5 @@
-"""An output head that has the embeddings' weight: it can be adapted, and the embeddings stay as they are, merged too."""
+"""An output head that has the embeddings' weight: it can be adapted, and the embeddings stay as
+they are, merged too."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The training step under everything loops do to it: accumulation, checkpointing, autocast, compilation, several losses.
+"""The training step under everything loops do to it: accumulation, checkpointing, autocast,
+compilation, several losses.
 
 All of it must give the literal form's gradients.
 """
@@ -149,7 +150,8 @@ def test_layers_alone_work_too():
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
 def test_an_optimizers_step_is_seen_by_the_next_forward(name, fused):
-    """Fused optimizers write to parameters without moving their version counters: nothing here may rely on those."""
+    """Fused optimizers write to parameters without moving their version counters: nothing here may
+    rely on those."""
     model = adapted(name, moved=0.1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, fused=fused)
     for _ in range(3):

@@ -1,4 +1,5 @@
-"""Where ZeRO 3 keeps a process's part of a factor, without DeepSpeed: what `ZeroFactors` reads of it, stood in for."""
+"""Where ZeRO 3 keeps a process's part of a factor, without DeepSpeed: what `ZeroFactors` reads of
+it, stood in for."""
 
 from types import SimpleNamespace
 

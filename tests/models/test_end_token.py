@@ -48,7 +48,8 @@ def test_a_tokenizer_without_end_token_is_refused(loaded: LoadedModel) -> None:
 
 def test_a_chat_template_must_end_a_turn_with_it(loaded: LoadedModel) -> None:
     loaded.tokenizer.chat_template = TEMPLATE.replace("END", "!")
-    assert check_end_token(loaded.model, loaded.tokenizer) == 0  # plain text does not use the template
+    # plain text does not use the template
+    assert check_end_token(loaded.model, loaded.tokenizer) == 0
     with pytest.raises(SvdtuneError, match=r"end of an assistant's turn in the chat template = \d+ '!'"):
         check_end_token(loaded.model, loaded.tokenizer, chat=True)
     loaded.tokenizer.chat_template = TEMPLATE.replace("END", "<|end|>\n")

@@ -1,4 +1,5 @@
-"""The embedded default: a GGUF file becomes a plain model, once; without a network the error says what to do."""
+"""The embedded default: a GGUF file becomes a plain model, once; without a network the error says
+what to do."""
 
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ HIDDEN, INNER, HEADS, KV_HEADS = 32, 64, 4, 2
 
 @pytest.fixture
 def gguf_file(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Path:
-    """A one-layer Llama in GGUF, with a byte-level vocabulary, as llama.cpp's converter writes it."""
+    """A one-layer Llama in GGUF, with a byte-level vocabulary, as llama.cpp's converter writes
+    it."""
     path = tmp_path / smollm2.GGUF_NAME
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(1)
@@ -86,7 +88,8 @@ def test_the_default_is_converted_once_and_loaded_offline_afterwards(
     assert all(torch.equal(value, weights[name]) for name, value in first.model.state_dict().items())
     assert check_end_token(second.model, second.tokenizer, chat=True) == 0
     assert second.tokenizer.tokenize("12") == ["1", "2"]
-    assert [path.name for path in fetch_smollm2().parent.iterdir()] == [SMOLLM2]  # nothing left of the making
+    # nothing left of the making
+    assert [path.name for path in fetch_smollm2().parent.iterdir()] == [SMOLLM2]
 
 
 def test_without_package_and_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,5 @@
-"""Memory and time by setting: against measured steps, and by what must hold whatever the numbers."""
+"""Memory and time by setting: against measured steps, and by what must hold whatever the
+numbers."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The estimate of a step's own memory beside every tensor that is alive while a small model takes one."""
+"""The estimate of a step's own memory beside every tensor that is alive while a small model takes
+one."""
 
 import weakref
 
@@ -19,7 +20,8 @@ CONFIGS = {"sorsa": SorsaConfig, "lora": LoraConfig}
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of all storages made inside, and the most that were alive at once; those in `known` do not count."""
+    """Counts the bytes of all storages made inside, and the most that were alive at once; those in
+    `known` do not count."""
 
     def __init__(self, known):
         super().__init__()

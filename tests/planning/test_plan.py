@@ -403,7 +403,8 @@ def test_convolutions(tmp_path):
 
 
 def test_the_largest_threshold_is_not_a_step_early():
-    """Partial sums divided by their total and multiplied by it again may come out above themselves."""
+    """Partial sums divided by their total and multiplied by it again may come out above
+    themselves."""
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         weights = [torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(3)]

@@ -1,4 +1,5 @@
-"""Run folders with made-up numbers in every file, as large as asked for: training them would take hours."""
+"""Run folders with made-up numbers in every file, as large as asked for: training them would take
+hours."""
 
 import json
 import math

@@ -1,4 +1,5 @@
-"""The page in a real Chromium: every control, keyboard, both themes, phone and desktop, print, and axe's rules."""
+"""The page in a real Chromium: every control, keyboard, both themes, phone and desktop, print, and
+axe's rules."""
 
 import csv
 import io
@@ -239,7 +240,8 @@ def test_a_saved_figure_stands_alone(opened: Any, file: Path) -> None:
 def test_numbers_below_a_figure(opened: Any, file: Path) -> None:
     page = opened(file)
     page.locator("#loss summary").click()
-    playwright.expect(page.locator("#loss details tbody tr")).to_have_count(300)  # made once it is open
+    # made once it is open
+    playwright.expect(page.locator("#loss details tbody tr")).to_have_count(300)
     assert page.locator("#loss details th").all_inner_texts() == ["series", "step", "loss"]
 
 

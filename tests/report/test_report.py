@@ -1,4 +1,5 @@
-"""The report without a browser: the headline, the comparisons, the files of the figures, and the page's size."""
+"""The report without a browser: the headline, the comparisons, the files of the figures, and the
+page's size."""
 
 from pathlib import Path
 

@@ -36,7 +36,8 @@ def test_an_adapted_layer_gives_its_base_weight():
 
 
 def test_layers_quantized_by_bitsandbytes_are_dequantized(monkeypatch):
-    """With a stand-in of bitsandbytes' interface, which needs no GPU: PEFT recognises its classes by name."""
+    """With a stand-in of bitsandbytes' interface, which needs no GPU: PEFT recognises its classes
+    by name."""
     import sys
     from types import ModuleType, SimpleNamespace
 

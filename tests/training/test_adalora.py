@@ -1,4 +1,5 @@
-"""AdaLoRA in a run: its ranks are redistributed while it trains, which Trainer alone does not do."""
+"""AdaLoRA in a run: its ranks are redistributed while it trains, which Trainer alone does not
+do."""
 
 import json
 import shutil

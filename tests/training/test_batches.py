@@ -1,4 +1,5 @@
-"""Batches that are filled up with empty rows, and runs in which that would make a mean of nothing."""
+"""Batches that are filled up with empty rows, and runs in which that would make a mean of
+nothing."""
 
 from types import SimpleNamespace
 

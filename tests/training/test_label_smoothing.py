@@ -1,4 +1,5 @@
-"""Label smoothing in a run: the loss that Trainer logs for an adapted model is the smoothed one of the next token."""
+"""Label smoothing in a run: the loss that Trainer logs for an adapted model is the smoothed one of
+the next token."""
 
 import json
 from pathlib import Path

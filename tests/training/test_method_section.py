@@ -1,4 +1,5 @@
-"""The method on the model: what is adapted, and an error with near matches where a target is not what was meant."""
+"""The method on the model: what is adapted, and an error with near matches where a target is not
+what was meant."""
 
 import io
 from pathlib import Path

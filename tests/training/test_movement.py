@@ -1,4 +1,5 @@
-"""Samples of the weights' movement: what they say for each method, at which steps, and what is refused."""
+"""Samples of the weights' movement: what they say for each method, at which steps, and what is
+refused."""
 
 import json
 from pathlib import Path

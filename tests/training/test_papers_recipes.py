@@ -1,4 +1,5 @@
-"""The recipes that ship: each is valid, its method fits its model's architecture, and it has the paper's values."""
+"""The recipes that ship: each is valid, its method fits its model's architecture, and it has the
+paper's values."""
 
 from pathlib import Path
 

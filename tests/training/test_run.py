@@ -110,7 +110,8 @@ def test_resume_continues_to_the_same_losses(
     stopped = tmp_path / "stopped"
     assert len(log_of(stopped)) == 5
     assert not (stopped / "adapter").exists()
-    with (stopped / "train_log.jsonl").open("a") as file:  # as if steps after the checkpoint had been logged
+    # as if steps after the checkpoint had been logged
+    with (stopped / "train_log.jsonl").open("a") as file:
         file.write('{"step": 6, "loss": 0.0}\n{"step": 7, "lo')
     go(recipe, resume=True)
     assert timeless(log_of(stopped)) == timeless(log_of(whole))

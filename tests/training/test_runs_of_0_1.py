@@ -1,4 +1,5 @@
-"""Run folders of version 0.1 whose recipe says layout: residual: resumed, merged and analyzed as delta, the same function."""
+"""Run folders of version 0.1 whose recipe says layout: residual: resumed, merged and analyzed as
+delta, the same function."""
 
 import json
 import warnings

@@ -1,4 +1,5 @@
-"""A run that stops where it must not: what is kept is whole, what goes on ends the same, and the message says how."""
+"""A run that stops where it must not: what is kept is whole, what goes on ends the same, and the
+message says how."""
 
 import errno
 import json

@@ -1,6 +1,7 @@
 """Task families, one file each: how a completion is graded against its reference.
 
-To add a family, write a file that builds its `Task`s and list them in `TASKS` below; every command finds them by name.
+To add a family, write a file that builds its `Task`s and list them in `TASKS` below; every command
+finds them by name.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ from svdtune.registry import Registry
 
 TASKS: Registry[Task] = Registry("tasks", {task.name: task for task in (NUMBER, LETTER, CHOICE, EXACT)})
 
-# Collections of tasks that ask and grade by themselves, by the name in `--task NAME:TASK,...`: (model, names of tasks, folder,
-# batch_size=, limit=) → a table for the terminal.
+# Collections of tasks that ask and grade by themselves, by the name in `--task NAME:TASK,...`:
+# (model, names of tasks, folder, batch_size=, limit=) → a table for the terminal.
 HARNESSES: Registry[Callable[..., str]] = Registry("harness")
 
 

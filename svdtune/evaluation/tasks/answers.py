@@ -1,4 +1,5 @@
-"""Where a text states its final answer: in a box, after "####", or after "the answer is". Strict grading looks there first."""
+"""Where a text states its final answer: in a box, after "####", or after "the answer is". Strict
+grading looks there first."""
 
 import re
 
@@ -8,7 +9,8 @@ _SENTENCE_END = re.compile(r"\n|(?<!\\)[.!?](?=\s|$)")
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last \boxed{...} or \fbox{...} holds, or the token after a \boxed without braces; None without any."""
+    r"""What the last \boxed{...} or \fbox{...} holds, or the token after a \boxed without braces;
+    None without any."""
     found = list(_BOX.finditer(text))
     if not found:
         return None

@@ -1,7 +1,10 @@
-"""Multiple choice: a letter (AQuA), or a named choice such as answer3 or true (the commonsense sets).
+"""Multiple choice: a letter (AQuA), or a named choice such as answer3 or true (the commonsense
+sets).
 
-paper   the first capital A to E anywhere, so that "A train ..." answers A; the first choice named anywhere
-strict  the letter or choice that the text marks as its answer; without a mark, the only one it names
+paper   the first capital A to E anywhere, so that "A train ..." answers A; the first choice named
+        anywhere
+strict  the letter or choice that the text marks as its answer; without a mark, the only one it
+        names
 """
 
 import re
@@ -38,11 +41,13 @@ def letter_strict(completion: str, reference: Reference) -> Grade:
 
 
 def answer_letter(text: str) -> str | None:
-    """The letter A to E that a text gives as its answer, None where it gives none or more than one."""
+    """The letter A to E that a text gives as its answer, None where it gives none or more than
+    one."""
     for marked in (boxed(text), stated(text)):
         if marked is not None:
             opening = _OPENING.match(marked.lstrip("$*\\{ "))
-            # "The answer is a number": a small letter is meant as a choice only where nothing follows it.
+            # "The answer is a number": a small letter is meant as a choice only where nothing
+            # follows it.
             if opening and (opening[1].isupper() or opening.end() == len(marked)):
                 return None if _others(marked, opening[1].upper()) else opening[1].upper()
             letters = _standing(marked)

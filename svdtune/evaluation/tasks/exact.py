@@ -1,4 +1,5 @@
-"""Plain exact match: the whole completion must equal the whole reference, but for white space at its ends."""
+"""Plain exact match: the whole completion must equal the whole reference, but for white space at
+its ends."""
 
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
 

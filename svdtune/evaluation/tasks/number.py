@@ -1,8 +1,11 @@
-"""Numeric answers: worded arithmetic, graded exactly, and as the evaluation of the LLM-Adapters benchmark does.
+"""Numeric answers: worded arithmetic, graded exactly, and as the evaluation of the LLM-Adapters
+benchmark does.
 
-paper   the last number after deleting every comma, within 0.001 of the reference: "3,4" is 34, "9-4" is −4
-strict  the number that the text marks as its answer, else its last one, as an exact fraction. Thousands separators, currency
-        signs and units are read; two answers at once ("5 or 6") are none
+paper   the last number after deleting every comma, within 0.001 of the reference: "3,4" is 34,
+        "9-4" is −4
+strict  the number that the text marks as its answer, else its last one, as an exact fraction.
+        Thousands separators, currency signs and units are read; two answers at once ("5 or 6") are
+        none
 """
 
 import re
@@ -16,7 +19,8 @@ _PAPER_NUMBER = re.compile(r"-?\d+\.?\d*")
 _TOLERANCE = 0.001  # of the paper
 _CURRENCY = r"(?:\\?[$£€]\s?)?"
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d|,\d)|\d+)"
-# A minus sign right after a digit, a letter or a bracket subtracts: it does not belong to the number that follows.
+# A minus sign right after a digit, a letter or a bracket subtracts: it does not belong to the
+# number that follows.
 _NUMBER = re.compile(
     rf"(?P<sign>(?<![\w)\]])[-−+])?{_CURRENCY}(?P<sign2>(?<=[$£€])-)?"
     rf"(?:(?P<whole>{_DIGITS})\s+(?=\d+/\d))?"
@@ -32,7 +36,8 @@ def grade_paper(completion: str, reference: Reference) -> Grade:
     answer = _last_paper_number(completion)
     expected = _last_paper_number(str(reference))
     assert expected is not None
-    # A number too long for a float becomes inf, and inf - inf is no number: wrong, as in the original.
+    # A number too long for a float becomes inf, and inf - inf is no number: wrong, as in the
+    # original.
     correct = answer is not None and abs(float(expected) - float(answer)) <= _TOLERANCE
     return Grade(answer, correct)
 
@@ -51,10 +56,11 @@ def grade_strict(completion: str, reference: Reference) -> Grade:
 
 
 def answer_number(text: str) -> str | None:
-    """The number that a text gives as its answer, as written but for separators and units; None where it gives none.
+    """The number that a text gives as its answer, as written but for separators and units; None
+    where it gives none.
 
-    Where the text marks its answer, that is the first number after the mark (after the last "=" there), and none if another
-    number is joined to it. Where it does not, it is the last number.
+    Where the text marks its answer, that is the first number after the mark (after the last "="
+    there), and none if another number is joined to it. Where it does not, it is the last number.
     """
     marked = final_answer(text)
     if marked is None:

@@ -1,4 +1,5 @@
-"""What a task is: a name, how one completion is graded (strictly, and as the paper did), and metrics of the whole."""
+"""What a task is: a name, how one completion is graded (strictly, and as the paper did), and
+metrics of the whole."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,15 +46,17 @@ class Task:
     Attributes:
         name: What `--task` calls it.
         description: One line for help texts.
-        strict: Grades a completion against its reference as is right. None where single completions are neither right nor
-            wrong, and only `metrics` counts.
-        paper: Grades as the paper's published code does, its faults included, so that scores can be compared with the
-            paper's. None where no paper graded such items.
-        metrics: Scores all completions against all references, both in the order of the items: BLEU and its like.
-        check: Raises SvdtuneError where a *reference* holds no answer: that is a fault of the data, not of the model. It
-            is asked about every reference before anything is generated.
+        strict: Grades a completion against its reference as is right. None where single completions
+            are neither right nor wrong, and only `metrics` counts.
+        paper: Grades as the paper's published code does, its faults included, so that scores can be
+            compared with the paper's. None where no paper graded such items.
+        metrics: Scores all completions against all references, both in the order of the items: BLEU
+            and its like.
+        check: Raises SvdtuneError where a *reference* holds no answer: that is a fault of the data,
+            not of the model. It is asked about every reference before anything is generated.
         programs: Completions are programs, and the share of right ones is reported as pass@1.
-        in_processes: Grading starts processes and waits for them, so that completions are graded side by side in threads.
+        in_processes: Grading starts processes and waits for them, so that completions are graded
+            side by side in threads.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Methods that the papers compare with and PEFT lacks, as PEFT methods; importing this package registers them with PEFT."""
+"""Methods that the papers compare with and PEFT lacks, as PEFT methods; importing this package
+registers them with PEFT."""
 
 from svdtune.lab.baselines.bottleneck import BottleneckConfig, BottleneckModel
 from svdtune.lab.baselines.dylora import DyLoraConfig, DyLoraModel

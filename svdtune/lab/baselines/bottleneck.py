@@ -1,14 +1,15 @@
 """Bottleneck adapters, in series with a module and parallel to it, as a PEFT method.
 
-    A(h) = s · f(h Dᵀ) Uᵀ      h [..., d_in], D [b, d_in], U [d_out, b], f a nonlinearity, s a constant
+    A(h) = s · f(h Dᵀ) Uᵀ   h [..., d_in], D [b, d_in], U [d_out, b], f a nonlinearity, s a constant
 
-    parallel   y = g(x) + A(x)                      He et al., Towards a Unified View of PETL, Table 1
-    series     y = g(x) + A(g(x))                   Houlsby et al., Parameter-Efficient Transfer Learning for NLP, §2.1
-               y = g(x + A(x)) where g widens       as LLM-Adapters (Hu et al.), whose code SARA's tables follow
+    parallel   y = g(x) + A(x)               He et al., Towards a Unified View of PETL, Table 1
+    series     y = g(x) + A(g(x))            Houlsby et al., PETL for NLP, §2.1
+               y = g(x + A(x))               where g widens: LLM-Adapters (Hu et al.)
 
-g is the adapted module. In series the adapter sits on its narrower side, so that it is as wide as the model's hidden states:
-LLM-Adapters puts it before gate_proj, up_proj, fc_in and fc1, and behind down_proj, fc_out and fc2. It has no biases either.
-U = 0 at the start, so nothing changes until the first step.
+g is the adapted module. In series the adapter sits on its narrower side, so that it is as wide as
+the model's hidden states: LLM-Adapters puts it before gate_proj, up_proj, fc_in and fc1, and behind
+down_proj, fc_out and fc2. It has no biases either. U = 0 at the start, so nothing changes until the
+first step.
 """
 
 import math
@@ -26,8 +27,9 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import is_number_in, one_of
 
-# LLM-Adapters' defaults (peft/src/peft/mapping.py). With bottlenecks of 256 they train what SARA's Table 1 says: of LLaMA-7B,
-# LLaMA-13B and GPT-J 2.9, 2.4 and 1.9 % in series, 2.9, 2.4 and 2.8 % parallel.
+# LLM-Adapters' defaults (peft/src/peft/mapping.py). With bottlenecks of 256 they train what SARA's
+# Table 1 says: of LLaMA-7B, LLaMA-13B and GPT-J 2.9, 2.4 and 1.9 % in series, 2.9, 2.4 and 2.8 %
+# parallel.
 _LLAMA = {"series": ["gate_proj", "up_proj", "down_proj"], "parallel": ["q_proj", "k_proj", "v_proj"]}
 _GPTJ = {"series": ["fc_in", "fc_out"], "parallel": ["q_proj", "k_proj", "v_proj"]}
 _OPT = {"series": ["fc1", "fc2"], "parallel": ["q_proj", "k_proj", "v_proj"]}
@@ -53,10 +55,11 @@ class BottleneckConfig(PeftConfig):
         non_linearity: f, by its name in Transformers: tanh, relu, gelu, silu...
         scaling: s, a constant; He et al. take 4 for their scaled parallel adapter.
         dropout: probability with which entries of the adapter's input are zeroed during training.
-        init_weights: True: D Kaiming uniform, U = 0, so that nothing changes at the start. False: both normal with a standard
-            deviation of 0.02, as LLM-Adapters' code starts.
-        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in LoRA. Without
-            target_modules, those that LLM-Adapters adapts, where it knows the architecture.
+        init_weights: True: D Kaiming uniform, U = 0, so that nothing changes at the start. False:
+            both normal with a standard deviation of 0.02, as LLM-Adapters' code starts.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save: as in
+            LoRA. Without target_modules, those that LLM-Adapters adapts, where it knows the
+            architecture.
 
     Raises:
         SvdtuneError: a value outside its range; all of them in one message.
@@ -104,7 +107,8 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A linear layer with bottleneck adapters; D and U of each are `bottleneck_down` and `bottleneck_up`."""
+    """A linear layer with bottleneck adapters; D and U of each are `bottleneck_down` and
+    `bottleneck_up`."""
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_dropout", "bottleneck_activation", "configs")
@@ -180,7 +184,8 @@ def _plus(h: Tensor, change: Tensor) -> Tensor:
 
 
 class BottleneckModel(BaseTuner):
-    """A model with bottleneck adapters; PEFT makes it inside `get_peft_model` and `PeftModel.from_pretrained`."""
+    """A model with bottleneck adapters; PEFT makes it inside `get_peft_model` and
+    `PeftModel.from_pretrained`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer

@@ -1,11 +1,13 @@
 """DyLoRA: a LoRA whose leading ranks are each trained to do alone, as a PEFT method.
 
-Every training step draws a rank b uniformly from r_min..r and trains with the first b rows of A and columns of B alone:
+Every training step draws a rank b uniformly from r_min..r and trains with the first b rows of A and
+columns of B alone:
 
     y = x Wᵀ + (α / b) x A[:b]ᵀ B[:, :b]ᵀ      A [r, in], B [out, r]
 
-(Valipour et al., DyLoRA, Algorithm 1, without "frozen"). Outside of training it is the LoRA of the whole rank r, α / r and all,
-and merges as any other. One draw holds for all layers; one of another rank is cut at the same share of its own.
+(Valipour et al., DyLoRA, Algorithm 1, without "frozen"). Outside of training it is the LoRA of the
+whole rank r, α / r and all, and merges as any other. One draw holds for all layers; one of another
+rank is cut at the same share of its own.
 """
 
 import dataclasses
@@ -88,7 +90,8 @@ class NestedRank:
             self.share = torch.rand(()).to(next(model.parameters()).device)
 
     def of(self, r: int, r_min: int, device: torch.device) -> Tensor:
-        """The rank b from r_min to r that a layer of rank r keeps, as a tensor []; shapes never depend on it."""
+        """The rank b from r_min to r that a layer of rank r keeps, as a tensor []; shapes never
+        depend on it."""
         r_min = min(r_min, r)
         return r_min + (self.share.to(device) * (r - r_min + 1)).floor()
 
@@ -124,7 +127,8 @@ class DyLoraLinear(lora.Linear):
 
 
 class DyLoraModel(LoraModel):
-    """A model with DyLoRA adapters; PEFT makes it inside `get_peft_model` and `PeftModel.from_pretrained`."""
+    """A model with DyLoRA adapters; PEFT makes it inside `get_peft_model` and
+    `PeftModel.from_pretrained`."""
 
     def _pre_injection_hook(self, model: nn.Module, config: DyLoraConfig, adapter_name: str) -> None:
         self.nested = NestedRank()

@@ -1,4 +1,5 @@
-"""The baselines' equations written out literally, for tests: nothing here is fast, and nothing else imports it."""
+"""The baselines' equations written out literally, for tests: nothing here is fast, and nothing else
+imports it."""
 
 from collections.abc import Callable
 

@@ -36,8 +36,9 @@ def study(
 ) -> None:
     """Compare methods: matched in trained parameters, tuned alike, repeated over seeds.
 
-    Every run is a run folder like any other. After an interruption, a full disk or a kill the same command goes on:
-    finished runs are never made again. Studies that share an output folder share the runs that they have in common.
+    Every run is a run folder like any other. After an interruption, a full disk or a kill the same
+    command goes on: finished runs are never made again. Studies that share an output folder share
+    the runs that they have in common.
 
     \b
     svdtune study studies/small/math.yaml --dry-run
@@ -71,7 +72,8 @@ def study(
 
 
 def _check_names(files: list[Path]) -> None:
-    """Refuse two studies of one name, and one named as a folder of runs: results lie in a folder of the study's name."""
+    """Refuse two studies of one name, and one named as a folder of runs: results lie in a folder of
+    the study's name."""
     names = [path.stem for path in files]
     for path, name in zip(files, names, strict=True):
         if names.count(name) > 1:
@@ -83,7 +85,8 @@ def _check_names(files: list[Path]) -> None:
 
 
 def _describe(studies: "dict[str, tuple[Study, dict[str, Settings]]]", output: Path, known: "KnownRuns") -> None:
-    """Print every arm with its method, how many runs it takes, and what became of those that were made."""
+    """Print every arm with its method, how many runs it takes, and what became of those that were
+    made."""
     from svdtune.lab.study.making import take_up
     from svdtune.lab.study.runner import planned
 

@@ -1,4 +1,5 @@
-"""The papers' data sets, groups of them, prompts, row formats and a generator; importing it makes them known by name."""
+"""The papers' data sets, groups of them, prompts, row formats and a generator; importing it makes
+them known by name."""
 
 from svdtune.data.catalogue import CATALOGUE, GROUPS
 from svdtune.data.formats import FORMATS

@@ -1,7 +1,8 @@
 """The papers' data sets: the files they come in, their splits, and how a row is asked and answered.
 
-A name such as `svamp` or `gsm8k` stands for its files in the data folder. They lie there as their publishers have them
-(`LLM-Adapters/dataset/SVAMP/test.json`) or under a short name (`sara_math/SVAMP_test.json`).
+A name such as `svamp` or `gsm8k` stands for its files in the data folder. They lie there as their
+publishers have them (`LLM-Adapters/dataset/SVAMP/test.json`) or under a short name
+(`sara_math/SVAMP_test.json`).
 """
 
 import random
@@ -17,7 +18,8 @@ _LLM_ADAPTERS = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters (math
 
 
 def _heldout(dataset: DataSet) -> Rows:
-    """SARA's held-out rows: those of the test file that its training file, drawn from the same rows, does not have."""
+    """SARA's held-out rows: those of the test file that its training file, drawn from the same
+    rows, does not have."""
     fields = ("instruction", "output", "answer")
     trained = {tuple(row[name] for name in fields) for row in CATALOGUE["sara_math"].read("train") or []}
     return [row for row in dataset.read("all") or [] if tuple(row[name] for name in fields) not in trained]
@@ -57,7 +59,8 @@ def _commonsense(name: str, folder: str) -> DataSet:
 
 
 def _mixed(names: Sequence[str]) -> Rows:
-    """The training rows of several sets that none of their test sets asks, shuffled the same way every time."""
+    """The training rows of several sets that none of their test sets asks, shuffled the same way
+    every time."""
     rows = [row for name in names for row in CATALOGUE[name].read("train") or []]
     tested = [row["instruction"] for name in names for row in CATALOGUE[name].read("test") or []]
     leaked = {at for at, _ in leaks([row["instruction"] for row in rows], tested)}

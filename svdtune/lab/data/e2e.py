@@ -1,11 +1,14 @@
-"""E2E: meanings and sentences in the form that LoRA's GPT-2 experiments train on, and several references a meaning.
+"""E2E: meanings and sentences in the form that LoRA's GPT-2 experiments train on, and several
+references a meaning.
 
-    name[Blue Spice], eatType[coffee shop], area[city centre]  →  name : Blue Spice | Type : coffee shop | area : city centre
+    name[Blue Spice], eatType[coffee shop], area[city centre]
+    →  name : Blue Spice | Type : coffee shop | area : city centre
     Blue Spice isn't in the city.                              →  Blue Spice is n't in the city .
 
-The published text files (`context||completion`) are taken as they are; the original CSV files (`mr`, `ref`) are converted.
-Of the 9,365 rows of the published test and validation files, the conversion gives every context and over 99 % of the
-completions exactly; the rest differ in how a hyphen or an odd contraction is split.
+The published text files (`context||completion`) are taken as they are; the original CSV files
+(`mr`, `ref`) are converted. Of the 9,365 rows of the published test and validation files, the
+conversion gives every context and over 99 % of the completions exactly; the rest differ in how a
+hyphen or an odd contraction is split.
 """
 
 import re
@@ -47,7 +50,8 @@ def to_pairs(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def group(pairs: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
-    """One row a meaning, in the order of first occurrence: context, completion (the first reference), references (all)."""
+    """One row a meaning, in the order of first occurrence: context, completion (the first
+    reference), references (all)."""
     grouped: dict[str, list[str]] = {}
     for pair in pairs:
         grouped.setdefault(pair["context"], []).append(pair["completion"])

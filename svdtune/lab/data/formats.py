@@ -9,7 +9,8 @@ _OPTIONS = re.compile(r"Answer format: ([\w/]+)\s*$")
 
 
 def _adapters(row: Row) -> str | None:
-    """LLM-Adapters: the answer is one of the options named, a letter for multiple choice, or a number."""
+    """LLM-Adapters: the answer is one of the options named, a letter for multiple choice, or a
+    number."""
     asked, answer = str(row["instruction"]), str(row["answer"]).strip()
     if options := _OPTIONS.search(asked):
         expected = options[1].split("/")

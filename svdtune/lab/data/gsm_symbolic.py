@@ -1,17 +1,20 @@
-"""GSM-Symbolic problems made offline by `reasoning-gym`: grade-school word problems with a worked answer.
+"""GSM-Symbolic problems made offline by `reasoning-gym`: grade-school word problems with a worked
+answer.
 
-The splits hold disjoint templates: of the 85 that the package calls sound, every fifth is held out. Drawing both splits
-from all templates would let a model learn the wording of the test in training.
+The splits hold disjoint templates: of the 85 that the package calls sound, every fifth is held out.
+Drawing both splits from all templates would let a model learn the wording of the test in training.
 """
 
 from svdtune.errors import SvdtuneError
 
 
 def rows(split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
-    """Make `size` different problems of one split: dicts of question, solution (worked, ending "#### N") and answer.
+    """Make `size` different problems of one split: dicts of question, solution (worked, ending
+    "#### N") and answer.
 
     Raises:
-        SvdtuneError: if the split is unknown, the package is missing, or there are not that many different problems.
+        SvdtuneError: if the split is unknown, the package is missing, or there are not that many
+            different problems.
     """
     if split not in ("train", "test"):
         raise SvdtuneError(f"the task 'gsm_symbolic' has no split {split!r}: expected train or test")

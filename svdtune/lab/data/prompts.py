@@ -1,7 +1,8 @@
 """The prompts of both papers, by name.
 
-LLM-Adapters indents its prompts by 16 spaces, and trains with other white space than it tests with: both are kept, for a model
-trained on the one is scored with the other. `{prompt}` is where the question goes, `{eos}` the tokenizer's end token.
+LLM-Adapters indents its prompts by 16 spaces, and trains with other white space than it tests with:
+both are kept, for a model trained on the one is scored with the other. `{prompt}` is where the
+question goes, `{eos}` the tokenizer's end token.
 """
 
 _TASK = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -18,7 +19,8 @@ PROMPTS = {
     ),
     # LLM-Adapters, evaluate.py and commonsense_evaluate.py, likewise.
     "llm_adapters_test": f"{_TASK} \n\n{_INDENT}### Instruction:\n{_INDENT}{{prompt}}\n\n{_INDENT}### Response:\n{_INDENT}",
-    # The sentence that SARA's appendix A quotes, which LLM-Adapters' code uses only for rows with an input.
+    # The sentence that SARA's appendix A quotes, which LLM-Adapters' code uses only for rows with
+    # an input.
     "sara": (
         f"{_TASK_WITH_INPUT}  \n\n{_INDENT}### Instruction:\n{_INDENT}{{prompt}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
     ),

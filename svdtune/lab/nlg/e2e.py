@@ -1,6 +1,8 @@
-"""The five metrics of the E2E challenge, as its official scripts compute them, each with a bootstrap interval.
+"""The five metrics of the E2E challenge, as its official scripts compute them, each with a
+bootstrap interval.
 
-BLEU and NIST count the texts as they are; METEOR, ROUGE-L and CIDEr those that Stanford's tokenizer makes of them.
+BLEU and NIST count the texts as they are; METEOR, ROUGE-L and CIDEr those that Stanford's tokenizer
+makes of them.
 """
 
 from collections.abc import Sequence
@@ -19,11 +21,13 @@ def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
         references: One or more texts for each of them.
 
     Returns:
-        BLEU, NIST, METEOR, ROUGE-L and CIDEr. The intervals are bootstrap intervals: they say how much the draw of the
-        meanings matters. NIST's and CIDEr's word statistics stay those of all references given.
+        BLEU, NIST, METEOR, ROUGE-L and CIDEr. The intervals are bootstrap intervals: they say how
+        much the draw of the meanings matters. NIST's and CIDEr's word statistics stay those of all
+        references given.
 
     Raises:
-        SvdtuneError: If the lists do not match, a meaning has no reference, or Java or pycocoevalcap is missing.
+        SvdtuneError: If the lists do not match, a meaning has no reference, or Java or
+            pycocoevalcap is missing.
     """
     found = bleu_and_nist(outputs, references)
     plain = tokenize_ptb([*outputs, *(reference for refs in references for reference in refs)])
@@ -39,7 +43,8 @@ def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
 
 
 def bleu_and_nist(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
-    """The two of the five metrics that need no Java; arguments, intervals and errors as of `e2e_metrics`."""
+    """The two of the five metrics that need no Java; arguments, intervals and errors as of
+    `e2e_metrics`."""
     if not outputs or len(outputs) != len(references) or not all(references):
         raise SvdtuneError(
             f"got {len(outputs)} outputs and {len(references)} lists of references; expected as many of the one as of "

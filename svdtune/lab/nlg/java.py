@@ -1,4 +1,5 @@
-"""The two Java programs of the COCO caption evaluation: Stanford's tokenizer and METEOR 1.5, from pycocoevalcap's files."""
+"""The two Java programs of the COCO caption evaluation: Stanford's tokenizer and METEOR 1.5, from
+pycocoevalcap's files."""
 
 import os
 import shutil
@@ -72,7 +73,8 @@ def require_java() -> None:
 
 
 def tokenize_ptb(texts: Sequence[str]) -> list[str]:
-    """Lower-case and split texts as the Penn Treebank does, without punctuation; tokens are joined by single spaces.
+    """Lower-case and split texts as the Penn Treebank does, without punctuation; tokens are joined
+    by single spaces.
 
     Raises:
         SvdtuneError: If Java or the tokenizer is missing or fails.
@@ -93,9 +95,10 @@ def meteor_counts(outputs: Sequence[str], references: Sequence[Sequence[str]]) -
     """What METEOR adds up of tokenized texts, one row a segment.
 
     Returns:
-        Shape (segments, 23): lengths of output and reference; function words of both; for each kind of match, content words
-        of both and function words of both; chunks, 0 for a perfect match; matched words of both. Of several references,
-        the one that gives the best score counts.
+        Shape (segments, 23): lengths of output and reference; function words of both; for each kind
+            of match, content words
+        of both and function words of both; chunks, 0 for a perfect match; matched words of both. Of
+        several references, the one that gives the best score counts.
 
     Raises:
         SvdtuneError: If Java or METEOR is missing or fails.
@@ -132,10 +135,12 @@ def meteor(counts: np.ndarray) -> np.ndarray:
     Returns:
         Shape (...), in [0, 1].
 
-    Source: Denkowski and Lavie, "Meteor Universal: language specific translation evaluation for any target language" (2014).
+    Source: Denkowski and Lavie, "Meteor Universal: language specific translation evaluation for any
+    target language" (2014).
     """
     lengths, functions = counts[..., :2], counts[..., 2:4]
-    matches = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)  # kind of match, content or function, side
+    # kind of match, content or function, side
+    matches = counts[..., 4:20].reshape(*counts.shape[:-1], 4, 2, 2)
     weighed = _WEIGHTS @ (_DELTA * matches[..., 0, :] + (1 - _DELTA) * matches[..., 1, :])
     whole = _DELTA * (lengths - functions) + (1 - _DELTA) * functions
     precision, recall = np.moveaxis(weighed / np.maximum(whole, _TINY), -1, 0)

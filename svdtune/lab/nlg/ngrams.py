@@ -1,7 +1,9 @@
-"""BLEU and NIST as mteval-13a computes them, from counts of each segment that add up to those of any sample of segments.
+"""BLEU and NIST as mteval-13a computes them, from counts of each segment that add up to those of
+any sample of segments.
 
-Lower-cased, n-gram counts clipped by the reference that has the most of each, any number of references a segment: what
-e2e-metrics reports with `-p`, the option that the GPT-2 experiments of LoRA and SARA use.
+Lower-cased, n-gram counts clipped by the reference that has the most of each, any number of
+references a segment: what e2e-metrics reports with `-p`, the option that the GPT-2 experiments of
+LoRA and SARA use.
 """
 
 import math
@@ -48,7 +50,8 @@ def _ngrams(tokens: Tokens, n: int) -> list[Tokens]:
 
 
 def _matches(output: Tokens, references: Sequence[Tokens], n: int) -> Counter[Tokens]:
-    """The n-grams of `output`, each counted as often as the reference that has it most often allows."""
+    """The n-grams of `output`, each counted as often as the reference that has it most often
+    allows."""
     allowed: Counter[Tokens] = Counter()
     for reference in references:
         allowed |= Counter(_ngrams(reference, n))
@@ -59,7 +62,8 @@ def bleu_counts(outputs: Sequence[Tokens], references: Sequence[Sequence[Tokens]
     """What BLEU adds up, one row a segment.
 
     Returns:
-        Shape (segments, 9): matches of orders 1 to 4, n-grams of orders 1 to 4, length of the reference that is closest
+        Shape (segments, 9): matches of orders 1 to 4, n-grams of orders 1 to 4, length of the
+            reference that is closest
         in length, the shorter of two.
     """
     rows = []
@@ -79,7 +83,8 @@ def bleu(counts: np.ndarray) -> np.ndarray:
     Returns:
         Shape (...), in [0, 1].
 
-    Source: Papineni et al., "BLEU: a method for automatic evaluation of machine translation" (2002).
+    Source: Papineni et al., "BLEU: a method for automatic evaluation of machine translation"
+    (2002).
     """
     matches, lengths, reference = counts[..., :4], counts[..., 4:8], counts[..., 8]
     precision = np.maximum(matches, _NO_MATCH) / np.maximum(lengths, _NO_LENGTH)
@@ -88,10 +93,12 @@ def bleu(counts: np.ndarray) -> np.ndarray:
 
 
 def nist_counts(outputs: Sequence[Tokens], references: Sequence[Sequence[Tokens]]) -> np.ndarray:
-    """What NIST adds up, one row a segment; an n-gram's information is taken from all references given.
+    """What NIST adds up, one row a segment; an n-gram's information is taken from all references
+    given.
 
     Returns:
-        Shape (segments, 11): information of the matches of orders 1 to 5, n-grams of orders 1 to 5, mean length of the
+        Shape (segments, 11): information of the matches of orders 1 to 5, n-grams of orders 1 to 5,
+            mean length of the
         references.
     """
     information = _information(reference for refs in references for reference in refs)
@@ -107,7 +114,8 @@ def nist_counts(outputs: Sequence[Tokens], references: Sequence[Sequence[Tokens]
 
 
 def _information(references: Iterable[Tokens]) -> dict[Tokens, float]:
-    """log₂(how often the first n−1 words occur / how often all n do), for each n-gram of the references."""
+    """log₂(how often the first n−1 words occur / how often all n do), for each n-gram of the
+    references."""
     counts: Counter[Tokens] = Counter()
     for reference in references:
         counts[()] += len(reference)
@@ -125,8 +133,8 @@ def nist(counts: np.ndarray) -> np.ndarray:
     Returns:
         Shape (...), at least 0.
 
-    Source: Doddington, "Automatic evaluation of machine translation quality using n-gram co-occurrence statistics"
-    (2002), with the length penalty of mteval-13a.
+    Source: Doddington, "Automatic evaluation of machine translation quality using n-gram
+    co-occurrence statistics" (2002), with the length penalty of mteval-13a.
     """
     gained, lengths, reference = counts[..., :5], counts[..., 5:10], counts[..., 10]
     ratio = np.clip(lengths[..., 0] / reference, 1e-300, 1.0)

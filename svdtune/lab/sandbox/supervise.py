@@ -1,4 +1,5 @@
-"""Run foreign code and its tests in two confined processes, watch over both, and say whether the tests passed."""
+"""Run foreign code and its tests in two confined processes, watch over both, and say whether the
+tests passed."""
 
 import contextlib
 import functools
@@ -63,7 +64,8 @@ def missing_protections() -> tuple[str, ...]:
 
 
 def require_protections() -> None:
-    """Refuse to run foreign code in less than a whole sandbox, unless SVDTUNE_SANDBOX says `weaker`.
+    """Refuse to run foreign code in less than a whole sandbox, unless SVDTUNE_SANDBOX says
+    `weaker`.
 
     Raises:
         SvdtuneError: If a protection is missing.
@@ -88,8 +90,9 @@ def check_function(
 ) -> Verdict:
     """Execute a program and say whether a function of it passes the tests.
 
-    The program and the tests run in two processes that exchange plain data alone, each confined: no network, no new
-    process or thread, no file outside its scratch folder but the interpreter's and the system's libraries, and `limits`.
+    The program and the tests run in two processes that exchange plain data alone, each confined: no
+    network, no new process or thread, no file outside its scratch folder but the interpreter's and
+    the system's libraries, and `limits`.
 
     Args:
         program: Source of the foreign code.
@@ -121,7 +124,8 @@ def _write(path: Path, text: str) -> None:
 def _start(
     function: str, scratches: tuple[Path, Path], limits: Limits, stack: contextlib.ExitStack
 ) -> tuple[list[subprocess.Popen[bytes]], IO[bytes]]:
-    """Start the program and its tests, each reading what the other writes; both are ended when `stack` closes."""
+    """Start the program and its tests, each reading what the other writes; both are ended when
+    `stack` closes."""
     calls_out, calls_in = os.pipe()
     answers_out, answers_in = os.pipe()
     verdict_out, verdict_in = os.pipe()
@@ -219,7 +223,8 @@ def _reason(program: subprocess.Popen[bytes], said: bytes) -> str:
 
 
 def _settle(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a process that has closed its pipes is over; one that lives on behind them is stopped."""
+    """Wait until a process that has closed its pipes is over; one that lives on behind them is
+    stopped."""
     process.send_signal(signal.SIGSTOP)  # which a process that is ending no longer takes
     if process.returncode is None:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
@@ -240,7 +245,8 @@ def _command(role: str, settings: dict[str, Any]) -> list[str]:
 
 
 def _environment(scratch: str) -> dict[str, str]:
-    """Nothing of the user's, so no token or key; sets are ordered the same in every run; one thread for every BLAS."""
+    """Nothing of the user's, so no token or key; sets are ordered the same in every run; one thread
+    for every BLAS."""
     environment = {
         "HOME": scratch,
         "TMPDIR": scratch,

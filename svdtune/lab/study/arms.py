@@ -1,4 +1,5 @@
-"""What every arm of a study came to, for each task and budget: the numbers of the tables and figures."""
+"""What every arm of a study came to, for each task and budget: the numbers of the tables and
+figures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -108,7 +109,8 @@ class Table:
 
 
 def tables(results: Results) -> list[Table]:
-    """A table for each task and budget; arms that were not fitted to a budget are in all of their task's."""
+    """A table for each task and budget; arms that were not fitted to a budget are in all of their
+    task's."""
     found = []
     for task in _in_order((run.task for run in results.runs), results.spec.get("tasks")):
         runs = [run for run in results.runs if run.task == task]
@@ -180,7 +182,8 @@ def _has_all(run: Run, sets: Sequence[str]) -> bool:
 
 
 def _levels(arm: Arm, arms: Sequence[Arm], columns: Sequence[Column]) -> dict[str, str]:
-    """What is to be said of the arm's scores on single sets: at chance, below it, or no better than the untrained base."""
+    """What is to be said of the arm's scores on single sets: at chance, below it, or no better than
+    the untrained base."""
     found = {}
     base = next((other for other in arms if other.untrained), None)
     for column in columns:
@@ -212,7 +215,8 @@ def _corrected(differences: Sequence[Difference | None]) -> list[Difference | No
 
 
 def _over_items(arm: Arm, baseline: Arm) -> Difference | None:
-    """Over items, with the seeds that both have; None where there is none, or items are not right or wrong."""
+    """Over items, with the seeds that both have; None where there is none, or items are not right
+    or wrong."""
     seeds = arm.scores.keys() & baseline.scores.keys()
     rights: list[dict[str, np.ndarray]] = []
     for one in (arm, baseline):
@@ -225,5 +229,6 @@ def _over_items(arm: Arm, baseline: Arm) -> Difference | None:
 
 
 def _in_order(names: Any, planned: Any) -> list[str]:
-    """The names in the order of the study file, those without any run among them, then the others."""
+    """The names in the order of the study file, those without any run among them, then the
+    others."""
     return list(dict.fromkeys([*(planned or ()), *names]))

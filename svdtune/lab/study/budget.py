@@ -1,4 +1,5 @@
-"""Match methods by what they train: set the one setting that sizes a method so that its parameters come nearest to a budget."""
+"""Match methods by what they train: set the one setting that sizes a method so that its parameters
+come nearest to a budget."""
 
 import math
 from bisect import bisect_right
@@ -31,7 +32,7 @@ _RATIO = 2
 _ADALORA_KEEPS = 1 / 1.5
 """target_r / init_r where a section does not say."""
 RULES = 2
-"""Raised when `fit` sizes a method differently than before: fits that were kept are then made again."""
+"""Raised when `fit` sizes a method differently than before: kept fits are then made again."""
 
 
 @dataclass(frozen=True)
@@ -54,30 +55,35 @@ class Fitted:
 def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = "uniform", seed: int = 0) -> Fitted:
     """Set a method's size so that what it trains comes nearest to a budget without going over it.
 
-    The setting is `r` for most methods, `threshold` for SARA and Mo-SARA (each method by the other of the two where its section
-    gives that), `init_r` for AdaLoRA, the rank with which it starts, `num_virtual_tokens` for prefix tuning and its like, the
-    bottleneck's size for adapters. AdaLoRA's `target_r` keeps its ratio to `init_r` where the section gives both, and is two
-    thirds of it otherwise, rounded (its paper starts with 1.5 times the rank it ends with); so at rank 1 it gives up none.
-    A method that cannot come near the budget gets the value that comes nearest, and `trained` says so: VeRA, Mo-SARA and their
-    like end at the largest rank that a layer allows, and one whose least exceeds the budget gets its least.
+    The setting is `r` for most methods, `threshold` for SARA and Mo-SARA (each method by the other
+    of the two where its section gives that), `init_r` for AdaLoRA, the rank with which it starts,
+    `num_virtual_tokens` for prefix tuning and its like, the bottleneck's size for adapters.
+    AdaLoRA's `target_r` keeps its ratio to `init_r` where the section gives both, and is two thirds
+    of it otherwise, rounded (its paper starts with 1.5 times the rank it ends with); so at rank 1
+    it gives up none. A method that cannot come near the budget gets the value that comes nearest,
+    and `trained` says so: VeRA, Mo-SARA and their like end at the largest rank that a layer allows,
+    and one whose least exceeds the budget gets its least.
 
-    lora_alpha, a whole number, follows the rank (AdaLoRA's `init_r`): a section that gives `r` and `lora_alpha` keeps their
-    ratio, one that gives `lora_alpha` alone keeps that number, and one that gives none gets 2r. With rslora, whose scale is
-    lora_alpha / √r so that lora_alpha need not follow the rank, it stays as it is.
+    lora_alpha, a whole number, follows the rank (AdaLoRA's `init_r`): a section that gives `r` and
+    `lora_alpha` keeps their ratio, one that gives `lora_alpha` alone keeps that number, and one
+    that gives none gets 2r. With rslora, whose scale is lora_alpha / √r so that lora_alpha need not
+    follow the rank, it stays as it is.
 
-    Ranks by layer are for LoRA (with DoRA, PiSSA and the rest of its class), DyLoRA, SARA, Mo-SARA and SORSA: see
-    `svdtune.lab.study.ranks.solve_ranks`. lora_alpha / r is then the same in every layer.
+    Ranks by layer are for LoRA (with DoRA, PiSSA and the rest of its class), DyLoRA, SARA, Mo-SARA
+    and SORSA: see `svdtune.lab.study.ranks.solve_ranks`. lora_alpha / r is then the same in every
+    layer.
 
     Args:
         method: a recipe's method section: `name` and settings.
         model: as a recipe names it.
-        budget: trained parameters. None takes the method as it stands; with ranks by layer, what it trains as it stands is
-            the budget.
+        budget: trained parameters. None takes the method as it stands; with ranks by layer, what it
+            trains as it stands is the budget.
         ranks: "uniform": as the method sets them; "sara": SARA's; "random": SARA's, shuffled.
         seed: of the shuffling.
 
     Raises:
-        SvdtuneError: unknown settings; a budget for a method that no setting sizes; ranks by layer for one that has none.
+        SvdtuneError: unknown settings; a budget for a method that no setting sizes; ranks by layer
+            for one that has none.
     """
     _check(method, budget, ranks)
     checkpoint = opened(str(model))
@@ -129,7 +135,8 @@ def _by_layer(checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, so
 
 
 def _ratio(method: Mapping[str, Any], r: float) -> float | None:
-    """lora_alpha / r for a method that has it and shall follow the rank; `r` where the section gives lora_alpha alone."""
+    """lora_alpha / r for a method that has it and shall follow the rank; `r` where the section
+    gives lora_alpha alone."""
     known = {field.name for field in fields(config_class(method["name"]))}
     if "lora_alpha" not in known or method.get("use_rslora"):
         return None
@@ -151,10 +158,12 @@ def _sized(method: Mapping[str, Any], knob: str, value: int) -> dict[str, Any]:
 
 
 def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget: int) -> tuple[int, int]:
-    """The knob's value whose count is the largest that the budget allows, or else the least there is; and that count.
+    """The knob's value whose count is the largest that the budget allows, or else the least there
+    is; and that count.
 
-    By bisection: counts rise with the knob, or fall (RandLoRA, whose `r` is the rank of each of its bases). Where they do so
-    with small exceptions (RandLoRA and OFT round to what divides a layer), the best of the values that were looked at is taken.
+    By bisection: counts rise with the knob, or fall (RandLoRA, whose `r` is the rank of each of its
+    bases). Where they do so with small exceptions (RandLoRA and OFT round to what divides a layer),
+    the best of the values that were looked at is taken.
     """
     seen: dict[int, float] = {}
 

@@ -37,7 +37,8 @@ def sites_of(checkpoint: Checkpoint, method: Mapping[str, Any]) -> Sites:
     """The sites of a method section; those of full fine-tuning are none.
 
     Raises:
-        SvdtuneError: unknown or wrong settings, or a method that PEFT cannot set up without weights.
+        SvdtuneError: unknown or wrong settings, or a method that PEFT cannot set up without
+            weights.
     """
     return sites(checkpoint, None if method["name"] == FULL else config_of(checkpoint, method))
 

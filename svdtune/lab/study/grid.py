@@ -1,4 +1,5 @@
-"""The runs of a study: each cell (task, budget, arm) with its fitted method, its search, and its runs over the seeds."""
+"""The runs of a study: each cell (task, budget, arm) with its fitted method, its search, and its
+runs over the seeds."""
 
 import hashlib
 import json
@@ -29,7 +30,8 @@ class Job:
         arm, task, budget, phase, seed, learning_rate: its place in the study.
         recipe: settings of its recipe, without output.
         untrained: whether the base model is scored as it is.
-        heldout: (share, seed) of the training rows that the search holds out; None where the recipe has rows of its own.
+        heldout: (share, seed) of the training rows that the search holds out; None where the recipe
+            has rows of its own.
     """
 
     arm: str
@@ -44,13 +46,15 @@ class Job:
 
     @property
     def key(self) -> str:
-        """12 hex digits over all that decides the outcome: a run that another study has made is not made again."""
+        """12 hex digits over all that decides the outcome: a run that another study has made is not
+        made again."""
         parts = [self.phase, self.recipe, self.untrained, self.heldout]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
     def cell(self) -> Settings:
-        """Its place in its study, which its key leaves open: other studies, or cells, may share the run."""
+        """Its place in its study, which its key leaves open: other studies, or cells, may share the
+        run."""
         return {"arm": self.arm, "task": self.task, "budget": self.budget, "seed": self.seed}
 
     @property
@@ -101,12 +105,14 @@ class Cell:
         return [self._job("final", rate, seed) for seed in (seeds[:1] if self.spec.untrained else seeds)]
 
     def choose(self, losses: dict[float, float | None]) -> float | None:
-        """The learning rate with the lowest held-out loss; None where every run failed or diverged."""
+        """The learning rate with the lowest held-out loss; None where every run failed or
+        diverged."""
         whole = {rate: loss for rate, loss in losses.items() if loss is not None}
         return min(whole, key=lambda rate: whole[rate]) if whole else None
 
     def extend(self, best: float | None) -> bool:
-        """Add a candidate beyond an end of the search where the best lies there; whether one was added."""
+        """Add a candidate beyond an end of the search where the best lies there; whether one was
+        added."""
         limit = self.tune.extend if self.tune else 0
         if best is None or self.extended >= limit or best not in (self.candidates[0], self.candidates[-1]):
             return False
@@ -136,7 +142,8 @@ class Cell:
 
 
 class Fits:
-    """Methods fitted to budgets, kept in a file: fitting reads every weight of a model, and a second start need not.
+    """Methods fitted to budgets, kept in a file: fitting reads every weight of a model, and a
+    second start need not.
 
     Args:
         path: the file; None for memory alone.
@@ -204,7 +211,8 @@ def _cell(study: Study, task: str, name: str, arm: Arm, recipe: Settings, budget
 
 
 def _fitted(recipe: Settings, arm: Arm, budget: int | None, fits: Fits, where: str) -> Callable[[int], Settings]:
-    """The method section by seed, of the size that the budget allows and with the ranks that the arm asks for."""
+    """The method section by seed, of the size that the budget allows and with the ranks that the
+    arm asks for."""
     if arm.untrained or (budget is None and arm.ranks == "uniform"):
         return lambda _: recipe["method"]
 

@@ -10,7 +10,8 @@ _FOOT = "Every page is made of the `results.json` beside it by `python -m svdtun
 
 
 def write_index(folder: Path) -> Path:
-    """Write the list of the studies in the folders of a folder, by name, below what its `findings.md` says if it has one.
+    """Write the list of the studies in the folders of a folder, by name, below what its
+    `findings.md` says if it has one.
 
     Raises:
         SvdtuneError: some results cannot be read, or the folder cannot be written.

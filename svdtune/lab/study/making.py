@@ -1,4 +1,5 @@
-"""A study in the making: what each cell waits for, given the records there are, and the results as far as they go."""
+"""A study in the making: what each cell waits for, given the records there are, and the results as
+far as they go."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -35,7 +36,8 @@ class Making:
     records: dict[str, Record] = field(default_factory=dict)
 
     def next_jobs(self, cell: Cell) -> list[Job]:
-        """What a cell waits for: the rest of its search, or its final runs; nothing where it is done."""
+        """What a cell waits for: the rest of its search, or its final runs; nothing where it is
+        done."""
         if search := self.search(cell):
             return search
         if cell.like is not None and self.search(cell.like):
@@ -87,7 +89,8 @@ class Making:
             self.records[job.key] = record_of(described, self.folder / "none", {}, error)
 
     def write(self, command: str) -> None:
-        """Write the results there are so far, in the study's order; a run that several cells share is there for each."""
+        """Write the results there are so far, in the study's order; a run that several cells share
+        is there for each."""
         jobs = [job for cell in self.cells for job in (*cell.search(), *self.finals(cell))]
         known = [self.records[job.key] | job.cell for job in jobs if job.key in self.records]
         with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
@@ -105,7 +108,8 @@ def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) ->
         known: finds the record of a run, None where it is to be made.
 
     Returns:
-        What can be made now: (number of the study, number of its cell, job), each run once, where it first comes up.
+        What can be made now: (number of the study, number of its cell, job), each run once, where
+            it first comes up.
     """
     waiting: dict[str, tuple[int, int, Job]] = {}
     found = True

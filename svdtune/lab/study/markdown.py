@@ -5,7 +5,8 @@ from collections.abc import Iterable, Sequence
 
 
 def escape(text: object) -> str:
-    """One line of plain text: nothing in it is markup, HTML, a cell's end or the start of a list or heading."""
+    """One line of plain text: nothing in it is markup, HTML, a cell's end or the start of a list or
+    heading."""
     line = " ".join(str(text).split())
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     line = re.sub(r"([\\`*\[\]|~$])", r"\\\1", line)
@@ -14,7 +15,8 @@ def escape(text: object) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """A table of ready cells, the first `left` columns aligned to the left, the others to the right."""
+    """A table of ready cells, the first `left` columns aligned to the left, the others to the
+    right."""
     rule = ["---" if at < left else "---:" for at in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *rows])
 

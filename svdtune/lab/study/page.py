@@ -1,8 +1,9 @@
-"""A study's page in Markdown, made of its `results.json` alone: the same results give the same bytes.
+"""A study's page in Markdown, made of its `results.json` alone: the same results give the same
+bytes.
 
-`python -m svdtune.lab.study.page docs/results/NAME` makes the page of one study again; a folder of such folders, all
-of theirs and the index. What the numbers say is written by hand, in `findings.md` beside the results, and taken over as
-it is.
+`python -m svdtune.lab.study.page docs/results/NAME` makes the page of one study again; a folder of
+such folders, all of theirs and the index. What the numbers say is written by hand, in `findings.md`
+beside the results, and taken over as it is.
 """
 
 import io
@@ -48,7 +49,8 @@ def write_page(results: Path, folder: Path) -> list[Path]:
         The files written.
 
     Raises:
-        SvdtuneError: the results cannot be read, scipy or matplotlib is not installed, or the folder cannot be written.
+        SvdtuneError: the results cannot be read, scipy or matplotlib is not installed, or the
+            folder cannot be written.
     """
     study = read_results(results)
     said = read_findings(results.parent)

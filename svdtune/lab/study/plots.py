@@ -1,4 +1,5 @@
-"""A study's figures: scores, differences to the baseline, training loss, movement, learning rates."""
+"""A study's figures: scores, differences to the baseline, training loss, movement, learning
+rates."""
 
 import math
 import re
@@ -21,7 +22,8 @@ _GREY = "#50565e"
 
 
 def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
-    """(name of the file without its ending, what it shows, the figure) of every figure that the numbers allow.
+    """(name of the file without its ending, what it shows, the figure) of every figure that the
+    numbers allow.
 
     Raises:
         SvdtuneError: matplotlib is not installed.
@@ -40,7 +42,8 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
 
 
 def write_figures(tables: Sequence[Table], folder: Path) -> list[tuple[str, str]]:
-    """Write every figure as SVG; (file name, what it shows) of each. The same numbers give the same files."""
+    """Write every figure as SVG; (file name, what it shows) of each. The same numbers give the same
+    files."""
     written: dict[str, str] = {}
     for name, caption, figure in figures(tables):
         while f"{name}.svg" in written:  # labels that differ only in what a file name cannot have
@@ -51,17 +54,20 @@ def write_figures(tables: Sequence[Table], folder: Path) -> list[tuple[str, str]
 
 
 def by_parameters(tables: Sequence[Table]) -> Lines:
-    """The main score of a task of several budgets against trained parameters, with Student's 95 % interval over seeds."""
+    """The main score of a task of several budgets against trained parameters, with Student's 95 %
+    interval over seeds."""
     main, share = tables[0].main, tables[0].share
     series = []
     names = list(dict.fromkeys(arm.name for table in tables for arm in table.arms))
     for at, name in enumerate(names):
         arms = [arm for table in tables for arm in table.arms if arm.name == name and main in arm.cells and arm.trained]
-        points = {arm.trained: arm.cells[main] for arm in arms}  # an arm without a budget is in every table
+        # an arm without a budget is in every table
+        points = {arm.trained: arm.cells[main] for arm in arms}
         if points:
             y = [_scaled(cell.mean, share) for cell in points.values()]
             spread = [_ends(cell.mean, cell.interval, share) for cell in points.values()]
-            aside = _ASIDE ** (at - (len(names) - 1) / 2)  # arms of one budget would hide each other
+            # arms of one budget would hide each other
+            aside = _ASIDE ** (at - (len(names) - 1) / 2)
             series.append(Series(_label(name), [count * aside for count in points], y, spread))
     y_label = f"{main}, %" if share else main
     name = f"{tables[0].task}: {main} by trained parameters"
@@ -83,7 +89,8 @@ def losses(table: Table) -> Lines:
 
 
 def search(table: Table) -> Lines:
-    """The loss on held-out training rows by learning rate; runs that did not finish have no point."""
+    """The loss on held-out training rows by learning rate; runs that did not finish have no
+    point."""
     series = []
     for arm in table.arms:
         known = [(run.learning_rate, run.eval_loss) for run in arm.search if run.status == "finished"]
@@ -96,7 +103,8 @@ def search(table: Table) -> Lines:
 
 
 def movement(table: Table) -> Lines:
-    """ΔD against ΔΣ while training, as SORSA's Figure 2: the mean over the finished seeds at each sample."""
+    """ΔD against ΔΣ while training, as SORSA's Figure 2: the mean over the finished seeds at each
+    sample."""
     series = []
     for arm in table.arms:
         paths = [{sample[0]: sample[1:3] for sample in (run.movement or {}).get("samples", ())} for run in arm.finished]
@@ -108,7 +116,8 @@ def movement(table: Table) -> Lines:
 
 
 def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
-    """Every arm's difference to the baseline as a point, with its intervals over seeds and over items."""
+    """Every arm's difference to the baseline as a point, with its intervals over seeds and over
+    items."""
     arms = [arm for arm in table.arms if arm.seeds or arm.items]
     if not arms:
         return
@@ -125,7 +134,8 @@ def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
 
 
 def _scores(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
-    """The main score of every trained arm as a point, with its interval over seeds; the base, far to the left, is left out."""
+    """The main score of every trained arm as a point, with its interval over seeds; the base, far
+    to the left, is left out."""
     arms = [arm for arm in table.arms if table.main in arm.cells and not arm.untrained]
     if not arms:
         return
@@ -143,7 +153,8 @@ def _rows(
     points: dict[str, list[tuple[float, Interval | None] | None]],
     share: bool,
 ) -> "Figure":
-    """A row for each name, with a point and its interval of every kind, in the kind's own look; None is no point."""
+    """A row for each name, with a point and its interval of every kind, in the kind's own look;
+    None is no point."""
     figure = new_figure(_label(caption), height=1.4 + 0.36 * len(names))
     axes = figure.axes[0]
     for i, (kind, found) in enumerate(points.items()):
@@ -164,7 +175,8 @@ def _rows(
 
 
 def _add_untrained(figure: "Figure", table: Table) -> None:
-    """The untrained base's score as a line across: it has no place on a logarithmic axis of trained parameters."""
+    """The untrained base's score as a line across: it has no place on a logarithmic axis of trained
+    parameters."""
     axes = figure.axes[0]
     for arm in table.arms:
         if arm.untrained and table.main in arm.cells:
@@ -222,7 +234,8 @@ def _scaled(value: float, share: bool) -> float:
 
 
 def _label(text: str) -> str:
-    """Text that matplotlib shows as it is: a dollar starts a formula, an underscore ahead hides a legend's line."""
+    """Text that matplotlib shows as it is: a dollar starts a formula, an underscore ahead hides a
+    legend's line."""
     text = text.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 

@@ -1,4 +1,5 @@
-"""Ranks by layer for methods that take them: SARA's, from the spectra of the weights, and a control: the same, shuffled."""
+"""Ranks by layer for methods that take them: SARA's, from the spectra of the weights, and a
+control: the same, shuffled."""
 
 import random
 from collections.abc import Mapping
@@ -15,21 +16,25 @@ Source = Literal["uniform", "sara", "random"]
 def solve_ranks(
     checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, source: Source = "sara", seed: int = 0
 ) -> tuple[dict[str, int], float]:
-    """The rank of every adapted layer, and SARA's threshold θ behind them, for the largest θ that a budget allows.
+    """The rank of every adapted layer, and SARA's threshold θ behind them, for the largest θ that a
+    budget allows.
 
-    With "sara" a layer's rank is the least k whose k largest singular values sum to the share θ of all of them (SARA,
-    Algorithm 1). θ is solved for with the costs of *this* method, so that SARA's ranks for SORSA come nearest to the budget
-    with what a rank costs in SORSA. Where rank 1 everywhere exceeds the budget, that is the answer.
+    With "sara" a layer's rank is the least k whose k largest singular values sum to the share θ of
+    all of them (SARA, Algorithm 1). θ is solved for with the costs of *this* method, so that SARA's
+    ranks for SORSA come nearest to the budget with what a rank costs in SORSA. Where rank 1
+    everywhere exceeds the budget, that is the answer.
 
-    "random" is the control: SARA's ranks for the budget, permuted among layers of the same shape. A rank costs the same in
-    all of these, so the budget is held to the parameter, no rank exceeds what its layer allows, and the histogram of ranks
-    is the same: only which layer gets which rank is left to chance, and that is what SARA claims to know. (Drawing ranks
-    freely, say from a Dirichlet distribution, would change how unequal the ranks are as well, and a difference in score
-    could be due to either.) A layer whose shape no other has keeps SARA's rank.
+    "random" is the control: SARA's ranks for the budget, permuted among layers of the same shape. A
+    rank costs the same in all of these, so the budget is held to the parameter, no rank exceeds
+    what its layer allows, and the histogram of ranks is the same: only which layer gets which rank
+    is left to chance, and that is what SARA claims to know. (Drawing ranks freely, say from a
+    Dirichlet distribution, would change how unequal the ranks are as well, and a difference in
+    score could be due to either.) A layer whose shape no other has keeps SARA's rank.
 
     Args:
         checkpoint: the model.
-        method: a method section; its own `r` and `threshold` do not matter, and layers in its `rank_pattern` keep their ranks.
+        method: a method section; its own `r` and `threshold` do not matter, and layers in its
+            `rank_pattern` keep their ranks.
         budget: trained parameters.
         source: "sara" or "random".
         seed: of the permutation.
@@ -69,7 +74,8 @@ def with_ranks(method: Mapping[str, Any], ranks: Mapping[str, int], scale: float
     Args:
         method: the section.
         ranks: by layer.
-        scale: lora_alpha / r, the same in every layer; None for methods without it, or that shall keep their lora_alpha.
+        scale: lora_alpha / r, the same in every layer; None for methods without it, or that shall
+            keep their lora_alpha.
     """
     section = {key: value for key, value in method.items() if key not in ("r", "threshold", "rank_pattern")}
     own = method.get("rank_pattern") or {}

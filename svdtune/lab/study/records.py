@@ -1,4 +1,5 @@
-"""What is written down of a run: one small JSON file, there once the run is done, and the study's results made of them."""
+"""What is written down of a run: one small JSON file, there once the run is done, and the study's
+results made of them."""
 
 import hashlib
 import json
@@ -41,7 +42,8 @@ class Place:
 
     @classmethod
     def of(cls, job: Job, output: Path) -> "Place":
-        """The places of a job's files below the output folder; held-out rows are shared by the jobs that hold out the same."""
+        """The places of a job's files below the output folder; held-out rows are shared by the jobs
+        that hold out the same."""
         data = job.recipe["data"]
         parts = [[data.get(name) for name in ("train", "prompt", "completion")], job.heldout]
         held_out = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
@@ -91,7 +93,8 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
 
 
 def scores_of(result: Evaluation) -> dict[str, Any]:
-    """The score of a run on one set: strict accuracy where answers are right or wrong, else the task's first metric."""
+    """The score of a run on one set: strict accuracy where answers are right or wrong, else the
+    task's first metric."""
     others = {name: metric.value for name, metric in result.metrics.items()}
     if result.strict is None and result.paper is None:
         first = next(iter(others))
@@ -115,7 +118,8 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 
 
 def read_record(path: Path, key: str) -> dict[str, Any] | None:
-    """The record of a run; None where there is none, or it is another run's or damaged, so that the run is made again."""
+    """The record of a run; None where there is none, or it is another run's or damaged, so that the
+    run is made again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -124,7 +128,8 @@ def read_record(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def published(folder: Path) -> dict[str, dict[str, Any]]:
-    """The records, by key, of the runs that did not fail in the `results.json` of the studies in a folder.
+    """The records, by key, of the runs that did not fail in the `results.json` of the studies in a
+    folder.
 
     Raises:
         SvdtuneError: there are none, or one of them cannot be read.
@@ -160,9 +165,11 @@ class KnownRuns:
         self.published = {} if publications is None else published(publications)
 
     def find(self, job: Job) -> dict[str, Any] | None:
-        """The record of a job, None where it is to be made. One that says that it failed counts where there is no other."""
+        """The record of a job, None where it is to be made. One that says that it failed counts
+        where there is no other."""
         own = Place.of(job, self.output).record
-        # Another study, or this one before an arm was renamed, may have made the run under another name.
+        # Another study, or this one before an arm was renamed, may have made the run under another
+        # name.
         paths = dict.fromkeys((own, *sorted(own.parent.glob(f"*-{job.key}.json"))))
         found = [record for path in paths if (record := read_record(path, job.key)) is not None]
         done = next((record for record in found if record["status"] != "failed"), None)
@@ -171,7 +178,8 @@ class KnownRuns:
 
 
 def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
-    """`results.json` of a study: its settings, by task the model, the machines, and every run in the order of the study.
+    """`results.json` of a study: its settings, by task the model, the machines, and every run in
+    the order of the study.
 
     Where there are several machines, a run's `machine` says which of them made it, counted from 0.
     """
@@ -241,7 +249,8 @@ def _thinned(curve: list[list[float]]) -> list[list[float]]:
 
 
 def _short(method: dict[str, Any]) -> dict[str, Any]:
-    """A method section without what has an entry for every layer: of a rank pattern the mean rank stays."""
+    """A method section without what has an entry for every layer: of a rank pattern the mean rank
+    stays."""
     short = {name: value for name, value in method.items() if not name.endswith("_pattern")}
     if ranks := method.get("rank_pattern"):
         short["mean_rank"] = round(sum(ranks.values()) / len(ranks), 2)

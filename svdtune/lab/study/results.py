@@ -15,7 +15,8 @@ from svdtune.system import explain_read_error
 
 RESULTS = "results.json"
 FINDINGS = "findings.md"
-_SHARES = ("accuracy", "pass@")  # metrics that are shares of items: they are averaged, and shown in per cent
+# metrics that are shares of items: they are averaged, and shown in per cent
+_SHARES = ("accuracy", "pass@")
 
 
 def _finite(value: Any) -> Any:
@@ -100,9 +101,11 @@ class Run(_Part):
 
     @property
     def collapsed(self) -> bool:
-        """Whether the training loss ended above its start, or gave back more than half of its fall, in means over tenths.
+        """Whether the training loss ended above its start, or gave back more than half of its fall,
+        in means over tenths.
 
-        A rise that the loss's own noise could make does not count, and a curve with fewer than ten points is never judged.
+        A rise that the loss's own noise could make does not count, and a curve with fewer than ten
+        points is never judged.
         """
         losses = [loss for _, loss in self.curve if loss is not None]
         width = len(losses) // 10
@@ -190,7 +193,8 @@ def read_findings(folder: Path) -> str:
 
 
 def pack(correct: "np.ndarray | list[bool]") -> str:
-    """Which items are right, as hexadecimal digits of one number: the first item is the highest of its n bits."""
+    """Which items are right, as hexadecimal digits of one number: the first item is the highest of
+    its n bits."""
     bits = "".join("1" if one else "0" for one in correct)
     return f"{int(bits or '0', 2):0{-(-len(bits) // 4)}x}"
 

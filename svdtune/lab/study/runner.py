@@ -1,8 +1,9 @@
-"""Make the runs of studies: several at a time, each in a process of its own, going on where an earlier start stopped.
+"""Make the runs of studies: several at a time, each in a process of its own, going on where an
+earlier start stopped.
 
-Everything a run leaves lies below the output folder, and its record is written last. Whatever ends the runner, a second start
-finds the finished runs by their records, the unfinished ones by their checkpoints, and makes no run twice, not even where two
-studies ask for the same one.
+Everything a run leaves lies below the output folder, and its record is written last. Whatever ends
+the runner, a second start finds the finished runs by their records, the unfinished ones by their
+checkpoints, and makes no run twice, not even where two studies ask for the same one.
 """
 
 import fcntl
@@ -80,8 +81,9 @@ def run_studies(
         The results files.
 
     Raises:
-        SvdtuneError: a model or its training rows are not there, another runner works in the folder, a method cannot be fitted,
-            nothing is published where `how` says so, or the disk is full.
+        SvdtuneError: a model or its training rows are not there, another runner works in the
+            folder, a method cannot be fitted, nothing is published where `how` says so, or the disk
+            is full.
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
     _check_sources([recipe for _, tasks in studies.values() for recipe in tasks.values()])
@@ -93,13 +95,15 @@ def run_studies(
 
 
 def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path) -> list[Making]:
-    """The studies with every cell's method fitted, and no record yet; the fits are kept in the output folder.
+    """The studies with every cell's method fitted, and no record yet; the fits are kept in the
+    output folder.
 
     Args:
         studies, output: as in `run_studies`.
 
     Raises:
-        SvdtuneError: a method cannot be fitted, a model's weights cannot be read, or the folder cannot be written.
+        SvdtuneError: a method cannot be fitted, a model's weights cannot be read, or the folder
+            cannot be written.
     """
     fits = Fits(output / FITS)
     return [
@@ -109,7 +113,8 @@ def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path)
 
 
 def _check_sources(recipes: Sequence[Settings]) -> None:
-    """Make sure that the tasks' models and training rows are there, which every run would find out for itself."""
+    """Make sure that the tasks' models and training rows are there, which every run would find out
+    for itself."""
     for model in dict.fromkeys(model_name(recipe) for recipe in recipes):
         open_checkpoint(locate(model), weights=False)
     sources = {
@@ -120,7 +125,8 @@ def _check_sources(recipes: Sequence[Settings]) -> None:
 
 
 def start_worker(job: Path, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start the process of one run. It ends when its standard input does, so that none outlives the runner.
+    """Start the process of one run. It ends when its standard input does, so that none outlives the
+    runner.
 
     Args:
         job: the file that says what to do.
@@ -143,8 +149,8 @@ def start_worker(job: Path, log: Path, environment: dict[str, str]) -> subproces
 class _Runner:
     """The queue of ready jobs and the processes that work on them.
 
-    A run that finds too little memory beside others on its GPU is made again: at once, since its longest rows may just have
-    met theirs, and the next time when it has the GPU to itself.
+    A run that finds too little memory beside others on its GPU is made again: at once, since its
+    longest rows may just have met theirs, and the next time when it has the GPU to itself.
     """
 
     def __init__(
@@ -271,7 +277,8 @@ class _Runner:
         self.tell(f"{len(self.records)} done, {queued} waiting · {name} · {outcome(record)}")
 
     def _stop(self) -> None:
-        """End the processes: kindly, so that they write checkpoints; after a while, or at a second signal, not."""
+        """End the processes: kindly, so that they write checkpoints; after a while, or at a second
+        signal, not."""
         first, deadline = self.signals, time.monotonic() + _GRACE
         self.signals = max(1, first)  # nothing new starts
         for process in list(self.processes.values()):
@@ -283,7 +290,8 @@ class _Runner:
 
     @contextmanager
     def _signals_counted(self) -> Iterator[None]:
-        """Ctrl-C, and SIGTERM, which schedulers send before they kill, are counted; the loop looks at the count."""
+        """Ctrl-C, and SIGTERM, which schedulers send before they kill, are counted; the loop looks
+        at the count."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -326,7 +334,8 @@ def _only_runner(output: Path) -> Iterator[None]:
 
 
 def devices(per_gpu: int, gpus: int) -> tuple[int, tuple[str, ...]]:
-    """(processes, their GPUs) for `per_gpu` processes on each of `gpus` GPUs; one process on the CPU where there is none."""
+    """(processes, their GPUs) for `per_gpu` processes on each of `gpus` GPUs; one process on the
+    CPU where there is none."""
     visible: Sequence[str] = [part for part in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
     names = tuple(visible[:gpus]) if visible else tuple(map(str, range(gpus)))
     return (per_gpu * len(names), names) if names else (per_gpu, ())

@@ -1,4 +1,5 @@
-"""The study file: which methods are compared, on what, at which budgets, with how many seeds. Strict, as recipes are."""
+"""The study file: which methods are compared, on what, at which budgets, with how many seeds.
+Strict, as recipes are."""
 
 from collections.abc import Iterator
 from copy import deepcopy
@@ -98,7 +99,8 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
         path: the YAML file.
 
     Returns:
-        The study, its grids expanded into arms, and by task the settings of its recipe with the study's changes.
+        The study, its grids expanded into arms, and by task the settings of its recipe with the
+        study's changes.
 
     Raises:
         SvdtuneError: with all problems.

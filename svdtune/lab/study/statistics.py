@@ -1,7 +1,9 @@
-"""How sure a score and a difference are: over seeds (the chance in training) and over items (the chance in the test set).
+"""How sure a score and a difference are: over seeds (the chance in training) and over items (the
+chance in the test set).
 
-The two are different questions. Over seeds: would another initialisation and data order say the same, on these very items? Over
-items: would other items of the same kind say the same, of these very trained models? Neither interval covers the other's part.
+The two are different questions. Over seeds: would another initialisation and data order say the
+same, on these very items? Over items: would other items of the same kind say the same, of these
+very trained models? Neither interval covers the other's part.
 """
 
 import math
@@ -30,7 +32,8 @@ class Chance(NamedTuple):
     n: int = 0
 
     def best(self, n: int) -> float:
-        """The share that can be had in n items: by one answer to all where these are the items counted, else by guessing."""
+        """The share that can be had in n items: by one answer to all where these are the items
+        counted, else by guessing."""
         return self.right / n if self.right and n == self.n else self.guessed
 
 
@@ -57,7 +60,8 @@ class Spread:
     Attributes:
         mean: Its mean.
         sd: The sample standard deviation (n − 1 in the denominator); None for one seed.
-        interval: Student's 95 % interval of the mean; None for one seed, and where all scores are one.
+        interval: Student's 95 % interval of the mean; None for one seed, and where all scores are
+            one.
         n: How many seeds.
     """
 
@@ -102,8 +106,9 @@ def spread(values: Sequence[float]) -> Spread:
 def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:
     """Paired t-test over the seeds that both have; None if there is no such seed.
 
-    Covers the randomness of training: initialisation, data order, and whatever else a seed decides. The test set is taken as
-    given. With few seeds it assumes normal differences and sees only large ones.
+    Covers the randomness of training: initialisation, data order, and whatever else a seed decides.
+    The test set is taken as given. With few seeds it assumes normal differences and sees only large
+    ones.
 
     Args:
         arm: Score of each seed.
@@ -124,10 +129,12 @@ def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
 
 
 def over_items(arm: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]) -> Difference:
-    """Sign-flip permutation test over items of the difference of the mean of the sets' scores, and its interval.
+    """Sign-flip permutation test over items of the difference of the mean of the sets' scores, and
+    its interval.
 
-    Covers the sampling of the test set: items are taken as drawn, set by set, the trained models as given. Exact where there
-    are at most a million outcomes, else by 99,999 drawn ones. The interval is normal, of the variances within the sets.
+    Covers the sampling of the test set: items are taken as drawn, set by set, the trained models as
+    given. Exact where there are at most a million outcomes, else by 99,999 drawn ones. The interval
+    is normal, of the variances within the sets.
 
     Args:
         arm: For each set, the share of seeds that have each item right, shape [items].
@@ -147,9 +154,11 @@ def over_items(arm: Mapping[str, np.ndarray], baseline: Mapping[str, np.ndarray]
 def _sign_flip(parts: Sequence[np.ndarray]) -> float:
     """The chance of a sum as far from zero, were the sign of each summand a coin's.
 
-    Summands of one size m are as good as each other: c of them add up to m (2B − c), B from a binomial distribution.
+    Summands of one size m are as good as each other: c of them add up to m (2B − c), B from a
+    binomial distribution.
     """
-    summands = np.round(np.concatenate(parts), 12)  # what should be one size is, whatever arithmetic it came from
+    # what should be one size is, whatever arithmetic it came from
+    summands = np.round(np.concatenate(parts), 12)
     sizes, counts = np.unique(np.abs(summands), return_counts=True)
     sizes, counts = sizes[sizes > 0], counts[sizes > 0]
     observed = abs(summands.sum()) - 1e-9  # sums that are equal but for rounding are as far
@@ -180,9 +189,11 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def against_levels(score: Spread, n: int, lower: float, upper: float) -> int:
-    """Whether a share of n items lies above two levels (1), below both (−1), or cannot be told from what lies between them (0).
+    """Whether a share of n items lies above two levels (1), below both (−1), or cannot be told from
+    what lies between them (0).
 
-    It lies off a level where both its interval over seeds and that over items (Wilson's, of the mean) do.
+    It lies off a level where both its interval over seeds and that over items (Wilson's, of the
+    mean) do.
     """
     intervals = [wilson_interval(round(score.mean * n), n), *([score.interval] if score.interval else [])]
     if all(low > upper for low, _ in intervals):

@@ -1,4 +1,5 @@
-"""A study's tables in Markdown: scores, differences to the baseline, the search for learning rates, and what went wrong."""
+"""A study's tables in Markdown: scores, differences to the baseline, the search for learning rates,
+and what went wrong."""
 
 import math
 from collections import Counter
@@ -17,7 +18,8 @@ _NEAR = 0.1  # of the budget, beyond which a row says how far its trained parame
 
 
 def score_table(found: Table) -> str:
-    """Rows are arms: trained parameters, learning rate, mean ± sample standard deviation over seeds, seconds."""
+    """Rows are arms: trained parameters, learning rate, mean ± sample standard deviation over
+    seeds, seconds."""
     head = ["arm", "trained", "share", "learning rate", "seeds"]
     head += [f"{escape(column.label)}{', %' if column.share else ''}" for column in found.columns]
     rows = [
@@ -31,7 +33,8 @@ def score_table(found: Table) -> str:
 
 
 def comparison_table(found: Table) -> str:
-    """Every arm's difference to the baseline, with both intervals and p values; a sentence where there is none."""
+    """Every arm's difference to the baseline, with both intervals and p values; a sentence where
+    there is none."""
     if found.baseline is None:
         return "The study names no baseline, so nothing is compared."
     baseline = next((arm for arm in found.arms if arm.name == found.baseline), None)
@@ -47,7 +50,8 @@ def comparison_table(found: Table) -> str:
 
 
 def search_table(found: Table) -> str | None:
-    """The loss on held-out training rows for each learning rate that was tried; None if none was."""
+    """The loss on held-out training rows for each learning rate that was tried; None if none
+    was."""
     searched = [arm for arm in found.arms if arm.search]
     if not searched:
         return None
@@ -67,7 +71,8 @@ def title(found: Table) -> str:
 
 
 def learning_rate(arm: Arm) -> str:
-    """The chosen learning rate, marked where it lies at an edge of those tried: a better one may lie beyond."""
+    """The chosen learning rate, marked where it lies at an edge of those tried: a better one may
+    lie beyond."""
     chosen, tried = _chosen(arm), sorted({run.learning_rate for run in arm.search if run.learning_rate is not None})
     if not chosen:
         return _NONE
@@ -80,7 +85,8 @@ def learning_rate(arm: Arm) -> str:
 
 
 def seeds(arm: Arm) -> str:
-    """How many seeds finished, what became of the others, and how many of those that finished collapsed."""
+    """How many seeds finished, what became of the others, and how many of those that finished
+    collapsed."""
     total = len(arm.finished) + len(arm.broken) + len(arm.missing)
     if not arm.finished and not arm.broken:
         bad = Counter(run.status for run in arm.search if run.status != "finished")
@@ -151,7 +157,8 @@ def _between(interval: Interval, share: bool, places: int, sign: str = "") -> st
 
 
 def _places(value: float, share: bool) -> int:
-    """Decimals: one of a percentage; three of another number, or as many as show three figures of it."""
+    """Decimals: one of a percentage; three of another number, or as many as show three figures of
+    it."""
     if share:
         return 1
     return max(3, 2 - math.floor(math.log10(abs(value)))) if 1e-9 < abs(value) < 0.1 else 3

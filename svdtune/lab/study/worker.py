@@ -1,7 +1,8 @@
-"""One run of a study, in a process of its own: train, score, and write the record that says that it is done.
+"""One run of a study, in a process of its own: train, score, and write the record that says that it
+is done.
 
-`python -m svdtune.lab.study.worker JOB.json`. The process ends itself when its standard input closes: a runner that is killed
-leaves no run behind that a second runner would meet.
+`python -m svdtune.lab.study.worker JOB.json`. The process ends itself when its standard input
+closes: a runner that is killed leaves no run behind that a second runner would meet.
 """
 
 import fcntl
@@ -41,8 +42,8 @@ from svdtune.training.recipe import DataSource
 class LeaveMemory(TrainerCallback):
     """Hands memory that batches of long rows took back to the GPU, for the runs beside this one.
 
-    PyTorch keeps what it has taken once, and rows grouped by length come longest first. It waits for the device, so not at
-    every step.
+    PyTorch keeps what it has taken once, and rows grouped by length come longest first. It waits
+    for the device, so not at every step.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -51,7 +52,8 @@ class LeaveMemory(TrainerCallback):
 
 
 def main(path: Path) -> int:
-    """Make the run of a job file; the exit status is 0 where a record was written, of a failed run too."""
+    """Make the run of a job file; the exit status is 0 where a record was written, of a failed run
+    too."""
     job = json.loads(path.read_text(encoding="utf-8"))
     place = Place(**{name: Path(folder) for name, folder in job.pop("place").items()})
     threading.Thread(target=_end_with_runner, daemon=True).start()
@@ -115,7 +117,8 @@ def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str
 
 
 def in_float32(loaded: LoadedModel) -> LoadedModel:
-    """The model in float32, its adapter merged into the weights where its method can be: as exact, and faster.
+    """The model in float32, its adapter merged into the weights where its method can be: as exact,
+    and faster.
 
     The weights become float32 first, so nothing that was trained is rounded.
     """
@@ -128,9 +131,11 @@ def in_float32(loaded: LoadedModel) -> LoadedModel:
 
 
 def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
-    """The recipe's settings, with a share of its training rows as data.eval where the search needs one.
+    """The recipe's settings, with a share of its training rows as data.eval where the search needs
+    one.
 
-    A held-out row whose question is among the others too, in whatever spelling, is left out of both.
+    A held-out row whose question is among the others too, in whatever spelling, is left out of
+    both.
     """
     recipe = job["recipe"]
     if job["heldout"] is None:

@@ -1,4 +1,5 @@
-"""E2E: a sentence for a meaning representation, scored by the challenge's five metrics against all references together."""
+"""E2E: a sentence for a meaning representation, scored by the challenge's five metrics against all
+references together."""
 
 from collections.abc import Sequence
 
@@ -9,7 +10,8 @@ from svdtune.lab.nlg import bleu_and_nist, e2e_metrics, require_java
 
 
 def check_e2e(reference: Reference) -> None:
-    """Refuse references that are no texts, and systems without the Java programs, before an hour of generating."""
+    """Refuse references that are no texts, and systems without the Java programs, before an hour of
+    generating."""
     _texts(reference)
     require_java()
 

@@ -1,7 +1,8 @@
 """GSM8K: references end in "#### 18", answers in "The answer is: 18".
 
-paper   as SORSA's published code: only behind "The answer is: ", the first thing there that looks like a number with at most
-        one separator, rounded to a whole number, half to even: "1,234,567" is 1234, and 2.5 is 2
+paper   as SORSA's published code: only behind "The answer is: ", the first thing there that looks
+        like a number with at most one separator, rounded to a whole number, half to even:
+        "1,234,567" is 1234, and 2.5 is 2
 strict  as the task `number`
 """
 

@@ -1,8 +1,10 @@
-"""HumanEval: a completion is right if the program it makes with its prompt passes the tests, run in the sandbox.
+"""HumanEval: a completion is right if the program it makes with its prompt passes the tests, run in
+the sandbox.
 
-Strict grading finds the code the way a reader would. The paper's (SORSA's published code) takes what stands between the
-first "```python" and the next "```", or else the whole completion, and puts it behind the prompt: an indented body loses the
-indentation of its first line, a block that was cut at the length limit keeps its fence, and both fail.
+Strict grading finds the code the way a reader would. The paper's (SORSA's published code) takes
+what stands between the first "```python" and the next "```", or else the whole completion, and puts
+it behind the prompt: an indented body loses the indentation of its first line, a block that was cut
+at the length limit keeps its fence, and both fail.
 """
 
 import re
@@ -15,7 +17,8 @@ from svdtune.lab.sandbox import check_function, require_protections
 
 _FIELDS = ("prompt", "entry_point", "test")
 _PAPER_BLOCK = re.compile(r"```python\s*([\s\S]*?)\s```")
-# A fence of backticks, or of the quotes that SORSA's prompt shows; one that is never closed lasts to the end.
+# A fence of backticks, or of the quotes that SORSA's prompt shows; one that is never closed lasts
+# to the end.
 _BLOCK = re.compile(r"^[ \t]*(```|''')[ \t]*(?:python|py|python3)?[ \t]*\n(.*?)(?:^[ \t]*\1|\Z)", re.S | re.M | re.I)
 _CODE_LINE = re.compile(r"(?:def|class|import|from|async|@)\b|[)\]}#@]")
 
@@ -23,9 +26,10 @@ _CODE_LINE = re.compile(r"(?:def|class|import|from|async|@)\b|[)\]}#@]")
 def strict_code(completion: str, function: str) -> str:
     """The code of a completion.
 
-    The first fenced block that defines the function, or else the first fenced block; without any, the lines from the
-    first definition or import on if the function is defined among them; or else what continues the function that the
-    prompt began: all lines before the first that is not indented.
+    The first fenced block that defines the function, or else the first fenced block; without any,
+    the lines from the first definition or import on if the function is defined among them; or else
+    what continues the function that the prompt began: all lines before the first that is not
+    indented.
     """
     blocks = [match.group(2) for match in _BLOCK.finditer(completion)]
     if blocks:
@@ -58,7 +62,8 @@ def _leading(lines: list[str], belongs: Any) -> list[str]:
 
 
 def grade_humaneval(completion: str, reference: Reference) -> Grade:
-    """Run prompt and code; a block that is a whole function follows the prompt's unfinished one and replaces it."""
+    """Run prompt and code; a block that is a whole function follows the prompt's unfinished one and
+    replaces it."""
     problem = _problem(reference)
     code = strict_code(completion, problem["entry_point"])
     return _grade(code, problem, _finished(problem) if defines(code, problem["entry_point"]) else problem["prompt"])
@@ -76,7 +81,8 @@ def _grade(code: str, problem: dict[str, str], before: str) -> Grade:
 
 
 def _finished(problem: dict[str, str]) -> str:
-    """The prompt as a program by itself: its last function does nothing, and whoever needs it replaces it."""
+    """The prompt as a program by itself: its last function does nothing, and whoever needs it
+    replaces it."""
     return f"{problem['prompt']}\n    pass\n"
 
 
@@ -87,7 +93,8 @@ def _passes(program: str, function: str, tests: str, setup: str) -> bool:
 
 
 def check_humaneval(reference: Reference) -> None:
-    """Refuse rows without tests, and systems without a whole sandbox, before anything is generated."""
+    """Refuse rows without tests, and systems without a whole sandbox, before anything is
+    generated."""
     _problem(reference)
     require_protections()
 

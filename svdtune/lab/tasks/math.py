@@ -1,8 +1,9 @@
 r"""MATH: the reference is a solution whose last \boxed{} holds the answer.
 
 paper   as SORSA's published code, see `sorsa_math`
-strict  the answer that the text marks (a box, "####", "the answer is"), else its last formula or number; equal if the same
-        text but for spacing and units, or the same mathematics by math-verify. Numbers must agree to six decimals
+strict  the answer that the text marks (a box, "####", "the answer is"), else its last formula or
+        number; equal if the same text but for spacing and units, or the same mathematics by
+        math-verify. Numbers must agree to six decimals
 """
 
 import re
@@ -59,7 +60,8 @@ def _inside(formula: re.Match[str]) -> str:
 
 
 def _stated(text: str) -> str | None:
-    r"""What follows the last "answer is", up to the end of its line or sentence; formulas there are taken whole."""
+    r"""What follows the last "answer is", up to the end of its line or sentence; formulas there are
+    taken whole."""
     found = list(_STATED.finditer(text))
     if not found:
         return None
@@ -96,14 +98,16 @@ def _plain(formula: str) -> str:
 
 
 def _without_words(plain: str) -> str:
-    r"""Units in \text{} left out where a number stands before them; a formula of words alone becomes its letters."""
+    r"""Units in \text{} left out where a number stands before them; a formula of words alone
+    becomes its letters."""
     if _WORDS.fullmatch(plain):
         return _WORDS.sub(r"\1", plain)
     return _WORDS.sub("", plain) if re.match(r"-?[\d.\\]", plain) else plain
 
 
 def _same_digits(answer: str, expected: str) -> bool:
-    """Compare numbers in a base: 52_8 is 52_{8}, and 52 where the base goes without saying, but not 52_9 and not 42."""
+    """Compare numbers in a base: 52_8 is 52_{8}, and 52 where the base goes without saying, but not
+    52_9 and not 42."""
     wanted, given = _BASED.fullmatch(expected), _BASED.fullmatch(answer)
     if wanted is None:
         return False

@@ -1,15 +1,20 @@
 r"""MATH as SORSA's published code grades it, its faults included.
 
-The answer is what stands behind the last "The answer is: ". It and the reference are normalised as by Hendrycks et al., then
-compared as numbers, as texts without brackets, part by part, and as sympy expressions. What that does wrong:
+The answer is what stands behind the last "The answer is: ". It and the reference are normalised as
+by Hendrycks et al., then compared as numbers, as texts without brackets, part by part, and as sympy
+expressions. What that does wrong:
 
-- where normalising either raises an error ("a/b" with letters, "\sqrt" at the end), the answer is correct, whatever it is;
-- a number a hundred times as large or as small is correct, as is one that differs by less than a ten-thousandth of it;
-- a missing answer counts as the text "None", which is correct where the reference could not be read either.
+- where normalising either raises an error ("a/b" with letters, "\sqrt" at the end), the answer is
+  correct, whatever it is;
+- a number a hundred times as large or as small is correct, as is one that differs by less than a
+  ten-thousandth of it;
+- a missing answer counts as the text "None", which is correct where the reference could not be read
+  either.
 
-Two things are ours. The original evaluates the answer as Python; here only arithmetic and the elementary functions are let
-through, everything else counts as not parsed. And a comparison that takes longer than five seconds fails. LaTeX is not parsed:
-the original's environment lacks the package that sympy needs for it, and it ignores the error.
+Two things are ours. The original evaluates the answer as Python; here only arithmetic and the
+elementary functions are let through, everything else counts as not parsed. And a comparison that
+takes longer than five seconds fails. LaTeX is not parsed: the original's environment lacks the
+package that sympy needs for it, and it ignores the error.
 """
 
 import re
@@ -35,7 +40,8 @@ def _answer(completion: str) -> str | None:
 
 
 def _boxed(solution: str) -> str | None:
-    r"""What the last \boxed{...} holds; None where it is \boxed 5, or \fbox, which the original cannot take apart."""
+    r"""What the last \boxed{...} holds; None where it is \boxed 5, or \fbox, which the original
+    cannot take apart."""
     start = max(solution.rfind("\\boxed"), -1)
     start = solution.rfind("\\fbox") if start < 0 else start
     depth = 0

@@ -1,8 +1,9 @@
 """Comparing formulas in a process of its own, which is killed where it takes too long.
 
-A model can write 9^{9^{9^9}}: computing that ends neither by itself nor by an exception, for it is one operation in C, and it
-can take all memory. The process has limits of CPU time, which is the same on a busy machine, and of memory; it is started again
-when it died, and the formula then is not equal.
+A model can write 9^{9^{9^9}}: computing that ends neither by itself nor by an exception, for it is
+one operation in C, and it can take all memory. The process has limits of CPU time, which is the
+same on a busy machine, and of memory; it is started again when it died, and the formula then is not
+equal.
 """
 
 import atexit
@@ -61,7 +62,8 @@ class Comparer:
             self._process = None
 
     def _start(self) -> None:
-        # -P: the script's folder stays off the path, where its neighbours would hide modules of the same name.
+        # -P: the script's folder stays off the path, where its neighbours would hide modules of the
+        # same name.
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", str(_WORKER)],
             stdin=subprocess.PIPE,
@@ -77,7 +79,8 @@ class Comparer:
             raise SvdtuneError(f"grading formulas needs math-verify ({reason}): pip install 'svdtune[eval]'")
 
     def _ask(self, line: str, seconds: float) -> dict | None:
-        """Write a line, unless empty, and read the reply; None where the process was killed or died of itself."""
+        """Write a line, unless empty, and read the reply; None where the process was killed or died
+        of itself."""
         process = self._process
         assert process is not None
         assert process.stdin is not None

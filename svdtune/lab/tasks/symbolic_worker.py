@@ -1,7 +1,8 @@
-"""The process that compares formulas; run as a script, it imports nothing of svdtune. See `symbolic`.
+"""The process that compares formulas; run as a script, it imports nothing of svdtune. See
+`symbolic`.
 
-It writes one line when it is ready, then for every line {"kind", "answer", "expected", "seconds"} on its input one line
-{"equal"}; it dies of a comparison that takes more seconds of CPU time.
+It writes one line when it is ready, then for every line {"kind", "answer", "expected", "seconds"}
+on its input one line {"equal"}; it dies of a comparison that takes more seconds of CPU time.
 """
 
 import json
@@ -12,7 +13,8 @@ import sys
 from math import isclose
 from typing import Any
 
-# What SORSA's grader may evaluate: no attribute, no text, no item access, no comparison, no assignment.
+# What SORSA's grader may evaluate: no attribute, no text, no item access, no comparison, no
+# assignment.
 _HARMLESS = re.compile(r"(?!.*(?:__|\.\s*[A-Za-z_]))[\w+\-*/(),.\s]{1,200}", re.DOTALL)
 _NAMES = (
     "Symbol",
@@ -45,9 +47,11 @@ def same_by_math_verify(answer: str, expected: str) -> bool:
 
 
 def same_by_sympy(answer: str, expected: str) -> bool:
-    """Whether two plain expressions are equal as SORSA's code says: symbolically, or numerically to a thousandth.
+    """Whether two plain expressions are equal as SORSA's code says: symbolically, or numerically to
+    a thousandth.
 
-    Where one is no harmless expression, the original's arithmetic on texts would end in an error, which it ignores.
+    Where one is no harmless expression, the original's arithmetic on texts would end in an error,
+    which it ignores.
     """
     import sympy
 
@@ -90,7 +94,8 @@ def main() -> None:
     except ImportError as error:
         print(json.dumps({"missing": str(error)}), flush=True)
         return
-    logging.disable(logging.CRITICAL)  # math-verify warns that its own time limits are off; ours is the process's end
+    # math-verify warns that its own time limits are off; ours is the process's end
+    logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(2000)
     _limit_memory()
     kinds = {"math_verify": same_by_math_verify, "sympy": same_by_sympy}

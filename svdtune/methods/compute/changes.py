@@ -1,10 +1,13 @@
-"""The weight changes of many small layers at once: for layers whose launches cost more than their arithmetic.
+"""The weight changes of many small layers at once: for layers whose launches cost more than their
+arithmetic.
 
-    ΔW = P Vᵀ − P₀ V₀ᵀ = B Aᵀ        P = U diag(s), A = [V, V − V₀], B = [P − P₀, P₀]; A = V, B = P where nothing is taken away
+    ΔW = P Vᵀ − P₀ V₀ᵀ = B Aᵀ        P = U diag(s), A = [V, V − V₀], B = [P − P₀, P₀];
+                                    A = V, B = P where nothing is taken away
 
-is formed for all layers of a shape in a dozen kernels, and each of them then computes x Wᵀ + x ΔWᵀ with plain matrix products.
-That is the literal Eq. 3 of SORSA: two and a half times the floor's arithmetic, and on a model of 576 columns, whose GPU waits
-for its launches, cheaper than eight small products a layer. The way back turns all dΔW together into dU, ds and dV.
+is formed for all layers of a shape in a dozen kernels, and each of them then computes x Wᵀ + x ΔWᵀ
+with plain matrix products. That is the literal Eq. 3 of SORSA: two and a half times the floor's
+arithmetic, and on a model of 576 columns, whose GPU waits for its launches, cheaper than eight
+small products a layer. The way back turns all dΔW together into dU, ds and dV.
 """
 
 from typing import NamedTuple
@@ -26,9 +29,11 @@ class Change(NamedTuple):
 
 
 def changes_at_once(jobs: list[tuple[Tensors, torch.dtype]]) -> list[Change | None]:
-    """A `Change` for each job, whose second entry is its dtype; None where tensors are sharded or not there.
+    """A `Change` for each job, whose second entry is its dtype; None where tensors are sharded or
+    not there.
 
-    The sum inside ΔW is formed in fp32 of factors rounded to that dtype, as the layers' own nodes do it.
+    The sum inside ΔW is formed in fp32 of factors rounded to that dtype, as the layers' own nodes
+    do it.
     """
     groups: dict[tuple, list[int]] = {}
     for i, (tensors, dtype) in enumerate(jobs):
@@ -45,7 +50,8 @@ def changes_at_once(jobs: list[tuple[Tensors, torch.dtype]]) -> list[Change | No
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a parameter is an ordinary one, with its values in memory: FSDP and ZeRO shard theirs between layers' turns."""
+    """Whether a parameter is an ordinary one, with its values in memory: FSDP and ZeRO shard theirs
+    between layers' turns."""
     return type(tensor) is nn.Parameter and not hasattr(tensor, "ds_id") and not tensor.is_meta
 
 

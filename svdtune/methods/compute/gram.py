@@ -1,4 +1,5 @@
-"""Gram matrices of trained factors, in a precision that does not depend on how a factor is stored or what the user allowed."""
+"""Gram matrices of trained factors, in a precision that does not depend on how a factor is stored
+or what the user allowed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,9 @@ from torch import Tensor
 def gram(factors: Tensor) -> Tensor:
     """MᵀM [n, r, r] of factors [n, d, r], long dimension first, in fp64 wherever the device has it.
 
-    Straight after an SVD MᵀM − I is of the size of fp32's rounding. In fp64 it, and with it the direction of the penalty's
-    gradient, follows from the factors alone, not from the order of a sum: sharded factors give what whole ones give.
+    Straight after an SVD MᵀM − I is of the size of fp32's rounding. In fp64 it, and with it the
+    direction of the penalty's gradient, follows from the factors alone, not from the order of a
+    sum: sharded factors give what whole ones give.
     """
     factors = factors.float() if factors.device.type == "mps" else factors.double()
     with torch.autocast(factors.device.type, enabled=False):
@@ -20,7 +22,8 @@ def gram(factors: Tensor) -> Tensor:
 
 @contextmanager
 def full_fp32(device: torch.device) -> Iterator[None]:
-    """Keep autocast, TF32 and bf16 out of the fp32 products of a block, whatever the user allowed elsewhere."""
+    """Keep autocast, TF32 and bf16 out of the fp32 products of a block, whatever the user allowed
+    elsewhere."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

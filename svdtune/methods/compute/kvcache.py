@@ -12,8 +12,8 @@ from transformers import DynamicCache, EncoderDecoderCache
 def growing_cache(arguments: Iterable[Any]) -> DynamicCache | None:
     """The cache among a forward's arguments that grows by the tokens of each pass, or None.
 
-    An encoder-decoder model's is the one of its decoder's self-attention. A static cache is left out:
-    it keeps its length on the device, and asking for it would wait for the device.
+    An encoder-decoder model's is the one of its decoder's self-attention. A static cache is left
+    out: it keeps its length on the device, and asking for it would wait for the device.
     """
     for argument in arguments:
         cache = argument.self_attention_cache if isinstance(argument, EncoderDecoderCache) else argument

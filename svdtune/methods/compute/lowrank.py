@@ -2,16 +2,18 @@
 
     y = x Wᵀ + b + x (P Vᵀ − P₀ V₀ᵀ)ᵀ      with P = U diag(s)
 
-x [T, in], W [out, in], U and P₀ [out, r], s [r], V and V₀ [in, r]; P₀ V₀ᵀ is the frozen principal part that SORSA's delta
-layout takes away, absent otherwise. The difference is formed in the factors' own precision before anything is rounded:
+x [T, in], W [out, in], U and P₀ [out, r], s [r], V and V₀ [in, r]; P₀ V₀ᵀ is the frozen principal
+part that SORSA's delta layout takes away, absent otherwise. The difference is formed in the
+factors' own precision before anything is rounded:
 
     P Vᵀ − P₀ V₀ᵀ = (P − P₀) Vᵀ + P₀ (V − V₀)ᵀ
 
-Stacked as A = [V, V − V₀] and B = [P − P₀, P₀] this costs what the plain stacking costs, is exactly zero before the first
-step, and in bf16 rounds the change of the weight instead of the difference of two large products.
+Stacked as A = [V, V − V₀] and B = [P − P₀, P₀] this costs what the plain stacking costs, is exactly
+zero before the first step, and in bf16 rounds the change of the weight instead of the difference of
+two large products.
 
-Against autograd's own bookkeeping the node saves x and x V alone, adds into the outputs of the base matmuls, and makes no
-pass over a [T, in] or [T, out] tensor that is not a matrix product.
+Against autograd's own bookkeeping the node saves x and x V alone, adds into the outputs of the base
+matmuls, and makes no pass over a [T, in] or [T, out] tensor that is not a matrix product.
 """
 
 from collections.abc import Callable, Sequence
@@ -46,7 +48,8 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """The pair A [in, w], B [out, w] with A Bᵀ = (P Vᵀ − P₀ V₀ᵀ)ᵀ, rounded to `dtype` last.
 
-    w is r, or 2r where a principal part is taken away, filled up with zero columns to a multiple of `pad`.
+    w is r, or 2r where a principal part is taken away, filled up with zero columns to a multiple of
+    `pad`.
     """
     if kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
         return kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
@@ -55,7 +58,8 @@ def stacked(
 
 
 def pair(U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A = [V, V − V₀] and B = [P − P₀, P₀], or V and P where nothing is taken away; all may have leading dimensions."""
+    """A = [V, V − V₀] and B = [P − P₀, P₀], or V and P where nothing is taken away; all may have
+    leading dimensions."""
     P = scaled(U, s)
     return (V, P) if P0 is None else (torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1))
 
@@ -66,19 +70,22 @@ def filled(x: Tensor, pad: int) -> Tensor:
 
 
 def alignment(dtype: torch.dtype, device: torch.device) -> int:
-    """The multiple of columns that tensor cores want: 16-bit rows on a GPU are read 16 bytes at a time."""
+    """The multiple of columns that tensor cores want: 16-bit rows on a GPU are read 16 bytes at a
+    time."""
     return 8 if device.type == "cuda" and dtype.itemsize == 2 else 1
 
 
 def tall_product(X: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Xᵀ Q in `dtype`; 16-bit products on a GPU leave their fp32 sums unrounded where that is asked for."""
+    """Xᵀ Q in `dtype`; 16-bit products on a GPU leave their fp32 sums unrounded where that is asked
+    for."""
     if X.is_cuda and X.dtype.itemsize == 2 and dtype == torch.float32:
         return torch.mm(X.mT, Q, out_dtype=dtype)
     return cast(X.mT @ Q, dtype)
 
 
 class Part(NamedTuple):
-    """One linear layer and its addition, as `LowRankLinear` takes them; the shapes are those at the head of this file."""
+    """One linear layer and its addition, as `LowRankLinear` takes them; the shapes are those at the
+    head of this file."""
 
     weight: Tensor | None
     bias_or_output: Tensor | None
@@ -90,17 +97,19 @@ class Part(NamedTuple):
 
 
 Node = Callable[..., Tensor]
-"""What takes the arguments of `low_rank_linear` and gives its result, alone or together with other layers."""
+"""What `low_rank_linear` takes and gives, alone or together with other layers."""
 
 
 class LowRankLinear(torch.autograd.Function):
-    """Linear layers that read one input, each with its low-rank addition, in one node; most often it is a single layer.
+    """Linear layers that read one input, each with its low-rank addition, in one node; most often
+    it is a single layer.
 
-    What an addition is added to is either the pair (weight, bias), then the node computes x Wᵀ + b itself, or (None, y),
-    then it adds to y in place. For dropout on the low-rank path's input, either `x_adapter` is that input, or `p` > 0 draws
-    the mask inside the kernels (CUDA), where neither the mask nor the masked input is ever stored.
-    Several layers share the products with x, the mask, and the sum of their input gradients. Base weights get no gradient.
-    Differentiating twice is refused by PyTorch with an error.
+    What an addition is added to is either the pair (weight, bias), then the node computes x Wᵀ + b
+    itself, or (None, y), then it adds to y in place. For dropout on the low-rank path's input,
+    either `x_adapter` is that input, or `p` > 0 draws the mask inside the kernels (CUDA), where
+    neither the mask nor the masked input is ever stored. Several layers share the products with x,
+    the mask, and the sum of their input gradients. Base weights get no gradient. Differentiating
+    twice is refused by PyTorch with an error.
     """
 
     @staticmethod
@@ -124,13 +133,15 @@ class LowRankLinear(torch.autograd.Function):
                 y = linear_plus(cast(x, dtype), cast(part.weight, dtype), bias, own, B)
             outputs.append(y)
             if part.P0 is not None:
-                # x V without x (V − V₀), up to the next full column block: what is too much is cut off the product
+                # x V without x (V − V₀), up to the next full column block: what is too much is cut
+                # off the product
                 r = part.V.shape[1]
                 own = own[:, : min(own.shape[1], r + -r % pad)]
             projected.append(own.contiguous() if z.numel() > WORTH_A_COPY else own)
         saved = list(tensors)
         saved[1::FIELDS] = [None] * len(parts)
-        # Pairs are worth keeping where they are small beside x; else forming them again costs less memory.
+        # Pairs are worth keeping where they are small beside x; else forming them again costs less
+        # memory.
         kept = A.numel() + sum([B.numel() for B in Bs]) <= flat.numel() // 8
         pair = (A, *Bs) if kept else [None] * (1 + len(Bs))
         ctx.save_for_backward(flat, seed, *pair, *projected, *saved)
@@ -187,7 +198,7 @@ class LowRankLinear(torch.autograd.Function):
 FIELDS = len(Part._fields)
 
 WORTH_A_COPY = 2**21
-"""Elements of x A from which on saving only a part of it repays the copy: a view would keep the whole."""
+"""Elements of x A from which on saving a part repays its copy: a view would keep the whole."""
 
 
 def as_parts(flat: Sequence) -> list[Part]:
@@ -245,8 +256,9 @@ def linear_with_pair(x: Tensor, part: Part, A: Tensor, B: Tensor, dtype: torch.d
 
 
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Tensor) -> Tensor:
-    """x Wᵀ + b + z Bᵀ. On a GPU the small product comes first: the large one then adds it while it computes, so the output
-    is written twice instead of written, read and written. Elsewhere the large one comes first, exactly as the base's own.
+    """x Wᵀ + b + z Bᵀ. On a GPU the small product comes first: the large one then adds it while it
+    computes, so the output is written twice instead of written, read and written. Elsewhere the
+    large one comes first, exactly as the base's own.
     """
     if x.is_cuda:
         y = z @ B.mT if bias is None else torch.addmm(bias, z, B.mT)
@@ -259,10 +271,12 @@ def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Te
 def input_gradient(
     dYs: list[Tensor], weights: list[Tensor | None], Q: Tensor | None, A: Tensor, p: float, seed: Tensor | None
 ) -> Tensor | None:
-    """Σ dY W + Q Aᵀ [T, in], a term left out where its factor is None, the last one masked where there is a seed."""
+    """Σ dY W + Q Aᵀ [T, in], a term left out where its factor is None, the last one masked where
+    there is a seed."""
     large = [(dY, cast(W, dY.dtype)) for dY, W in zip(dYs, weights, strict=True) if W is not None]
     dx = None
-    if Q is not None and seed is None and (A.is_cuda or not large):  # the small product first, as in `linear_plus`
+    # the small product first, as in `linear_plus`
+    if Q is not None and seed is None and (A.is_cuda or not large):
         dx, Q = Q @ A.mT, None
     for dY, W in large:
         dx = dY @ W if dx is None else dx.addmm_(dY, W)
@@ -284,9 +298,11 @@ def low_rank_linear(
     x_adapter: Tensor | None = None,
     p: float = 0.0,
 ) -> Tensor:
-    """x Wᵀ + b + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, the shapes as at the head of this file; x may have leading dimensions.
+    """x Wᵀ + b + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, the shapes as at the head of this file; x may have
+    leading dimensions.
 
-    Dropout on the input of the second term: give that input as `x_adapter`, or on CUDA its probability as `p`.
+    Dropout on the input of the second term: give that input as `x_adapter`, or on CUDA its
+    probability as `p`.
     """
     return LowRankLinear.apply(x, x_adapter, p, *Part(weight, bias, U, s, V, P0, V0))
 
@@ -300,5 +316,6 @@ def add_low_rank(
     P0: Tensor | None = None,
     V0: Tensor | None = None,
 ) -> Tensor:
-    """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be read directly."""
+    """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be
+    read directly."""
     return LowRankLinear.apply(x, None, 0.0, *Part(None, y, U, s, V, P0, V0))

@@ -1,18 +1,24 @@
-"""What the layers of one model do together during a forward pass of it, where that is cheaper than each by itself.
+"""What the layers of one model do together during a forward pass of it, where that is cheaper than
+each by itself.
 
-Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product with x, one sum of input
-gradients. In training small models, whose GPU waits for its launches, all weight changes are formed at once instead
-(`svdtune.methods.compute.changes`). And while a text is generated, each layer forms its pair for the first token alone:
-passes that extend one key-value cache have one set of parameters, or the cache itself would be out of date.
+Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product
+with x, one sum of input gradients. In training small models, whose GPU waits for its launches, all
+weight changes are formed at once instead (`svdtune.methods.compute.changes`). And while a text is
+generated, each layer forms its pair for the first token alone: passes that extend one key-value
+cache have one set of parameters, or the cache itself would be out of date.
 
-Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the last one showed. What
-was done ahead is used only if layer, tensors and input are the very same objects, and forgotten when the pass ends, so a
-step of an optimizer can never lie between. (Fused optimizers move no version counter that would tell.)
-Otherwise a layer computes for itself, as it does
+Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the
+last one showed. What was done ahead is used only if layer, tensors and input are the very same
+objects, and forgotten when the pass ends, so a step of an optimizer can never lie between. (Fused
+optimizers move no version counter that would tell.) Otherwise a layer computes for itself, as it
+does
 
-- outside a pass of the whole model, when one of its blocks is called or recomputed under gradient checkpointing,
-- while saved tensors are packed by hooks (checkpointing, offloading), since a recomputation must save the same ones,
-- under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run shall repeat every bit.
+- outside a pass of the whole model, when one of its blocks is called or recomputed under gradient
+  checkpointing,
+- while saved tensors are packed by hooks (checkpointing, offloading), since a recomputation must
+  save the same ones,
+- under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run shall repeat every
+  bit.
 """
 
 import weakref
@@ -39,14 +45,17 @@ from svdtune.methods.compute.lowrank import (
 )
 
 SMALL_MODEL, SMALL_LAYER = 2**28, 4e9
-"""Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which launches outweigh arithmetic:
-4e9 take an H100 some 15 µs, a launch from Python as long, and a layer's own node makes six more of them."""
+"""Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which
+launches outweigh arithmetic: 4e9 take an H100 some 15 µs, a launch from Python as long, and a
+layer's own node makes six more of them."""
 
 
 class Turn(NamedTuple):
-    """What one layer did in a pass: for which adapter, with which tensors (U, s, V, P₀, V₀), in which dtype.
+    """What one layer did in a pass: for which adapter, with which tensors (U, s, V, P₀, V₀), in
+    which dtype.
 
-    `input` numbers the inputs of a pass: layers with one number read one tensor. `rows` is how long it was, once.
+    `input` numbers the inputs of a pass: layers with one number read one tensor. `rows` is how long
+    it was, once.
     """
 
     layer: nn.Module
@@ -76,7 +85,8 @@ class Pair(NamedTuple):
 
 @dataclass
 class Pass:
-    """One forward pass: what was done ahead, how far it goes as the one before, and the latest input, also as [rows, in]."""
+    """One forward pass: what was done ahead, how far it goes as the one before, and the latest
+    input, also as [rows, in]."""
 
     changes: dict[nn.Module, Change]
     pairs: dict[nn.Module, Pair] | None = None
@@ -144,7 +154,8 @@ class Together:
             self._pass = Pass({turn.layer: change for turn, change in found if change is not None})
 
     def _pairs_of(self, cache: DynamicCache | None) -> dict[nn.Module, Pair] | None:
-        """The pairs that were formed for the first tokens in a key-value cache; None where there is no such cache."""
+        """The pairs that were formed for the first tokens in a key-value cache; None where there is
+        no such cache."""
         if cache is None:
             return None
         if self._cache is None or self._cache() is not cache or is_empty(cache):
@@ -156,11 +167,13 @@ class Together:
         now, self._pass = self._pass, None
         if now is None:
             return
-        self._apart.update(now.ahead)  # never called with that input, so they do not belong to their group
+        # never called with that input, so they do not belong to their group
+        self._apart.update(now.ahead)
         if now.ahead or not now.as_planned or len(now.turns) != len(self._plan):
             repeated = len({turn.layer for turn in now.turns}) < len(now.turns)
             self._follow([] if repeated else now.turns)
-            # FSDP gathers the tensors of a block when the block is called: not yet, at the beginning of a pass.
+            # FSDP gathers the tensors of a block when the block is called: not yet, at the
+            # beginning of a pass.
             self._small = self._small and not any(hasattr(m, "set_reshard_after_forward") for m in model.modules())
 
     def _follow(self, turns: list[Turn]) -> None:
@@ -212,7 +225,8 @@ class Together:
         return y
 
     def _plain(self, now: Pass, x: Tensor, part: Part, delta: Tensor) -> Tensor:
-        """x Wᵀ + b + x ΔWᵀ with PyTorch's own nodes, which launch faster than one written in Python."""
+        """x Wᵀ + b + x ΔWᵀ with PyTorch's own nodes, which launch faster than one written in
+        Python."""
         if now.flat is None:
             now.flat = cast(x, delta.dtype).reshape(-1, x.shape[-1])
         y = F.linear(now.flat, cast(part.weight, delta.dtype), part.bias_or_output)
@@ -242,7 +256,8 @@ class Together:
 
 
 def _with_kept_pair(pairs: dict[nn.Module, Pair], layer: nn.Module, x: Tensor, part: Part) -> Tensor:
-    """What `LowRankLinear` gives, to the bit, its pair formed once for all passes that share `pairs`."""
+    """What `LowRankLinear` gives, to the bit, its pair formed once for all passes that share
+    `pairs`."""
     pair, dtype = pairs.get(layer), compute_dtype(x)
     if pair is None or pair.A.dtype != dtype or not _same(pair.tensors, part[2:]):
         pairs[layer] = pair = Pair(part[2:], *stacked(*part[2:], dtype, alignment(dtype, x.device)))

@@ -1,4 +1,5 @@
-"""Read a saved adapter from its folder: its configuration, and its tensors by layer; no model is needed."""
+"""Read a saved adapter from its folder: its configuration, and its tensors by layer; no model is
+needed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,8 @@ class SavedAdapter:
 
     Attributes:
         config: its configuration.
-        layers: by module name, the layer's tensors by their names in `trained` and `frozen`; of a compact adapter, probes in
-            the place of frozen ones.
+        layers: by module name, the layer's tensors by their names in `trained` and `frozen`; of a
+            compact adapter, probes in the place of frozen ones.
         others: the rest of the file under its own names: biases and modules_to_save.
     """
 
@@ -45,7 +46,8 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     """Read an adapter of svdtune's from a folder that `save_pretrained` wrote.
 
     Raises:
-        SvdtuneError: there is none, it is another method's, it is damaged, or tensors of a layer are missing.
+        SvdtuneError: there is none, it is another method's, it is damaged, or tensors of a layer
+            are missing.
     """
     folder = Path(folder).expanduser()
     config = read_config(folder)

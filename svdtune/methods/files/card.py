@@ -1,7 +1,8 @@
-"""The model card of a saved adapter: README.md, with what the Hub reads in its head and what a person needs below it.
+"""The model card of a saved adapter: README.md, with what the Hub reads in its head and what a
+person needs below it.
 
-PEFT writes a card of its own first, an empty form. The form is replaced; a text that somebody wrote is kept, and only the
-sections that are named here are brought up to date.
+PEFT writes a card of its own first, an empty form. The form is replaced; a text that somebody wrote
+is kept, and only the sections that are named here are brought up to date.
 """
 
 import re
@@ -59,14 +60,16 @@ def write_card(folder: Path, config: "SvdConfig", weights: Path) -> None:
 
 
 def add_section(folder: Path, title: str, body: str) -> None:
-    """Put a section into the card of a saved adapter, in the place of an earlier one of that title."""
+    """Put a section into the card of a saved adapter, in the place of an earlier one of that
+    title."""
     card = _load(folder)
     card.text = with_section(card.text, title, body)
     card.save(folder / CARD)
 
 
 def with_section(text: str, title: str, body: str) -> str:
-    """The text with a section `## title`, in the place of the one it has, else before the list of versions, else at the end."""
+    """The text with a section `## title`, in the place of the one it has, else before the list of
+    versions, else at the end."""
     section = f"## {title}\n\n{body.strip()}\n\n"
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^#{{1,3}} |\Z)", text, re.MULTILINE | re.DOTALL)
     if found:
@@ -95,7 +98,8 @@ def ranks_in_words(ranks: Mapping[str, int]) -> str:
 
 
 def _load(folder: Path) -> ModelCard:
-    """The card in a folder, without text where that is PEFT's empty form; a new one where there is none."""
+    """The card in a folder, without text where that is PEFT's empty form; a new one where there is
+    none."""
     path = folder / CARD
     if not path.is_file():
         return ModelCard(front({"library_name": "peft"}))
@@ -136,7 +140,8 @@ def _settings(config: "SvdConfig") -> dict[str, Any]:
     found.pop("task_type", None)
     targets = found.get("target_modules")
     if isinstance(targets, list) and {config.module_of(name) for name in config.ranks} == set(targets):
-        found["target_modules"] = sorted({name.rpartition(".")[2] for name in targets})  # "all-linear", spelled out
+        # "all-linear", spelled out
+        found["target_modules"] = sorted({name.rpartition(".")[2] for name in targets})
     return found
 
 

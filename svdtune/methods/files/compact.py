@@ -1,9 +1,11 @@
-"""Compact saving: frozen factors stay out of the file, and are recomputed from the base weight when the adapter is loaded.
+"""Compact saving: frozen factors stay out of the file, and are recomputed from the base weight when
+the adapter is loaded.
 
-SORSA's P₀ and V₀ and Mo-SARA's U and V follow from the base weight. Computed in float64 and rounded to fp32 they come out the
-same, bit for bit, on the machine and thread count that made them; elsewhere up to rounding, which a hash would not forgive.
-So the file keeps, in place of a factor F [n, k], its probe: the products of four fixed vectors with every column, [4, k] in
-float64. A column that is turned, swapped or of the other sign changes them. What was recomputed must agree with them.
+SORSA's P₀ and V₀ and Mo-SARA's U and V follow from the base weight. Computed in float64 and rounded
+to fp32 they come out the same, bit for bit, on the machine and thread count that made them;
+elsewhere up to rounding, which a hash would not forgive. So the file keeps, in place of a factor F
+[n, k], its probe: the products of four fixed vectors with every column, [4, k] in float64. A column
+that is turned, swapped or of the other sign changes them. What was recomputed must agree with them.
 """
 
 from collections.abc import Mapping
@@ -17,15 +19,16 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.layers.base import SvdLayer
 
 PROBE = "_probe"
-# Largest difference of a column's probe, relative to the column's length. fp32's rounding leaves some 1e-7; a base in another
-# dtype turns a column by 1e-3 or more.
+# Largest difference of a column's probe, relative to the column's length. fp32's rounding leaves
+# some 1e-7; a base in another dtype turns a column by 1e-3 or more.
 TOLERANCE = 1e-5
 _PROBES = 4
 _ROOT = "base_model.model."
 
 
 def probe(factor: Tensor) -> Tensor:
-    """[4, k] in float64 on the CPU: the products of √2 cos(j i²), i = 1 … n, j = 1 … 4, with the columns of a factor [n, k]."""
+    """[4, k] in float64 on the CPU: the products of √2 cos(j i²), i = 1 … n, j = 1 … 4, with the
+    columns of a factor [n, k]."""
     rows = torch.arange(1, len(factor) + 1, dtype=torch.float64)
     vectors = 2**0.5 * torch.cos(torch.arange(1, _PROBES + 1, dtype=torch.float64)[:, None] * rows**2)
     return (vectors.to(factor.device) @ factor.detach().double()).cpu()
@@ -61,12 +64,14 @@ def restore(
     """Add the frozen tensors that a compact file left out, recomputed in float64 and checked.
 
     Args:
-        state_dict: to be loaded, with the model's keys, and with probes under the file's; changed in place.
+        state_dict: to be loaded, with the model's keys, and with probes under the file's; changed
+            in place.
         given: by name, each adapted layer with its tensors in `state_dict`; those are changed too.
         adapter: whose tensors.
 
     Raises:
-        SvdtuneError: what came out is not what the adapter was trained with; the message names the layer.
+        SvdtuneError: what came out is not what the adapter was trained with; the message names the
+            layer.
     """
     probes = {name: _take_probes(state_dict, name, layer) for name, (layer, _) in given.items()}
     found: dict[str, dict[str, Tensor]] = {}
@@ -91,7 +96,8 @@ def restore(
 
 
 def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer) -> dict[str, Tensor]:
-    """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all of them."""
+    """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all
+    of them."""
     key = _ROOT + name.removeprefix(_ROOT)
     probes = {part: state_dict.pop(f"{key}.{part}{PROBE}", None) for part in layer.frozen}
     return {} if any(value is None for value in probes.values()) else probes

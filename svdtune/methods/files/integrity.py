@@ -44,7 +44,8 @@ def holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
 
 
 def check_weights_file(folder: Path, digest: str | None) -> None:
-    """Make sure that an adapter's weights are the file that was saved, before anything is done to a model.
+    """Make sure that an adapter's weights are the file that was saved, before anything is done to a
+    model.
 
     Raises:
         SvdtuneError: the file is missing, a pickle, cut short, or was changed since.
@@ -74,11 +75,13 @@ def check_weights_file(folder: Path, digest: str | None) -> None:
 
 
 def fingerprint(module: nn.Module) -> str | None:
-    """16 hex digits that name a base weight by shape and content, None where the weight says nothing.
+    """16 hex digits that name a base weight by shape and content, None where the weight says
+    nothing.
 
-    The content is the weight rounded to bf16: an fp32 checkpoint and its bf16 copy have one fingerprint, and so has either
-    after it was cast up. Differences below bf16's resolution are not seen. Quantized and meta weights have none, nor have
-    weights that another adapter is merged into.
+    The content is the weight rounded to bf16: an fp32 checkpoint and its bf16 copy have one
+    fingerprint, and so has either after it was cast up. Differences below bf16's resolution are not
+    seen. Quantized and meta weights have none, nor have weights that another adapter is merged
+    into.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight: Tensor | None = getattr(base, "weight", None)

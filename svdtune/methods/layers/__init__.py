@@ -1,1 +1,2 @@
-"""The layers that carry adapters inside PEFT: linear, convolutional, slices of fused weights, quantized; and merging."""
+"""The layers that carry adapters inside PEFT: linear, convolutional, slices of fused weights,
+quantized; and merging."""

@@ -1,8 +1,10 @@
-"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, loading, moving; merging is beside it.
+"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, loading,
+moving; merging is beside it.
 
-A method's own layer says which tensors it has, how they start and what they compute; everything PEFT asks of a layer
-stands here. Frozen factors are parameters without a gradient, in PEFT's `other_param_names`: counted, sharded and saved,
-never switched to trainable. Their names lack the method's prefix, by which PEFT's tools know what is trained.
+A method's own layer says which tensors it has, how they start and what they compute; everything
+PEFT asks of a layer stands here. Frozen factors are parameters without a gradient, in PEFT's
+`other_param_names`: counted, sharded and saved, never switched to trainable. Their names lack the
+method's prefix, by which PEFT's tools know what is trained.
 """
 
 from abc import abstractmethod
@@ -28,13 +30,16 @@ from svdtune.methods.layers.quantized import device_and_dtype
 class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     """A linear layer or a convolution with adapters of one method around it.
 
-    Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter name.
+    Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter
+    name.
 
     Attributes:
         r: rank by adapter name.
-        recomputable: adapters whose frozen tensors come out the same when they are computed from the base weight again.
+        recomputable: adapters whose frozen tensors come out the same when they are computed from
+            the base weight again.
         together: what the layers of a model share during a forward pass; the tuner sets it.
-        in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in / groups · k ... and out.
+        in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in /
+            groups · k ... and out.
     """
 
     method: ClassVar[str]
@@ -72,9 +77,11 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
     @abstractmethod
     def new_tensors(self, r: int, config: SvdConfig, factors: Factors | None) -> dict[str, Tensor | None]:
-        """The starting value of every tensor in `trained` and `frozen`, None for one that the settings leave out.
+        """The starting value of every tensor in `trained` and `frozen`, None for one that the
+        settings leave out.
 
-        With `factors` None the values are those of a random start; the shapes are the same either way.
+        With `factors` None the values are those of a random start; the shapes are the same either
+        way.
         """
 
     @staticmethod
@@ -86,10 +93,11 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
-        """Base layer and adapter in one autograd node, for a weight [out, in] that may be read directly.
+        """Base layer and adapter in one autograd node, for a weight [out, in] that may be read
+        directly.
 
-        `x_adapter` is the adapter's input where dropout made it another one than x. `p` > 0 instead asks a method that
-        `draws_masks` to apply dropout inside its kernels.
+        `x_adapter` is the adapter's input where dropout made it another one than x. `p` > 0 instead
+        asks a method that `draws_masks` to apply dropout inside its kernels.
         """
 
     @abstractmethod
@@ -106,7 +114,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base weight.
 
         Args:
-            tensors: an adapter's tensors by their names in `trained` and `frozen`, from a layer or from a file.
+            tensors: an adapter's tensors by their names in `trained` and `frozen`, from a layer or
+                from a file.
             config: its configuration.
 
         Raises:
@@ -130,7 +139,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         return B @ A.mT
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's LoRA conversion asks for."""
+        """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's
+        LoRA conversion asks for."""
         return spectra.as_stored(self.get_base_layer(), self.delta(adapter))
 
     # An adapter's beginning and end
@@ -143,7 +153,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         factors: Factors | None = None,
         load_only: bool = False,
     ) -> None:
-        """Add an adapter of rank r. `load_only` allocates the shapes and waits for values from a checkpoint."""
+        """Add an adapter of rank r. `load_only` allocates the shapes and waits for values from a
+        checkpoint."""
         if r > (largest := min(self.in_features, self.out_features)):
             raise SvdtuneError(
                 f"r = {r} is larger than a layer [{self.out_features}, {self.in_features}] allows; its rank is at most "
@@ -164,7 +175,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     def _starting_tensors(
         self, r: int, config: SvdConfig, factors: Factors | None, load_only: bool
     ) -> dict[str, Tensor]:
-        """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number, where `load_only`."""
+        """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number,
+        where `load_only`."""
         if not load_only:
             return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
         with torch.device("meta"):
@@ -175,7 +187,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
-        parameters = self._modules[name]._parameters  # every step reads these: nn.Module's own look-up is slow
+        # every step reads these: nn.Module's own look-up is slow
+        parameters = self._modules[name]._parameters
         return parameters[adapter] if adapter in parameters else None  # noqa: SIM401  ZeRO-3 gathers what [] asks for
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
@@ -189,7 +202,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         self.recomputable.discard(adapter_name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to its base layer's device. PEFT's own version also rounds the factors to the base dtype."""
+        """Move an adapter to its base layer's device. PEFT's own version also rounds the factors to
+        the base dtype."""
         device = device or device_and_dtype(self.get_base_layer())[0]
         if device.type == "meta":
             return
@@ -205,7 +219,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         return adapter in self._awaited
 
     def filled_elsewhere(self, adapter: str) -> None:
-        """Called where another process starts an adapter and hands out its values, with the base weights, later."""
+        """Called where another process starts an adapter and hands out its values, with the base
+        weights, later."""
         self._awaited.discard(adapter)
 
     def before_load(self, adapter: str) -> None:
@@ -219,9 +234,11 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
             self._own_memory(adapter)
 
     def _own_memory(self, adapter: str) -> None:
-        """Copy tensors that `low_cpu_mem_usage` left mapped from the file, at addresses of the file's own alignment.
+        """Copy tensors that `low_cpu_mem_usage` left mapped from the file, at addresses of the
+        file's own alignment.
 
-        Aligned as they were when they were saved, matrix products round as they did: outputs are the same to the bit.
+        Aligned as they were when they were saved, matrix products round as they did: outputs are
+        the same to the bit.
         """
         for name in (*self.trained, *self.frozen):
             tensor = self.adapter_tensor(name, adapter)
@@ -258,7 +275,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         return y
 
     def sole_adapter(self) -> str | None:
-        """The adapter that `forward` computes in one node with the base layer; None where it goes another way."""
+        """The adapter that `forward` computes in one node with the base layer; None where it goes
+        another way."""
         if self._disable_adapters or self.merged_adapters or self._awaited:
             return None
         active = [name for name in self.active_adapters if name in self.r]
@@ -285,14 +303,16 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         return self.merged or not any(name in self.r for name in self.active_adapters)
 
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output, to which the adapters in `present` are added (or whose weight holds them already)."""
+        """The base layer's output, to which the adapters in `present` are added (or whose weight
+        holds them already)."""
         return self.base_layer(x, *args, **kwargs)
 
     def _may_read_weight(self) -> bool:
         """Whether computing with the base layer's weight equals calling the layer.
 
-        Not so for other classes (quantized, already adapted), for weights that Accelerate brings in on the call, for
-        sharded ones, for one that is itself trained, and where anybody hooked the layer.
+        Not so for other classes (quantized, already adapted), for weights that Accelerate brings in
+        on the call, for sharded ones, for one that is itself trained, and where anybody hooked the
+        layer.
         """
         base = self._modules["base_layer"]
         weight = base._parameters.get("weight")
@@ -323,5 +343,6 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
 
 def parameters_go_to_meta() -> bool:
-    """Whether we are inside PEFT's low_cpu_mem_usage, which does not tell the tuner but sends new parameters to meta."""
+    """Whether we are inside PEFT's low_cpu_mem_usage, which does not tell the tuner but sends new
+    parameters to meta."""
     return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].is_meta

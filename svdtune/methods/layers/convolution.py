@@ -1,12 +1,13 @@
-"""A low-rank addition to a convolution: a convolution with A as its kernel, then one with B that looks at single positions.
+"""A low-rank addition to a convolution: a convolution with A as its kernel, then one with B that
+looks at single positions.
 
-A kernel [out, in / groups, k, ...] is the matrix W [out, in / groups · k ...] that multiplies each patch of the input, so
-ΔW = B Aᵀ applied to every patch is
+A kernel [out, in / groups, k, ...] is the matrix W [out, in / groups · k ...] that multiplies each
+patch of the input, so ΔW = B Aᵀ applied to every patch is
 
-    y = base(x) + B (A ∗ x)      A [in / groups · k ..., w] as w kernels, B [out, w] as kernels of size 1
+    y = base(x) + B (A ∗ x)      A [in / groups · k ..., w] as w kernels, B [out, w] of size 1
 
-and no patch is ever copied out. Stride, padding and dilation are the base layer's, all of them A's. With groups, every
-group of channels goes through A by itself and meets its own rows of B.
+and no patch is ever copied out. Stride, padding and dilation are the base layer's, all of them A's.
+With groups, every group of channels goes through A by itself and meets its own rows of B.
 """
 
 from typing import Any
@@ -40,7 +41,8 @@ def project(base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
 
 
 def expand(base: nn.Module, z: Tensor, B: Tensor) -> Tensor:
-    """B z at every position: [N, out, positions ...] for z [N, groups · w, positions ...] and B [out, w]."""
+    """B z at every position: [N, out, positions ...] for z [N, groups · w, positions ...] and B
+    [out, w]."""
     size = len(base.kernel_size)
     return _CONVOLVE[size](z, B.reshape(*B.shape, *(1,) * size).to(z.dtype), groups=base.groups)
 
@@ -51,7 +53,8 @@ def add_convolved(base: nn.Module, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -
 
 
 def per_position(z: Tensor, groups: int, sizes: int) -> Tensor:
-    """[N, groups · w, positions ...] → [N, groups, positions ..., w], so that what a router reads comes last.
+    """[N, groups · w, positions ...] → [N, groups, positions ..., w], so that what a router reads
+    comes last.
 
     `sizes` is the number of position dimensions; an input without N is taken as well.
     """

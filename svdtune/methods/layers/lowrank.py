@@ -1,4 +1,5 @@
-"""LowRankLayer: what SARA's and SORSA's layers share, a trained product U diag(s) Vᵀ added to the weight."""
+"""LowRankLayer: what SARA's and SORSA's layers share, a trained product U diag(s) Vᵀ added to the
+weight."""
 
 from abc import abstractmethod
 from functools import partial
@@ -10,14 +11,17 @@ from svdtune.methods.layers.base import SvdLayer
 
 
 class LowRankLayer(SvdLayer):
-    """A layer whose adapters are low-rank additions; `svdtune.methods.compute.together` computes several in one node."""
+    """A layer whose adapters are low-rank additions; `svdtune.methods.compute.together` computes
+    several in one node."""
 
     draws_masks = True
 
     @abstractmethod
     def product(self, adapter: str) -> tuple[Tensor | None, ...]:
-        """U [out, r], s [r] or None, V [in, r], and P₀ and V₀ of what is taken away, None where nothing is."""
+        """U [out, r], s [r] or None, V [in, r], and P₀ and V₀ of what is taken away, None where
+        nothing is."""
 
     def node(self, adapter: str) -> Node:
-        """What computes the adapter with the base layer: a node of its own, or one together with other layers."""
+        """What computes the adapter with the base layer: a node of its own, or one together with
+        other layers."""
         return low_rank_linear if self.together is None else partial(self.together.linear, self, adapter)

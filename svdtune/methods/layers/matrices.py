@@ -1,6 +1,8 @@
-"""The adapted layers of a model as matrices: the weight each has now, the one it started from, and what it trains.
+"""The adapted layers of a model as matrices: the weight each has now, the one it started from, and
+what it trains.
 
-One view for SARA, Mo-SARA, SORSA, LoRA, PiSSA, every other PEFT method that merges, and full fine-tuning.
+One view for SARA, Mo-SARA, SORSA, LoRA, PiSSA, every other PEFT method that merges, and full
+fine-tuning.
 """
 
 import copy
@@ -60,8 +62,9 @@ class Observed:
     def start(self) -> Tensor:
         """The base model's own weight [out, in], in fp32 or better; ask before the first step.
 
-        PiSSA and its kin change the base weight when they are put on; before the first step weight and adapter together still
-        make up the base model's. In SORSA's split layout it was stored without the principal part.
+        PiSSA and its kin change the base weight when they are put on; before the first step weight
+        and adapter together still make up the base model's. In SORSA's split layout it was stored
+        without the principal part.
         """
         if not isinstance(self.module, SvdLayer):
             return self.weight()
@@ -72,9 +75,11 @@ class Observed:
 
     @torch.no_grad()
     def added_pair(self) -> Pair | None:
-        """A [in, w] and B [out, w] whose product B Aᵀ is added, by ours to the base model's own weight, by LoRA to the weight
-        in memory (which PiSSA changed); None where it is no thin product."""
-        if isinstance(self.module, SorsaLinear):  # in the split layout too, where W_p is added to less than that weight
+        """A [in, w] and B [out, w] whose product B Aᵀ is added, by ours to the base model's own
+        weight, by LoRA to the weight in memory (which PiSSA changed); None where it is no thin
+        product."""
+        # in the split layout too, where W_p is added to less than that weight
+        if isinstance(self.module, SorsaLinear):
             return sorsa_pair(*self.module.adapter_tensors(self.adapter).values())
         if isinstance(self.module, SvdLayer):
             return self.module.pair(self.adapter)
@@ -82,7 +87,8 @@ class Observed:
 
     @torch.no_grad()
     def trained_pair(self) -> Pair | None:
-        """A and B of the trained product itself: W_p of SORSA and PiSSA, ΔW of LoRA and SARA; None under full fine-tuning."""
+        """A and B of the trained product itself: W_p of SORSA and PiSSA, ΔW of LoRA and SARA; None
+        under full fine-tuning."""
         if isinstance(self.module, SorsaLinear):
             tensors = self.module.adapter_tensors(self.adapter)
             return tensors["sorsa_V"], tensors["sorsa_U"] * tensors["sorsa_s"]
@@ -90,7 +96,8 @@ class Observed:
 
     @torch.no_grad()
     def orthonormality(self) -> dict[str, float]:
-        """‖UᵀU − I‖_F and ‖VᵀV − I‖_F of factors that start orthonormal and are trained: SORSA's."""
+        """‖UᵀU − I‖_F and ‖VᵀV − I‖_F of factors that start orthonormal and are trained:
+        SORSA's."""
         if not isinstance(self.module, SorsaLinear):
             return {}
         tensors = self.module.adapter_tensors(self.adapter)
@@ -98,7 +105,8 @@ class Observed:
 
 
 def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[Observed]:
-    """The `trained_layers` whose change is a matrix: not Mo-SARA with several heads, whose change depends on the token.
+    """The `trained_layers` whose change is a matrix: not Mo-SARA with several heads, whose change
+    depends on the token.
 
     Args:
         model: with an adapter, or fully trained.
@@ -110,7 +118,8 @@ def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda nam
 def trained_layers(model: nn.Module) -> list[Observed]:
     """The layers of a model that are trained, in its order.
 
-    Under an adapter those that carry it, without embeddings; without one all linear layers but the output head.
+    Under an adapter those that carry it, without embeddings; without one all linear layers but the
+    output head.
     """
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     head = None if adapted or not hasattr(model, "get_output_embeddings") else model.get_output_embeddings()
@@ -140,7 +149,8 @@ def _exact(weight: Tensor) -> Tensor:
 
 
 def _lora_pair(layer: nn.Module, adapter: str) -> Pair | None:
-    """A [in, r] and scaling · B [out, r] of a plain LoRA on a linear layer; None for variants such as DoRA or AdaLoRA."""
+    """A [in, r] and scaling · B [out, r] of a plain LoRA on a linear layer; None for variants such
+    as DoRA or AdaLoRA."""
     plain = (
         isinstance(layer, LoraLayer) and adapter in layer.lora_A and not getattr(layer, "lora_variant", {}).get(adapter)
     )

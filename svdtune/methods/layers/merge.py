@@ -1,4 +1,5 @@
-"""Merging: how an adapted layer puts adapters into its base weight and takes them out again, for every kind of weight."""
+"""Merging: how an adapted layer puts adapters into its base weight and takes them out again, for
+every kind of weight."""
 
 from typing import Any
 
@@ -12,11 +13,13 @@ from svdtune.methods.layers.quantized import check_mergeable, device_and_dtype, 
 
 
 class Merging:
-    """The part of an adapted layer that merges; it needs `delta` and PEFT's attributes of a tuner layer.
+    """The part of an adapted layer that merges; it needs `delta` and PEFT's attributes of a tuner
+    layer.
 
     Attributes:
         merged_adapters: names of the adapters that the base weight holds now.
-        tied: whether other modules have the same weight, as an output head has the embeddings'; merging then unties.
+        tied: whether other modules have the same weight, as an output head has the embeddings';
+            merging then unties.
     """
 
     def _start_merging(self) -> None:
@@ -25,10 +28,12 @@ class Merging:
         self._before_merge: Any = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add adapters to the base weight, in fp32, rounded once. The weight before is kept for an exact `unmerge`.
+        """Add adapters to the base weight, in fp32, rounded once. The weight before is kept for an
+        exact `unmerge`.
 
         Raises:
-            SvdtuneError: an adapter that cannot be merged, or with `safe_merge` a result that is not finite.
+            SvdtuneError: an adapter that cannot be merged, or with `safe_merge` a result that is
+                not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
         if not names:

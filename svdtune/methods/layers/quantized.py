@@ -1,4 +1,5 @@
-"""Base layers whose weight is quantized: found by what they are, merged by PEFT's backend for them, put back exactly."""
+"""Base layers whose weight is quantized: found by what they are, merged by PEFT's backend for them,
+put back exactly."""
 
 from typing import Any
 
@@ -15,7 +16,8 @@ from svdtune.errors import SvdtuneError
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """Whether a base layer stores something else than the numbers of its matrix; its weight may look floating all the same."""
+    """Whether a base layer stores something else than the numbers of its matrix; its weight may
+    look floating all the same."""
     weight = getattr(base, "weight", None)
     if weight is None or not weight.is_floating_point():
         return True
@@ -51,8 +53,10 @@ def kept(base: nn.Module) -> Any:
     """What a quantized layer stores, to be put back as it is."""
     if hasattr(base, "W_q"):
         return base
-    notes = dict(vars(base.weight))  # PEFT changes bitsandbytes' notes beside the codes when it merges
-    if type(base.weight).__name__ == "Int8Params":  # the first use hands them from the weight to the layer
+    # PEFT changes bitsandbytes' notes beside the codes when it merges
+    notes = dict(vars(base.weight))
+    # the first use hands them from the weight to the layer
+    if type(base.weight).__name__ == "Int8Params":
         scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
         notes |= {"CB": base.weight.data, "SCB": scales}
     return base.weight, notes
@@ -67,12 +71,14 @@ def put_back(layer: Any, stored: Any) -> None:
     base.weight, notes = stored
     vars(base.weight).clear()
     vars(base.weight).update(notes)
-    if getattr(base, "state", None) is not None:  # bitsandbytes int8 keeps what it derived from the weight
+    # bitsandbytes int8 keeps what it derived from the weight
+    if getattr(base, "state", None) is not None:
         base.state.reset_grads()
 
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a base layer's weight lies, and its dtype; HQQ, which has no such weight, says what it computes in."""
+    """Where a base layer's weight lies, and its dtype; HQQ, which has no such weight, says what it
+    computes in."""
     base = getattr(base, "whole", base)  # of a slice
     if hasattr(base, "W_q"):
         return base.W_q.device, base.compute_dtype

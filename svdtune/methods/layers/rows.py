@@ -1,8 +1,8 @@
 """Slices of fused projections: which rows of one weight are q, k, v, gate or up, by model type.
 
-A fused weight [out, in] is seen as `groups` blocks of `width` rows, and a slice takes rows `start` to `stop` of every block.
-One block: the slices lie one after the other (GPT-2, Phi-3). One block a head, or a key-value head: they are interleaved
-(GPT-NeoX, BLOOM, Falcon).
+A fused weight [out, in] is seen as `groups` blocks of `width` rows, and a slice takes rows `start`
+to `stop` of every block. One block: the slices lie one after the other (GPT-2, Phi-3). One block a
+head, or a key-value head: they are interleaved (GPT-NeoX, BLOOM, Falcon).
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +30,8 @@ class Rows:
         return self.groups * (self.stop - self.start)
 
     def of(self, tensor: Tensor, dim: int) -> Tensor:
-        """A view of these rows along `dim`, which stands as two dimensions: blocks, and rows in a block."""
+        """A view of these rows along `dim`, which stands as two dimensions: blocks, and rows in a
+        block."""
         return tensor.unflatten(dim, (self.groups, self.width)).narrow(dim if dim < 0 else dim + 1, *self._span)
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -106,7 +107,8 @@ KNOWN: dict[str, dict[str, Callable[[Any], Parts]]] = {
 def known_parts(model: nn.Module, name: str) -> Parts | None:
     """The slices of a module, None where none are known for it.
 
-    Decided by the configuration nearest above the module, so that a language model inside another model is found too.
+    Decided by the configuration nearest above the module, so that a language model inside another
+    model is found too.
     """
     last = name.rpartition(".")[2]
     for config in _configs_above(model, name):

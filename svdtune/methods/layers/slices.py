@@ -1,8 +1,9 @@
 """FusedLinear: a fused projection with an adapted layer of its own for each slice.
 
-Each slice is an ordinary adapted layer, named `<module>.<slice>`, whose base layer is a `RowSlice`: a view of some rows of the
-fused weight that answers 0, so that the layer's output is what it adds. Ranks, factors, saved tensors and fingerprints
-are therefore a slice's own, and nothing about them is special.
+Each slice is an ordinary adapted layer, named `<module>.<slice>`, whose base layer is a `RowSlice`:
+a view of some rows of the fused weight that answers 0, so that the layer's output is what it adds.
+Ranks, factors, saved tensors and fingerprints are therefore a slice's own, and nothing about them
+is special.
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +33,8 @@ class RowSlice(nn.Module):
 
     def __init__(self, whole: nn.Module, rows: Rows):
         super().__init__()
-        self._whole = (whole,)  # in a tuple: a submodule would put the weight into the state dict a second time
+        # in a tuple: a submodule would put the weight into the state dict a second time
+        self._whole = (whole,)
         self.rows = rows
         self.out_features, self.in_features = rows.count, spectra.matrix_shape(whole)[1]
 
@@ -42,7 +44,8 @@ class RowSlice(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The slice's matrix [out, in] in the stored dtype, or dequantized; on the meta device where the fused weight is."""
+        """The slice's matrix [out, in] in the stored dtype, or dequantized; on the meta device
+        where the fused weight is."""
         device, dtype = device_and_dtype(self.whole)
         if device.type == "meta" and not hasattr(self.whole, "_hf_hook"):
             return torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
@@ -58,7 +61,8 @@ class RowSlice(nn.Module):
         """Put a matrix [out, in] into the slice's rows.
 
         Raises:
-            SvdtuneError: the weight is quantized, so that rows next to the slice would be rounded once more, or offloaded.
+            SvdtuneError: the weight is quantized, so that rows next to the slice would be rounded
+                once more, or offloaded.
         """
         if is_quantized(self.whole):
             raise SvdtuneError(
@@ -108,11 +112,13 @@ class FusedLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused layer's output with every slice's addition in its rows."""
-        # The slices come first: one that was merged and is now disabled takes its change out of the weight.
+        # The slices come first: one that was merged and is now disabled takes its change out of the
+        # weight.
         added = [(part.get_base_layer().rows, part(x)) for part in self.slices() if not part.is_silent()]
         y = self.base_layer(x, *args, **kwargs)
         if added and type(self.base_layer) not in (nn.Linear, Conv1D):
-            y = y.clone()  # what other layers give may be a view, or be kept for their own backward pass
+            # what other layers give may be a view, or be kept for their own backward pass
+            y = y.clone()
         for rows, addition in added:
             rows.of(y, -1).add_(rows.apart(addition, -1))
         return y
@@ -144,10 +150,11 @@ class FusedLinear(nn.Module, BaseTunerLayer):
 def whole_pairs(
     slices: Mapping[str, list[int]], pairs: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pairs by module of the base model, those of the slices of one weight put together without loss.
+    """Pairs by module of the base model, those of the slices of one weight put together without
+    loss.
 
-    Slices side by side: A = [A_q, A_v] [in, w_q + w_v], and B [out, w_q + w_v] has each slice's B in its rows and columns and
-    zeros elsewhere, so B Aᵀ holds each slice's change in its rows.
+    Slices side by side: A = [A_q, A_v] [in, w_q + w_v], and B [out, w_q + w_v] has each slice's B
+    in its rows and columns and zeros elsewhere, so B Aᵀ holds each slice's change in its rows.
 
     Args:
         slices: a configuration's `slices`.

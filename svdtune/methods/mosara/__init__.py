@@ -1,4 +1,5 @@
-"""Mo-SARA: frozen singular vectors, trained sets of singular values mixed by a token-level router."""
+"""Mo-SARA: frozen singular vectors, trained sets of singular values mixed by a token-level
+router."""
 
 from svdtune.methods.mosara.config import MoSaraConfig
 from svdtune.methods.mosara.layer import MoSaraLinear, check_is_matrix

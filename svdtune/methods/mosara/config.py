@@ -12,17 +12,21 @@ DEFAULT_THRESHOLD = 0.5
 
 @dataclass
 class MoSaraConfig(SvdConfig):
-    """Mo-SARA: frozen singular vectors, parallel sets of trained singular values, and a token-level router.
+    """Mo-SARA: frozen singular vectors, parallel sets of trained singular values, and a token-level
+    router.
 
     Adapts the q and v projections by default, at `threshold` 0.5 with 5 heads, as the paper does.
 
     Args:
-        num_heads: parallel sets of singular values. One head has no router and merges into the weight exactly; several
-            are mixed anew for each token and cannot be merged.
-        gate: "softmax" (the paper); "none", the mean of the heads, which has no router and merges exactly; or another that
-            is registered in `svdtune.methods.mosara.gates`, such as the laboratory's "top1".
-        use_v: train the diagonal v, which starts at 0 (False: ablation, Table 4; the model then changes at step 0).
-        v_position: "after" the up-projection (length out), or in "front" of the down-projection (length in; ablation).
+        num_heads: parallel sets of singular values. One head has no router and merges into the
+            weight exactly; several are mixed anew for each token and cannot be merged.
+        gate: "softmax" (the paper); "none", the mean of the heads, which has no router and merges
+            exactly; or another that is registered in `svdtune.methods.mosara.gates`, such as the
+            laboratory's "top1".
+        use_v: train the diagonal v, which starts at 0 (False: ablation, Table 4; the model then
+            changes at step 0).
+        v_position: "after" the up-projection (length out), or in "front" of the down-projection
+            (length in; ablation).
         See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
     """
 

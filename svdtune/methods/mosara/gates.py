@@ -1,8 +1,9 @@
 """Mo-SARA's gates: what weighs the heads of a token.
 
-"softmax" is the paper's, Eq. 6. "none" weighs every head 1 / m, which is what the softmax gives where the router tells
-nothing. The mean of the heads is one set of singular values, so there is no router, ΔW is a matrix, and it merges. (Their
-sum would only be another scale.) Gates that are registered besides these two bring the code that computes with them.
+"softmax" is the paper's, Eq. 6. "none" weighs every head 1 / m, which is what the softmax gives
+where the router tells nothing. The mean of the heads is one set of singular values, so there is no
+router, ΔW is a matrix, and it merges. (Their sum would only be another scale.) Gates that are
+registered besides these two bring the code that computes with them.
 """
 
 from collections.abc import Callable

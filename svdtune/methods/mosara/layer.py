@@ -70,7 +70,8 @@ class MoSaraLinear(SvdLayer):
         return U, V, mean_head(lam) if self._gate(adapter) == "none" else lam, v, w1, w2, self._front(adapter)
 
     def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
-        """V in the dtype of the products, kept from one step to the next where that is not V itself."""
+        """V in the dtype of the products, kept from one step to the next where that is not V
+        itself."""
         V, dtype = self.frozen_V[adapter], compute_dtype(x)
         if self._front(adapter) or dtype == V.dtype or torch.compiler.is_compiling():
             return None
@@ -104,7 +105,8 @@ class MoSaraLinear(SvdLayer):
         return add(y, x, *self._tensors(adapter))
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the kernel looks at there."""
+        """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the
+        kernel looks at there."""
         U, V, lam, v, w1, w2, front = self._tensors(adapter)
         if w1 is None:
             return super().add_convolved(y, x, adapter)
@@ -126,7 +128,8 @@ class MoSaraLinear(SvdLayer):
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
         check_is_matrix(config)
         U, V, lam, v = (tensors.get(name) for name in ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v"))
-        return mosara_pair(U, V, mean_head(lam), v, config.v_position == "front")  # one head, or no gate
+        # one head, or no gate
+        return mosara_pair(U, V, mean_head(lam), v, config.v_position == "front")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.configs[adapter_name].has_router

@@ -1,16 +1,19 @@
 """Mo-SARA's equations (Gu et al., 2024, §4.3), as its layer calls them: one autograd node a layer.
 
-With the paper's U and V exchanged (here W is [out, in], see SARA), U [out, k] and V [in, k] the frozen top-k singular vectors
-of W, λ [m, k] the m trained sets of singular values, v the trained diagonal and w₁ [k], w₂ [m] the router:
+With the paper's U and V exchanged (here W is [out, in], see SARA), U [out, k] and V [in, k] the
+frozen top-k singular vectors of W, λ [m, k] the m trained sets of singular values, v the trained
+diagonal and w₁ [k], w₂ [m] the router:
 
-    g = softmax((x V) w₁ w₂)                                    one weight a token and head, no bias        (Eq. 6)
-    y = x Wᵀ + ((g λ) ∘ (x V)) Uᵀ ∘ v                           v after, [out]                              (Eq. 5)
-    y = x Wᵀ + ((g λ) ∘ ((x ∘ v) V)) Uᵀ                         v in front, [in] (ablation, Table 4)
+    g = softmax((x V) w₁ w₂)                      one weight a token and head     (Eq. 6)
+    y = x Wᵀ + ((g λ) ∘ (x V)) Uᵀ ∘ v             v after, [out]                  (Eq. 5)
+    y = x Wᵀ + ((g λ) ∘ ((x ∘ v) V)) Uᵀ           v in front, [in]                (Table 4)
 
-v = 0 at the start, so y = x Wᵀ exactly. Without v (ablation) that does not hold. One head has no router: g = 1.
+v = 0 at the start, so y = x Wᵀ exactly. Without v (ablation) that does not hold. One head has no
+router: g = 1.
 
-v never meets a [T, out] or [T, in] tensor: it is folded into the frozen factor it stands beside. Eq. 6 reads x V also where v
-stands in front; since the gate has rank one, V w₁ [in] is all that it needs.
+v never meets a [T, out] or [T, in] tensor: it is folded into the frozen factor it stands beside.
+Eq. 6 reads x V also where v stands in front; since the gate has rank one, V w₁ [in] is all that it
+needs.
 """
 
 import math
@@ -23,16 +26,18 @@ from torch.nn import functional as F
 from svdtune.methods.compute import kernels
 from svdtune.methods.compute.lowrank import compute_dtype, filled
 
-# k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes three times as long.
+# k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes
+# three times as long.
 COLUMNS = 64
 
 
 class GatedLinear(torch.autograd.Function):
-    """Eq. 5 and 6 with the base layer: `weight` and `bias`, or None and an output to add to in place.
+    """Eq. 5 and 6 with the base layer: `weight` and `bias`, or None and an output to add to in
+    place.
 
-    Saves x V [T, k], the gate [T, m] and, only where v stands in front, x. The frozen U, V and W get no gradient.
-    `V_ready` is V as `ready` gives it, where the caller keeps that. k is filled up with zero columns to what tensor cores
-    read; they add nothing and are cut off the gradients.
+    Saves x V [T, k], the gate [T, m] and, only where v stands in front, x. The frozen U, V and W
+    get no gradient. `V_ready` is V as `ready` gives it, where the caller keeps that. k is filled up
+    with zero columns to what tensor cores read; they add nothing and are cut off the gradients.
     """
 
     @staticmethod
@@ -97,21 +102,24 @@ class GatedLinear(torch.autograd.Function):
 
 
 def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
-    """A frozen factor [n, k] as the products take it: in `dtype`, on a GPU filled up to whole blocks of columns."""
+    """A frozen factor [n, k] as the products take it: in `dtype`, on a GPU filled up to whole
+    blocks of columns."""
     return filled(V, COLUMNS if V.is_cuda and dtype.itemsize == 2 else 1).to(dtype)
 
 
 def projections(
     U: Tensor, V: Tensor, v: Tensor | None, front: bool, dtype: torch.dtype, V_ready: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A [in, k'] and B [out, k'], the frozen factors with v folded into the one it stands beside."""
+    """A [in, k'] and B [out, k'], the frozen factors with v folded into the one it stands
+    beside."""
     if front:
         return ready(scaled_rows(V, v), dtype), ready(U, dtype)
     return ready(V, dtype) if V_ready is None else V_ready, ready(scaled_rows(U, v), dtype)
 
 
 def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Eq. 6 and the inner part of Eq. 5: t = z ∘ (g λ) [T, k'], g [T, m] and the gate's input z w₁ [T] (None for one head)."""
+    """Eq. 6 and the inner part of Eq. 5: t = z ∘ (g λ) [T, k'], g [T, m] and the gate's input z w₁
+    [T] (None for one head)."""
     if w1 is None:
         return z * filled(lam, z.shape[1]).to(z.dtype), None, None
     if kernels.available(z, w1, w2, lam) and not torch.compiler.is_compiling():
@@ -124,7 +132,8 @@ def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[
 def _mix_backward(
     dt: Tensor, z: Tensor, gate: Tensor | None, a: Tensor | None, lam: Tensor, w1: Tensor | None, w2: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of `_mix`: dz [T, k'], dλ, dw₁, dw₂ and da [T]; without w1 the gate's input came from elsewhere."""
+    """Gradients of `_mix`: dz [T, k'], dλ, dw₁, dw₂ and da [T]; without w1 the gate's input came
+    from elsewhere."""
     k = lam.shape[1]
     if gate is None:
         return dt * filled(lam, z.shape[1]).to(z.dtype), (dt * z)[:, :k].sum(0, dtype=lam.dtype)[None], None, None, None
@@ -171,7 +180,8 @@ def mosara_linear(
     x_adapter: Tensor | None = None,
     V_ready: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the ablation without it.
+    """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the
+    ablation without it.
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     """
@@ -204,7 +214,8 @@ def mosara_pair(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool
 
 
 def random_start(k: int, num_heads: int, router: bool = True) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """λ [m, k], w₁ [k] and w₂ [m] as the paper starts them: Kaiming uniform with a = √5, so ±1/√fan_in, in fp32.
+    """λ [m, k], w₁ [k] and w₂ [m] as the paper starts them: Kaiming uniform with a = √5, so
+    ±1/√fan_in, in fp32.
 
     The fan-in of λ (1×k each) and of w₁ is k, that of w₂ is 1. One head has no router.
     """

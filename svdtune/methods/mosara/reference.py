@@ -25,7 +25,8 @@ def mosara_linear(
     front: bool = False,
     changed: Callable[[Tensor], Tensor] = lambda g: g,
 ) -> Tensor:
-    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in `math.py`.
+    """Eq. 5 for x [T, in], with a diagonal matrix of its own for every token; shapes as in
+    `math.py`.
 
     Another gate is what it makes of the softmax's weights, `changed`.
     """
@@ -48,7 +49,8 @@ def trainable_parameters(
     v_position: str = "after",
     gate: str = "softmax",
 ) -> int:
-    """Parameters trained in one layer: m k + k + m + out, with `in` for v in front, no router for one head or no gate."""
+    """Parameters trained in one layer: m k + k + m + out, with `in` for v in front, no router for
+    one head or no gate."""
     router = k + num_heads if num_heads > 1 and gate != "none" else 0
     diagonal = (in_features if v_position == "front" else out_features) if use_v else 0
     return num_heads * k + router + diagonal

@@ -16,9 +16,10 @@ class SaraConfig(SvdConfig):
     Adapts the q and v projections by default, at `threshold` 0.01, as the paper does.
 
     Args:
-        init: "kaiming" (the paper): all factors random, so the model changes at step 0. "zero_v": the up-projection
-            (the paper's V, our U) starts at 0, as LoRA's B does (ablation, Table 4). "spectral": U and V are the weight's
-            leading singular vectors and λ starts at 0 (without λ, U does), so the model starts unchanged.
+        init: "kaiming" (the paper): all factors random, so the model changes at step 0. "zero_v":
+            the up-projection (the paper's V, our U) starts at 0, as LoRA's B does (ablation, Table
+            4). "spectral": U and V are the weight's leading singular vectors and λ starts at 0
+            (without λ, U does), so the model starts unchanged.
         use_lambda: train the diagonal λ (False: ablation, Table 4).
         See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
     """

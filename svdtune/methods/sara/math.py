@@ -1,13 +1,13 @@
 """SARA's equations (Gu et al., 2024, §4.2), as its layer calls them.
 
-The paper writes h = x (W₀ + U Λ V) with W₀ [in, out]. Here W is [out, in] and y = x Wᵀ, so the paper's U [in, k] is V, and
-its V [k, out] is Uᵀ:
+The paper writes h = x (W₀ + U Λ V) with W₀ [in, out]. Here W is [out, in] and y = x Wᵀ, so the
+paper's U [in, k] is V, and its V [k, out] is Uᵀ:
 
     y = x Wᵀ + x V diag(λ) Uᵀ          U [out, k], λ [k], V [in, k], all trained           (Eq. 3)
     ΔW = U diag(λ) Vᵀ                                                                       (Eq. 4)
 
-k is the rank at a threshold of W's spectrum (Algorithm 1: `svdtune.linalg.rank_at_threshold`). The SVD sets k alone; the
-factors start random and nothing is subtracted from W.
+k is the rank at a threshold of W's spectrum (Algorithm 1: `svdtune.linalg.rank_at_threshold`). The
+SVD sets k alone; the factors start random and nothing is subtracted from W.
 """
 
 import math
@@ -37,7 +37,8 @@ def sara_linear(
 
 
 def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
-    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [..., out]."""
+    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
+    out]."""
     return add_low_rank(y, x, U, lam, V)
 
 
@@ -49,10 +50,11 @@ def sara_pair(U: Tensor, lam: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]
 def kaiming_factors(
     out_features: int, in_features: int, k: int, device: torch.device | None = None
 ) -> tuple[Tensor, ...]:
-    """The paper's random start: Kaiming uniform with a = √5 (Appendix A), that is uniform in ±1/√fan_in.
+    """The paper's random start: Kaiming uniform with a = √5 (Appendix A), that is uniform in
+    ±1/√fan_in.
 
-    U [out, k], λ [k] and V [in, k], in fp32. The fan-in is what each factor multiplies: V reads x (in), U reads the k
-    projections, and λ is a 1×k tensor, so ±1/√k.
+    U [out, k], λ [k] and V [in, k], in fp32. The fan-in is what each factor multiplies: V reads x
+    (in), U reads the k projections, and λ is a 1×k tensor, so ±1/√k.
     """
 
     def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:

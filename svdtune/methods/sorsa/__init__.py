@@ -1,4 +1,5 @@
-"""SORSA: trains the leading singular values and vectors of the weight itself, under an orthonormal regularizer."""
+"""SORSA: trains the leading singular values and vectors of the weight itself, under an orthonormal
+regularizer."""
 
 from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.layer import SorsaLinear
@@ -14,6 +15,7 @@ class SorsaModel(SvdTuner):
     tuner_layer_cls = SorsaLinear
 
     def _prepare_adapter_config(self, peft_config: SorsaConfig, model_config: dict) -> SorsaConfig:
-        if peft_config.target_modules is None:  # the paper adapts every linear layer, whatever the architecture
+        # the paper adapts every linear layer, whatever the architecture
+        if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"
         return super()._prepare_adapter_config(peft_config, model_config)

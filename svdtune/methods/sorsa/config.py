@@ -14,18 +14,23 @@ DEFAULT_R = 64
 
 @dataclass
 class SorsaConfig(SvdConfig):
-    """SORSA: trains the leading singular values and vectors of the weight itself, kept near orthonormal.
+    """SORSA: trains the leading singular values and vectors of the weight itself, kept near
+    orthonormal.
 
-    Adapts all linear layers but the output head by default, at r = 64 (the paper has 128 for Llama 2, 64 for the others).
-    The regularizer does not act by itself: `svdtune.SorsaRegularizer` applies it at the optimizer step.
+    Adapts all linear layers but the output head by default, at r = 64 (the paper has 128 for Llama
+    2, 64 for the others). The regularizer does not act by itself: `svdtune.SorsaRegularizer`
+    applies it at the optimizer step.
 
     Args:
-        layout: "delta" leaves the weight alone and adds the change of its principal part. "split" (the paper's letter): the
-            base checkpoint is the residual W_r, quantized or not, and the adapter adds the whole principal part; only
-            adapters that `svdtune.export.split` wrote have it.
+        layout: "delta" leaves the weight alone and adds the change of its principal part. "split"
+            (the paper's letter): the base checkpoint is the residual W_r, quantized or not, and the
+            adapter adds the whole principal part; only adapters that `svdtune.export.split` wrote
+            have it.
         gamma: strength γ of the orthonormal regularizer (Eq. 6), 0 turns it off.
-        reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum" (Eq. 4).
-        smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient jumps at 0.
+        reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum"
+            (Eq. 4).
+        smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient
+            jumps at 0.
         See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
     """
 
@@ -66,7 +71,8 @@ class SorsaConfig(SvdConfig):
                 yield f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}"
 
     def check_layer(self, name: str, layer: Any) -> None:
-        """An adapter in the split layout stands alone: another one would be added to a weight that lacks its principal part."""
+        """An adapter in the split layout stands alone: another one would be added to a weight that
+        lacks its principal part."""
         layouts = [config.layout for config in getattr(layer, "configs", {}).values()]
         if layouts and "split" in (self.layout, *layouts):
             raise SvdtuneError(
@@ -76,9 +82,11 @@ class SorsaConfig(SvdConfig):
 
 
 def stored_layout(layout: Any) -> Any:
-    """The layout of a saved adapter or a run that was begun; version 0.1's "residual" becomes "delta", and a warning says so.
+    """The layout of a saved adapter or a run that was begun; version 0.1's "residual" becomes
+    "delta", and a warning says so.
 
-    The tensors are the same, and so is the function, up to the rounding of W − P₀ V₀ᵀ to the weight's dtype.
+    The tensors are the same, and so is the function, up to the rounding of W − P₀ V₀ᵀ to the
+    weight's dtype.
     """
     if layout != "residual":
         return layout

@@ -18,11 +18,13 @@ from svdtune.methods.sorsa.math import add_sorsa, principal_part, sorsa_linear, 
 class SorsaLinear(LowRankLayer):
     """A layer with SORSA adapters.
 
-    Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading singular triplets.
-    Frozen: frozen_P0 = U₀ diag(s₀) [out, r] and frozen_V0 [in, r], the principal part at the start.
+    Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading
+    singular triplets. Frozen: frozen_P0 = U₀ diag(s₀) [out, r] and frozen_V0 [in, r], the principal
+    part at the start.
 
-    In the split layout the base weight was stored without P₀ V₀ᵀ. There the adapter adds W_p alone, and while it does not
-    act the layer adds P₀ V₀ᵀ, so that disabling it gives the model from before training.
+    In the split layout the base weight was stored without P₀ V₀ᵀ. There the adapter adds W_p alone,
+    and while it does not act the layer adds P₀ V₀ᵀ, so that disabling it gives the model from
+    before training.
     """
 
     method = "sorsa"
@@ -66,7 +68,8 @@ class SorsaLinear(LowRankLayer):
 
     @property
     def stored_apart(self) -> str | None:
-        """The adapter whose principal part the base weight was stored without; None where it was stored whole."""
+        """The adapter whose principal part the base weight was stored without; None where it was
+        stored whole."""
         found = (name for name, config in self.configs.items() if config.layout == "split")
         return next((name for name in found if not self.awaits(name)), None)
 

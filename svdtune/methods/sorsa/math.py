@@ -1,17 +1,19 @@
 """SORSA's equations (§3 and Appendix A), as its layer and its regularizer call them.
 
-The paper writes x (W_r + U_p diag(S_p) V_pᵀ) with W [in, out]. Here W is [out, in] and y = x Wᵀ, so U [out, r] and V [in, r]
-are the left and right singular vectors of W itself, s [r] its leading singular values, P₀ = U₀ diag(s₀):
+The paper writes x (W_r + U_p diag(S_p) V_pᵀ) with W [in, out]. Here W is [out, in] and y = x Wᵀ, so
+U [out, r] and V [in, r] are the left and right singular vectors of W itself, s [r] its leading
+singular values, P₀ = U₀ diag(s₀):
 
-    W_p = U diag(s) Vᵀ                    the principal part, trained                                            (Eq. 1)
-    W_r = W − P₀ V₀ᵀ                      the residual, frozen; by subtraction, so the split is exact            (Eq. 2)
-    y = x W_rᵀ + x W_pᵀ                   layout "split": W_r is what the checkpoint holds                       (Eq. 3)
-    y = x Wᵀ + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ layout "delta": the same function, W untouched
-    x W_pᵀ = (x V) (U ⊙ s)ᵀ               never forming W_p                                                      (Eq. 15)
-    L_reg = ‖UᵀU − I‖_F + ‖VᵀV − I‖_F                                                                             (Eq. 4)
-    ∇_U L_reg = 2 U E / ‖E‖_F, E = UᵀU − I, and 0 where E = 0                                                     (for Eq. 5, 6)
+    W_p = U diag(s) Vᵀ                  the principal part, trained                    (Eq. 1)
+    W_r = W − P₀ V₀ᵀ                    the residual, frozen; subtracted, so exact     (Eq. 2)
+    y = x W_rᵀ + x W_pᵀ                 layout "split": the checkpoint holds W_r       (Eq. 3)
+    y = x Wᵀ + x (W_p − P₀ V₀ᵀ)ᵀ        layout "delta": the same function, W untouched
+    x W_pᵀ = (x V) (U ⊙ s)ᵀ             never forming W_p                              (Eq. 15)
+    L_reg = ‖UᵀU − I‖_F + ‖VᵀV − I‖_F                                                  (Eq. 4)
+    ∇_U L_reg = 2 U E / ‖E‖_F, E = UᵀU − I; 0 where E = 0                              (Eq. 5, 6)
 
-Eq. 6 adds (γ / η_d) ∇L_reg to the gradient of the training loss, η_d the largest learning rate of the schedule.
+Eq. 6 adds (γ / η_d) ∇L_reg to the gradient of the training loss, η_d the largest learning rate of
+the schedule.
 """
 
 import torch
@@ -23,7 +25,8 @@ from svdtune.methods.compute.lowrank import Node, add_low_rank, low_rank_linear,
 
 
 def principal_part(factors: Factors) -> tuple[Tensor, Tensor]:
-    """P₀ = U₀ diag(s₀) [out, r] and V₀ [in, r] of a weight's leading triplets, from which U, s and V start."""
+    """P₀ = U₀ diag(s₀) [out, r] and V₀ [in, r] of a weight's leading triplets, from which U, s and
+    V start."""
     return factors.U * factors.s, factors.Vh.mT.clone(memory_format=torch.contiguous_format)
 
 
@@ -40,7 +43,8 @@ def sorsa_linear(
     p: float = 0.0,
     node: Node = low_rank_linear,
 ) -> Tensor:
-    """Eq. 3 by Eq. 15: x [..., in] → [..., out]. With P0 and V0 `weight` is W, without them it is W_r.
+    """Eq. 3 by Eq. 15: x [..., in] → [..., out]. With P0 and V0 `weight` is W, without them it is
+    W_r.
 
     `x_adapter` and `p`: dropout on the adapter's path. `node` computes what `low_rank_linear` does.
     """
@@ -50,22 +54,27 @@ def sorsa_linear(
 def add_sorsa(
     y: Tensor, x: Tensor, U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
 ) -> Tensor:
-    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [..., out]."""
+    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
+    out]."""
     return add_low_rank(y, x, U, s, V, P0, V0)
 
 
 def sorsa_pair(
     U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """A [in, 2r] and B [out, 2r] with B Aᵀ = W_p − P₀ V₀ᵀ; A [in, r] and B [out, r] with B Aᵀ = W_p without P0 and V0.
+    """A [in, 2r] and B [out, 2r] with B Aᵀ = W_p − P₀ V₀ᵀ; A [in, r] and B [out, r] with B Aᵀ = W_p
+    without P0 and V0.
 
-    A = [V, V − V₀] and B = [P − P₀, P₀], P = U diag(s): a sum of two small terms, not a difference of two large ones.
+    A = [V, V − V₀] and B = [P − P₀, P₀], P = U diag(s): a sum of two small terms, not a difference
+    of two large ones.
     """
-    return pair(U, s, V, P0, V0)  # trained factors kept in bf16 are widened to the frozen ones' dtype
+    # trained factors kept in bf16 are widened to the frozen ones' dtype
+    return pair(U, s, V, P0, V0)
 
 
 def gram_error(factors: Tensor, of_whole: Tensor | None = None) -> Tensor:
-    """E = MᵀM − I [n, r, r] of factors [n, d, r]; where these are some rows of sharded ones, `of_whole` is `gram` of all."""
+    """E = MᵀM − I [n, r, r] of factors [n, d, r]; where these are some rows of sharded ones,
+    `of_whole` is `gram` of all."""
     E = gram(factors) if of_whole is None else of_whole.clone()
     E.diagonal(dim1=-2, dim2=-1).sub_(1)
     return E
@@ -74,10 +83,12 @@ def gram_error(factors: Tensor, of_whole: Tensor | None = None) -> Tensor:
 def penalty(
     factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0, of_whole: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """‖MᵀM − I‖_F (Eq. 4) and its gradient times `weight`, for factors [n, d, r], long dimension first: [n] and [n, d, r].
+    """‖MᵀM − I‖_F (Eq. 4) and its gradient times `weight`, for factors [n, d, r], long dimension
+    first: [n] and [n, d, r].
 
-    The gradient has norm close to 2 however small the error is, and jumps at 0. `smooth_eps` > 0 divides by
-    √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with autocast and TF32 off.
+    The gradient has norm close to 2 however small the error is, and jumps at 0. `smooth_eps` > 0
+    divides by √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with
+    autocast and TF32 off.
     """
     with full_fp32(factors.device):
         factors = factors if factors.dtype == torch.float64 else factors.float()

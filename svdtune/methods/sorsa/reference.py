@@ -1,4 +1,5 @@
-"""SORSA as the paper writes it: form W_p, add it to W_r, multiply. For tests and the benchmark's literal form alone."""
+"""SORSA as the paper writes it: form W_p, add it to W_r, multiply. For tests and the benchmark's
+literal form alone."""
 
 import torch
 from torch import Tensor
@@ -15,7 +16,8 @@ def sorsa_linear(
     P0: Tensor | None = None,
     V0: Tensor | None = None,
 ) -> Tensor:
-    """Eq. 3, x (W_r + U_p diag(S_p) V_pᵀ), with autograd's own gradients; shapes as in `math.py`."""
+    """Eq. 3, x (W_r + U_p diag(S_p) V_pᵀ), with autograd's own gradients; shapes as in
+    `math.py`."""
     residual = weight if P0 is None else weight - P0 @ V0.mT
     return F.linear(x, residual + U @ torch.diag(s) @ V.mT, bias)
 

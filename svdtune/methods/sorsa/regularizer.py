@@ -1,14 +1,17 @@
-"""SORSA's orthonormal regularizer, applied where it is exact: at the optimizer step, after clipping.
+"""SORSA's orthonormal regularizer, applied where it is exact: at the optimizer step, after
+clipping.
 
-Inside a forward pass the penalty would be counted once for every accumulated micro-batch and every process. At the step it is
-counted once, whatever the loop. Three doors to one piece of code:
+Inside a forward pass the penalty would be counted once for every accumulated micro-batch and every
+process. At the step it is counted once, whatever the loop. Three doors to one piece of code:
 
-- `SorsaRegularizer`, a `transformers.TrainerCallback`: `Trainer(..., callbacks=[SorsaRegularizer()])`
+- `SorsaRegularizer`, a `transformers.TrainerCallback`:
+  `Trainer(..., callbacks=[SorsaRegularizer()])`
 - `regularize(optimizer, model)`: hooks any `torch.optim.Optimizer`, for loops of one's own
-- `add_regularizer_gradients(model, max_learning_rate)`: adds the gradients now, between `clip_grad_norm_` and `step()`
+- `add_regularizer_gradients(model, max_learning_rate)`: adds the gradients now, between
+  `clip_grad_norm_` and `step()`
 
-The hook runs inside `optimizer.step()`: after clipping as in the authors' code, after a GradScaler unscaled the gradients,
-and not at all where the scaler skips an overflowed step.
+The hook runs inside `optimizer.step()`: after clipping as in the authors' code, after a GradScaler
+unscaled the gradients, and not at all where the scaler skips an overflowed step.
 """
 
 from collections import defaultdict
@@ -27,7 +30,8 @@ from svdtune.methods.sorsa.math import penalty
 from svdtune.methods.sorsa.sharded import as_gradient, rows, summed_grams
 from svdtune.methods.sorsa.zero import ZeroFactors, is_zero
 
-# Factors of one shape are stacked and treated together; so many elements bound the copies: 128 MiB in fp32, 256 in fp64.
+# Factors of one shape are stacked and treated together; so many elements bound the copies: 128 MiB
+# in fp32, 256 in fp64.
 CHUNK_ELEMENTS = 1 << 25
 
 
@@ -52,17 +56,20 @@ def add_regularizer_gradients(
 ) -> Tensor | None:
     """Add (γ / η_d) ∇L_reg (Eq. 6) to the gradients of every trained SORSA factor of a model.
 
-    γ, the reduction over factor matrices and the smoothing come from each adapter's configuration. A factor without a
-    gradient gets one. Equal shapes are treated together in fp32; nothing here waits for the device. Under DDP every
-    process adds the same and nothing is sent; of factors that FSDP2 sharded, Gram matrices are summed in one message.
+    γ, the reduction over factor matrices and the smoothing come from each adapter's configuration.
+    A factor without a gradient gets one. Equal shapes are treated together in fp32; nothing here
+    waits for the device. Under DDP every process adds the same and nothing is sent; of factors that
+    FSDP2 sharded, Gram matrices are summed in one message.
 
     Args:
         model: with SORSA adapters, or its `sorsa_layers`; a model without any is left alone.
         max_learning_rate: η_d, the largest learning rate of the schedule.
-        grad_scale: what the gradients are still multiplied by (a fused optimizer under a GradScaler).
+        grad_scale: what the gradients are still multiplied by (a fused optimizer under a
+            GradScaler).
 
     Returns:
-        L_reg as a 0-d tensor, reduced as configured and not multiplied by γ; None where no SORSA factor is trained.
+        L_reg as a 0-d tensor, reduced as configured and not multiplied by γ; None where no SORSA
+        factor is trained.
 
     Raises:
         SvdtuneError: a learning rate that is not positive.
@@ -109,7 +116,8 @@ def _accumulate(factors: list[nn.Parameter], gradients: Tensor) -> None:
 
 
 class RegularizerHook:
-    """What `regularize` returns: `last` is L_reg at the latest step (0-d tensor or None), `remove()` takes the hook away."""
+    """What `regularize` returns: `last` is L_reg at the latest step (0-d tensor or None),
+    `remove()` takes the hook away."""
 
     def __init__(self, model: nn.Module, max_learning_rate: float):
         self.layers, self.max_learning_rate = sorsa_layers(model), max_learning_rate
@@ -121,7 +129,8 @@ class RegularizerHook:
         if self._zero is not None:
             self.last = self._zero.add_gradients(optimizer, self.max_learning_rate)
             return
-        # A fused optimizer divides by GradScaler's scale inside its own kernel, so here the gradients still carry it.
+        # A fused optimizer divides by GradScaler's scale inside its own kernel, so here the
+        # gradients still carry it.
         scale = getattr(optimizer, "grad_scale", None)
         self.last = add_regularizer_gradients(
             self.layers, self.max_learning_rate, grad_scale=1.0 if scale is None else scale
@@ -156,8 +165,9 @@ def regularize(
     Args:
         optimizer: any torch optimizer, or the one that DeepSpeed's ZeRO made of it.
         model: the model with SORSA adapters; layers adapted later are not seen.
-        max_learning_rate: η_d. By default the largest `initial_lr` of the optimizer's groups, which schedulers set to
-            the rate they start from or rise to, or `lr` where there is no scheduler yet.
+        max_learning_rate: η_d. By default the largest `initial_lr` of the optimizer's groups, which
+            schedulers set to the rate they start from or rise to, or `lr` where there is no
+            scheduler yet.
     """
     if max_learning_rate is None:
         max_learning_rate = largest_learning_rate(optimizer.param_groups)
@@ -167,12 +177,14 @@ def regularize(
 
 
 def largest_learning_rate(groups: Iterable[dict[str, Any]]) -> float:
-    """The largest learning rate that an optimizer's groups reach under a schedule that ends at or below its start."""
+    """The largest learning rate that an optimizer's groups reach under a schedule that ends at or
+    below its start."""
     return max(float(group.get("initial_lr", group["lr"])) for group in groups)
 
 
 class SorsaRegularizer(TrainerCallback):
-    """`regularize` for a `transformers.Trainer` (or TRL's): hooks its optimizer, and logs L_reg as `l_reg`.
+    """`regularize` for a `transformers.Trainer` (or TRL's): hooks its optimizer, and logs L_reg as
+    `l_reg`.
 
     Does nothing for a model without SORSA adapters.
     """

@@ -1,8 +1,10 @@
-"""SORSA's factors where FSDP2 spread their rows over processes: Gram matrices from what each process holds.
+"""SORSA's factors where FSDP2 spread their rows over processes: Gram matrices from what each
+process holds.
 
     UᵀU = Σ_p U_pᵀ U_p      U_p [out / n, r], the rows of process p
 
-The sum is all that has to be sent, r² numbers a factor, all factors at once; rows of the gradient 2 U_p E / ‖E‖ follow from it.
+The sum is all that has to be sent, r² numbers a factor, all factors at once; rows of the gradient 2
+U_p E / ‖E‖ follow from it.
 """
 
 from collections import defaultdict
@@ -18,7 +20,8 @@ from svdtune.methods.compute.gram import gram
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor; what may not be there in a torch without distributed training is not imported for it."""
+    """Whether a tensor is a DTensor; what may not be there in a torch without distributed training
+    is not imported for it."""
     return hasattr(tensor, "to_local")
 
 
@@ -45,7 +48,8 @@ def as_gradient(own: Tensor, factor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """MᵀM [r, r] of every sharded factor, by its id, with one all-reduce for all; {} where none is sharded.
+    """MᵀM [r, r] of every sharded factor, by its id, with one all-reduce for all; {} where none is
+    sharded.
 
     Raises:
         SvdtuneError: a factor is sharded otherwise than by rows.
@@ -80,7 +84,8 @@ def _sum_over(groups: Sequence[Any], grams: list[Tensor], like: Tensor) -> None:
     """Sum matrices over processes, in place, in one message a group."""
     flat = torch.cat([one.flatten() for one in grams])
     device = flat.device
-    if device.type != like.device_mesh.device_type:  # offloaded to the host, where the GPUs' group cannot send from
+    # offloaded to the host, where the GPUs' group cannot send from
+    if device.type != like.device_mesh.device_type:
         flat = flat.to(torch.device(like.device_mesh.device_type, torch.accelerator.current_device_index()))
     for group in groups:
         dist.all_reduce(flat, group=group)

@@ -1,8 +1,10 @@
-"""SORSA's regularizer under DeepSpeed's ZeRO, whose optimizer steps flat tensors instead of parameters.
+"""SORSA's regularizer under DeepSpeed's ZeRO, whose optimizer steps flat tensors instead of
+parameters.
 
-A flat tensor is this process's part of a group of parameters, laid end to end. When the optimizer inside ZeRO's steps it, its
-gradient has been averaged and clipped: there the penalty's gradient is added, cut to the same part. Stages 1 and 2 leave the
-factors whole, so that nothing is sent; stage 3 gathers those of one shape at a time.
+A flat tensor is this process's part of a group of parameters, laid end to end. When the optimizer
+inside ZeRO's steps it, its gradient has been averaged and clipped: there the penalty's gradient is
+added, cut to the same part. Stages 1 and 2 leave the factors whole, so that nothing is sent; stage
+3 gathers those of one shape at a time.
 """
 
 from collections import defaultdict
@@ -20,8 +22,8 @@ from svdtune.methods.sorsa.math import penalty
 
 
 class Partition(NamedTuple):
-    """Where a process's part of a parameter is: `numel` numbers, from `offset` in the flat tensor of `group`, from `start`
-    in the flattened parameter."""
+    """Where a process's part of a parameter is: `numel` numbers, from `offset` in the flat tensor
+    of `group`, from `start` in the flattened parameter."""
 
     group: int
     offset: int
@@ -77,12 +79,14 @@ class ZeroFactors:
             return Partition(group, flat.start, own.start, own.numel)
         _, offset, size = self.zero.grad_position[self.zero.get_param_id(factor)]
         start = size * dist.get_rank(factor.ds_process_group)
-        numel = min(size, factor.ds_numel - start)  # what is beyond the parameter's end fills partitions up to one size
+        # what is beyond the parameter's end fills partitions up to one size
+        numel = min(size, factor.ds_numel - start)
         return Partition(group, offset, start, numel) if numel > 0 else None
 
     @torch.no_grad()
     def add_gradients(self, optimizer: torch.optim.Optimizer, max_learning_rate: float) -> Tensor | None:
-        """What `add_regularizer_gradients` does, for the flat tensors that are about to be stepped; L_reg over all groups."""
+        """What `add_regularizer_gradients` does, for the flat tensors that are about to be stepped;
+        L_reg over all groups."""
         for group, flat in self.stepped(optimizer):
             total = torch.zeros((), device=flat.device)
             for (share, gamma, eps, _), alike in self._alike(group).items():

@@ -1,1 +1,2 @@
-"""From the weights to the factors that an adapter starts with: of a model in memory, or of a checkpoint on disk."""
+"""From the weights to the factors that an adapter starts with: of a model in memory, or of a
+checkpoint on disk."""

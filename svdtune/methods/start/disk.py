@@ -1,7 +1,9 @@
-"""Start an adapter from a checkpoint layer by layer: the model is never built, and one weight is in memory at a time.
+"""Start an adapter from a checkpoint layer by layer: the model is never built, and one weight is in
+memory at a time.
 
-The result is what `get_peft_model(model, config).save_pretrained(folder)` writes, bit for bit on the same device: names, ranks
-and checks come from PEFT on the model without weights, tensors from the same functions, random ones in the same order.
+The result is what `get_peft_model(model, config).save_pretrained(folder)` writes, bit for bit on
+the same device: names, ranks and checks come from PEFT on the model without weights, tensors from
+the same functions, random ones in the same order.
 """
 
 from dataclasses import dataclass
@@ -51,10 +53,11 @@ def start(
     device: str = "cpu",
     progress: bool | None = None,
 ) -> Started:
-    """Write a new adapter for a checkpoint, ready for `PeftModel.from_pretrained(model, output, is_trainable=True)`.
+    """Write a new adapter for a checkpoint, ready for
+    `PeftModel.from_pretrained(model, output, is_trainable=True)`.
 
-    Memory: the largest adapted weight and what decomposing it takes, whatever the model's size; `svdtune plan` says how much.
-    Random tensors are drawn from torch's global state.
+    Memory: the largest adapted weight and what decomposing it takes, whatever the model's size;
+    `svdtune plan` says how much. Random tensors are drawn from torch's global state.
 
     Args:
         checkpoint: from `open_checkpoint`; its model stays as it is.
@@ -64,7 +67,8 @@ def start(
         progress: show a bar; by default where stderr is a terminal.
 
     Raises:
-        SvdtuneError: settings that need the whole model, a layer that cannot be adapted, or an output that cannot be written.
+        SvdtuneError: settings that need the whole model, a layer that cannot be adapted, or an
+            output that cannot be written.
     """
     _check(config)
     output = Path(output).expanduser().absolute()
@@ -130,7 +134,8 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
 def _tensors(
     checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer, rank: int | None, device: str
 ) -> tuple[int, str, dict[str, Tensor]]:
-    """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone afterwards."""
+    """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone
+    afterwards."""
     weight = site.weight(checkpoint).to(device)
     factors, rank = _decompose(site.name, weight, config, rank)
     tensors = layer.new_tensors(rank, config, factors)

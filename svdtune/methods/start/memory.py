@@ -1,4 +1,5 @@
-"""What the start of an adapter takes from the base weights: ranks, factors, fingerprints; shared out among processes.
+"""What the start of an adapter takes from the base weights: ranks, factors, fingerprints; shared
+out among processes.
 
 See `svdtune.spectra.sharing`.
 """
@@ -116,7 +117,8 @@ def _sample(module: nn.Module) -> str | None:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a layer's base weight is spread over processes: a DTensor, or a parameter that ZeRO-3 has partitioned."""
+    """Whether a layer's base weight is spread over processes: a DTensor, or a parameter that ZeRO-3
+    has partitioned."""
     weight = getattr(_base(module), "weight", None)
     return hasattr(weight, "full_tensor") or hasattr(weight, "ds_id")
 

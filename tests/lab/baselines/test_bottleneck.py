@@ -1,4 +1,5 @@
-"""Bottleneck adapters against their equations, and as a PEFT method: start, saving, switching off, what is refused."""
+"""Bottleneck adapters against their equations, and as a PEFT method: start, saving, switching off,
+what is refused."""
 
 import pytest
 import torch
@@ -118,7 +119,8 @@ def test_dropout_acts_in_training_alone():
 def test_conv1d_is_a_linear_layer_with_its_weight_transposed():
     model = nn.Sequential(Conv1D(10, 6))
     layer = get_peft_model(model, BottleneckConfig(target_modules=["0"], bottleneck_size=3)).base_model.model[0]
-    assert layer.bottleneck_down["default"].weight.shape == (3, 6)  # it widens: the adapter is before it
+    # it widens: the adapter is before it
+    assert layer.bottleneck_down["default"].weight.shape == (3, 6)
 
 
 LLAMA_7B = LlamaConfig()

@@ -1,4 +1,5 @@
-"""DyLoRA against its equation for every rank, and as a PEFT method: draws, saving, merging, what is refused."""
+"""DyLoRA against its equation for every rank, and as a PEFT method: draws, saving, merging, what is
+refused."""
 
 import copy
 
@@ -70,7 +71,8 @@ def test_each_forward_pass_draws_one_rank_for_all_layers():
     for _ in range(200):
         model(X)
         ranks.append([int(layer.nested.of(layer.r["default"], 1, X.device)) for layer in layers(model)])
-    assert {tuple(pair) for pair in ranks} == {(1, 1), (1, 2), (2, 3), (2, 4)}  # the same share of each
+    # the same share of each
+    assert {tuple(pair) for pair in ranks} == {(1, 1), (1, 2), (2, 3), (2, 4)}
 
 
 def layers(model: PeftModel) -> list[nn.Module]:

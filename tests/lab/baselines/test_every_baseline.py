@@ -1,4 +1,5 @@
-"""Every method that studies compare, by recipe: two steps on a model with grouped-query attention, then two scored items."""
+"""Every method that studies compare, by recipe: two steps on a model with grouped-query attention,
+then two scored items."""
 
 import json
 import re
@@ -93,7 +94,8 @@ def test_every_method_trains_and_is_scored(name: str, grouped: Path, tmp_path: P
 
 
 def test_prefix_tuning_generates_what_it_was_trained_to_predict(grouped: Path) -> None:
-    """In batches of unequal length, from a cache that starts with the prefix, as by whole forward passes alone."""
+    """In batches of unequal length, from a cache that starts with the prefix, as by whole forward
+    passes alone."""
     model = adapt(load(grouped).model, "prefix_tuning", {"num_virtual_tokens": 4}).eval()
     prefix = model.prompt_encoder["default"].embedding.weight
     assert prefix.shape == (4, 2 * 2 * 3 * 8)  # layers, key and value, heads, width

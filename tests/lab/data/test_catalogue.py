@@ -1,4 +1,5 @@
-"""The papers' data sets by name: exact sizes and splits, what is missing is named, and the hub is the second choice."""
+"""The papers' data sets by name: exact sizes and splits, what is missing is named, and the hub is
+the second choice."""
 
 import json
 from collections import defaultdict

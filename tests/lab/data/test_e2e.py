@@ -1,4 +1,5 @@
-"""E2E: the original files become the form that LoRA's experiments use, and a meaning gets all its references."""
+"""E2E: the original files become the form that LoRA's experiments use, and a meaning gets all its
+references."""
 
 from pathlib import Path
 

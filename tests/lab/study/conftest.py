@@ -1,4 +1,5 @@
-"""A study that takes seconds: a tiny model, forty rows to train on, two sets of three items to score."""
+"""A study that takes seconds: a tiny model, forty rows to train on, two sets of three items to
+score."""
 
 import json
 from pathlib import Path
@@ -47,7 +48,8 @@ def study_folder(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture(autouse=True)
 def _forked_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the processes of runs from a warm server; tests marked `real_workers` start them as users do."""
+    """Fork the processes of runs from a warm server; tests marked `real_workers` start them as
+    users do."""
     if request.node.get_closest_marker("real_workers") is None:
         monkeypatch.setattr(runner, "start_worker", ForkedWorker)
 

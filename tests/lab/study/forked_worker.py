@@ -1,4 +1,5 @@
-"""The process of a study's run, forked from a server that has imported torch: to start Python and import that takes seconds."""
+"""The process of a study's run, forked from a server that has imported torch: to start Python and
+import that takes seconds."""
 
 import os
 import sys
@@ -9,7 +10,8 @@ from new_process import FORKED
 
 
 class ForkedWorker:
-    """What the runner needs of `subprocess.Popen`, for a process forked from a server that has imported torch."""
+    """What the runner needs of `subprocess.Popen`, for a process forked from a server that has
+    imported torch."""
 
     def __init__(self, job: Path, log: Path, environment: dict[str, str]) -> None:
         stdin, self._stdin = FORKED.Pipe(duplex=False)

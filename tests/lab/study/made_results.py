@@ -10,7 +10,8 @@ SEEDS = (1, 2, 3)
 
 
 def made_run(arm: str = "lora", seed: int = 1, rates: dict[str, float] | None = None, **changes: Any) -> dict[str, Any]:
-    """A finished run whose items are right with the rates of its sets, by a generator of its arm and seed."""
+    """A finished run whose items are right with the rates of its sets, by a generator of its arm
+    and seed."""
     draw = np.random.default_rng([seed, *arm.encode()])
     scores = {}
     for name, rate in (rates if rates is not None else {"svamp": 0.4, "aqua": 0.2}).items():

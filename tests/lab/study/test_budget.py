@@ -1,4 +1,5 @@
-"""Methods that are fitted to a budget, counted again in the model that PEFT builds from the section."""
+"""Methods that are fitted to a budget, counted again in the model that PEFT builds from the
+section."""
 
 import re
 from functools import cache
@@ -66,7 +67,8 @@ SECTIONS = {
 
 @pytest.fixture(scope="module")
 def fits(folder):
-    """What a section is fitted to, by its name and the budget: asked for by several tests, searched for once."""
+    """What a section is fitted to, by its name and the budget: asked for by several tests, searched
+    for once."""
     return cache(lambda name, budget: fit(SECTIONS[name], folder, budget))
 
 
@@ -94,7 +96,8 @@ def test_a_threshold_is_the_largest_that_the_budget_allows(fits):
     fitted = fits("sara", 3000)
     assert fitted.knob == "threshold"
     assert fitted.trained <= 3000
-    one_rank = 32 + 48 + 1  # of the largest layer: the next step of the threshold adds at least one somewhere
+    # of the largest layer: the next step of the threshold adds at least one somewhere
+    one_rank = 32 + 48 + 1
     assert trained(fitted.method | {"threshold": min(1.0, fitted.value * 1.3)}) > 3000 - one_rank
 
 

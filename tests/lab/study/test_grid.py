@@ -1,4 +1,5 @@
-"""The runs of a study: its cells, their search, what makes two runs one, and which rows the search holds out."""
+"""The runs of a study: its cells, their search, what makes two runs one, and which rows the search
+holds out."""
 
 import json
 from dataclasses import replace

@@ -14,7 +14,8 @@ from svdtune.lab.study.results import FINDINGS, read_results
 PUBLISHED = Path(__file__).parents[3] / "docs" / "results"
 STUDIES = sorted(path.parent for path in PUBLISHED.glob("*/results.json"))
 
-# Of SARA's tables: 1 (LoRA, SARA: five sets without AQuA, and the average), 2 (averages on LLaMA-7B), 3 (BLEU), 4, and 8 to 12.
+# Of SARA's tables: 1 (LoRA, SARA: five sets without AQuA, and the average), 2 (averages on
+# LLaMA-7B), 3 (BLEU), 4, and 8 to 12.
 TABLE_1 = {
     "LLaMA-7B": (([58.50, 75.95, 92.73, 88.24, 24.24], 60.53), ([60.00, 79.75, 89.09, 84.31, 24.62], 62.18)),
     "LLaMA-13B": (([66.00, 82.28, 95.45, 89.22, 36.74], 65.21), ([71.50, 81.01, 93.64, 88.24, 36.36], 66.37)),
@@ -46,8 +47,10 @@ PAPERS = {
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text byte for byte; of figures that the same are there, since their bytes change with matplotlib's version."""
-    monkeypatch.setattr("svdtune.lab.study.plots.save", lambda figure, path: path.touch())  # most of the time
+    """Text byte for byte; of figures that the same are there, since their bytes change with
+    matplotlib's version."""
+    # most of the time
+    monkeypatch.setattr("svdtune.lab.study.plots.save", lambda figure, path: path.touch())
     written = write_page(study / "results.json", tmp_path)
     again = f"make it again: python -m svdtune.lab.study.page docs/results/{study.name}"
     assert (tmp_path / "README.md").read_bytes() == (study / "README.md").read_bytes(), again
@@ -64,7 +67,8 @@ def said_and_made(name: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_what_is_said_of_the_numbers_quotes_them(study: Path) -> None:
-    """Every number with a decimal point in `findings.md` stands in tables, its page's or a linked one's, or is a paper's."""
+    """Every number with a decimal point in `findings.md` stands in tables, its page's or a linked
+    one's, or is a paper's."""
     said, _ = said_and_made(study.name)
     known = set()
     for name in (study.name, *re.findall(r"\]\(\.\./(\w+)/README\.md\)", said)):

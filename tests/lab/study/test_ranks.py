@@ -60,7 +60,8 @@ def shapes(folder):
 
 @pytest.fixture(scope="module")
 def fits(folder):
-    """What a section is fitted to, by its name, its ranks' source and a seed: asked for by several tests."""
+    """What a section is fitted to, by its name, its ranks' source and a seed: asked for by several
+    tests."""
     return cache(lambda name, source, seed=1: fit(SECTIONS[name], folder, BUDGETS.get(name, BUDGET), source, seed))
 
 

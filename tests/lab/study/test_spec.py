@@ -1,4 +1,5 @@
-"""Study files, read strictly: what they may not say, in which words that is told, and how grids become arms."""
+"""Study files, read strictly: what they may not say, in which words that is told, and how grids
+become arms."""
 
 import re
 from pathlib import Path

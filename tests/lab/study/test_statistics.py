@@ -1,4 +1,5 @@
-"""A study's statistics against published examples, and the quick sign-flip test against scipy's permutation test."""
+"""A study's statistics against published examples, and the quick sign-flip test against scipy's
+permutation test."""
 
 import sys
 from collections import Counter
@@ -21,7 +22,8 @@ def test_mean_deviation_and_interval_of_seeds():
     found = spread([1, 2, 3, 4, 5])
     assert (found.mean, found.n) == (3, 5)
     assert found.sd == pytest.approx(1.58114, abs=1e-5)
-    assert found.interval == pytest.approx((3 - 1.96324, 3 + 1.96324), abs=1e-5)  # t = 2.77645 with 4 degrees
+    # t = 2.77645 with 4 degrees
+    assert found.interval == pytest.approx((3 - 1.96324, 3 + 1.96324), abs=1e-5)
 
 
 def test_one_seed_has_no_spread():
@@ -55,7 +57,8 @@ def test_without_variation_there_is_a_difference_but_no_test(pairs):
 
 
 def test_one_seed_on_one_set_is_the_exact_mcnemar_test():
-    """12 items right in one arm alone, 3 in the other alone: 2 P(X ≤ 3), X of 15 coins, is 1152 / 32768."""
+    """12 items right in one arm alone, 3 in the other alone: 2 P(X ≤ 3), X of 15 coins, is 1152 /
+    32768."""
     ours = np.array([True] * 12 + [False] * 3 + [True] * 40 + [False] * 45)
     theirs = np.array([False] * 12 + [True] * 3 + [True] * 40 + [False] * 45)
     found = over_items({"set": ours}, {"set": theirs})

@@ -1,4 +1,5 @@
-"""The study files that come with svdtune: each loads, its grids expand, and every arm is a valid recipe on every task."""
+"""The study files that come with svdtune: each loads, its grids expand, and every arm is a valid
+recipe on every task."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,8 @@ from svdtune.lab.study.spec import arm_settings, load_study
 from svdtune.training import check_recipe
 
 STUDIES = Path(svdtune.__file__).parent.parent / "studies"
-FILES = sorted(path.relative_to(STUDIES) for path in STUDIES.rglob("[!_]*.yaml"))  # _*.yaml: recipes of studies
+# _*.yaml: recipes of studies
+FILES = sorted(path.relative_to(STUDIES) for path in STUDIES.rglob("[!_]*.yaml"))
 
 
 def test_the_papers_tables_and_figures_have_their_files() -> None:
@@ -42,7 +44,8 @@ def test_the_papers_studies_have_a_run_for_each_arm_task_and_seed(file: Path) ->
     untrained = len(study.arms) - trained
     assert len(jobs) == len(tasks) * (trained * len(study.seeds) + untrained)
     assert len({job.key for job in jobs}) == len(jobs)
-    assert not any(cell.searched for cell in cells(study, tasks))  # the papers' learning rates stand
+    # the papers' learning rates stand
+    assert not any(cell.searched for cell in cells(study, tasks))
 
 
 def trained_by(file: str) -> Mapping[str, dict[str, Any] | None]:

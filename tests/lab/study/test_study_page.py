@@ -1,4 +1,5 @@
-"""A study's page: whole, the same from the same results, safe for any label; its figures; and the list of studies."""
+"""A study's page: whole, the same from the same results, safe for any label; its figures; and the
+list of studies."""
 
 import html
 import json
@@ -134,7 +135,8 @@ def test_figures_show_the_numbers() -> None:
     assert score.series[0].y[0] == pytest.approx(100 * lora.cells["average"].mean)
     assert score.series[0].spread[0] == pytest.approx([100 * end for end in lora.cells["average"].interval])
     assert len(score.series[0].x) == 2
-    assert len(score.series[-1].x) == 1  # the arm without a budget is in both tables, but it is one point
+    # the arm without a budget is in both tables, but it is one point
+    assert len(score.series[-1].x) == 1
     curve = next(one for one in losses(math[0]).series if one.name == "lora")
     assert (curve.x[0], curve.y[0]) == (1, pytest.approx(2.04))
     assert curve.spread[0] == pytest.approx((2.02, 2.06))

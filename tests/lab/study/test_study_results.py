@@ -37,7 +37,8 @@ def test_what_a_file_says(tmp_path):
 
 
 def test_how_many_final_runs_are_not_there():
-    """Two tasks at two budgets: three seeds of one arm at each, one arm without a size once, the untrained model once."""
+    """Two tasks at two budgets: three seeds of one arm at each, one arm without a size once, the
+    untrained model once."""
     arms = {"base": {"untrained": True}, "lora": {}, "full": {"budget": False}}
     spec = {"tasks": {"math": "m.yaml", "e2e": "e.yaml"}, "budgets": ["300k", "2M"], "seeds": [1, 2, 3], "arms": arms}
     found = [made_run("base", method=None, budget=None), made_run("lora"), made_run("lora", phase="tune")]

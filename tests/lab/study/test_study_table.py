@@ -103,7 +103,8 @@ def test_a_finished_run_without_all_scores_does_not_count():
 def test_a_finished_run_that_lost_what_it_had_learned_is_named_and_counts(losses, collapsed):
     runs = study(lora=0.4)
     runs[1]["curve"] = list(enumerate(losses))
-    runs += [run | {"curve": runs[1]["curve"]} for run in search("lora", {1e-3: 0.4, 3e-3: 0.5})]  # not a final run
+    # not a final run
+    runs += [run | {"curve": runs[1]["curve"]} for run in search("lora", {1e-3: 0.4, 3e-3: 0.5})]
     text = score_table(tables(read(runs))[0])
     assert cell(text, "lora", "seeds") == ("1 of 3 seeds collapsed" if collapsed else "3")
     assert ("They count in the means:\n\n- lora, seed 2, learning rate 0.001" in text) == collapsed

@@ -1,4 +1,5 @@
-"""`svdtune study` on the command line: names that would mix results, and places that cannot be written."""
+"""`svdtune study` on the command line: names that would mix results, and places that cannot be
+written."""
 
 import json
 from collections.abc import Callable

@@ -24,7 +24,8 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_is_scored_with_what_was_trained(name: str, tiny_folder: Path) -> None:
-    """bfloat16 weights, a float32 adapter: as if float32 weights of the same values had the adapter on them."""
+    """bfloat16 weights, a float32 adapter: as if float32 weights of the same values had the adapter
+    on them."""
     torch.manual_seed(0)
     loaded = load(tiny_folder, dtype="bfloat16")
     model = adapt(loaded.model, name, METHODS[name]).eval()

@@ -1,4 +1,5 @@
-"""Formulas: `math` strictly and as SORSA's code grades, faults included; and what a model can write to do harm."""
+"""Formulas: `math` strictly and as SORSA's code grades, faults included; and what a model can write
+to do harm."""
 
 import os
 import threading
@@ -111,7 +112,8 @@ def test_the_formula_given_as_the_answer(text: str, formula: str | None) -> None
         ("The answer is: \\frac{1}{2}.", "\\frac12", True, True),
         ("\\boxed{\\frac{1}{2}}", "\\frac12", True, False),  # reads only behind "The answer is: "
         ("The answer is: 0.5", "\\frac{1}{2}", True, True),
-        ("The answer is: 50", "0.5", False, False),  # becomes \frac{1}{2} before the percentages are tried
+        # becomes \frac{1}{2} before the percentages are tried
+        ("The answer is: 50", "0.5", False, False),
         ("The answer is: 60", "0.6", False, True),  # a factor of 100
         ("The answer is: 0.6", "60", False, True),
         ("The answer is: 10000", "10001", False, True),  # a ten-thousandth

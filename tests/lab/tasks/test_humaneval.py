@@ -1,4 +1,5 @@
-"""HumanEval: which code is taken from a completion in either mode, and the data set's own solutions."""
+"""HumanEval: which code is taken from a completion in either mode, and the data set's own
+solutions."""
 
 import gzip
 import json

@@ -1,4 +1,5 @@
-"""Golden: every data set's own reference answers are right in both modes, and changed ones are wrong in strict mode."""
+"""Golden: every data set's own reference answers are right in both modes, and changed ones are
+wrong in strict mode."""
 
 import re
 from pathlib import Path
@@ -17,7 +18,8 @@ def _data(shared_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def graded(name: str, split: str, field: str) -> tuple[int, int, int]:
-    """Rows, and how many of them are right strictly and as the paper grades, if the field is the completion."""
+    """Rows, and how many of them are right strictly and as the paper grades, if the field is the
+    completion."""
     dataset, rows = CATALOGUE[name], read_rows(name, split)
     task = get_task(dataset.task)
     grades = [task.grade(row[field], row[dataset.answer]) for row in rows]

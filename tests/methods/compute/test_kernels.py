@@ -1,4 +1,5 @@
-"""The Triton kernels against their plain PyTorch forms in float64: on a GPU, and on the CPU in Triton's interpreter."""
+"""The Triton kernels against their plain PyTorch forms in float64: on a GPU, and on the CPU in
+Triton's interpreter."""
 
 import importlib.util
 import os
@@ -18,12 +19,14 @@ from svdtune.methods.compute.lowrank import stacked
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DEVICE = "cpu" if INTERPRETED else "cuda"
-# Triton's interpreter reads loop bounds in a way that NumPy 2.4 no longer allows and older ones warn of.
+# Triton's interpreter reads loop bounds in a way that NumPy 2.4 no longer allows and older ones
+# warn of.
 INTERPRETER_WORKS = HAS_TRITON and tuple(map(int, numpy.__version__.split(".")[:2])) < (2, 4)
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
-# Triton's interpreter truncates to bf16 instead of rounding, and cannot multiply bf16 matrices: NumPy has no such type.
+# Triton's interpreter truncates to bf16 instead of rounding, and cannot multiply bf16 matrices:
+# NumPy has no such type.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 
@@ -43,7 +46,8 @@ def close(got, want, tolerance):
 
 
 def same_op(name, *arguments):
-    """The operator that a compiled graph calls: right schema, right fake results, no hidden aliasing."""
+    """The operator that a compiled graph calls: right schema, right fake results, no hidden
+    aliasing."""
     torch.library.opcheck(
         getattr(torch.ops.svdtune, name).default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -171,7 +175,8 @@ def test_mixing_is_a_bijection_on_a_sample_and_spreads_each_bit():
 def test_the_mask_keeps_at_the_rate_asked_for_without_correlation(p):
     rows, columns = 2048, 1536
     keep = kernels.dropout_mask((rows, columns), p, torch.tensor(1234567890123456789), "cpu")
-    deviation = (keep.double() - (1 - p)) / (p * (1 - p)) ** 0.5  # mean 0, variance 1 where all is independent
+    # mean 0, variance 1 where all is independent
+    deviation = (keep.double() - (1 - p)) / (p * (1 - p)) ** 0.5
     count = keep.numel()
     assert abs(float(deviation.mean())) < 5 / count**0.5
     assert abs(float(deviation.mean(0).var()) * rows - 1) < 0.2  # of columns

@@ -1,4 +1,5 @@
-"""No pair is formed twice in a generation, whatever a release calls the argument that holds the key-value cache."""
+"""No pair is formed twice in a generation, whatever a release calls the argument that holds the
+key-value cache."""
 
 import pytest
 import torch
@@ -72,7 +73,8 @@ def recurrent():
 
 @pytest.mark.parametrize("make", [decoder, encoder_and_decoder, recurrent])
 def test_generating_is_the_same_with_kept_pairs(make, formed):
-    """Each pair is formed once, under an encoder too, and in a model of states if the release caches those in a `Cache`."""
+    """Each pair is formed once, under an encoder too, and in a model of states if the release
+    caches those in a `Cache`."""
     torch.manual_seed(0)
     model = make()
     settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 2}
@@ -84,7 +86,8 @@ def test_generating_is_the_same_with_kept_pairs(make, formed):
     got = model.generate(input_ids=TOKENS[:1, :4], **settings)
     assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
     if growing_cache(got.values()) is not None:
-        encoder = layers(model.get_encoder()) if make is encoder_and_decoder else []  # called once, by itself
+        # called once, by itself
+        encoder = layers(model.get_encoder()) if make is encoder_and_decoder else []
         assert len(formed) == len(layers(model)) - len(encoder)
     else:
         assert make is recurrent

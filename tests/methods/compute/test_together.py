@@ -1,4 +1,5 @@
-"""Layers that work together give what each gives by itself: outputs, gradients, and nothing that is out of date."""
+"""Layers that work together give what each gives by itself: outputs, gradients, and nothing that is
+out of date."""
 
 import copy
 import inspect
@@ -304,7 +305,8 @@ def test_small_models_form_all_changes_at_once(small, nodes, monkeypatch):
     assert nodes == ([] if small else [3, 1, 2, 1] * 2)  # q, k and v; o; gate and up; down
     nodes.clear()
     logits(model)
-    assert set(nodes) == {1}  # without gradients every layer works alone, so outputs repeat to the bit
+    # without gradients every layer works alone, so outputs repeat to the bit
+    assert set(nodes) == {1}
 
 
 def test_a_compiled_model_is_one_graph():

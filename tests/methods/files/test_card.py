@@ -1,4 +1,5 @@
-"""The model card that is saved with an adapter says what it is, and its own lines load it; push_to_hub sends it along."""
+"""The model card that is saved with an adapter says what it is, and its own lines load it;
+push_to_hub sends it along."""
 
 import re
 from pathlib import Path
@@ -108,7 +109,8 @@ def test_sections():
 
 
 def test_push_to_hub_works_as_pefts(base, tmp_path, monkeypatch):
-    """One commit with the whole adapter. (The card it sends is Transformers' own, for every PEFT method.)"""
+    """One commit with the whole adapter. (The card it sends is Transformers' own, for every PEFT
+    method.)"""
     sent, original = {}, ModelCard.load
 
     class Hub:

@@ -1,4 +1,5 @@
-"""compact=True leaves the frozen factors out of the file; loading recomputes them, checks them, and gives the same outputs."""
+"""compact=True leaves the frozen factors out of the file; loading recomputes them, checks them, and
+gives the same outputs."""
 
 import new_process
 import pytest

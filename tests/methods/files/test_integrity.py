@@ -1,4 +1,5 @@
-"""What is loaded is what was saved, onto the base it was made from; anything else is one clear error and leaves the model."""
+"""What is loaded is what was saved, onto the base it was made from; anything else is one clear
+error and leaves the model."""
 
 import json
 import shutil
@@ -38,7 +39,8 @@ def logits(model):
 
 
 def refused(model, folder, match, **settings):
-    """Loading fails with the message, and the model is as it was: layers, weights, gradients and outputs."""
+    """Loading fails with the message, and the model is as it was: layers, weights, gradients and
+    outputs."""
     layers = [type(module) for module in model.modules()]
     weights = {key: value.clone() for key, value in model.state_dict().items()}
     trained = [p.requires_grad for p in model.parameters()]

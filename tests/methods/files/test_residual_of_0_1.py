@@ -1,7 +1,8 @@
-"""Adapters that version 0.1 wrote with layout="residual": read as delta, the same function on a base that stays as it is.
+"""Adapters that version 0.1 wrote with layout="residual": read as delta, the same function on a
+base that stays as it is.
 
-The folders are written here as 0.1 wrote them, the configuration word for word. In memory its base weight was W − P₀ V₀ᵀ,
-rounded to the weight's dtype; the adapter added W_p.
+The folders are written here as 0.1 wrote them, the configuration word for word. In memory its base
+weight was W − P₀ V₀ᵀ, rounded to the weight's dtype; the adapter added W_p.
 """
 
 import hashlib
@@ -102,7 +103,8 @@ def written_by_0_1(folder: Path, model, compact: bool = False) -> dict[str, dict
 
 @torch.no_grad()
 def as_0_1_computed(model, layers: dict[str, dict[str, torch.Tensor]]) -> torch.Tensor:
-    """Logits with W − P₀ V₀ᵀ, rounded to the weight's dtype, in place of each weight, and W_p added to what it gives."""
+    """Logits with W − P₀ V₀ᵀ, rounded to the weight's dtype, in place of each weight, and W_p added
+    to what it gives."""
     for name, weight in adapted_weights(model).items():
         t = {part: tensor.double() for part, tensor in layers[name].items()}
         residual = (weight.double() - t["frozen_P0"] @ t["frozen_V0"].mT).to(weight.dtype).double()

@@ -1,4 +1,5 @@
-"""Convolutions: every kind, stride, padding, dilation and group count, against the literal matrix on unfolded patches."""
+"""Convolutions: every kind, stride, padding, dilation and group count, against the literal matrix
+on unfolded patches."""
 
 import copy
 
@@ -56,7 +57,8 @@ def data(kind: str):
 
 
 def patches(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """[N, positions ..., groups, in / groups · k ...]: what the kernel looks at in each place, by one-hot kernels."""
+    """[N, positions ..., groups, in / groups · k ...]: what the kernel looks at in each place, by
+    one-hot kernels."""
     inside = base_weight(conv).shape[1]
     one_hot = torch.eye(inside, dtype=x.dtype).reshape(inside, *conv.weight.shape[1:])
     found = conv._conv_forward(x, one_hot.repeat(conv.groups, *(1,) * (one_hot.dim() - 1)), None)
@@ -65,7 +67,8 @@ def patches(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class Literal(nn.Module):
-    """The same layer with ΔW formed; several heads of Mo-SARA by the literal reference, patch by patch."""
+    """The same layer with ΔW formed; several heads of Mo-SARA by the literal reference, patch by
+    patch."""
 
     def __init__(self, layer):
         super().__init__()

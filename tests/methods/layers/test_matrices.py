@@ -1,4 +1,5 @@
-"""The weight that acts, the one it started from and the trained product, for every method, against the layers' outputs."""
+"""The weight that acts, the one it started from and the trained product, for every method, against
+the layers' outputs."""
 
 import pytest
 import torch

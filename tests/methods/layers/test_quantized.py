@@ -1,4 +1,5 @@
-"""Adapters on quantized bases: bitsandbytes nf4 and int8, torchao and HQQ, each where it is installed.
+"""Adapters on quantized bases: bitsandbytes nf4 and int8, torchao and HQQ, each where it is
+installed.
 
 They run on CPUs too. With SVDTUNE_TEST_DEVICE=cuda the same tests run on a GPU.
 """
@@ -38,7 +39,8 @@ def kind(request):
 
 
 def quantized(layer: torch.nn.Linear, kind: str) -> torch.nn.Module:
-    """A linear layer quantized as `from_pretrained` does it, which no release of transformers does for all of these."""
+    """A linear layer quantized as `from_pretrained` does it, which no release of transformers does
+    for all of these."""
     weight, bias = layer.weight.data, layer.bias
     if kind == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -112,7 +114,9 @@ class TestEveryKind:
     def test_outputs_and_gradients_are_those_on_the_dequantized_weight(self, kind, name):
         model = adapted(kind, name)
         if kind == "int8":
-            return  # bitsandbytes multiplies in int8, which no float weight reproduces; the addition is tested below
+            # bitsandbytes multiplies in int8, which no float weight reproduces; the addition is
+            # tested below
+            return
         twin = plain_model()
         for key, module in model.base_model.model.named_modules():
             plain = key.removesuffix(".base_layer")
@@ -175,7 +179,8 @@ class TestEveryKind:
             return
         model.merge_adapter()
         merged = logits(model)
-        assert float((merged - before).norm()) < 0.5 * float((before - base).norm())  # nearer than the base: rounded
+        # nearer than the base: rounded
+        assert float((merged - before).norm()) < 0.5 * float((before - base).norm())
         model.unmerge_adapter()
         assert torch.equal(logits(model), before)
         with model.disable_adapter():

@@ -1,4 +1,5 @@
-"""Fused projections by slice: the rows that each model type reads as q, k and v, and everything an adapter does on them."""
+"""Fused projections by slice: the rows that each model type reads as q, k and v, and everything an
+adapter does on them."""
 
 import copy
 
@@ -79,7 +80,8 @@ class TestTheRowsOfEveryModelType:
     """Where a model reads its queries, keys and values, found out by what changing them does."""
 
     def changed(self, kind, part, position, zeroed=None):
-        """Positions of the attention's output that change with `part` of the projection's output at one position."""
+        """Positions of the attention's output that change with `part` of the projection's output at
+        one position."""
         model = model_of(kind)
         attn, name = attention(model, kind)
         rows = known_parts(model, name)[part]
@@ -123,7 +125,8 @@ class TestEveryMethod:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("name", CONFIGS)
     def test_it_is_the_adapter_of_each_slice_alone(self, kind, name):
-        """Outputs and gradients are those of base model whose fused weight has each slice's ΔW in its rows."""
+        """Outputs and gradients are those of base model whose fused weight has each slice's ΔW in
+        its rows."""
         model = adapted(kind, name)
         first = next(module for module in model.modules() if isinstance(module, FusedLinear))
         assert [key for key, _ in first.named_children()] == ["base_layer", "q", "v"]
@@ -209,7 +212,8 @@ class TestEveryMethod:
 @pytest.mark.parametrize("name", ["sara", "mosara-one-head", "sorsa"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_the_whole_pairs_are_the_change_of_the_weight(kind, name):
-    """What export to LoRA is made of: one pair a module, of the ranks' sum, zero outside the slices."""
+    """What export to LoRA is made of: one pair a module, of the ranks' sum, zero outside the
+    slices."""
     model = adapted(kind, name)
     config = model.peft_config["default"]
     found = {key: module for key, module in model.base_model.model.named_modules() if key in config.ranks}
@@ -343,7 +347,8 @@ def test_rows():
 
 
 def test_offloaded_weights():
-    """Accelerate keeps the fused weight away between calls; slices compute all the same, and are merged on disk."""
+    """Accelerate keeps the fused weight away between calls; slices compute all the same, and are
+    merged on disk."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     before = logits(adapted("gpt2", "sara"))

@@ -1,4 +1,5 @@
-"""An adapter started layer by layer from a checkpoint is the one that get_peft_model starts, bit for bit."""
+"""An adapter started layer by layer from a checkpoint is the one that get_peft_model starts, bit
+for bit."""
 
 import json
 
@@ -106,7 +107,8 @@ def test_slices_and_transposed_weights(tmp_path, slices):
 
 
 def test_one_weight_is_there_at_a_time(folder, tmp_path):
-    """Readers hand out weights that tell when they are gone: the one before is, whenever the next is read."""
+    """Readers hand out weights that tell when they are gone: the one before is, whenever the next
+    is read."""
     import weakref
 
     checkpoint = open_checkpoint(folder)

@@ -1,4 +1,5 @@
-"""benchmarks/init_streamed.py: an 80-layer model that is never there, started within the memory that the plan states."""
+"""benchmarks/init_streamed.py: an 80-layer model that is never there, started within the memory
+that the plan states."""
 
 import json
 import subprocess

@@ -1,8 +1,9 @@
 """Inside the sandbox: `python inside ROLE SETTINGS` confines itself, then plays one of three roles.
 
-`program` runs foreign code and answers calls of one of its functions. `tests` runs a data set's tests, whose calls it
-passes on to `program` over a pipe. They are two processes, so nothing that foreign code does to its own interpreter, be
-it `os._exit(0)`, can make the tests pass: only right answers can. `probe` says which protections this system lacks.
+`program` runs foreign code and answers calls of one of its functions. `tests` runs a data set's
+tests, whose calls it passes on to `program` over a pipe. They are two processes, so nothing that
+foreign code does to its own interpreter, be it `os._exit(0)`, can make the tests pass: only right
+answers can. `probe` says which protections this system lacks.
 """
 
 import builtins
@@ -20,7 +21,8 @@ _LINE = 1 << 24  # bytes of a call or an answer
 
 
 class ProgramEndedError(BaseException):
-    """The program is gone or out of step; no `except Exception` of a test may take that for the program's own error."""
+    """The program is gone or out of step; no `except Exception` of a test may take that for the
+    program's own error."""
 
 
 def _send(stream: BinaryIO, message: Any) -> None:
@@ -40,14 +42,16 @@ def _explain(error: BaseException) -> str:
 
 
 def _run_program(function: str, calls: BinaryIO, answers: BinaryIO) -> None:
-    """Execute program.py as a module, then answer each call of its function with a value or an exception."""
+    """Execute program.py as a module, then answer each call of its function with a value or an
+    exception."""
     module = types.ModuleType("program")
     sys.modules["program"] = module
     try:
         with open("program.py", encoding="utf-8") as file:
             exec(compile(file.read(), "program.py", "exec"), vars(module))
         target = vars(module)[function]
-    except BaseException as error:  # foreign code, so anything: SystemExit is as common as SyntaxError
+    # foreign code, so anything: SystemExit is as common as SyntaxError
+    except BaseException as error:
         _send(answers, ["failed", _explain(error)])
         return
     _send(answers, ["ready"])
@@ -80,7 +84,8 @@ def _proxy(calls: BinaryIO, answers: BinaryIO) -> Callable[..., Any]:
 
 
 def _run_tests(function: str, calls: BinaryIO, answers: BinaryIO, verdict: BinaryIO) -> None:
-    """Execute setup.py, then tests.py, then its `check` on the proxy; the last line sent is the verdict."""
+    """Execute setup.py, then tests.py, then its `check` on the proxy; the last line sent is the
+    verdict."""
     candidate = _proxy(calls, answers)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
@@ -100,7 +105,8 @@ def _run_tests(function: str, calls: BinaryIO, answers: BinaryIO, verdict: Binar
 
 
 def main() -> None:
-    """Move the pipes out of the way of foreign code's own input and output, confine, and play the role."""
+    """Move the pipes out of the way of foreign code's own input and output, confine, and play the
+    role."""
     role, settings = sys.argv[1], json.loads(sys.argv[2])
     sys.path.pop(0)  # this folder: foreign code has no business here
     incoming, outgoing = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")

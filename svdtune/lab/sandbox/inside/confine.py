@@ -1,6 +1,8 @@
-"""Confine the running process for good, without privileges: resource limits, Landlock, no capabilities, seccomp.
+"""Confine the running process for good, without privileges: resource limits, Landlock, no
+capabilities, seccomp.
 
-Runs inside the sandbox's own interpreter, before the first line of foreign code, with the standard library alone.
+Runs inside the sandbox's own interpreter, before the first line of foreign code, with the standard
+library alone.
 """
 
 import ctypes
@@ -18,7 +20,8 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _CAPABILITY_VERSION_3 = 0x20080522
 _CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446  # the same on every architecture
-_FS_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}  # by Landlock ABI
+# by Landlock ABI
+_FS_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = (
     1 << 1,
     1 << 2,
@@ -29,7 +32,8 @@ _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_FILE, _TRUNCATE = (
 )
 _TCP, _SCOPES = 3, 3  # bind and connect; abstract sockets and signals
 
-# What an interpreter reads besides its own folders. Not among them: /proc, /sys, /etc/passwd, anybody's home.
+# What an interpreter reads besides its own folders. Not among them: /proc, /sys, /etc/passwd,
+# anybody's home.
 SYSTEM_FILES = (
     "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache",
     "/etc/localtime", "/etc/ssl/openssl.cnf", "/dev/urandom", "/dev/zero",
@@ -69,7 +73,8 @@ def _limit(limits: dict[str, int]) -> None:
         "RLIMIT_FSIZE": limits["file_bytes"],
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
-        "RLIMIT_NPROC": 0,  # a second lock: seccomp already denies fork and clone, and root is exempt from this one
+        # a second lock: seccomp already denies fork and clone, and root is exempt from this one
+        "RLIMIT_NPROC": 0,
     }
     for name, value in wanted.items():
         if sys.platform == "linux" or name in ("RLIMIT_CPU", "RLIMIT_FSIZE", "RLIMIT_CORE"):
@@ -77,7 +82,8 @@ def _limit(limits: dict[str, int]) -> None:
 
 
 def _restrict_files(libc: ctypes.CDLL, scratch: str) -> str | None:
-    """Allow reading the interpreter and the system's libraries, and writing in `scratch`; deny all other files."""
+    """Allow reading the interpreter and the system's libraries, and writing in `scratch`; deny all
+    other files."""
     abi = libc.syscall(_CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     if abi < 1:
         return "Landlock, which this kernel does not offer (Linux 5.13 or later, switched on): files stay readable"

@@ -1,8 +1,10 @@
-"""The system calls a confined program may make, and the seccomp filter that turns every other one into EPERM.
+"""The system calls a confined program may make, and the seccomp filter that turns every other one
+into EPERM.
 
-The list holds what CPython and compiled extensions need to compute, to read libraries and to use plain files in a
-scratch folder. It holds no way to start a process or a thread, to open a socket, to signal or trace another process, to change
-the mode, owner or times of a file, or to raise a limit.
+The list holds what CPython and compiled extensions need to compute, to read libraries and to use
+plain files in a scratch folder. It holds no way to start a process or a thread, to open a socket,
+to signal or trace another process, to change the mode, owner or times of a file, or to raise a
+limit.
 """
 
 import ctypes
@@ -34,11 +36,13 @@ ALLOWED: dict[str, tuple[int, int | None]] = {
     "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
 
-ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column in ALLOWED, AUDIT_ARCH_*
+# column in ALLOWED, AUDIT_ARCH_*
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
 class Check(NamedTuple):
-    """What an allowed call's argument must be: the 32-bit word, masked, is (or is not) one of the values."""
+    """What an allowed call's argument must be: the 32-bit word, masked, is (or is not) one of the
+    values."""
 
     word: int  # 2·argument for its low half, +1 for its high half
     mask: int
@@ -52,7 +56,8 @@ _TRUNCATING = 0o1003, (0o1000, 0o1003), False
 CHECKS = {
     "open": [Check(2 * 1, *_TRUNCATING)],
     "openat": [Check(2 * 2, *_TRUNCATING)],
-    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: not F_SETOWN, which sends signals to others.
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC: not F_SETOWN, which sends
+    # signals to others.
     "fcntl": [Check(2 * 1, _ALL, (0, 1, 2, 3, 4, 1030))],
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
     "ioctl": [Check(2 * 1, _ALL, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451))],
@@ -97,7 +102,8 @@ def filter_program(machine: str) -> bytes:
 
 
 def restrict_syscalls(libc: ctypes.CDLL) -> str | None:
-    """Put the filter in force, for good; the reason where that cannot be done. Needs no_new_privs."""
+    """Put the filter in force, for good; the reason where that cannot be done. Needs
+    no_new_privs."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         return f"no list of system calls for {machine}"

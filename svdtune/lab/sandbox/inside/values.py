@@ -1,6 +1,7 @@
 """Plain data as JSON and back, exactly: what passes between the program under test and its tests.
 
-Nothing but data crosses. An object with an `__eq__` of its own arrives as an `object()`, which equals nothing.
+Nothing but data crosses. An object with an `__eq__` of its own arrives as an `object()`, which
+equals nothing.
 """
 
 from collections.abc import Iterator
@@ -13,7 +14,8 @@ _CONTAINERS = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
 def encode(value: Any) -> Any:
     """Turn a value into what JSON can hold: [kind, content], or a bool, a str or None as it is.
 
-    A subclass of a plain type is sent as that type, as it would compare; a NumPy scalar as the Python number it holds.
+    A subclass of a plain type is sent as that type, as it would compare; a NumPy scalar as the
+    Python number it holds.
     """
     if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
         value = value.item()

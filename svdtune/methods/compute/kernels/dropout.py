@@ -1,7 +1,8 @@
-"""Triton: products of a dropped-out matrix whose mask is hashed anew in each kernel, see `mask`. No mask is ever stored.
+"""Triton: products of a dropped-out matrix whose mask is hashed anew in each kernel, see `mask`. No
+mask is ever stored.
 
-x is masked on its way from memory to the tensor cores; the scale 1/(1−p) meets the small result. p = 0 compiles to the plain
-product.
+x is masked on its way from memory to the tensor cores; the scale 1/(1−p) meets the small result. p
+= 0 compiles to the plain product.
 """
 
 import torch
@@ -137,7 +138,8 @@ def _constants(x: Tensor, p: float) -> dict[str, float | int | str]:
 
 
 def _columns(w: int) -> int:
-    """How many columns of the narrow matrix one program takes: all of them up to 256, so that x is read once."""
+    """How many columns of the narrow matrix one program takes: all of them up to 256, so that x is
+    read once."""
     return min(256, max(16, triton.next_power_of_2(w)))
 
 

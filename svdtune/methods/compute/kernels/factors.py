@@ -57,7 +57,8 @@ def stack_factors(
     rows = 16
     grid = (triton.cdiv(n, rows) + triton.cdiv(out, rows), triton.cdiv(width, COLUMNS))
     with on_device(U):
-        # Fused into U·s − P₀, the product would not be rounded, and the difference not exactly zero at the start.
+        # Fused into U·s − P₀, the product would not be rounded, and the difference not exactly zero
+        # at the start.
         _stack_factors[grid](
             U, s, V, P0, V0, A, B, n, out, r, width,
             SCALED=s is not None, PAIR=P0 is not None, ROWS=rows, COLUMNS=COLUMNS, enable_fp_fusion=False,

@@ -1,4 +1,5 @@
-"""What every launch needs: the tensor's device made current, and how many programs and tiles it holds."""
+"""What every launch needs: the tensor's device made current, and how many programs and tiles it
+holds."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -20,12 +21,14 @@ def _device(index: int) -> tuple[int, int]:
 
 
 def multiprocessors(x: Tensor) -> int:
-    """How many programs run side by side on the device of `x`; 2 for Triton's interpreter, which runs on the CPU."""
+    """How many programs run side by side on the device of `x`; 2 for Triton's interpreter, which
+    runs on the CPU."""
     return _device(x.get_device())[0] if x.is_cuda else 2
 
 
 def stages(x: Tensor, elements: int, at_most: int) -> int:
-    """How many tiles of so many elements a program may have in flight: what shared memory holds, at most `at_most`.
+    """How many tiles of so many elements a program may have in flight: what shared memory holds, at
+    most `at_most`.
 
     An fp32 product keeps one more tile's worth, for the parts that it is split into.
     """
@@ -36,5 +39,6 @@ def stages(x: Tensor, elements: int, at_most: int) -> int:
 
 
 def dot_precision(x: Tensor) -> str:
-    """How tensor cores multiply fp32: split in three, as exact as fp32 arithmetic. Narrower dtypes ignore it."""
+    """How tensor cores multiply fp32: split in three, as exact as fp32 arithmetic. Narrower dtypes
+    ignore it."""
     return "tf32x3" if x.dtype == torch.float32 else "tf32"

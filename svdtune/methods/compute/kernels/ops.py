@@ -1,6 +1,8 @@
-"""The kernels' public functions: a direct launch in eager mode, one opaque operator each under `torch.compile`.
+"""The kernels' public functions: a direct launch in eager mode, one opaque operator each under
+`torch.compile`.
 
-An operator's own overhead is several times a launch's, which small models feel; a compiled graph does not pay it in Python.
+An operator's own overhead is several times a launch's, which small models feel; a compiled graph
+does not pay it in Python.
 """
 
 import importlib.util
@@ -14,7 +16,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def available(*tensors: Tensor | None) -> bool:
-    """Whether the kernels can take these tensors: Triton installed, all on an NVIDIA GPU, none wider than fp32."""
+    """Whether the kernels can take these tensors: Triton installed, all on an NVIDIA GPU, none
+    wider than fp32."""
     return (
         HAS_TRITON
         and torch.version.hip is None
@@ -25,7 +28,8 @@ def available(*tensors: Tensor | None) -> bool:
 def stack_factors(
     U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None, dtype: torch.dtype, pad: int = 8
 ) -> tuple[Tensor, Tensor]:
-    """`lowrank.stacked` in one launch: A = [V, V − V₀] and B = [U·s − P₀, P₀], formed in fp32, rounded once to `dtype`.
+    """`lowrank.stacked` in one launch: A = [V, V − V₀] and B = [U·s − P₀, P₀], formed in fp32,
+    rounded once to `dtype`.
 
     Args:
         U: [out, r] fp32.
@@ -52,7 +56,8 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
         x: [T, d]; rows may lie apart.
         A: [d, w], the dtype of x.
         p: 0 ≤ p < 1.
-        seed: See `dropout_seed`; on the device of x. None will do where p = 0, here and in the two functions below.
+        seed: See `dropout_seed`; on the device of x. None will do where p = 0, here and in the two
+            functions below.
 
     Returns:
         [T, w] in the dtype of x.
@@ -65,7 +70,8 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype; p = 0 is a plain split product."""
+    """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype; p = 0 is a
+    plain split product."""
     if torch.compiler.is_compiling():
         return _dropout_mm_transposed(x, Q, p, seed)
     from svdtune.methods.compute.kernels import dropout
@@ -74,7 +80,8 @@ def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -
 
 
 def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """dx += keep ∘ (Q Aᵀ) / (1 − p), in place, for dx [T, d], Q [T, w] and A [d, w]; added in fp32, rounded once."""
+    """dx += keep ∘ (Q Aᵀ) / (1 − p), in place, for dx [T, d], Q [T, w] and A [d, w]; added in fp32,
+    rounded once."""
     if torch.compiler.is_compiling():
         _add_dropout_mm_(dx, Q, A, p, seed)
         return dx
@@ -85,7 +92,8 @@ def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | N
 
 
 def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mo-SARA's Eq. 6 and the scaling of Eq. 5: a = z w₁, gate = softmax(a w₂), t = z ∘ (gate λ), z read once.
+    """Mo-SARA's Eq. 6 and the scaling of Eq. 5: a = z w₁, gate = softmax(a w₂), t = z ∘ (gate λ), z
+    read once.
 
     Args:
         z: [T, width ≥ k], rows may lie apart; columns from k on are ignored.
@@ -106,10 +114,12 @@ def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor,
 def mix_backward(
     dt: Tensor, z: Tensor, gate: Tensor, a: Tensor, lam: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `mix` from dt [T, width] and what it returned; dt and z are read twice, the second time for the sums.
+    """Gradients of `mix` from dt [T, width] and what it returned; dt and z are read twice, the
+    second time for the sums.
 
     Returns:
-        dz [T, width] in the dtype of z, zero from column k on; dλ, dw₁ and dw₂ in the dtypes and shapes of λ, w₁ and w₂.
+        dz [T, width] in the dtype of z, zero from column k on; dλ, dw₁ and dw₂ in the dtypes and
+        shapes of λ, w₁ and w₂.
     """
     if torch.compiler.is_compiling():
         return _mix_backward(dt, z, gate, a, lam, w1, w2)
