@@ -82,6 +82,9 @@ compile = .venv-lock/bin/uv pip compile --quiet --universal --python-version 3.1
 	--custom-compile-command "make lock" --no-emit-package torch --constraints <(echo $(LOCKED_TORCH)) \
 	$(2) $(3) --output-file requirements/$(1).txt
 
+# uv would settle for a newer Transformers, so as to have newer releases of what it depends on.
+lowest_transformers = sed -n 's/.*"transformers>=\([0-9.]*\)".*/transformers==\1.*/p' pyproject.toml
+
 check-lock: $(VENV)/.dev
 	$(BIN)/python -m pip check
 
@@ -102,7 +105,7 @@ else ifeq ($(RELEASES),latest)
 else
 	$(MAKE) .venv-lock/.uv
 	.venv-lock/bin/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python --extra $* pyproject.toml \
-		$(if $(TORCH),--override <(echo "$(TORCH)")) --output-file $(VENV)/lowest.txt
+		--constraints <($(lowest_transformers)) $(if $(TORCH),--override <(echo "$(TORCH)")) --output-file $(VENV)/lowest.txt
 	$(PIP) --requirement $(VENV)/lowest.txt
 	$(PIP) --no-deps --editable .
 endif
