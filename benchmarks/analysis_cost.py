@@ -20,7 +20,7 @@ from typing import Any
 from step import machine
 
 from svdtune.analysis import after, before, open_run, read_facts
-from svdtune.report import gather, render
+from svdtune.reports import gather, render
 from svdtune.training import check_recipe, train
 from svdtune.training.movement import DURING, read_samples
 
@@ -73,7 +73,7 @@ def of_runs(folder: Path) -> list[dict[str, Any]]:
 
 def of_page(folder: Path) -> list[dict[str, Any]]:
     """Bytes of a page and seconds to make it."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "report"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "reports"))
     from made_runs import make_run
 
     run = make_run(folder / "run", {"name": "sorsa", "r": 128}, depth=32, samples=20)

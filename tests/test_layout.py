@@ -25,7 +25,7 @@ ORDER = [
     "export",
     "evaluation",
     "analysis",
-    "report",
+    "reports",
     "cli",
     "lab",
 ]

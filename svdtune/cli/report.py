@@ -32,7 +32,7 @@ def report(
     svdtune report runs/sorsa runs/lora runs/full --output comparison.html --figures figures
     """
     from svdtune.analysis import read_facts
-    from svdtune.report import add_analysis, gather, render
+    from svdtune.reports import add_analysis, gather, render
     from svdtune.system import explain_write_errors, replace_text
     from svdtune.training.folder import ADAPTER, REPORT
 
@@ -52,7 +52,7 @@ def report(
             typer.echo(f"{run['name']} lacks {part}")
     typer.echo(f"page: {page} ({page.stat().st_size / 1e6:.2f} MB)")
     if figures is not None:
-        from svdtune.report import write_figures
+        from svdtune.reports import write_figures
 
         written = write_figures(data, figures)
         typer.echo(f"figures: {len(written)} files in {figures}")

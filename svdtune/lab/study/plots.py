@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from svdtune.evaluation.interval import Interval
 from svdtune.lab.study.arms import Arm, Table
 from svdtune.lab.study.table import title
-from svdtune.report.figures import draw, new_figure, save, style_of
-from svdtune.report.numbers import Lines, Series
+from svdtune.reports.figures import draw, new_figure, save, style_of
+from svdtune.reports.numbers import Lines, Series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from svdtune.analysis import comparisons, read_facts
 from svdtune.cli import app
-from svdtune.report import all_numbers, figures, gather, render, write_figures
-from svdtune.report.figures import draw, save
+from svdtune.reports import all_numbers, figures, gather, render, write_figures
+from svdtune.reports.figures import draw, save
 
 
 @pytest.fixture

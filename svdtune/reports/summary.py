@@ -7,9 +7,9 @@ from typing import Any
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import add_section
-from svdtune.report.figures import draw, save
-from svdtune.report.gather import kind_of
-from svdtune.report.numbers import Grid, all_numbers
+from svdtune.reports.figures import draw, save
+from svdtune.reports.gather import kind_of
+from svdtune.reports.numbers import Grid, all_numbers
 
 FIGURE = "analysis.svg"
 
@@ -20,7 +20,7 @@ def add_analysis(adapter: Path, data: dict[str, Any]) -> bool:
 
     Args:
         adapter: folder of the adapter.
-        data: of this run alone, from `svdtune.report.gather`.
+        data: of this run alone, from `svdtune.reports.gather`.
 
     Returns:
         Whether there is anything to show: `svdtune analyze` ran. Without matplotlib there is the

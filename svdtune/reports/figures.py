@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.report.numbers import Grid, Lines, Numbers, all_numbers, as_csv
+from svdtune.reports.numbers import Grid, Lines, Numbers, all_numbers, as_csv
 from svdtune.system import explain_write_errors
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def figures(data: dict[str, Any]) -> "dict[str, Figure]":
     """A matplotlib figure for each of `all_numbers`, by name.
 
     Args:
-        data: from `svdtune.report.gather`.
+        data: from `svdtune.reports.gather`.
 
     Raises:
         SvdtuneError: matplotlib is not installed.

@@ -18,7 +18,7 @@ def render(data: dict[str, Any]) -> str:
     Whatever the data holds (names of runs, data sets, modules) stays text: it travels as JSON in
     which no `<` or `&` is left, and the page's code only ever sets text, never markup.
     """
-    folder = files("svdtune.report") / "page"
+    folder = files("svdtune.reports") / "page"
     scripts = "\n".join((folder / name).read_text("utf-8") for name in _SCRIPTS)
     parts = {
         "title": html.escape(data["title"]),

@@ -15,7 +15,7 @@ import pytest
 from made_runs import make_run
 
 from svdtune.analysis import read_facts
-from svdtune.report import all_numbers, gather, render
+from svdtune.reports import all_numbers, gather, render
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
 pytestmark = pytest.mark.slow

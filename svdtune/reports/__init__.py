@@ -1,0 +1,10 @@
+"""The report: one self-contained page about some runs, figures for papers, and their numbers as
+CSV."""
+
+from svdtune.reports.figures import figures, write_figures
+from svdtune.reports.gather import gather
+from svdtune.reports.numbers import all_numbers, as_csv
+from svdtune.reports.render import render
+from svdtune.reports.summary import add_analysis
+
+__all__ = ["add_analysis", "all_numbers", "as_csv", "figures", "gather", "render", "write_figures"]
