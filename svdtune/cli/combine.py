@@ -30,16 +30,14 @@ def combine(
     """
     from svdtune.cli.export import summary
     from svdtune.errors import SvdtuneError
-    from svdtune.export import adapter_of, find_source
     from svdtune.export.lora import combine as run_combine
 
-    weights: dict[Path, float] = {}
+    weights: dict[str | Path, float] = {}
     for given in adapters:
         name, weight = weight_of(given)
-        folder = adapter_of(find_source(name), "combine")
-        if folder in weights:
-            raise SvdtuneError(f"{folder} is named twice; give it one weight")
-        weights[folder] = weight
+        if name in weights:
+            raise SvdtuneError(f"{name} is named twice; give it one weight")
+        weights[name] = weight
     typer.echo(summary(run_combine(weights, output, rank=rank, uniform=uniform)))
 
 

@@ -1,6 +1,7 @@
 """`svdtune evaluate`: the score of a run, an adapter or a plain model on held-out items."""
 
 import textwrap
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -8,18 +9,28 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from svdtune.errors import SvdtuneError
+from svdtune.cli.options import AdapterFolder, DeviceName, DtypeName, RunOrModel
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from svdtune.evaluation import Decoding, Evaluation, Metric, Score
-    from svdtune.evaluation.questions import Asked
-    from svdtune.evaluation.vllm import VllmEngine
-    from svdtune.export import Source
-    from svdtune.models import LoadedModel
+    from svdtune.evaluation import Evaluation, Metric, Score
+    from svdtune.evaluation.averages import Average
 
 app = typer.Typer()
+
+DataName = Annotated[
+    str | None,
+    typer.Option(
+        help="File, generator, hub data set, or a set or group of the papers (svdtune data list). "
+        "Default: the sets of the run's evaluation section, or its data.eval."
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        help="How to grade: number, letter, choice, exact; of the papers gsm8k, math, humaneval, e2e, e2e_bleu; or "
+        "lm-eval:NAME,... Default: as the data set asks for, or number."
+    ),
+]
 
 
 class EngineName(StrEnum):
@@ -31,22 +42,10 @@ class EngineName(StrEnum):
 
 @app.command()
 def evaluate(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, adapter or model folder, or hub name.")],
-    data: Annotated[
-        str | None,
-        typer.Option(
-            help="File, generator, hub data set, or a set or group of the papers (svdtune data list). "
-            "Default: the sets of the run's evaluation section, or its data.eval."
-        ),
-    ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(
-            help="How to grade: number, letter, choice, exact; of the papers gsm8k, math, humaneval, e2e, e2e_bleu; or "
-            "lm-eval:NAME,... Default: as the data set asks for, or number."
-        ),
-    ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder to put on a model.")] = None,
+    source: RunOrModel,
+    data: DataName = None,
+    task: TaskName = None,
+    adapter: AdapterFolder = None,
     split: Annotated[str | None, typer.Option(help="Split of a generator or hub data set. Default: test.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first items.")] = None,
@@ -74,10 +73,8 @@ def evaluate(
     stop_loops: Annotated[
         bool, typer.Option("--stop-loops", help="Cut an answer that repeats itself, before the length limit does.")
     ] = False,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu... Default: a GPU where there is one.")] = None,
+    dtype: DtypeName = None,
+    device: DeviceName = None,
     output: Annotated[Path | None, typer.Option(help="Folder for predictions and result.")] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop earlier predictions in that folder.")] = False,
 ) -> None:
@@ -89,115 +86,69 @@ def evaluate(
 
     \b
     svdtune evaluate runs/sorsa
-    svdtune evaluate runs/sorsa --data test.jsonl --prompt "{instruction}" --answer output --task
-    exact svdtune evaluate HuggingFaceTB/SmolLM2-135M-Instruct --data openai/gsm8k --config main
-    --adapter my-adapter svdtune evaluate runs/llama-7b-math-sara --data sara_math
+    svdtune evaluate runs/sorsa --data test.jsonl --prompt "{text}" --answer label --task exact
+    svdtune evaluate my-model --adapter my-adapter --data openai/gsm8k --config main
+    svdtune evaluate runs/llama-7b-math-sara --data sara_math
     svdtune evaluate runs/sorsa --task humaneval --samples 20 --temperature 0.8
     svdtune evaluate runs/sorsa --task e2e --beams 10 --length-penalty 0.8 --no-repeat-ngram-size 4
     svdtune evaluate runs/sorsa --task lm-eval:arc_easy,hellaswag
     """
-    from svdtune.cli.averages import report_averages
-    from svdtune.evaluation import Decoding
-    from svdtune.evaluation.questions import decoding_of, output_folder, prepare, sets_to_ask
-    from svdtune.evaluation.score_table import add_scores
-    from svdtune.evaluation.tasks import HARNESSES
+    from svdtune.evaluation.sets import evaluate_source
     from svdtune.export import find_source
 
-    found = find_source(source, adapter)
-    harness, _, harness_tasks = (task or "").partition(":")
-    if harness_tasks and harness in HARNESSES:
-        folder = output or output_folder(found.run, source, harness, harness_tasks.replace(",", "-"))
-        typer.echo(_run_harness(harness, found, harness_tasks.split(","), folder, batch_size, limit, dtype, device))
-        return
-    # Greedy, or as the recipe of a run decodes.
-    own = decoding_of(found.recipe)
-    decoding = Decoding(
-        samples,
-        temperature,
-        top_p,
-        seed,
-        own.beams if beams is None else beams,
-        own.length_penalty if length_penalty is None else length_penalty,
-        own.no_repeat_ngram_size if no_repeat_ngram_size is None else no_repeat_ngram_size,
-        stop_loops,
+    form = {"split": split, "config": config, "limit": limit, "prompt": prompt, "answer": answer, "template": template}
+    decoding = {"samples": samples, "temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams}
+    decoding |= {"length_penalty": length_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+    found = evaluate_source(
+        find_source(source, adapter),
+        source,
+        data,
+        task=task,
+        form=form | {"max_new_tokens": max_new_tokens},
+        decoding=decoding | {"stop_loops": stop_loops},
+        batch_size=batch_size,
+        engine=engine.value,
+        dtype=dtype,
+        device=device,
+        output=output,
+        restart=restart,
+        watch=_watched,
+        on_result=_tell,
     )
-    names = sets_to_ask(found.recipe, data, task)
-    asked = [
-        prepare(found.recipe, name, split, config, limit, task, prompt, answer, template, max_new_tokens)
-        for name in names
-    ]
-    results = {}
-    with _opened(engine, found, dtype, device) as opened:
-        for one in asked:
-            own_folder = output_folder(found.run, source, one.rows.source, one.form.task)
-            folder = own_folder if output is None else output if len(asked) == 1 else output / own_folder.name
-            results[one.rows.source] = _ask(opened, one, folder, batch_size, decoding, restart)
-            shown = summary(results[one.rows.source])
-            typer.echo(f"{one.rows.source}\n{textwrap.indent(shown, '  ')}" if len(asked) > 1 else shown)
-    if found.run and found.adapter:
-        add_scores(found.run, found.adapter)
-    if len(asked) > 1:
-        group = data or (found.run.name if found.run else "sets")
-        typer.echo(report_averages(results, (output or folder.parent) / f"{group}-averages.json"))
+    if found.table is not None:
+        typer.echo(f"{found.table}\nall of it: {found.file}")
+    elif found.file is not None:
+        lines = [line for mode, average in found.averages.items() for line in _average_lines(mode, average)]
+        typer.echo("\n".join([*lines, f"averages: {found.file}"]))
 
 
-def _ask(
-    opened: "LoadedModel | VllmEngine",
-    asked: "Asked",
-    folder: Path,
-    batch_size: int,
-    decoding: "Decoding",
-    restart: bool,
-) -> "Evaluation":
-    """Score the model on one data set, before the user's eyes."""
+@contextmanager
+def _watched(name: str, folder: Path) -> Iterator[Callable[[int, int], None]]:
+    """Show the progress on one data set; a Ctrl-C says how to go on."""
     from rich.console import Console
 
     from svdtune.cli.progress import counting
-    from svdtune.evaluation.questions import ask
 
     try:
-        with counting(f"evaluating on {asked.rows.source}", Console(stderr=True)) as on_progress:
-            return ask(opened, asked, folder, batch_size, decoding, restart, on_progress)
+        with counting(f"evaluating on {name}", Console(stderr=True)) as on_progress:
+            yield on_progress
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None
 
 
-@contextmanager
-def _opened(
-    engine: EngineName, source: "Source", dtype: str | None, device: str | None
-) -> "Iterator[LoadedModel | VllmEngine]":
-    """The model, ready to answer."""
-    from svdtune.cli.options import placement
-    from svdtune.evaluation.vllm import open_vllm
-    from svdtune.export import open_source
-
-    if engine is EngineName.transformers:
-        yield open_source(source, **placement(dtype, device))
-    else:
-        if device is not None:
-            raise SvdtuneError("vLLM chooses its device itself; leave out --device, or hide GPUs from it")
-        with open_vllm(source, dtype) as opened:
-            yield opened
+def _tell(name: str, result: "Evaluation", sets: int) -> None:
+    """Show the result on one data set, under its name where there are several."""
+    shown = summary(result)
+    typer.echo(f"{name}\n{textwrap.indent(shown, '  ')}" if sets > 1 else shown)
 
 
-def _run_harness(
-    harness: str,
-    source: "Source",
-    tasks: list[str],
-    output: Path,
-    batch_size: int,
-    limit: int | None,
-    dtype: str | None,
-    device: str | None,
-) -> str:
-    """Run tasks of a harness such as lm-eval; what the terminal shows of them."""
-    from svdtune.cli.options import placement
-    from svdtune.evaluation.tasks import HARNESSES
-    from svdtune.export import open_source
-
-    loaded = open_source(source, **placement(dtype, device))
-    table = HARNESSES[harness](loaded, tasks, output, batch_size=batch_size, limit=limit)
-    return f"{table}\nall of it: {output / 'results.json'}"
+def _average_lines(mode: str, found: "Average") -> Iterator[str]:
+    for kind, value, (low, high) in (
+        ("macro", found.macro, found.macro_interval),
+        ("micro", found.micro, found.micro_interval),
+    ):
+        share = f"{kind} average ({mode}) {value:.1%}, 95 % interval {low:.1%} to {high:.1%}"
+        yield f"{share}; {found.sets} sets, {found.n} items"
 
 
 def summary(result: "Evaluation") -> str:

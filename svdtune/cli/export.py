@@ -38,18 +38,13 @@ def export(
     svdtune export runs/sorsa --to lora --output lora
     svdtune export my-adapter --to lora --output lora --rank 64 --base my-model
     """
-    from dataclasses import replace
+    from svdtune.export import find_source
+    from svdtune.export.lora import export_source
 
-    from svdtune.export import adapter_of, find_source
-    from svdtune.export.lora import compare, export_lora
-
-    found = find_source(source)
-    adapter = adapter_of(found, "export")
-    opened = found if base is None else replace(found, base=base)
-    report = export_lora(adapter, output, rank=rank, uniform=uniform, base=opened)
+    report = export_source(find_source(source), output, rank=rank, uniform=uniform, base=base)
     typer.echo(summary(report))
-    if base is not None:
-        relative, effect = compare(base, adapter, report.output)
+    if report.difference is not None:
+        relative, effect = report.difference
         typer.echo(
             f"logits against the adapter's: relative difference {relative:.1e}; for scale, the adapter itself changes the "
             f"base's by {effect:.1e}"

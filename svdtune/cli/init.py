@@ -46,11 +46,11 @@ def init(
 
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import size_text
-    from svdtune.cli.options import check_device
     from svdtune.errors import SvdtuneError
     from svdtune.methods.config import SvdConfig
     from svdtune.methods.injection import method_name
     from svdtune.methods.start.disk import start
+    from svdtune.models.placement import check_device
 
     check_device(device)
     if plan is not None:

@@ -1,41 +1,22 @@
-"""What several verbs ask of the machine and the user: where a model computes, and the prompt around
-a text."""
+"""What several verbs ask of the user: which model, where it computes, and the prompt around a
+text."""
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from svdtune.errors import SvdtuneError
+import typer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from svdtune.training.recipe import Recipe
 
-
-def placement(dtype: str | None, device: str | None) -> dict[str, Any]:
-    """Arguments for loading a model: what the user said, and a GPU where there is one and none was
-    named."""
-    import torch
-
-    if device is not None:
-        check_device(device)
-    found = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None)
-    return {key: value for key, value in {"dtype": dtype, "device": found}.items() if value is not None}
-
-
-def check_device(device: str) -> None:
-    """Make sure that there is such a device.
-
-    Raises:
-        SvdtuneError: There is none.
-    """
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        gpus = torch.cuda.device_count()
-        there = ", ".join(["cpu", *(f"cuda:{number}" for number in range(gpus))])
-        raise SvdtuneError(f"the device {device!r} is not there; expected one of {there}") from error
+RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, adapter or model folder, or hub name.")]
+AdapterFolder = Annotated[Path | None, typer.Option(help="Adapter folder to put on a model.")]
+DtypeName = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
+]
+DeviceName = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu... Default: a GPU where there is one.")]
 
 
 def choose_template(recipe: "Recipe | None", tokenizer: "PreTrainedTokenizerBase", given: str | None) -> str:

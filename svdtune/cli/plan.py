@@ -81,7 +81,7 @@ def plan(
     """
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import Fitting, setting_of
-    from svdtune.cli.options import check_device
+    from svdtune.models.placement import check_device
     from svdtune.planning import plan as make_plan
 
     check_device(device)

@@ -31,28 +31,13 @@ def report(
 
     svdtune report runs/sorsa runs/lora runs/full --output comparison.html --figures figures
     """
-    from svdtune.analysis import read_facts
-    from svdtune.reports import add_analysis, gather, render
-    from svdtune.system import explain_write_errors, replace_text
-    from svdtune.training.folder import ADAPTER, REPORT
+    from svdtune.reports import report as write
 
-    facts = [read_facts(run) for run in dict.fromkeys(runs)]
-    data = gather(facts, title)
-    page = output or Path(runs[0]).expanduser() / REPORT
-    with explain_write_errors(page):
-        page.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(page, render(data))
-    for one in facts:
-        adapter = Path(one["folder"]).expanduser() / ADAPTER
-        if adapter.is_dir():
-            add_analysis(adapter, gather([one]))
-    typer.echo(data["headline"])
-    for run in data["runs"]:
-        for part in run["missing"]:
-            typer.echo(f"{run['name']} lacks {part}")
-    typer.echo(f"page: {page} ({page.stat().st_size / 1e6:.2f} MB)")
+    written = write(runs, output, title=title, figures=figures)
+    typer.echo(written.headline)
+    for run, missing in written.missing.items():
+        for part in missing:
+            typer.echo(f"{run} lacks {part}")
+    typer.echo(f"page: {written.page} ({written.page.stat().st_size / 1e6:.2f} MB)")
     if figures is not None:
-        from svdtune.reports import write_figures
-
-        written = write_figures(data, figures)
-        typer.echo(f"figures: {len(written)} files in {figures}")
+        typer.echo(f"figures: {len(written.figures)} files in {figures}")

@@ -20,6 +20,7 @@ class Average:
         micro_interval: Its Wilson interval.
         correct: How many answers are right.
         n: How many there are.
+        sets: How many sets.
     """
 
     macro: float
@@ -28,6 +29,7 @@ class Average:
     micro_interval: Interval
     correct: int
     n: int
+    sets: int
 
 
 def average(counts: Mapping[str, tuple[int, int]]) -> Average:
@@ -60,6 +62,7 @@ def average(counts: Mapping[str, tuple[int, int]]) -> Average:
         micro_interval=wilson_interval(correct, total),
         correct=correct,
         n=total,
+        sets=len(shares),
     )
 
 

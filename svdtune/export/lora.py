@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
-from svdtune.export.source import Source, attach_adapter, find_source, open_source
+from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
 from svdtune.methods.files.card import TITLES, front, ranks_in_words
@@ -36,6 +36,18 @@ from svdtune.system import check_new_folder, new_folder
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+class LogitDifference(NamedTuple):
+    """How far apart the logits of two adapters on one base model are.
+
+    Attributes:
+        relative: ‖lora − adapter‖ / ‖adapter‖.
+        effect: ‖base − adapter‖ / ‖adapter‖, what the adapter itself changes.
+    """
+
+    relative: float
+    effect: float
 
 
 @dataclass(frozen=True)
@@ -48,12 +60,41 @@ class LoraReport:
         errors: ‖ΔW_lora − ΔW‖_F / ‖ΔW‖_F by layer; empty where nothing was cut off and the export
             is exact.
         notes: what a tool other than PEFT would not take, a sentence each.
+        difference: of the logits from the adapter's; None where they were not compared.
     """
 
     output: Path
     ranks: dict[str, int]
     errors: dict[str, float]
     notes: list[str]
+    difference: LogitDifference | None = None
+
+
+def export_source(
+    source: Source,
+    output: Path,
+    *,
+    rank: int | None = None,
+    uniform: bool = False,
+    base: str | None = None,
+) -> LoraReport:
+    """Write the adapter of a run, or one in a folder, as a LoRA adapter.
+
+    Args:
+        source: a run or an adapter.
+        output: folder to create.
+        rank, uniform: as for `export_lora`.
+        base: a model; given, the outputs of both adapters on it are compared.
+
+    Raises:
+        SvdtuneError: there is no adapter, or as `export_lora`.
+    """
+    adapter = adapter_of(source, "export")
+    opened = source if base is None else dataclasses.replace(source, base=base)
+    report = export_lora(adapter, output, rank=rank, uniform=uniform, base=opened)
+    if base is None:
+        return report
+    return dataclasses.replace(report, difference=compare(base, adapter, report.output))
 
 
 def export_lora(
@@ -85,7 +126,7 @@ def export_lora(
 
 
 def combine(
-    weights: Mapping[Path, float], output: Path, *, rank: int | None = None, uniform: bool = False
+    weights: Mapping[str | Path, float], output: Path, *, rank: int | None = None, uniform: bool = False
 ) -> LoraReport:
     """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of
     the methods alone can be.
@@ -95,21 +136,27 @@ def combine(
     as zero.
 
     Args:
-        weights: folder of each adapter → its weight, which may be negative.
+        weights: folder of each run or adapter → its weight, which may be negative.
         output: folder to create.
         rank, uniform: as for `export_lora`.
 
     Raises:
-        SvdtuneError: as `export_lora`; also where the adapters were made from different bases or
-            train whole modules or biases.
+        SvdtuneError: as `export_lora`; also where one adapter is named twice, or the adapters were
+            made from different bases or train whole modules or biases.
     """
     check_new_folder(output.expanduser())
     if not weights:
         raise SvdtuneError("there are no adapters to combine; name at least one with its weight")
+    folders: dict[Path, float] = {}
+    for given, weight in weights.items():
+        folder = adapter_folder(given, "combine")
+        if folder in folders:
+            raise SvdtuneError(f"{folder} is named twice; give it one weight")
+        folders[folder] = weight
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     bases: dict[str, str] = {}
     kernels: dict[str, dict[str, Any]] = {}
-    for folder, weight in weights.items():
+    for folder, weight in folders.items():
         saved = _read_whole(folder)
         if saved.others:
             raise SvdtuneError(
@@ -207,16 +254,15 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     return (QA @ (Vh[:rank].mT * root)).to(A.dtype), (QB @ (U[:, :rank] * root)).to(B.dtype), error
 
 
-def compare(base: str, adapter: Path, lora: Path) -> tuple[float, float]:
-    """‖lora − adapter‖ / ‖adapter‖ and ‖base − adapter‖ / ‖adapter‖ of the logits of both on one
-    base model."""
+def compare(base: str, adapter: Path, lora: Path) -> LogitDifference:
+    """The logits of an adapter and of its LoRA on one base model."""
     source = open_source(find_source(base, adapter))
     adapted = probe_logits(source.model, source.tokenizer)
     with source.model.disable_adapter():
         alone = probe_logits(source.model, source.tokenizer)
     exported = probe_logits(attach_adapter(source.model.unload(), lora), source.tokenizer)
     scale = float(adapted.norm())
-    return float((exported - adapted).norm()) / scale, float((alone - adapted).norm()) / scale
+    return LogitDifference(float((exported - adapted).norm()) / scale, float((alone - adapted).norm()) / scale)
 
 
 def lora_config(config: SvdConfig, ranks: dict[str, int]) -> LoraConfig:

@@ -155,6 +155,16 @@ def adapter_of(source: Source, task: str) -> Path:
     raise SvdtuneError(f"{source.base} has no adapter, so there is nothing to {task}; name a run or an adapter folder")
 
 
+def adapter_folder(given: str | Path, task: str) -> Path:
+    """The adapter of a run, or of an adapter folder, whose base model need not be known.
+
+    Raises:
+        SvdtuneError: there is none.
+    """
+    folder = Path(given).expanduser()
+    return folder if _is_adapter(folder) else adapter_of(find_source(given), task)
+
+
 def _is_run(folder: Path) -> bool:
     return (folder / RECIPE).is_file()
 

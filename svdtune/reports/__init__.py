@@ -2,9 +2,20 @@
 CSV."""
 
 from svdtune.reports.figures import figures, write_figures
+from svdtune.reports.files import Report, report
 from svdtune.reports.gather import gather
 from svdtune.reports.numbers import all_numbers, as_csv
 from svdtune.reports.render import render
 from svdtune.reports.summary import add_analysis
 
-__all__ = ["add_analysis", "all_numbers", "as_csv", "figures", "gather", "render", "write_figures"]
+__all__ = [
+    "Report",
+    "add_analysis",
+    "all_numbers",
+    "as_csv",
+    "figures",
+    "gather",
+    "render",
+    "report",
+    "write_figures",
+]

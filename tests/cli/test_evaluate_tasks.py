@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import Interval, Metric, TransformersEngine, vllm
+from svdtune.evaluation import Interval, Metric, TransformersEngine, sets
 from svdtune.evaluation.decoding import Completion
 from svdtune.evaluation.tasks import HARNESSES
 from svdtune.lab.sandbox import missing_protections
@@ -160,7 +160,7 @@ def test_vllm_is_another_engine(tiny_folder: Path, monkeypatch: pytest.MonkeyPat
         opened.append((source.base, dtype))
         yield TransformersEngine(load(source.base))
 
-    monkeypatch.setattr(vllm, "open_vllm", open_vllm)
+    monkeypatch.setattr(sets, "open_vllm", open_vllm)
     words = ("--data", "arithmetic", "--limit", "2", "--max-new-tokens", "3", "--engine", "vllm")
     result = svdtune(tiny_folder, *words, "--dtype", "bfloat16")
     assert result.exit_code == 0, result.output

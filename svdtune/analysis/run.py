@@ -1,0 +1,99 @@
+"""Analyze a finished run: everything that its files tell, written into its folder."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svdtune.analysis.after import after
+from svdtune.analysis.before import before
+from svdtune.analysis.routing import routing
+from svdtune.analysis.weights import Opened, open_run
+from svdtune.errors import SvdtuneError
+from svdtune.evaluation import to_items
+from svdtune.evaluation.questions import prepare, sets_to_ask
+from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.folder import ANALYSIS
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What was found out about a run.
+
+    Attributes:
+        run: its folder.
+        folder: where `before.json`, `after.json` and `routing.json` lie, as far as there are any.
+        before: spectra and ranks of the base's layers, as `svdtune.analysis.before` gives them.
+        after: the trained change by layer; None where every layer's depends on the token.
+        routing: what Mo-SARA's router does; None without one, and where there is nothing to ask.
+        unrouted: why there is a router and no routing.
+    """
+
+    run: Path
+    folder: Path
+    before: dict[str, Any]
+    after: dict[str, Any] | None = None
+    routing: dict[str, Any] | None = None
+    unrouted: str | None = None
+
+
+def analyze(
+    run: str | Path,
+    *,
+    modules: Sequence[str] | None = None,
+    data: Sequence[str] | None = None,
+    items: int = 8,
+) -> Analysis:
+    """Compute spectra and ranks, the trained change, and routing of a finished run, and write them
+    into RUN/analysis, where the report finds them.
+
+    Args:
+        run: a run folder.
+        modules: names or patterns of the layers to look at ("q_proj", "*.3.*"); all trained ones by
+            default.
+        data: what Mo-SARA's router is asked; the run's own held-out data by default.
+        items: so many items of each data set for the router.
+
+    Raises:
+        SvdtuneError: there is no finished run, no layer of these names, or no such data.
+    """
+    if items < 1:
+        raise SvdtuneError(f"items is {items}; expected at least 1 item of each data set for the router")
+    opened = open_run(run, modules)
+    assert opened.source.run is not None
+    folder = opened.source.run / ANALYSIS
+    found: dict[str, Any] = {"before": before(opened)}
+    _write(folder / "before.json", found["before"])
+    if opened.matrices:
+        found["after"] = after(opened)
+        _write(folder / "after.json", found["after"])
+    if len(opened.matrices) < len(opened.layers):
+        try:
+            tasks = _tasks(opened, data, items)
+        except SvdtuneError as error:
+            if data:
+                raise
+            return Analysis(opened.source.run, folder, **found, unrouted=str(error))
+        found["routing"] = routing(opened, tasks)
+        _write(folder / "routing.json", found["routing"])
+    return Analysis(opened.source.run, folder, **found)
+
+
+def _tasks(run: Opened, data: Sequence[str] | None, items: int) -> dict[str, list[tuple[int, ...]]]:
+    """The first prompts of each data set, in the form in which `evaluate` asks them."""
+    recipe, tokenizer = run.source.recipe, run.loaded.tokenizer
+    names = [name for given in data or [None] for name in sets_to_ask(recipe, given, None)]
+    tasks = {}
+    for name in names:
+        asked = prepare(recipe, name, limit=items)
+        found = to_items(asked.examples, tokenizer, asked.form.template_for(tokenizer), asked.form.answer)
+        tasks[Path(asked.rows.source).stem] = [item.tokens for item in found[:items]]
+    return tasks
+
+
+def _write(path: Path, found: dict[str, Any]) -> None:
+    """Write a file whole or not at all."""
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(found) + "\n")

@@ -1,0 +1,66 @@
+"""Report on runs: the page, the sections of the adapters' cards, and the figures as files."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from svdtune.analysis import read_facts
+from svdtune.errors import SvdtuneError
+from svdtune.reports.figures import write_figures
+from svdtune.reports.gather import gather
+from svdtune.reports.render import render
+from svdtune.reports.summary import add_analysis
+from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.folder import ADAPTER, REPORT
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written.
+
+    Attributes:
+        page: the HTML file.
+        headline: the result in a sentence or two.
+        missing: by run, what it has no files for, with the command that makes it.
+        figures: the files of the figures, SVG and CSV; empty where none were asked for.
+    """
+
+    page: Path
+    headline: str
+    missing: dict[str, list[str]]
+    figures: list[Path]
+
+
+def report(
+    runs: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    title: str | None = None,
+    figures: str | Path | None = None,
+) -> Report:
+    """Write one self-contained page about some runs, and what changed into their model cards.
+
+    Args:
+        runs: run folders; one that is named twice counts once.
+        output: the page; RUN/report.html of the first run by default.
+        title: of the page; the runs' names by default.
+        figures: a folder for every figure as SVG and its numbers as CSV; None writes none.
+
+    Raises:
+        SvdtuneError: a folder is no run, or a file cannot be written.
+    """
+    if not runs:
+        raise SvdtuneError("there are no runs to report on; name at least one run folder")
+    facts = [read_facts(run) for run in dict.fromkeys(map(str, runs))]
+    data = gather(facts, title)
+    page = Path(output).expanduser() if output is not None else Path(runs[0]).expanduser() / REPORT
+    with explain_write_errors(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(page, render(data))
+    for one in facts:
+        adapter = Path(one["folder"]).expanduser() / ADAPTER
+        if adapter.is_dir():
+            add_analysis(adapter, gather([one]))
+    missing = {run["name"]: run["missing"] for run in data["runs"]}
+    drawn = [] if figures is None else write_figures(data, Path(figures).expanduser())
+    return Report(page, data["headline"], missing, drawn)
