@@ -7,12 +7,24 @@ them:
     from svdtune import SorsaConfig
 
     model = get_peft_model(model, SorsaConfig(r=64))
+
+The functions beside them do what the command line does: `plan`, `start`, `train`, `evaluate`,
+`analyze`, `report`, `merge`, `export_lora`, `combine`; `sites` and `count` say where an adapter
+goes and how many numbers it has. What stands in `__all__` is stable; docs/api.md is about all of
+it.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
+
+if TYPE_CHECKING:
+    from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites, start
+    from svdtune.api.runs import analyze, evaluate, report, train
 
 __all__ = [
     "MoSaraConfig",
@@ -26,5 +38,33 @@ __all__ = [
     "SvdtuneWarning",
     "__version__",
     "add_regularizer_gradients",
+    "analyze",
+    "combine",
+    "count",
+    "evaluate",
+    "export_lora",
+    "merge",
+    "plan",
     "regularize",
+    "report",
+    "sites",
+    "start",
+    "train",
 ]
+
+# Imported when first asked for: the Trainer alone takes seconds, and who only wants the methods
+# does not wait for it.
+_LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites", "start"), "svdtune.api.adapters")
+_LATER |= dict.fromkeys(("analyze", "evaluate", "report", "train"), "svdtune.api.runs")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'svdtune' has no attribute {name!r}")
+    found = getattr(import_module(_LATER[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -39,6 +39,16 @@ def methods() -> None:
         MoSaraConfig(gate="top1")
 
 
+def functions(model: str, folder: Path) -> None:
+    import svdtune
+
+    plan = svdtune.plan(model, svdtune.SaraConfig(target_modules=["q_proj"]), budget="3%")
+    svdtune.start(model, plan.config, folder / "begun")
+    print("functions", svdtune.export_lora(folder / "begun", folder / "begun-lora").ranks)
+    scores = svdtune.evaluate(model, "arithmetic", limit=2, max_new_tokens=2, output=folder / "scores")
+    assert scores["arithmetic"].n == 2
+
+
 def verbs(model: str, folder: Path) -> None:
     rows, held_out, run_folder = folder / "rows.jsonl", folder / "held_out.json", folder / "run"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:6]), encoding="utf-8")
@@ -94,5 +104,6 @@ if __name__ == "__main__":
 
     assert Path(svdtune.__file__).parent.parent == Path(sys.argv[2]), svdtune.__file__
     methods()
+    functions(sys.argv[1], Path(sys.argv[2]))
     verbs(sys.argv[1], Path(sys.argv[2]))
     assert not [name for name in sys.modules if name.startswith("svdtune.lab")]

@@ -26,6 +26,7 @@ ORDER = [
     "evaluation",
     "analysis",
     "reports",
+    "api",
     "cli",
     "lab",
 ]

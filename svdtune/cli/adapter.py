@@ -4,7 +4,6 @@ words."""
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,51 +11,9 @@ from svdtune.errors import SvdtuneError
 
 if TYPE_CHECKING:
     import typer
-    from peft import PeftConfig
 
-    from svdtune.checkpoint import Checkpoint
+    from svdtune.api.inputs import Asked
     from svdtune.training.problems import Problem
-    from svdtune.training.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What was asked for.
-
-    Attributes:
-        model: as a recipe names it.
-        config: the adapter's configuration.
-        recipe: that it came from; None where a model was named.
-    """
-
-    model: str
-    config: "PeftConfig"
-    recipe: "Recipe | None"
-
-    def open(self, *, weights: bool = True) -> "Checkpoint":
-        """The model, with its weights where they are asked for, and the target names looked up in
-        it.
-
-        Raises:
-            SvdtuneError: there is no such model, or a target name that it does not have.
-        """
-        from svdtune.checkpoint import SHAPES, open_checkpoint, open_shape
-        from svdtune.methods.injection import check_targets
-        from svdtune.models.loading import locate
-
-        if self.model in SHAPES and not Path(self.model).exists():
-            checkpoint = open_shape(self.model)
-        else:
-            # a configuration is enough
-            alone = not weights and Path(self.model, "config.json").is_file()
-            revision = self.recipe.model.revision if self.recipe else None
-            place = self.model if alone else locate(self.model)
-            checkpoint = open_checkpoint(place, revision=revision, weights=weights)
-        if not checkpoint.model.can_generate():
-            # PEFT would ask the model for what only causal models have
-            self.config.task_type = None
-        check_targets(checkpoint.model, self.config)
-        return checkpoint
 
 
 def asked(
@@ -67,7 +24,7 @@ def asked(
     settings: Mapping[str, Any],
     words: Sequence[str],
     options: Sequence[str],
-) -> Asked:
+) -> "Asked":
     """Make sense of a command line.
 
     Args:
@@ -82,7 +39,7 @@ def asked(
     Raises:
         SvdtuneError: with everything that is wrong.
     """
-    from svdtune.training.method import FULL, build_config, method_problems
+    from svdtune.api.inputs import of_recipe, of_section
     from svdtune.training.problems import refuse
     from svdtune.training.recipe import load_recipe, parse_overrides, set_at
 
@@ -91,18 +48,11 @@ def asked(
     is_recipe = Path(what).suffix in (".yaml", ".yml")
     refuse(list(_unknown(changes, is_recipe, options)), verb)
     if is_recipe:
-        recipe = load_recipe(what, words)
-        model, section = recipe.model.name, {"name": recipe.method.name, **recipe.method.options}
-    else:
-        recipe, model, given = None, what, {"method": {"name": default}}
-        for dotted, value in changes:
-            set_at(given, dotted, value)
-        section = given["method"]
-        name, rest = section.get("name"), {key: value for key, value in section.items() if key != "name"}
-        refuse(list(method_problems(str(name), rest)), verb)
-    if section["name"] == FULL:
-        raise SvdtuneError(f"{verb} is for adapters, and full fine-tuning has none")
-    return Asked(model, build_config(section.pop("name"), section), recipe)
+        return of_recipe(verb, load_recipe(what, words))
+    given: dict[str, Any] = {"method": {"name": default}}
+    for dotted, value in changes:
+        set_at(given, dotted, value)
+    return of_section(verb, what, given["method"])
 
 
 def _as_words(method: str | None, settings: Mapping[str, Any]) -> Iterator[str]:

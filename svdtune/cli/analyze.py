@@ -37,7 +37,7 @@ def analyze(
 
     svdtune analyze runs/mosara --data sara_math --items 4
     """
-    from svdtune.analysis import analyze as find_out
+    from svdtune.api.runs import analyze as find_out
 
     for run in runs:
         typer.echo("\n".join(_lines(find_out(run, modules=modules, data=data, items=items))))

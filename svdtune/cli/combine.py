@@ -28,9 +28,9 @@ def combine(
     svdtune combine runs/first=0.7 runs/second=0.3 --output combined
     svdtune combine first second=-0.5 --output combined --rank 16
     """
+    from svdtune.api.adapters import combine as write
     from svdtune.cli.export import summary
     from svdtune.errors import SvdtuneError
-    from svdtune.export.lora import combine as run_combine
 
     weights: dict[str | Path, float] = {}
     for given in adapters:
@@ -38,7 +38,7 @@ def combine(
         if name in weights:
             raise SvdtuneError(f"{name} is named twice; give it one weight")
         weights[name] = weight
-    typer.echo(summary(run_combine(weights, output, rank=rank, uniform=uniform)))
+    typer.echo(summary(write(weights, output, rank=rank, uniform=uniform)))
 
 
 def weight_of(given: str) -> tuple[str, float]:

@@ -38,10 +38,9 @@ def export(
     svdtune export runs/sorsa --to lora --output lora
     svdtune export my-adapter --to lora --output lora --rank 64 --base my-model
     """
-    from svdtune.export import find_source
-    from svdtune.export.lora import export_source
+    from svdtune.api.adapters import export_lora
 
-    report = export_source(find_source(source), output, rank=rank, uniform=uniform, base=base)
+    report = export_lora(source, output, rank=rank, uniform=uniform, base=base)
     typer.echo(summary(report))
     if report.difference is not None:
         relative, effect = report.difference

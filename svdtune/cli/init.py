@@ -42,8 +42,6 @@ def init(
     svdtune plan my-model --budget 0.1% --json plan.json
     svdtune init my-model --plan plan.json --output adapter
     """
-    import torch
-
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import size_text
     from svdtune.errors import SvdtuneError
@@ -59,8 +57,7 @@ def init(
     wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx))
     if not isinstance(wanted.config, SvdConfig):
         raise SvdtuneError(f"svdtune init starts sara, mosara and sorsa; got {method_name(wanted.config)!r}")
-    torch.manual_seed(seed)
-    made = start(wanted.open(), wanted.config, output, device=device)
+    made = start(wanted.open(), wanted.config, output, seed=seed, device=device)
     size = sum(file.stat().st_size for file in made.adapter.iterdir())
     typer.echo(
         f"wrote {made.adapter}: {len(made.ranks)} layers, {made.trained:,} trained and {made.frozen:,} frozen numbers, "

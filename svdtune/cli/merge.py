@@ -40,12 +40,9 @@ def merge(
     svdtune merge my-adapter --output merged --dtype bfloat16
     svdtune merge my-model --adapter my-adapter --output merged --no-check
     """
-    from svdtune.export import find_source
-    from svdtune.export import merge as run_merge
-    from svdtune.models.placement import placement
+    from svdtune.api.adapters import merge as write
 
-    report = run_merge(find_source(source, adapter), output, check=check, **placement(dtype, device))
-    typer.echo(summary(report))
+    typer.echo(summary(write(source, output, adapter=adapter, dtype=dtype, device=device, check=check)))
 
 
 def summary(report: "MergeReport") -> str:

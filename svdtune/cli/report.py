@@ -31,7 +31,7 @@ def report(
 
     svdtune report runs/sorsa runs/lora runs/full --output comparison.html --figures figures
     """
-    from svdtune.reports import report as write
+    from svdtune.api.runs import report as write
 
     written = write(runs, output, title=title, figures=figures)
     typer.echo(written.headline)

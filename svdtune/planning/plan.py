@@ -13,7 +13,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.injection import method_name
 from svdtune.methods.ranks import common_rank, rank_pattern, with_ranks
 from svdtune.methods.settings import chosen
-from svdtune.methods.sites import Count, Sites, at_threshold, count, sites
+from svdtune.methods.sites import Count, Model, Sites, at_threshold, count, sites
 from svdtune.planning.costs import RANKED, Costs, check_ranked
 from svdtune.planning.rank_table import parse_budget
 
@@ -104,7 +104,7 @@ class Plan:
 
 
 def plan(
-    checkpoint: Checkpoint,
+    model: Model,
     config: PeftConfig,
     *,
     threshold: float | None = None,
@@ -119,7 +119,7 @@ def plan(
     configuration's own `r` or threshold; ranks in its `rank_pattern` stay.
 
     Args:
-        checkpoint: from `open_checkpoint`.
+        model: from `open_checkpoint`, or a loaded model; it stays as it is.
         config: of any PEFT method.
         threshold: θ in (0, 1], for a method that takes ranks by layer.
         budget: parameters to train at most: a count (500_000, "500k") or a share of all ("0.1%").
@@ -136,15 +136,21 @@ def plan(
         raise SvdtuneError(f"give at most one of threshold, budget and match_lora; got {' and '.join(named)}")
     reading = {"device": device, "progress": progress}
     if budget is not None or match_lora is not None:
-        config, threshold = _within(checkpoint, config, budget, match_lora, reading)
+        config, threshold = _within(model, config, budget, match_lora, reading)
     else:
         threshold = getattr(config, "threshold", None) if threshold is None else threshold
         if threshold is not None:
             check_ranked(config)
-            config = at_threshold(checkpoint, config, threshold, **reading)
-    found = sites(checkpoint, config)
-    base = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    return Plan(checkpoint.name, _written_out(config, found), found, threshold, base)
+            config = at_threshold(model, config, threshold, **reading)
+    found = sites(model, config)
+    base = count(model).total
+    return Plan(_name(model), _written_out(config, found), found, threshold, base)
+
+
+def _name(model: Model) -> str:
+    if isinstance(model, Checkpoint):
+        return model.name
+    return getattr(model, "name_or_path", "") or type(model).__name__
 
 
 def share_of(parameters: Count) -> float:
@@ -160,21 +166,21 @@ def _written_out(config: PeftConfig, found: Sites) -> PeftConfig:
 
 
 def _within(
-    checkpoint: Checkpoint,
+    model: Model,
     config: PeftConfig,
     budget: str | int | None,
     match_lora: int | None,
     reading: dict[str, Any],
 ) -> tuple[PeftConfig, float]:
     """The configuration at the largest threshold that a budget allows, and that threshold."""
-    costs = Costs(checkpoint, config)
-    share, most = (None, _lora(checkpoint, costs.least, match_lora)) if budget is None else parse_budget(str(budget))
+    costs = Costs(model, config)
+    share, most = (None, _lora(model, costs.least, match_lora)) if budget is None else parse_budget(str(budget))
 
     def fits(ranks: Sequence[int]) -> bool:
         parameters = costs.at(ranks)
         return share_of(parameters) <= share if share is not None else parameters.trained <= most
 
-    table = costs.table(checkpoint, **reading)
+    table = costs.table(model, **reading)
     threshold = table.largest_threshold(fits)
     if threshold is None:
         least = costs.least.count
@@ -186,9 +192,9 @@ def _within(
     return with_ranks(config, dict(zip(costs.per_rank, table.at(threshold), strict=True))), threshold
 
 
-def _lora(checkpoint: Checkpoint, found: Sites, r: int) -> int:
+def _lora(model: Model, found: Sites, r: int) -> int:
     """What a LoRA of rank r trains on the modules of these sites."""
     if r < 1:
         raise SvdtuneError(f"match_lora must be a rank >= 1; got {r}")
     modules = "|".join(re.escape(name) for name in dict.fromkeys(site.module for site in found))
-    return count(checkpoint, LoraConfig(r=r, target_modules=modules)).trained
+    return count(model, LoraConfig(r=r, target_modules=modules)).trained

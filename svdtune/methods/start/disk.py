@@ -6,10 +6,13 @@ the same device: names, ranks and checks come from PEFT on the model without wei
 the same functions, random ones in the same order.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -50,6 +53,7 @@ def start(
     config: SvdConfig,
     output: str | Path,
     *,
+    seed: int | None = None,
     device: str = "cpu",
     progress: bool | None = None,
 ) -> Started:
@@ -57,12 +61,14 @@ def start(
     `PeftModel.from_pretrained(model, output, is_trainable=True)`.
 
     Memory: the largest adapted weight and what decomposing it takes, whatever the model's size;
-    `svdtune plan` says how much. Random tensors are drawn from torch's global state.
+    `svdtune plan` says how much.
 
     Args:
         checkpoint: from `open_checkpoint`; its model stays as it is.
         config: of a new SARA, Mo-SARA or SORSA adapter.
         output: folder to create.
+        seed: of what starts at random, which leaves torch's global state as it is. None draws from
+            that state, as `get_peft_model` does.
         device: where weights are decomposed.
         progress: show a bar; by default where stderr is a terminal.
 
@@ -77,7 +83,7 @@ def start(
     config = planned.config
     counts = {"trained": 0, "frozen": 0}
     disable = None if progress is None else not progress
-    with new_folder(output) as work:
+    with new_folder(output) as work, _seeded(seed, device):
         names = [f"{_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
         with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
             for site, layer in tqdm(planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=disable):
@@ -93,6 +99,17 @@ def start(
         config.ranks, config.base_fingerprint = _sorted(config.ranks), _sorted(config.base_fingerprint)
         config.save_pretrained(str(work), auto_mapping_dict=_auto_mapping(checkpoint, config))
     return Started(output, dict(config.ranks), **counts)
+
+
+@contextmanager
+def _seeded(seed: int | None, device: str) -> Iterator[None]:
+    """Draw from a seed inside, and from where torch was afterwards."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _check(config: SvdConfig) -> None:

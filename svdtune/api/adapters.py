@@ -1,0 +1,280 @@
+"""Adapters: where they go, what they cost, how they start, and what becomes of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+
+from svdtune.api.inputs import ModelLike, asked, source_of
+from svdtune.errors import SvdtuneError
+from svdtune.methods import sites as places
+from svdtune.models.placement import check_device, placement
+
+if TYPE_CHECKING:
+    from svdtune.export import MergeReport
+    from svdtune.export.lora import LoraReport
+    from svdtune.methods.sites import Count, Sites
+    from svdtune.methods.start.disk import Started
+    from svdtune.planning import Plan
+    from svdtune.training.recipe import Recipe
+
+ConfigLike = PeftConfig | Mapping[str, Any]
+
+
+def sites(
+    model: "ModelLike | Recipe | Mapping[str, Any]",
+    config: ConfigLike | None = None,
+    *,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> "Sites":
+    """Where an adapter goes on a model, with the rank and the numbers that it has there.
+
+    PEFT itself puts the adapter on a copy of the model without weights, and everything is read off
+    that copy; a model on disk is never built. With a threshold, weights are read, one at a time.
+
+    Args:
+        model: a model folder, a `.gguf` file, a hub name or a shape such as "llama-7b"; a loaded
+            model, which stays as it is; or a recipe (a YAML file, its sections as a dict, or one
+            that was read).
+        config: of any PEFT method, or a recipe's `method` section, {"name": "sorsa", "r": 64}. None
+            with a recipe; with a model, describes the adapter that is on it, or the bare model.
+        device: where weights are decomposed.
+        progress: show a bar; by default where stderr is a terminal.
+
+    Returns:
+        A sequence of sites, each with its name, module, rows, shape (out, in), rank, and the counts
+        of numbers that are trained and frozen there; its `count` is that of the whole model,
+        `ranks` the ranks by name.
+
+    Raises:
+        SvdtuneError: there is no such model, the adapter cannot be put on it, or it needs weights
+            that are not there.
+    """
+    check_device(device)
+    wanted = asked("sites", model, config)
+    by_spectrum = getattr(wanted.config, "threshold", None) is not None
+    return places.sites(wanted.open(weights=by_spectrum), wanted.config, device=device, progress=progress)
+
+
+def count(model: "ModelLike | Recipe | Mapping[str, Any]", config: ConfigLike | None = None) -> "Count":
+    """The parameters of an adapted model.
+
+    Args:
+        model, config: as for `sites`.
+
+    Returns:
+        (trained, frozen, total): those that get gradients, those that the adapter adds without
+        training them, and all, the base model's included.
+
+    Raises:
+        SvdtuneError: as `sites`.
+    """
+    return sites(model, config).count
+
+
+def plan(
+    model: "ModelLike | Recipe | Mapping[str, Any]",
+    config: ConfigLike | None = None,
+    *,
+    threshold: float | None = None,
+    budget: str | int | None = None,
+    match_lora: int | None = None,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> "Plan":
+    """Ranks and trained parameters of an adapter before anything trains: what `get_peft_model`
+    would put on the loaded model. The model is never built; weights are read one at a time, and
+    only where ranks come from them.
+
+    At most one of `threshold`, `budget` and `match_lora` sets the ranks, in place of the
+    configuration's own `r` or threshold; ranks in its `rank_pattern` stay.
+
+    Args:
+        model: as for `sites`.
+        config: of any PEFT method, or a recipe's `method` section; None with a recipe.
+        threshold: θ in (0, 1], the share of the sum of a layer's singular values that its rank
+            holds.
+        budget: parameters to train at most: a count (500_000, "500k", "1.5M") or a share of all the
+            adapted model's ("0.1%").
+        match_lora: train at most as many parameters as a LoRA of this rank on the same modules.
+        device: where weights are decomposed.
+        progress: show a bar; by default where stderr is a terminal.
+
+    Returns:
+        A plan: `config` is the configuration with every rank written out, for `get_peft_model`;
+        `sites` as from `sites`; `trained`, `frozen` and `base_parameters` are counts, `share` is
+        trained over all, `threshold` the θ that gave the ranks or None; `method_section()` is for a
+        recipe, `lora_section()` for a LoRA of the same ranks, `to_json()` all of it.
+
+    Raises:
+        SvdtuneError: no configuration, several of the three sizes, a value outside its range, a
+            budget below rank 1 everywhere, or whatever `sites` refuses.
+    """
+    from svdtune.planning import plan as make
+
+    check_device(device)
+    wanted = asked("plan", model, config)
+    if wanted.config is None:
+        raise SvdtuneError(
+            "plan was given no configuration: expected one of PEFT such as SaraConfig(threshold=0.01), a recipe's method "
+            "section, or a recipe in place of the model"
+        )
+    sizes = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
+    by_spectrum = getattr(wanted.config, "threshold", None) is not None
+    opened = wanted.open(weights=by_spectrum or any(size is not None for size in sizes.values()))
+    return make(opened, wanted.config, **sizes, device=device, progress=progress)
+
+
+def start(
+    model: "str | Path | Recipe | Mapping[str, Any]",
+    config: ConfigLike | None,
+    output: str | Path,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool | None = None,
+) -> "Started":
+    """Write a new adapter for a model that need not fit into memory, one weight at a time.
+
+    It is what `get_peft_model` starts on the loaded model after `torch.manual_seed(seed)`, to the
+    bit on the same device. Load it with
+    `PeftModel.from_pretrained(model, output, is_trainable=True)`.
+
+    Args:
+        model: a model folder, a `.gguf` file or a hub name, or a recipe.
+        config: of a new SARA, Mo-SARA or SORSA adapter; None with a recipe.
+        output: folder to create.
+        seed: of what starts at random; torch's own state stays as it is.
+        device: where weights are decomposed.
+        progress: show a bar; by default where stderr is a terminal.
+
+    Returns:
+        `adapter`, the folder; `ranks` by layer; `trained` and `frozen`, counts of numbers.
+
+    Raises:
+        SvdtuneError: another method, settings that need the whole model, a layer that cannot be
+            adapted, or an output that exists or cannot be written.
+    """
+    from svdtune.checkpoint import Checkpoint
+    from svdtune.methods.start.disk import start as write
+
+    check_device(device)
+    wanted = asked("start", model, config)
+    if wanted.config is None:
+        raise SvdtuneError("start was given no configuration: expected SaraConfig, MoSaraConfig or SorsaConfig")
+    opened = wanted.open()
+    if not isinstance(opened, Checkpoint):
+        raise SvdtuneError(
+            "start reads a model on disk, and this one is loaded; use get_peft_model(model, config) and save_pretrained"
+        )
+    return write(opened, wanted.config, output, seed=seed, device=device, progress=progress)
+
+
+def merge(
+    source: str | Path,
+    output: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    check: bool | None = None,
+) -> "MergeReport":
+    """Write base + adapter as one checkpoint that needs neither PEFT nor svdtune.
+
+    Weights are read, merged and written one at a time, so a model larger than memory merges. What
+    was written is read back and compared with the adapter's outputs before it appears under its
+    name.
+
+    Args:
+        source: a run or adapter folder, or with `adapter` a model.
+        output: folder to create.
+        adapter: an adapter folder, where `source` is a model.
+        dtype: "auto" (the base's own), "float32", "bfloat16" or "float16".
+        device: where to compare; by default a GPU where there is one.
+        check: compare logits with the adapter's; by default where the model fits into memory.
+
+    Returns:
+        `output`; `dtype`; `layers`, how many weights changed; `comparison` with `max_abs`,
+        `relative`, `effect`, `same_token` and `positions`, or None, and `unchecked`, why not.
+
+    Raises:
+        SvdtuneError: there is no adapter, it cannot be merged (Mo-SARA with several heads: its
+            update depends on the token) or belongs to another base, `output` cannot be written, or
+            the checkpoint does not give the adapter's outputs.
+    """
+    from svdtune.export import merge as write
+
+    found = source_of("merge", source, adapter, instead="A loaded model merges by model.merge_and_unload()")
+    return write(found, output, check=check, **{"dtype": dtype} | placement(None, device))
+
+
+def export_lora(
+    source: str | Path,
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    uniform: bool = False,
+    base: str | Path | None = None,
+) -> "LoraReport":
+    """Write a SARA, Mo-SARA or SORSA adapter as the LoRA that does the same, which PEFT, vLLM and
+    llama.cpp load without svdtune.
+
+    SARA gives a LoRA of its own ranks, SORSA one of twice its rank, Mo-SARA with one head one of
+    its own, all without loss.
+
+    Args:
+        source: a run or adapter folder.
+        output: folder to create.
+        rank: cut every layer to this rank, and state the error. None: no loss.
+        uniform: pad all layers to one rank, as llama.cpp needs.
+        base: a model; given, the logits of both adapters on it are compared.
+
+    Returns:
+        `output`; `ranks` by layer; `errors`, ‖ΔW_lora − ΔW‖ / ‖ΔW‖ (Frobenius) of the layers that
+        were cut; `notes` on tools that would not take it; `difference` of the logits (`relative`,
+        `effect`), None without `base`.
+
+    Raises:
+        SvdtuneError: there is no adapter, it is damaged, another method's or has several heads, or
+            `output` exists or cannot be written.
+    """
+    from svdtune.export.lora import export_source
+
+    found = source_of("export_lora", source, instead="Save the adapter first: model.save_pretrained(folder)")
+    return export_source(found, Path(output), rank=rank, uniform=uniform, base=None if base is None else str(base))
+
+
+def combine(
+    weights: Mapping[str | Path, float],
+    output: str | Path,
+    *,
+    rank: int | None = None,
+    uniform: bool = False,
+) -> "LoraReport":
+    """Write a weighted sum of adapters on one base model, Σ w ΔW, as one LoRA. The methods may
+    differ.
+
+    Exact by stacking: a layer's rank is the sum of the adapters' ranks there.
+
+    Args:
+        weights: run or adapter folder → its weight, which may be negative.
+        output: folder to create.
+        rank, uniform: as for `export_lora`.
+
+    Returns:
+        As `export_lora`.
+
+    Raises:
+        SvdtuneError: as `export_lora`; also where one adapter is named twice, or the adapters were
+            made from different bases or train whole modules or biases.
+    """
+    from svdtune.export.lora import combine as write
+
+    if not isinstance(weights, Mapping):
+        raise SvdtuneError(
+            f"combine takes the weight of each folder, such as {{'runs/a': 0.7, 'runs/b': 0.3}}; got a "
+            f"{type(weights).__name__}"
+        )
+    return write(weights, Path(output), rank=rank, uniform=uniform)

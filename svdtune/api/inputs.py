@@ -1,0 +1,213 @@
+"""What a function or a verb is given, made into what the rooms take."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+from pydantic import BaseModel
+from torch import nn
+
+from svdtune.checkpoint import SHAPES, Checkpoint, open_checkpoint, open_shape
+from svdtune.errors import SvdtuneError
+from svdtune.methods.injection import check_targets
+from svdtune.methods.sites import Model
+
+if TYPE_CHECKING:
+    from svdtune.export import Source
+    from svdtune.models import LoadedModel
+    from svdtune.training.recipe import Recipe
+
+ModelLike = str | Path | Checkpoint | nn.Module
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An adapter that was asked for.
+
+    Attributes:
+        model: as it was given: a name, a path, or opened.
+        config: the adapter's configuration; None for what is on the model.
+        recipe: that both come from; None where a model was given.
+    """
+
+    model: ModelLike
+    config: PeftConfig | None
+    recipe: "Recipe | None" = None
+
+    def open(self, *, weights: bool = True) -> Model:
+        """The model, with its weights where they are asked for, and the target names looked up in
+        it.
+
+        Raises:
+            SvdtuneError: there is no such model, or a target name that it does not have.
+        """
+        opened = self.model if isinstance(self.model, Checkpoint | nn.Module) else self._open(str(self.model), weights)
+        if self.config is not None:
+            bare = opened.model if isinstance(opened, Checkpoint) else opened
+            if not getattr(bare, "can_generate", bool)():
+                # PEFT would ask the model for what only causal models have
+                self.config.task_type = None
+            check_targets(bare, self.config)
+        return opened
+
+    def _open(self, name: str, weights: bool) -> Checkpoint:
+        from svdtune.models.loading import locate
+
+        if name in SHAPES and not Path(name).exists():
+            return open_shape(name)
+        # a configuration is enough
+        alone = not weights and Path(name, "config.json").is_file()
+        revision = self.recipe.model.revision if self.recipe else None
+        place = name if alone else locate(self.model)  # type: ignore[arg-type]
+        return open_checkpoint(place, revision=revision, weights=weights)
+
+
+def asked(who: str, model: Any, config: Any) -> Asked:
+    """The adapter that a function was asked for.
+
+    Args:
+        who: the function, for messages.
+        model: a recipe as `is_recipe` knows it, or a model.
+        config: a PEFT configuration, or a recipe's `method` section; None with a recipe, and for
+            what is on the model.
+
+    Raises:
+        SvdtuneError: it is neither, both say which adapter, or a setting is wrong.
+    """
+    if is_recipe(model):
+        if config is not None:
+            raise SvdtuneError(
+                f"{who} was given a recipe and a configuration, and each says which adapter; give the recipe's model with "
+                "the configuration, or the recipe alone"
+            )
+        return of_recipe(who, recipe_of(model))
+    if not isinstance(model, ModelLike):
+        raise SvdtuneError(
+            f"{who} takes a model folder, a hub name, a loaded model or a recipe; got a {type(model).__name__}"
+        )
+    if config is None or isinstance(config, PeftConfig):
+        return Asked(model, copy.copy(config))  # what is done to it here stays here
+    if not isinstance(config, Mapping):
+        raise SvdtuneError(
+            f"{who} takes a PEFT configuration, or a recipe's method section such as {{'name': 'sorsa', 'r': 64}}; got a "
+            f"{type(config).__name__}"
+        )
+    return of_section(who, model, config)
+
+
+def of_recipe(who: str, recipe: "Recipe") -> Asked:
+    """A recipe's adapter.
+
+    Raises:
+        SvdtuneError: it has none.
+    """
+    config = _built(who, {"name": recipe.method.name, **recipe.method.options})
+    return Asked(recipe.model.name, config, recipe)
+
+
+def of_section(who: str, model: ModelLike, section: Mapping[str, Any]) -> Asked:
+    """The adapter of a recipe's `method` section, for a model.
+
+    Raises:
+        SvdtuneError: with all problems of the section.
+    """
+    from svdtune.training.method import method_problems
+    from svdtune.training.problems import refuse
+
+    name, options = section.get("name"), {key: value for key, value in section.items() if key != "name"}
+    refuse(list(method_problems(str(name), options)), who)
+    return Asked(model, _built(who, section))
+
+
+def _built(who: str, section: Mapping[str, Any]) -> PeftConfig:
+    from svdtune.training.method import FULL, build_config
+
+    if section["name"] == FULL:
+        raise SvdtuneError(f"{who} is for adapters, and full fine-tuning has none")
+    return build_config(section["name"], {key: value for key, value in section.items() if key != "name"})
+
+
+def is_recipe(given: Any) -> bool:
+    """Whether something is a recipe: a YAML file, its sections, or one that was read."""
+    if isinstance(given, str | Path):
+        return Path(given).suffix in (".yaml", ".yml")
+    return isinstance(given, Mapping | BaseModel)
+
+
+def recipe_of(given: Any, overrides: Mapping[str, Any] | None = None, *, begun: bool = False) -> "Recipe":
+    """A checked recipe.
+
+    Args:
+        given: as `is_recipe` knows it.
+        overrides: by dotted path, as in {"method.r": 64}.
+        begun: whether it is that of a run to resume, as for `check_recipe`.
+
+    Raises:
+        SvdtuneError: it is no recipe, or with all of its problems.
+    """
+    from svdtune.training.recipe import Recipe, check_recipe, load_recipe, set_at
+
+    changes = _plain(overrides or {})
+    if isinstance(given, str | Path):
+        return load_recipe(given, [f"--{name}={json.dumps(value)}" for name, value in changes.items()], begun=begun)
+    if isinstance(given, Recipe):
+        if not changes:
+            return given
+        given = given.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(given, Mapping):
+        raise SvdtuneError(
+            f"a recipe is a YAML file, its sections as a dict, or what load_recipe read; got a {type(given).__name__}"
+        )
+    settings = _plain(given)
+    for dotted, value in changes.items():
+        set_at(settings, dotted, value)
+    return check_recipe(settings, begun=begun)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of some settings in the types of a YAML file: paths as text, tuples and sets as
+    lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(inner) for inner in value)
+    return str(value) if isinstance(value, Path) else value
+
+
+def source_of(who: str, given: Any, adapter: str | Path | None = None, *, instead: str) -> "Source":
+    """The run, adapter or model that a path names.
+
+    Args:
+        who: the function, for messages.
+        given: a path or a hub name.
+        adapter: a folder for a model.
+        instead: what to do with a loaded model.
+
+    Raises:
+        SvdtuneError: there is none, or it is no path.
+    """
+    from svdtune.export import find_source
+
+    if not isinstance(given, str | Path):
+        raise SvdtuneError(f"{who} takes a run, adapter or model folder; got a {type(given).__name__}. {instead}")
+    return find_source(given, adapter)
+
+
+def loaded_of(model: nn.Module, tokenizer: Any) -> "LoadedModel":
+    """A model and its tokenizer as one.
+
+    Raises:
+        SvdtuneError: there is no tokenizer.
+    """
+    from svdtune.models import LoadedModel
+
+    if tokenizer is None:
+        raise SvdtuneError("a loaded model needs its tokenizer to be asked anything: give tokenizer=")
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return LoadedModel(model, tokenizer, name)

@@ -1,0 +1,222 @@
+"""Runs: train one, score it, find out what happened in it, and report."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from svdtune.api.inputs import loaded_of, recipe_of, source_of
+from svdtune.errors import SvdtuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+    from svdtune.analysis import Analysis
+    from svdtune.evaluation.sets import Evaluations
+    from svdtune.models import LoadedModel
+    from svdtune.reports import Report
+    from svdtune.training.recipe import Recipe
+    from svdtune.training.run import RunResult
+
+
+def train(
+    recipe: "str | Path | Mapping[str, Any] | Recipe",
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    final_loss: bool = True,
+    console: "Console | None" = None,
+    callbacks: "Sequence[TrainerCallback]" = (),
+) -> "RunResult":
+    """Train as a recipe says: a base model and data become a run folder with an adapter.
+
+    Args:
+        recipe: a YAML file, its sections as a dict, or one that was read. Paths in it may be
+            `Path`s.
+        overrides: settings by their dotted paths that go before the recipe's, as in
+            {"method.r": 64, "output.dir": "runs/r64"}.
+        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not
+            stopped.
+        overwrite: delete an earlier run in the folder.
+        final_loss: take the loss on `data.eval`, where there is one, when training has ended.
+        console: where to print; standard error by default.
+        callbacks: more callbacks for the Trainer.
+
+    Returns:
+        `folder`, the run; `adapter`, its folder (the whole model's after full fine-tuning);
+        `summary`, what `training.json` holds: steps, mean loss in nats a token, parameters,
+        seconds.
+
+    Raises:
+        SvdtuneError: the recipe, with all of its problems; the model, the data or the folder.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
+    """
+    from svdtune.training import train as run
+
+    return run(
+        recipe_of(recipe, overrides, begun=resume),
+        resume=resume,
+        overwrite=overwrite,
+        final_loss=final_loss,
+        console=console,
+        callbacks=callbacks,
+    )
+
+
+def evaluate(
+    source: "str | Path | nn.Module | LoadedModel",
+    data: str | Path | None = None,
+    *,
+    task: str | None = None,
+    adapter: str | Path | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    split: str | None = None,
+    config: str | None = None,
+    limit: int | None = None,
+    prompt: str | None = None,
+    answer: str | None = None,
+    template: str | None = None,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    engine: str = "transformers",
+    samples: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    beams: int | None = None,
+    length_penalty: float | None = None,
+    no_repeat_ngram_size: int | None = None,
+    stop_loops: bool | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    output: str | Path | None = None,
+    restart: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> "Evaluations":
+    """Score a run, an adapter or a model on held-out items.
+
+    Every prediction is on disk as soon as it is made: after an interruption the same call goes on
+    where it stopped, and after a finished one it generates nothing.
+
+    Args:
+        source: a run, adapter or model folder, a hub name, or a loaded model with its `tokenizer`.
+        data: a file, a generator, a hub data set, or a set or group of the papers; by default the
+            sets of the run's evaluation section, or its data.eval.
+        task: how to grade ("number", "letter", "choice", "exact", ...), or "lm-eval:NAME,...".
+        adapter: an adapter folder to put on a model.
+        tokenizer: of a loaded model.
+        split, config: of a generator or hub data set.
+        limit: take only the first items.
+        prompt: field to ask, or a text with {fields}.
+        answer: field to grade against.
+        template: "plain", "chat", or a text with {prompt}.
+        max_new_tokens: length limit of a completion.
+        batch_size: completions generated together.
+        engine: "transformers" or "vllm".
+        samples, temperature, top_p, seed, beams, length_penalty, no_repeat_ngram_size, stop_loops:
+            how completions are drawn; greedy, or as the run's recipe decodes.
+        dtype, device: of the model; as the run says, and a GPU where there is one.
+        output: folder for predictions and results; by default the run's own, or runs/evaluations.
+        restart: drop earlier predictions there.
+        on_progress: called with (completions done, completions in all), for each set.
+
+    Returns:
+        The outcomes by data set, each with `n`, `strict` and `paper` (`correct`, `accuracy` from 0
+        to 1, its 95 % `interval`), `metrics`, `unended`, `seconds`, `settings` and `folder`; over
+        all of them `accuracy` and `averages`.
+
+    Raises:
+        SvdtuneError: what is asked for is not there, or a setting has no meaning; all of the data
+            is read before the model.
+    """
+    from svdtune.evaluation.sets import evaluate_source
+    from svdtune.models import LoadedModel
+
+    if isinstance(source, nn.Module):
+        source = loaded_of(source, tokenizer)
+    loaded = isinstance(source, LoadedModel)
+    if loaded and adapter is not None:
+        raise SvdtuneError("adapter is for a model that a path names; put it on this one: PeftModel.from_pretrained")
+    how = {"samples": samples, "temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams}
+    how |= {"length_penalty": length_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+    form = {"split": split, "config": config, "limit": limit, "prompt": prompt, "answer": answer, "template": template}
+    instead = "Give a loaded model with tokenizer="
+    return evaluate_source(
+        source if loaded else source_of("evaluate", source, adapter, instead=instead),
+        source.name if loaded else str(source),
+        None if data is None else str(data),
+        task=task,
+        form=form | {"max_new_tokens": max_new_tokens},
+        decoding=how | {"stop_loops": stop_loops},
+        batch_size=batch_size,
+        engine=engine,
+        dtype=dtype,
+        device=device,
+        output=None if output is None else Path(output),
+        restart=restart,
+        watch=lambda *_: nullcontext(on_progress),
+    )
+
+
+def analyze(
+    run: str | Path,
+    *,
+    modules: Sequence[str] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    items: int = 8,
+) -> "Analysis":
+    """Find out what happened in a finished run: spectra and ranks, the trained change, and routing,
+    written into RUN/analysis, where `report` finds them.
+
+    Args:
+        run: a run folder.
+        modules: names or patterns of the layers to look at ("q_proj", "*.3.*"); all trained ones by
+            default.
+        data: what Mo-SARA's router is asked; the run's own held-out data by default.
+        items: so many items of each data set for the router.
+
+    Returns:
+        `folder`; `before`, spectra and ranks; `after`, by layer the relative change, ΔΣ, ΔD, the
+        subspace angle in degrees and more, or None; `routing`, or None and `unrouted`, why not.
+
+    Raises:
+        SvdtuneError: there is no finished run, no layer of these names, or no such data.
+    """
+    from svdtune.analysis import analyze as find_out
+
+    given = [data] if isinstance(data, str | Path) else data
+    return find_out(run, modules=modules, data=given and [str(each) for each in given], items=items)
+
+
+def report(
+    runs: str | Path | Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    title: str | None = None,
+    figures: str | Path | None = None,
+) -> "Report":
+    """Write one HTML file that tells what happened in some runs. It opens from disk and needs no
+    network.
+
+    Args:
+        runs: a run folder, or several to compare.
+        output: the page; RUN/report.html of the first run by default.
+        title: of the page; the runs' names by default.
+        figures: a folder for every figure as SVG and its numbers as CSV
+            (`pip install 'svdtune[plots]'`).
+
+    Returns:
+        `page`, the file; `headline`, the result in a sentence or two; `missing`, by run what it has
+        no files for; `figures`, their files.
+
+    Raises:
+        SvdtuneError: a folder is no run, matplotlib is missing for figures, or a file cannot be
+            written.
+    """
+    from svdtune.reports import report as write
+
+    return write([runs] if isinstance(runs, str | Path) else runs, output, title=title, figures=figures)
