@@ -1,5 +1,11 @@
 """The 95 % interval that goes with every score: Wilson's for an accuracy, a bootstrap interval for
-other means; pass@k."""
+other means; pass@k.
+
+They are written out because the core does without scipy (1.17.1: 140 MB, 0.7 to 1.9 s to import).
+`scipy.stats.binomtest(...).proportion_ci(method="wilson")` gives Wilson's interval within the last
+bit, in 1 ms against 4 µs. `scipy.stats.bootstrap` draws other samples, which moves the ends in
+their third digit, and takes as long. Tests hold both to scipy.
+"""
 
 import math
 from collections.abc import Callable, Sequence

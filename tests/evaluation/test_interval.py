@@ -6,6 +6,7 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from svdtune.evaluation import wilson_interval
 from svdtune.evaluation.interval import Z95, Metric, bootstrap, pass_at, pass_at_k
@@ -23,6 +24,13 @@ def test_published_example() -> None:
     """Newcombe (1998), table I, method 3: 81 of 263 gives 0.2553 to 0.3662."""
     low, high = wilson_interval(81, 263)
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+
+
+def test_it_is_scipys() -> None:
+    for total in (1, 2, 51, 264, 1319, 10_042):
+        for correct in {0, 1, total // 3, total // 2, total - 1, total}:
+            expected = stats.binomtest(correct, total).proportion_ci(method="wilson")
+            assert wilson_interval(correct, total) == pytest.approx((expected.low, expected.high), abs=1e-15)
 
 
 @pytest.mark.parametrize("total", [1, 7, 250])
@@ -47,6 +55,24 @@ def test_bootstrap_covers_the_score_and_is_repeatable():
     # The mean of 50 numbers with a standard deviation of 14.4
     assert metric.interval == pytest.approx((24.5 - 4, 24.5 + 4), abs=0.5)
     assert metric == bootstrap(counts, lambda sums: sums[..., 0] / sums[..., 1])
+
+
+def test_the_bootstrap_comes_near_scipys_of_more_samples() -> None:
+    draw = np.random.default_rng(1)
+    counts = np.stack([draw.random(300), draw.random(300) + 1], axis=1)
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return sums[..., 0] / sums[..., 1]
+
+    expected = stats.bootstrap(
+        (np.arange(300),),
+        lambda rows, axis: ratio(counts[rows].sum(-2)),
+        n_resamples=20_000,
+        method="percentile",
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
+    width = expected.high - expected.low
+    assert bootstrap(counts, ratio).interval == pytest.approx((expected.low, expected.high), abs=width / 15)
 
 
 def test_pass_at_k_is_the_share_of_choices_that_hold_a_right_one() -> None:

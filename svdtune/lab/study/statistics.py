@@ -4,6 +4,19 @@ chance in the test set).
 The two are different questions. Over seeds: would another initialisation and data order say the
 same, on these very items? Over items: would other items of the same kind say the same, of these
 very trained models? Neither interval covers the other's part.
+
+Student's distribution and the paired test are scipy's. Two are written out, and tests hold them to
+the libraries:
+
+- the sign-flip test. `scipy.stats.permutation_test` flips item by item, so it is exact up to some
+  twenty items; taken together by size, a thousand items that are right or wrong are still exact.
+  Where both draw, as on the 60 comparisons of docs/results (772 to 8,585 items), 99,999 outcomes
+  take 4.7 s there for 772 items, and 0.2 s here on average over all 60. Of ten compared, scipy's p
+  by 9,999 outcomes differs by up to 0.011.
+- Holm's correction. statsmodels' `multipletests` gives the same bits on all 22 tables, and would
+  bring 67 MB and pandas, 0.6 s to import and 0.09 s a call for what takes 10 µs in nine lines.
+
+(One thread of an x86-64 processor, scipy 1.17.1, statsmodels 0.15.0.)
 """
 
 import math

@@ -117,6 +117,8 @@ def test_holms_correction():
     assert holm([0.01, 0.04, 0.03, 0.02]) == pytest.approx([0.04, 0.06, 0.06, 0.06])
     assert holm([None, 0.5, 0.02, None]) == [None, 0.5, 0.04, None]
     assert holm([0.9, 0.8]) == [1.0, 1.0]
+    # statsmodels 0.15.0: multipletests(ps, method="holm")[1]
+    assert holm([0.01, 0.04, 0.03, 0.005, 0.5, 0.03]) == [0.05, 0.12, 0.12, 0.03, 0.5, 0.12]
     assert holm([]) == []
 
 
