@@ -10,13 +10,13 @@ from svdtune.linalg.krylov import BlockKrylov
 from svdtune.linalg.matrix import (
     check_rank,
     check_threshold,
-    full_precision,
     largest_entry,
     power_of_two,
     tall,
     working_copy,
 )
 from svdtune.linalg.orthonormal import fixed_signs, polish
+from svdtune.linalg.precision import full_precision
 from svdtune.linalg.spectrum import DENSE, LARGE, Spectrum, from_eigenvalues, settled_spectrum
 
 # Relative error allowed to the smallest singular value kept, and to Ritz residuals against the

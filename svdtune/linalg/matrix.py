@@ -2,10 +2,6 @@
 device that can."""
 
 import math
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,37 +64,3 @@ def working_copy(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     weight = weight.detach().to(device)
     weight = weight.to(dtype)
     return weight if scale == 1.0 else weight / scale
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Run without autograd, without autocast, and with fp32 products in fp32 rather than TF32."""
-    kind = device.type if device.type in ("cpu", "cuda") else "cpu"
-    with torch.no_grad(), torch.autocast(kind, enabled=False), _Ieee():
-        yield
-
-
-class _Ieee:
-    """Forbids TF32 while any thread is inside: the setting is the process's, so the last to leave
-    puts it back."""
-
-    _lock = threading.Lock()
-    _inside = 0
-    _before: Any = None
-    # Newer releases of torch refuse a mix of the two ways of saying it.
-    _setting, _value = (
-        ("fp32_precision", "ieee") if hasattr(torch.backends.cuda.matmul, "fp32_precision") else ("allow_tf32", False)
-    )
-
-    def __enter__(self) -> None:
-        with _Ieee._lock:
-            if _Ieee._inside == 0:
-                _Ieee._before = getattr(torch.backends.cuda.matmul, self._setting)
-                setattr(torch.backends.cuda.matmul, self._setting, self._value)
-            _Ieee._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with _Ieee._lock:
-            _Ieee._inside -= 1
-            if _Ieee._inside == 0:
-                setattr(torch.backends.cuda.matmul, self._setting, _Ieee._before)

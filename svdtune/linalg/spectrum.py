@@ -12,13 +12,13 @@ from svdtune.linalg.gram import gram, noise
 from svdtune.linalg.krylov import BlockKrylov
 from svdtune.linalg.matrix import (
     check_threshold,
-    full_precision,
     largest_entry,
     power_of_two,
     tall,
     working_copy,
 )
 from svdtune.linalg.nuclear import nuclear_norm
+from svdtune.linalg.precision import full_precision
 
 # Up to this size LAPACK's SVD is as quick as anything.
 DENSE = 128

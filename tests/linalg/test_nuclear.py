@@ -1,15 +1,10 @@
-"""The nuclear norm by polar iteration, the leading spectrum built on it, and the settings of torch
-it must leave alone."""
-
-from contextlib import ExitStack
-from threading import Thread
+"""The nuclear norm by polar iteration, and the leading spectrum built on it."""
 
 import pytest
 import torch
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from svdtune.linalg import spectrum
-from svdtune.linalg.matrix import _Ieee
 from svdtune.linalg.nuclear import _quintics, nuclear_norm
 from svdtune.linalg.spectrum import _leading
 
@@ -64,18 +59,3 @@ def test_large_thresholds_and_repeated_values_are_left_to_the_dense_route():
     assert _leading(weight_with(llama_like(1200), 1200, 1200).float(), 0.9) is None
     assert _leading(weight_with(spectra(1200)["repeated"], 1200, 1200).float(), 0.01) is None
     assert _leading(torch.zeros(1200, 1200), 0.01) is None
-
-
-def test_the_choice_of_tf32_is_put_back_by_the_last_thread_to_leave():
-    matmul = torch.backends.cuda.matmul
-    torch.set_float32_matmul_precision("high")
-    first, second = ExitStack(), ExitStack()
-    with first:
-        first.enter_context(_Ieee())
-        other = Thread(target=second.enter_context, args=(_Ieee(),))
-        other.start()
-        other.join()
-    assert matmul.fp32_precision == "ieee"
-    with pytest.raises(KeyError), second:
-        raise KeyError
-    assert torch.get_float32_matmul_precision() == "high"

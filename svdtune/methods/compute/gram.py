@@ -1,9 +1,6 @@
 """Gram matrices of trained factors, in a precision that does not depend on how a factor is stored
 or what the user allowed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -18,16 +15,3 @@ def gram(factors: Tensor) -> Tensor:
     factors = factors.float() if factors.device.type == "mps" else factors.double()
     with torch.autocast(factors.device.type, enabled=False):
         return factors.mT @ factors
-
-
-@contextmanager
-def full_fp32(device: torch.device) -> Iterator[None]:
-    """Keep autocast, TF32 and bf16 out of the fp32 products of a block, whatever the user allowed
-    elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

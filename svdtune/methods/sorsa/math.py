@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
-from svdtune.methods.compute.gram import full_fp32, gram
+from svdtune.linalg.precision import ieee
+from svdtune.methods.compute.gram import gram
 from svdtune.methods.compute.lowrank import Node, add_low_rank, low_rank_linear, pair
 
 
@@ -90,7 +91,7 @@ def penalty(
     divides by √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with
     autocast and TF32 off.
     """
-    with full_fp32(factors.device):
+    with ieee(factors.device):
         factors = factors if factors.dtype == torch.float64 else factors.float()
         E = gram_error(factors, of_whole)
         norms = torch.linalg.matrix_norm(E)
