@@ -108,3 +108,12 @@ def test_linalg_needs_torch_alone():
         modules |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         foreign = {m for m in modules if m.split(".")[0] in ("numpy", "scipy", "peft", "transformers", "safetensors")}
         assert not foreign, path
+
+
+def test_a_class_name_names_one_thing():
+    places: dict[str, list[str]] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

@@ -6,15 +6,15 @@ from svdtune.analysis.before import THRESHOLDS, before
 from svdtune.analysis.comparisons import comparisons
 from svdtune.analysis.facts import Facts, read_facts
 from svdtune.analysis.routing import Routing, routing
-from svdtune.analysis.run import Analysis, analyze
+from svdtune.analysis.run import RunAnalysis, analyze
 from svdtune.analysis.weights import Opened, open_run
 
 __all__ = [
     "THRESHOLDS",
-    "Analysis",
     "Facts",
     "Opened",
     "Routing",
+    "RunAnalysis",
     "after",
     "analyze",
     "before",

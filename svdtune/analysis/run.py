@@ -18,7 +18,7 @@ from svdtune.training.folder import ANALYSIS
 
 
 @dataclass(frozen=True)
-class Analysis:
+class RunAnalysis:
     """What was found out about a run.
 
     Attributes:
@@ -44,7 +44,7 @@ def analyze(
     modules: Sequence[str] | None = None,
     data: Sequence[str] | None = None,
     items: int = 8,
-) -> Analysis:
+) -> RunAnalysis:
     """Compute spectra and ranks, the trained change, and routing of a finished run, and write them
     into RUN/analysis, where the report finds them.
 
@@ -74,10 +74,10 @@ def analyze(
         except SvdtuneError as error:
             if data:
                 raise
-            return Analysis(opened.source.run, folder, **found, unrouted=str(error))
+            return RunAnalysis(opened.source.run, folder, **found, unrouted=str(error))
         found["routing"] = routing(opened, tasks)
         _write(folder / "routing.json", found["routing"])
-    return Analysis(opened.source.run, folder, **found)
+    return RunAnalysis(opened.source.run, folder, **found)
 
 
 def _tasks(run: Opened, data: Sequence[str] | None, items: int) -> dict[str, list[tuple[int, ...]]]:

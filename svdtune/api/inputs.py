@@ -25,7 +25,7 @@ ModelLike = str | Path | Checkpoint | nn.Module
 
 
 @dataclass(frozen=True)
-class Asked:
+class WantedAdapter:
     """An adapter that was asked for.
 
     Attributes:
@@ -66,7 +66,7 @@ class Asked:
         return open_checkpoint(place, revision=revision, weights=weights)
 
 
-def asked(who: str, model: Any, config: Any) -> Asked:
+def asked(who: str, model: Any, config: Any) -> WantedAdapter:
     """The adapter that a function was asked for.
 
     Args:
@@ -90,7 +90,7 @@ def asked(who: str, model: Any, config: Any) -> Asked:
             f"{who} takes a model folder, a hub name, a loaded model or a recipe; got a {type(model).__name__}"
         )
     if config is None or isinstance(config, PeftConfig):
-        return Asked(model, copy.copy(config))  # what is done to it here stays here
+        return WantedAdapter(model, copy.copy(config))  # what is done to it here stays here
     if not isinstance(config, Mapping):
         raise SvdtuneError(
             f"{who} takes a PEFT configuration, or a recipe's method section such as {{'name': 'sorsa', 'r': 64}}; got a "
@@ -99,17 +99,17 @@ def asked(who: str, model: Any, config: Any) -> Asked:
     return of_section(who, model, config)
 
 
-def of_recipe(who: str, recipe: "Recipe") -> Asked:
+def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:
     """A recipe's adapter.
 
     Raises:
         SvdtuneError: it has none.
     """
     config = _built(who, {"name": recipe.method.name, **recipe.method.options})
-    return Asked(recipe.model.name, config, recipe)
+    return WantedAdapter(recipe.model.name, config, recipe)
 
 
-def of_section(who: str, model: ModelLike, section: Mapping[str, Any]) -> Asked:
+def of_section(who: str, model: ModelLike, section: Mapping[str, Any]) -> WantedAdapter:
     """The adapter of a recipe's `method` section, for a model.
 
     Raises:
@@ -120,7 +120,7 @@ def of_section(who: str, model: ModelLike, section: Mapping[str, Any]) -> Asked:
 
     name, options = section.get("name"), {key: value for key, value in section.items() if key != "name"}
     refuse(list(method_problems(str(name), options)), who)
-    return Asked(model, _built(who, section))
+    return WantedAdapter(model, _built(who, section))
 
 
 def _built(who: str, section: Mapping[str, Any]) -> PeftConfig:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-    from svdtune.analysis import Analysis
+    from svdtune.analysis import RunAnalysis
     from svdtune.evaluation.sets import Evaluations
     from svdtune.models import LoadedModel
     from svdtune.reports import Report
@@ -168,7 +168,7 @@ def analyze(
     modules: Sequence[str] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     items: int = 8,
-) -> "Analysis":
+) -> "RunAnalysis":
     """Find out what happened in a finished run: spectra and ranks, the trained change, and routing,
     written into RUN/analysis, where `report` finds them.
 

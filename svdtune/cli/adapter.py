@@ -12,7 +12,7 @@ from svdtune.errors import SvdtuneError
 if TYPE_CHECKING:
     import typer
 
-    from svdtune.api.inputs import Asked
+    from svdtune.api.inputs import WantedAdapter
     from svdtune.training.problems import Problem
 
 
@@ -24,7 +24,7 @@ def asked(
     settings: Mapping[str, Any],
     words: Sequence[str],
     options: Sequence[str],
-) -> "Asked":
+) -> "WantedAdapter":
     """Make sense of a command line.
 
     Args:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from svdtune.analysis import Analysis
+    from svdtune.analysis import RunAnalysis
 
 app = typer.Typer()
 
@@ -43,7 +43,7 @@ def analyze(
         typer.echo("\n".join(_lines(find_out(run, modules=modules, data=data, items=items))))
 
 
-def _lines(found: "Analysis") -> Iterator[str]:
+def _lines(found: "RunAnalysis") -> Iterator[str]:
     """What the terminal shows of a run."""
     yield f"{found.run}: {len(found.before['layers'])} layers"
     if found.after is not None:

@@ -13,7 +13,7 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.budget import RULES, fit
 from svdtune.lab.study.counting import opened
-from svdtune.lab.study.spec import Arm, Settings, Study, Tune, arm_settings
+from svdtune.lab.study.spec import ArmSection, Settings, Study, Tune, arm_settings
 from svdtune.planning import parse_budget
 from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.inheritance import merge
@@ -83,7 +83,7 @@ class Cell:
     arm: str
     task: str
     budget: int | None
-    spec: Arm
+    spec: ArmSection
     recipe: Settings
     tune: Tune | None
     candidates: list[float]
@@ -203,14 +203,16 @@ def cells(study: Study, tasks: dict[str, Settings], fits: Fits | None = None) ->
     return found
 
 
-def _cell(study: Study, task: str, name: str, arm: Arm, recipe: Settings, budget: int | None, fits: Fits) -> Cell:
+def _cell(
+    study: Study, task: str, name: str, arm: ArmSection, recipe: Settings, budget: int | None, fits: Fits
+) -> Cell:
     rate = recipe.get("training", {}).get("learning_rate")
     given = arm.learning_rates or (study.tune.learning_rates if study.tune and not arm.untrained else [rate])
     method_of = _fitted(recipe, arm, budget, fits, f"arm {name} on {task}")
     return Cell(name, task, budget, arm, recipe, study.tune, sorted(given), method_of=method_of)
 
 
-def _fitted(recipe: Settings, arm: Arm, budget: int | None, fits: Fits, where: str) -> Callable[[int], Settings]:
+def _fitted(recipe: Settings, arm: ArmSection, budget: int | None, fits: Fits, where: str) -> Callable[[int], Settings]:
     """The method section by seed, of the size that the budget allows and with the ranks that the
     arm asks for."""
     if arm.untrained or (budget is None and arm.ranks == "uniform"):

@@ -30,7 +30,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
-class Score(_Part):
+class SetScore(_Part):
     """A run's score on one set.
 
     Attributes:
@@ -58,7 +58,7 @@ class Score(_Part):
         return None if self.correct is None else unpack(self.correct, self.n)
 
     @model_validator(mode="after")
-    def _agrees(self) -> "Score":
+    def _agrees(self) -> "SetScore":
         if self.correct is None:
             return self
         share = unpack(self.correct, self.n).mean()
@@ -88,7 +88,7 @@ class Run(_Part):
     eval_loss: Number = None
     train_seconds: Number = None
     curve: list[tuple[Number, Number]] = []
-    scores: dict[str, Score] = {}
+    scores: dict[str, SetScore] = {}
     movement: dict[str, Any] | None = None
     machine: int = Field(0, ge=0)
 

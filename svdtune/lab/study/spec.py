@@ -34,11 +34,11 @@ def _values(values: list[Any]) -> list[Any]:
 Rates = Annotated[list[float], AfterValidator(_rates)]
 
 
-class _Section(BaseModel):
+class _StudySection(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
-class Arm(_Section):
+class ArmSection(_StudySection):
     """One contender: a method with its settings, and how it differs from the recipe otherwise."""
 
     method: Settings | None = Field(None, description="As in a recipe; none for the recipe's own.")
@@ -55,7 +55,7 @@ class Arm(_Section):
     untrained: bool = Field(False, description="Score the base model as it is.")
 
 
-class Tune(_Section):
+class Tune(_StudySection):
     """How learning rates are found: the same small search for every arm, never on test data."""
 
     learning_rates: Rates = Field(description="Candidates.")
@@ -64,7 +64,7 @@ class Tune(_Section):
     extend: int = Field(0, ge=0, le=8, description="So many more candidates, where the best is the first or the last.")
 
 
-class Study(_Section):
+class Study(_StudySection):
     """A study whose arms are expanded: every arm has one method and no grid."""
 
     title: str = Field(min_length=1)
@@ -72,7 +72,7 @@ class Study(_Section):
     tasks: dict[str, str] = Field(min_length=1, description="Name → recipe file, relative to the study file.")
     settings: Settings = Field(default_factory=dict, description="Changes to every recipe.")
     budgets: list[int | float | str] = Field(default_factory=list, description="Trained parameters: 500k, 1.5M, 0.1%.")
-    arms: dict[str, Arm] = Field(min_length=1)
+    arms: dict[str, ArmSection] = Field(min_length=1)
     tune: Tune | None = Field(None, description="None: the learning rates are those of the recipes.")
     seeds: list[int]
     baseline: str | None = Field(None, description="The arm that the others are compared with.")
@@ -133,23 +133,25 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
     return study, tasks
 
 
-def arm_settings(recipe: Settings, arm: Arm) -> Settings:
+def arm_settings(recipe: Settings, arm: ArmSection) -> Settings:
     """The recipe's settings as an arm changes them."""
     changed = merge(recipe, arm.settings)
     return {**changed, "method": arm.method} if arm.method is not None else changed
 
 
-def _expanded(given: Any) -> tuple[dict[str, Arm], list[Problem]]:
+def _expanded(given: Any) -> tuple[dict[str, ArmSection], list[Problem]]:
     """The arms, one for each point of their grids, and what is wrong with them."""
-    arms: dict[str, Arm] = {}
+    arms: dict[str, ArmSection] = {}
     problems: list[Problem] = []
     if not isinstance(given, dict):
         return arms, [Problem("arms", f"expected a section with an arm or more; got {given!r:.60}")]
     for name, settings in given.items():
         try:
-            arm = Arm.model_validate(settings)
+            arm = ArmSection.model_validate(settings)
         except ValidationError as error:
-            problems += [Problem(f"arms.{name}.{p.path}".rstrip("."), p.message) for p in from_pydantic(error, Arm)]
+            problems += [
+                Problem(f"arms.{name}.{p.path}".rstrip("."), p.message) for p in from_pydantic(error, ArmSection)
+            ]
             continue
         problems += [Problem(f"arms.{name}", message) for message in _method_problems(arm)]
         for values in product(*arm.grid.values()):
@@ -164,7 +166,7 @@ def _expanded(given: Any) -> tuple[dict[str, Arm], list[Problem]]:
     return arms, problems
 
 
-def _method_problems(arm: Arm) -> Iterator[str]:
+def _method_problems(arm: ArmSection) -> Iterator[str]:
     """Where it is not clear which method an arm means."""
     if arm.method is not None and "method" in arm.settings:
         yield "method and settings.method are two methods; give one of them"
@@ -173,7 +175,7 @@ def _method_problems(arm: Arm) -> Iterator[str]:
         yield f"the grid's {parts[0]} needs a method section in the arm, with a name; copy the recipe's there"
 
 
-def _at(arm: Arm, point: Settings) -> Arm:
+def _at(arm: ArmSection, point: Settings) -> ArmSection:
     """An arm at one point of its grid."""
     changes: Settings = {"method": deepcopy(arm.method or {}), **deepcopy(arm.settings)}
     for dotted, value in point.items():

@@ -8,7 +8,7 @@ import pytest
 
 import svdtune
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.spec import Arm, Study, Tune, load_study
+from svdtune.lab.study.spec import ArmSection, Study, Tune, load_study
 
 LORA = {"method": {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}}
 TUNE = {"learning_rates": [1e-3, 1e-2]}
@@ -211,7 +211,7 @@ def test_the_documented_study_loads(study_folder: Path) -> None:
     assert list(study.arms) == ["base", "lora", "sara"]
 
 
-@pytest.mark.parametrize(("section", "head"), [(Study, "key"), (Arm, "an arm's key"), (Tune, "a key of `tune`")])
+@pytest.mark.parametrize(("section", "head"), [(Study, "key"), (ArmSection, "an arm's key"), (Tune, "a key of `tune`")])
 def test_every_setting_is_documented(section: type[Study], head: str) -> None:
     table = DOCS.read_text().split(f"| {head} | |\n", 1)[1].split("\n\n", 1)[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(section.model_fields)
