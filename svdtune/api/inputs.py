@@ -199,15 +199,27 @@ def source_of(who: str, given: Any, adapter: str | Path | None = None, *, instea
     return find_source(given, adapter)
 
 
-def loaded_of(model: nn.Module, tokenizer: Any) -> "LoadedModel":
-    """A model and its tokenizer as one.
+def answering(who: str, given: Any, adapter: str | Path | None, tokenizer: Any) -> "tuple[Source | LoadedModel, str]":
+    """What is asked questions, and its name.
+
+    Args:
+        who: the function, for messages.
+        given: a path, a hub name, or a loaded model.
+        adapter: a folder for a model that a path names.
+        tokenizer: of a loaded model.
 
     Raises:
-        SvdtuneError: there is no tokenizer.
+        SvdtuneError: there is none, or a loaded model has an adapter beside it or no tokenizer.
     """
     from svdtune.models import LoadedModel
 
+    if not isinstance(given, nn.Module | LoadedModel):
+        return source_of(who, given, adapter, instead="Give a loaded model with tokenizer="), str(given)
+    if adapter is not None:
+        raise SvdtuneError("adapter is for a model that a path names; put it on this one: PeftModel.from_pretrained")
+    if isinstance(given, LoadedModel):
+        return given, given.name
     if tokenizer is None:
         raise SvdtuneError("a loaded model needs its tokenizer to be asked anything: give tokenizer=")
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return LoadedModel(model, tokenizer, name)
+    name = getattr(getattr(given, "config", None), "_name_or_path", "") or type(given).__name__
+    return LoadedModel(given, tokenizer, name), name

@@ -3,12 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from torch import nn
 
-from svdtune.api.inputs import loaded_of, recipe_of, source_of
-from svdtune.errors import SvdtuneError
+from svdtune.api.inputs import answering, recipe_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +19,19 @@ if TYPE_CHECKING:
     from svdtune.reports import Report
     from svdtune.training.recipe import Recipe
     from svdtune.training.run import RunResult
+
+
+class DecodingOptions(TypedDict, total=False):
+    """How completions are drawn; see `svdtune.evaluation.Decoding`."""
+
+    samples: int
+    temperature: float
+    top_p: float
+    seed: int
+    beams: int
+    length_penalty: float
+    no_repeat_ngram_size: int
+    stop_loops: bool
 
 
 def train(
@@ -83,19 +95,12 @@ def evaluate(
     max_new_tokens: int | None = None,
     batch_size: int = 16,
     engine: str = "transformers",
-    samples: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
-    beams: int | None = None,
-    length_penalty: float | None = None,
-    no_repeat_ngram_size: int | None = None,
-    stop_loops: bool | None = None,
     dtype: str | None = None,
     device: str | None = None,
     output: str | Path | None = None,
     restart: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
+    **decoding: Unpack[DecodingOptions],
 ) -> "Evaluations":
     """Score a run, an adapter or a model on held-out items.
 
@@ -117,12 +122,13 @@ def evaluate(
         max_new_tokens: length limit of a completion.
         batch_size: completions generated together.
         engine: "transformers" or "vllm".
-        samples, temperature, top_p, seed, beams, length_penalty, no_repeat_ngram_size, stop_loops:
-            how completions are drawn; greedy, or as the run's recipe decodes.
         dtype, device: of the model; as the run says, and a GPU where there is one.
         output: folder for predictions and results; by default the run's own, or runs/evaluations.
         restart: drop earlier predictions there.
         on_progress: called with (completions done, completions in all), for each set.
+        **decoding: how completions are drawn: samples, temperature, top_p, seed, beams,
+            length_penalty, no_repeat_ngram_size, stop_loops; greedy, or as the run's recipe
+            decodes.
 
     Returns:
         The outcomes by data set, each with `n`, `strict` and `paper` (`correct`, `accuracy` from 0
@@ -132,26 +138,19 @@ def evaluate(
     Raises:
         SvdtuneError: what is asked for is not there, or a setting has no meaning; all of the data
             is read before the model.
+        TypeError: an argument that there is not.
     """
     from svdtune.evaluation.sets import evaluate_source
-    from svdtune.models import LoadedModel
 
-    if isinstance(source, nn.Module):
-        source = loaded_of(source, tokenizer)
-    loaded = isinstance(source, LoadedModel)
-    if loaded and adapter is not None:
-        raise SvdtuneError("adapter is for a model that a path names; put it on this one: PeftModel.from_pretrained")
-    how = {"samples": samples, "temperature": temperature, "top_p": top_p, "seed": seed, "beams": beams}
-    how |= {"length_penalty": length_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
+    if unknown := decoding.keys() - DecodingOptions.__annotations__.keys():
+        raise TypeError(f"evaluate() got an unexpected keyword argument {min(unknown)!r}")
     form = {"split": split, "config": config, "limit": limit, "prompt": prompt, "answer": answer, "template": template}
-    instead = "Give a loaded model with tokenizer="
     return evaluate_source(
-        source if loaded else source_of("evaluate", source, adapter, instead=instead),
-        source.name if loaded else str(source),
+        *answering("evaluate", source, adapter, tokenizer),
         None if data is None else str(data),
         task=task,
         form=form | {"max_new_tokens": max_new_tokens},
-        decoding=how | {"stop_loops": stop_loops},
+        decoding=decoding,
         batch_size=batch_size,
         engine=engine,
         dtype=dtype,

@@ -1,5 +1,6 @@
 """The functions of `import svdtune`, with each kind of thing that they take."""
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import svdtune
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from svdtune.api.runs import DecodingOptions
 from svdtune.checkpoint import open_checkpoint
+from svdtune.evaluation import Decoding
 from svdtune.models import load
 from svdtune.training import load_recipe
 
@@ -275,6 +278,15 @@ def test_what_cannot_be_used_is_refused_in_words(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SvdtuneError, match=message):
         call()
+
+
+def test_decoding_is_what_decodings_are_made_of(tiny_folder: Path, tmp_path: Path) -> None:
+    assert list(DecodingOptions.__annotations__) == [field.name for field in dataclasses.fields(Decoding)]
+    how = {"limit": 1, "max_new_tokens": 2, "output": tmp_path / "scores"}
+    found = svdtune.evaluate(tiny_folder, "arithmetic", beams=2, length_penalty=0.8, **how)
+    assert found["arithmetic"].settings["length_penalty"] == 0.8
+    with pytest.raises(TypeError, match=r"evaluate\(\) got an unexpected keyword argument 'max_tokens'"):
+        svdtune.evaluate(tiny_folder, "arithmetic", max_tokens=2)
 
 
 def test_a_loaded_model_has_its_device_and_engine(tiny_folder: Path) -> None:
