@@ -127,7 +127,7 @@ SKIPPED: list[tuple[str, str]] = [
     (r"save_pretrained\w*_pickle", "svdtune saves and loads safetensors alone"),
     (
         r"add_weighted_adapter|same_modules_to_save_merging",
-        "a weighted sum is no adapter again; svdtune.export.lora.combine makes one",
+        "a weighted sum is no adapter again; svdtune.combine makes one",
     ),
     (r"duplicate_name_without_mutation\[True", _MIXED),
     (r"token_indices", _LORA_SETTINGS),

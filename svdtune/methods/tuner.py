@@ -213,7 +213,7 @@ class SvdTuner(BaseTuner):
         raise SvdtuneError(
             "a weighted sum of SARA, Mo-SARA or SORSA adapters is no such adapter again. Save them and combine them into one "
             "LoRA, exactly or cut to a rank: `svdtune combine first=0.7 second=0.3 --output combined`, or in Python "
-            "svdtune.export.lora.combine({'first': 0.7, 'second': 0.3}, 'combined')"
+            "svdtune.combine({'first': 0.7, 'second': 0.3}, 'combined')"
         )
 
     @contextmanager
