@@ -83,7 +83,8 @@ def analyze(
 def _tasks(run: Opened, data: Sequence[str] | None, items: int) -> dict[str, list[tuple[int, ...]]]:
     """The first prompts of each data set, in the form in which `evaluate` asks them."""
     recipe, tokenizer = run.source.recipe, run.loaded.tokenizer
-    names = [name for given in data or [None] for name in sets_to_ask(recipe, given, None)]
+    asked_for: Sequence[str | None] = data or [None]
+    names = [name for given in asked_for for name in sets_to_ask(recipe, given, None)]
     tasks = {}
     for name in names:
         asked = prepare(recipe, name, limit=items)

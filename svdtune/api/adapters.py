@@ -9,6 +9,7 @@ from peft import PeftConfig
 from svdtune.api.inputs import ModelLike, asked, source_of
 from svdtune.errors import SvdtuneError
 from svdtune.methods import sites as places
+from svdtune.methods.config import SvdConfig
 from svdtune.models.placement import check_device, placement
 
 if TYPE_CHECKING:
@@ -121,10 +122,17 @@ def plan(
             "plan was given no configuration: expected one of PEFT such as SaraConfig(threshold=0.01), a recipe's method "
             "section, or a recipe in place of the model"
         )
-    sizes = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
-    by_spectrum = getattr(wanted.config, "threshold", None) is not None
-    opened = wanted.open(weights=by_spectrum or any(size is not None for size in sizes.values()))
-    return make(opened, wanted.config, **sizes, device=device, progress=progress)
+    sizes = (threshold, budget, match_lora, getattr(wanted.config, "threshold", None))
+    opened = wanted.open(weights=any(size is not None for size in sizes))
+    return make(
+        opened,
+        wanted.config,
+        threshold=threshold,
+        budget=budget,
+        match_lora=match_lora,
+        device=device,
+        progress=progress,
+    )
 
 
 def start(
@@ -162,8 +170,10 @@ def start(
 
     check_device(device)
     wanted = asked("start", model, config)
-    if wanted.config is None:
-        raise SvdtuneError("start was given no configuration: expected SaraConfig, MoSaraConfig or SorsaConfig")
+    if not isinstance(wanted.config, SvdConfig):
+        raise SvdtuneError(
+            f"start takes a SaraConfig, MoSaraConfig or SorsaConfig of a new adapter; got {type(wanted.config).__name__}"
+        )
     opened = wanted.open()
     if not isinstance(opened, Checkpoint):
         raise SvdtuneError(

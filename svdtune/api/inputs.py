@@ -221,5 +221,6 @@ def answering(who: str, given: Any, adapter: str | Path | None, tokenizer: Any) 
         return given, given.name
     if tokenizer is None:
         raise SvdtuneError("a loaded model needs its tokenizer to be asked anything: give tokenizer=")
-    name = getattr(getattr(given, "config", None), "_name_or_path", "") or type(given).__name__
-    return LoadedModel(given, tokenizer, name), name
+    model: Any = given  # a PeftModel stands for the model that it wraps
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return LoadedModel(model, tokenizer, name), name

@@ -187,8 +187,8 @@ def analyze(
     """
     from svdtune.analysis import analyze as find_out
 
-    given = [data] if isinstance(data, str | Path) else data
-    return find_out(run, modules=modules, data=given and [str(each) for each in given], items=items)
+    given = [data] if isinstance(data, str | Path) else data or ()
+    return find_out(run, modules=modules, data=[str(each) for each in given] or None, items=items)
 
 
 def report(

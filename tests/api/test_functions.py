@@ -235,7 +235,10 @@ class TestAfterTraining:
             lambda: svdtune.sites("llama-7b", SaraConfig(r=2), device="gpu"),
             "the device 'gpu' is not there; expected one",
         ),
-        (lambda: svdtune.start("llama-7b", None, "out"), "start was given no configuration: expected SaraConfig"),
+        (
+            lambda: svdtune.start("llama-7b", None, "out"),
+            "start takes a SaraConfig, MoSaraConfig or SorsaConfig of a new",
+        ),
         (
             lambda: svdtune.start(tiny_llama(), SaraConfig(r=2), "out"),
             r"reads a model on disk, and this one is loaded; use get_peft_model\(model, config\)",
