@@ -257,7 +257,7 @@ def export_lora(
 
 
 def combine(
-    weights: Mapping[str | Path, float],
+    weights: Mapping[str, float] | Mapping[Path, float] | Mapping[str | Path, float],
     output: str | Path,
     *,
     rank: int | None = None,

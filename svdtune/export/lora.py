@@ -126,7 +126,11 @@ def export_lora(
 
 
 def combine(
-    weights: Mapping[str | Path, float], output: Path, *, rank: int | None = None, uniform: bool = False
+    weights: Mapping[str, float] | Mapping[Path, float] | Mapping[str | Path, float],
+    output: Path,
+    *,
+    rank: int | None = None,
+    uniform: bool = False,
 ) -> LoraReport:
     """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of
     the methods alone can be.
