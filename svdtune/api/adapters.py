@@ -40,7 +40,8 @@ def sites(
             model, which stays as it is; or a recipe (a YAML file, its sections as a dict, or one
             that was read).
         config: of any PEFT method, or a recipe's `method` section, {"name": "sorsa", "r": 64}. None
-            with a recipe; with a model, describes the adapter that is on it, or the bare model.
+            with a recipe; with a loaded model, describes the adapter that is on it, or the bare
+            model; with a run or adapter folder in the model's place, the adapter there.
         device: where weights are decomposed.
         progress: show a bar; by default where stderr is a terminal.
 

@@ -51,7 +51,8 @@ class WantedAdapter:
             if not getattr(bare, "can_generate", bool)():
                 # PEFT would ask the model for what only causal models have
                 self.config.task_type = None
-            check_targets(bare, self.config)
+            if not getattr(self.config, "initialized", False):  # a saved one names its layers one by one
+                check_targets(bare, self.config)
         return opened
 
     def _open(self, name: str, weights: bool) -> Checkpoint:
@@ -71,9 +72,9 @@ def asked(who: str, model: Any, config: Any) -> WantedAdapter:
 
     Args:
         who: the function, for messages.
-        model: a recipe as `is_recipe` knows it, or a model.
+        model: a recipe as `is_recipe` knows it, a model, or a run or adapter folder.
         config: a PEFT configuration, or a recipe's `method` section; None with a recipe, and for
-            what is on the model.
+            what is on the model or in the folder.
 
     Raises:
         SvdtuneError: it is neither, both say which adapter, or a setting is wrong.
@@ -89,6 +90,8 @@ def asked(who: str, model: Any, config: Any) -> WantedAdapter:
         raise SvdtuneError(
             f"{who} takes a model folder, a hub name, a loaded model or a recipe; got a {type(model).__name__}"
         )
+    if config is None and isinstance(model, str | Path):
+        return _of_folder(model)
     if config is None or isinstance(config, PeftConfig):
         return WantedAdapter(model, copy.copy(config))  # what is done to it here stays here
     if not isinstance(config, Mapping):
@@ -97,6 +100,19 @@ def asked(who: str, model: Any, config: Any) -> WantedAdapter:
             f"{type(config).__name__}"
         )
     return of_section(who, model, config)
+
+
+def _of_folder(folder: str | Path) -> WantedAdapter:
+    """The adapter in a run or adapter folder; none where it is a model's."""
+    from svdtune.export import find_source
+    from svdtune.methods.files.adapter import read_config
+
+    source = find_source(folder)
+    if source.adapter is None:
+        return WantedAdapter(source.base, None)
+    config = read_config(source.adapter)
+    config.inference_mode = False  # saved adapters are marked so, and would count as not trained
+    return WantedAdapter(source.base, config, source.recipe)
 
 
 def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:

@@ -117,6 +117,17 @@ class TestBeforeTraining:
         assert [site.rank for site in svdtune.sites(adapted)] == [2, 2]
         assert len(svdtune.sites(tiny_folder)) == 0
 
+    @pytest.mark.parametrize(
+        "config",
+        [SaraConfig(threshold=0.2), MoSaraConfig(r=2), SorsaConfig(r=2, layers_to_transform=[1]), LoraConfig(r=2)],
+    )
+    def test_a_saved_adapter_is_described_as_it_was(self, tiny_folder: Path, tmp_path: Path, config: Any) -> None:
+        model = get_peft_model(load(tiny_folder).model, config)
+        model.save_pretrained(tmp_path)
+        ours, theirs = svdtune.sites(str(tmp_path)), svdtune.sites(model)
+        assert (ours.places, ours.count) == (theirs.places, theirs.count)
+        assert svdtune.count(tmp_path).trained > 0
+
     def test_every_kind_of_recipe_is_the_same_plan(self, tiny_folder: Path, tmp_path: Path) -> None:
         recipe = sections(tiny_folder, tmp_path)
         file = as_file(recipe, tmp_path)
