@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -79,7 +79,14 @@ def device(near: torch.device = _HOST) -> torch.device:
     kind = near.type if f"{near.type}:" in able else "cpu" if "cpu:" in able else None
     if kind == "cpu":
         return _HOST
-    return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
+    return accelerator()
+
+
+def accelerator() -> torch.device:
+    """The accelerator that this process uses; there is one."""
+    kind = torch.accelerator.current_accelerator()
+    assert kind is not None
+    return torch.device(kind.type, torch.accelerator.current_device_index())
 
 
 def gather(value: Any) -> list[Any]:
@@ -110,7 +117,8 @@ def jointly(work: Callable[[], Result]) -> Result:
     """
     if count() == 1:
         return work()
-    result, caught = None, None
+    result: Result | None = None
+    caught: Exception | None = None
     try:
         result = work()
     except Exception as error:  # whatever it is, the others must hear of it
@@ -118,7 +126,7 @@ def jointly(work: Callable[[], Result]) -> Result:
     told = gather(None if caught is None else _sentence(caught))
     failed = {number: sentence for number, sentence in enumerate(told) if sentence is not None}
     if not failed:
-        return result
+        return cast(Result, result)  # work() came to its end here too
     if caught is not None and not isinstance(caught, SvdtuneError):
         raise caught
     number, sentence = next(iter(failed.items()))
@@ -212,9 +220,10 @@ def start(on_cpu: bool, timeout: datetime.timedelta) -> bool:
         )
     backend = "gloo"
     if not on_cpu:
-        kind = torch.accelerator.current_accelerator().type
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = f"cpu:gloo,{kind}:{dist.get_default_backend_for_device(kind)}"
+        backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind.type)}"
     dist.init_process_group(backend, timeout=timeout)
     return True
 

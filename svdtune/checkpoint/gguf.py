@@ -3,7 +3,9 @@ dequantizes tensors."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
         names = get_gguf_hf_weights_map(model, processor)
 
-    def read(tensor) -> Tensor:
+    def read(tensor: Any) -> Tensor:
         with _explain_damage(path):
             weights = dequantize(tensor.data, tensor.tensor_type)
             processed = processor.process(
@@ -44,7 +46,7 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
             return torch.from_numpy(processed.weights.copy())
 
     stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
-    return model, {name: lambda tensor=tensor: read(tensor) for name, tensor in stored.items()}
+    return model, {name: partial(read, tensor) for name, tensor in stored.items()}
 
 
 @contextmanager

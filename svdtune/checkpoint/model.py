@@ -68,10 +68,12 @@ class Checkpoint:
             )
         tensor = self.readers[parameter]()
         module = self.model.get_submodule(module_name)
-        if tensor.shape != module.weight.shape:
+        expected = module.weight
+        assert isinstance(expected, Tensor)
+        if tensor.shape != expected.shape:
             raise SvdtuneError(
                 f"{parameter} has shape {tuple(tensor.shape)} in the checkpoint {self.name}, and its configuration asks for "
-                f"{tuple(module.weight.shape)}; they do not belong together"
+                f"{tuple(expected.shape)}; they do not belong together"
             )
         # A module of the same kind that holds the tensor, so that Conv1D and the like are read as
         # they always are.

@@ -53,10 +53,11 @@ class TensorWriter:
 
     def __init__(self, path: Path, tensors: Mapping[str, Stored | Computed | None], metadata: Mapping[str, str]):
         self._header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        self._in_order = None not in tensors.values()
+        sized = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        self._in_order = len(sized) == len(tensors)
         if self._in_order:
             place, header = 0, dict(self._header)
-            for name, tensor in tensors.items():
+            for name, tensor in sized.items():
                 header[name] = _entry(tensor, place)
                 place += tensor.nbytes
             room = len(_encoded(header))
@@ -88,7 +89,7 @@ class TensorWriter:
             _copy(tensor, self._file)
         else:
             values = tensor.detach().cpu().contiguous().flatten()
-            self._file.write(memoryview(values.view(torch.uint8).numpy()))
+            self._file.write(values.view(torch.uint8).numpy().data)
 
     def __enter__(self) -> "TensorWriter":
         return self

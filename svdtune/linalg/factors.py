@@ -180,7 +180,8 @@ def _triplets(W: Tensor, V: Tensor) -> Triplets:
 def _by_gram(weight: Tensor, r: int, scale: float, accuracy: float) -> Triplets | None:
     """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where σ_r
     is too small."""
-    return _from_eigenvectors(weight, *torch.linalg.eigh(gram(weight, scale, torch.float64)), r, scale, accuracy)
+    squared, V = torch.linalg.eigh(gram(weight, scale, torch.float64))
+    return _from_eigenvectors(weight, squared, V, r, scale, accuracy)
 
 
 def _from_eigenvectors(

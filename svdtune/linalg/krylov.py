@@ -27,10 +27,9 @@ class BlockKrylov:
     def __init__(self, W: Tensor, block: int, capacity: int) -> None:
         m, n = W.shape
         self.W, self.block, self.p = W, block, 0
-        wide = {"dtype": torch.float64, "device": W.device}
         self.Q = torch.empty(n, capacity, dtype=W.dtype, device=W.device)
-        self.B = torch.empty(m, capacity, **wide)
-        self.T = torch.empty(capacity, capacity, **wide)
+        self.B = torch.empty(m, capacity, dtype=torch.float64, device=W.device)
+        self.T = torch.empty(capacity, capacity, dtype=torch.float64, device=W.device)
         # A generator of its own, on the CPU, so that every device starts from the same block and no
         # global state moves.
         start = torch.randn(n, block, generator=torch.Generator().manual_seed(SEED), dtype=torch.float64)

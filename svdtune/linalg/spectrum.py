@@ -1,6 +1,7 @@
 """Singular values of a weight with a bound on their error, and the rank that reaches a share of
 their sum."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -168,7 +169,7 @@ def settled_spectrum(weight: Tensor, threshold: float, known: Spectrum | None = 
     needs only the nuclear norm and the leading values.
     """
     check_threshold(threshold)
-    attempts = [partial(spectrum, weight), partial(_by_svd, weight)]
+    attempts: list[Callable[[], Spectrum | None]] = [partial(spectrum, weight), partial(_by_svd, weight)]
     if known is not None:
         attempts.insert(0, lambda: known)
     elif min(weight.shape) >= LARGE and weight.is_cuda:

@@ -42,7 +42,7 @@ def refused_peft() -> str | None:
     it, or None."""
     # of its insides, so asked after a refusal alone
     from transformers.integrations.peft import MIN_PEFT_VERSION
-    from transformers.utils import check_peft_version
+    from transformers.utils.peft_utils import check_peft_version
 
     try:
         check_peft_version(MIN_PEFT_VERSION)
@@ -80,5 +80,5 @@ def _wrap(owner: Any, name: str, concerns: Callable[..., bool], way_round: str) 
                 raise
             raise SvdtuneError(f"{str(error).rstrip('.')}. {way_round}") from error
 
-    explained._explained = True
+    vars(explained)["_explained"] = True
     setattr(owner, name, explained)

@@ -4,10 +4,10 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 from peft import PeftConfig
 from torch import Tensor
@@ -127,10 +127,10 @@ class SvdConfig(PeftConfig):
         from peft import PeftType  # resolved late: the member exists once the method is registered
 
         self.peft_type = PeftType(self.method.upper())
-        if _all_of(self.target_modules, str):
-            self.target_modules = set(self.target_modules)
-        if _all_of(self.exclude_modules, str):
-            self.exclude_modules = set(self.exclude_modules)
+        if self.target_modules is not None and _all_of(self.target_modules, str):
+            self.target_modules = as_set(self.target_modules)
+        if self.exclude_modules is not None and _all_of(self.exclude_modules, str):
+            self.exclude_modules = as_set(self.exclude_modules)
         problems = list(self._kinds()) or list(self._problems())
         if problems:
             raise SvdtuneError(f"{type(self).__name__}: " + "; ".join(problems))
@@ -158,7 +158,7 @@ class SvdConfig(PeftConfig):
         for name in self.rank_pattern if isinstance(self.rank_pattern, Mapping) else ():
             yield from _no_expression(f"rank_pattern[{name!r}]", name)
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         """Yield what is wrong with the values, a sentence each; methods add their own."""
         if self.r is not None and self.threshold is not None:
             yield f"`r` ({self.r}) and `threshold` ({self.threshold}) both set the ranks; give one of them"
@@ -228,9 +228,7 @@ class SvdConfig(PeftConfig):
             write_card(Path(save_directory), saved, weights)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> "SvdConfig":
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """As PEFT's; also makes sure that the weights beside it are whole, before any model is
         touched.
 
@@ -271,6 +269,12 @@ def _no_expression(name: str, text: Any) -> list[str]:
 def _all_of(values: Any, kind: type) -> bool:
     listed = isinstance(values, Collection) and not isinstance(values, str | bytes | Mapping)
     return listed and all(isinstance(value, kind) for value in values)
+
+
+def as_set(names: Iterable[str]) -> list[str]:
+    """Names as PEFT keeps them in a configuration, whose fields it annotates as lists all the
+    same."""
+    return cast(list[str], set(names))
 
 
 def _is_int(value: Any) -> bool:

@@ -20,7 +20,8 @@ def given_rank(config: PeftConfig, *names: str) -> int | None:
     None where the configuration has a threshold instead.
     """
     found = pattern_rank(config, *names)
-    return config.r if found is None else found
+    with_r: Any = config
+    return with_r.r if found is None else found
 
 
 def pattern_rank(config: PeftConfig, *names: str) -> int | None:
@@ -61,7 +62,8 @@ def with_rank(config: Config, r: int, **changes: Any) -> Config:
     threshold."""
     if hasattr(config, "threshold"):
         changes["threshold"] = None
-    return dataclasses.replace(config, r=r, **changes)
+    changes["r"] = r
+    return dataclasses.replace(config, **changes)
 
 
 def with_ranks(config: Config, ranks: Mapping[str, int]) -> Config:

@@ -7,6 +7,7 @@ stays and ours is left out with a warning.
 """
 
 import warnings
+from typing import Any, cast
 
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -17,7 +18,7 @@ from svdtune.errors import SvdtuneWarning
 from svdtune.registry import load
 
 
-def register(config_cls: type[PeftConfig], tuner_cls: type[BaseTuner]) -> None:
+def register(config_cls: Any, tuner_cls: type[BaseTuner]) -> None:
     """Make a method available to `get_peft_model`, `PeftModel.from_pretrained` and everything
     behind them.
 
@@ -47,7 +48,7 @@ def config_class(peft_type: str) -> type[PeftConfig] | None:
     `PeftType`; None without one."""
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         load("baselines")
-    return PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type)
+    return PEFT_TYPE_TO_CONFIG_MAPPING.get(cast(PeftType, peft_type))  # a member equals its name
 
 
 def peft_types() -> list[str]:

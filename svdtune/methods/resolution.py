@@ -8,7 +8,7 @@ and the disk cache and the progress bar see the whole job.
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -75,10 +75,10 @@ class Resolution:
                 yield name, module
                 continue
             self.parts[name] = parts
-            fused = isinstance(module, FusedLinear)
+            fused = module if isinstance(module, FusedLinear) else None
             for part, rows in parts.items():
-                adapted = module.slice(part) if fused else None
-                yield f"{name}.{part}", adapted or RowSlice(module.get_base_layer() if fused else module, rows)
+                adapted = fused.slice(part) if fused else None
+                yield f"{name}.{part}", adapted or RowSlice(fused.get_base_layer() if fused else module, rows)
 
     def _parts_of(self, name: str, module: nn.Module) -> Parts:
         config = self.config
@@ -110,18 +110,21 @@ class Resolution:
                 self.kernels[name] = kernel_of(base)
         if not self.load_only:
             check_agreement(config, targets, self.present)
-        given = {name: self._given_rank(name) for name in targets}
-        measured = [name for name, rank in given.items() if rank is None]
+        asked = {name: self._given_rank(name) for name in targets}
+        given = {name: rank for name, rank in asked.items() if rank is not None}
+        measured = [name for name in targets if name not in given]
+        threshold = cast(float, config.threshold)  # where it is None, every rank is given
         if measured:
             self._check_readable(measured)
         work = Work(targets, together=not self.load_only, present=self.present)
         takes_factors = config.needs_factors and not self.load_only
         if measured and takes_factors and not config.compact:
-            ranks, factors = work.ranked_factors(measured, config.threshold)
+            ranks, factors = work.ranked_factors(measured, threshold)
             given |= ranks
             self.factors |= factors
         elif measured:
-            given |= work.ranks(measured, config.threshold)
+            given |= work.ranks(measured, threshold)
+        given = {name: given[name] for name in targets}
         for name, rank in given.items():
             check_rank(name, rank, targets[name])
         self.ranks |= given

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -95,7 +95,7 @@ class Sites(Sequence[Site]):
 
     config: PeftConfig | None
     places: tuple[Site, ...]
-    count: Count
+    count: Count  # type: ignore[assignment]  # not Sequence's method: no two sites are equal
 
     @overload
     def __getitem__(self, index: int) -> Site: ...
@@ -219,7 +219,7 @@ def skeleton(model: Model, config: PeftConfig) -> PeftModel:
 
 def _without_weights(model: nn.Module) -> nn.Module:
     """A copy of a model whose parameters and buffers are on the meta device."""
-    memo = {id(tensor): _on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    memo: dict[int, Any] = {id(tensor): _on_meta(tensor) for tensor in (*model.parameters(), *model.buffers())}
     hooks = (module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook"))
     memo |= {id(hook): hook for hook in hooks}  # Accelerate's hooks hold weights that are offloaded
     return copy.deepcopy(model, memo)
@@ -273,8 +273,7 @@ def _owner(name: str, layers: Mapping[str, BaseTunerLayer]) -> str | None:
 def _site(name: str, layer: BaseTunerLayer, trained: int, frozen: int) -> Site:
     name = name.removeprefix(_ROOT)
     base = layer.get_base_layer()
-    sliced = isinstance(base, RowSlice)
-    module, rows = (name.rpartition(".")[0], base.rows) if sliced else (name, None)
+    module, rows = (name.rpartition(".")[0], base.rows) if isinstance(base, RowSlice) else (name, None)
     ranks = getattr(layer, "r", None)
     if isinstance(ranks, Mapping):
         ranks = next((ranks[adapter] for adapter in layer.active_adapters if adapter in ranks), None)
@@ -285,7 +284,7 @@ def _shape(base: nn.Module) -> tuple[int, int] | None:
     try:
         return spectra.matrix_shape(base)
     except AttributeError:  # an embedding, or a module of several weights
-        shape = getattr(getattr(base, "weight", None), "shape", ())
+        shape: tuple[int, ...] = getattr(getattr(base, "weight", None), "shape", ())
         return (shape[0], shape[1]) if len(shape) == 2 else None
 
 

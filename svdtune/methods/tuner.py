@@ -9,8 +9,9 @@ see the whole job.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, cast
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compute.together import Together
-from svdtune.methods.config import SvdConfig
+from svdtune.methods.config import SvdConfig, as_set
 from svdtune.methods.files.compact import leave_out, restore
 from svdtune.methods.files.integrity import check_base, check_same_layers, check_tensors
 from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
@@ -33,9 +34,9 @@ class SvdTuner(BaseTuner):
     """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and
     `PeftModel.from_pretrained`."""
 
-    tuner_layer_cls: ClassVar[type[SvdLayer]]
+    tuner_layer_cls: type[SvdLayer]
     together: Together | None = None
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, list[str]] = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     # Before injection: which layers, which ranks, which factors
 
@@ -48,7 +49,7 @@ class SvdTuner(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """As PEFT's, with every rank and factor settled first; see the head of this file."""
-        config: SvdConfig = self.peft_config[adapter_name]
+        config = _ours(self.peft_config[adapter_name])
         self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
         self._resolution = Resolution(config, model, self.tuner_layer_cls, load_only)
@@ -74,34 +75,37 @@ class SvdTuner(BaseTuner):
         for layer in self.adapted_layers():
             layer.together = self.together
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    # PEFT's is annotated with None, and returns the model
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        assert self.together is not None  # since the first adapter was put on
         self.together.leave(self.model)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
 
-    def _prepare_model(self, peft_config: SvdConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
-        peft_config = self._named_layers(peft_config, model)
-        targets = dict(self._resolution.layers(dict(self._targets(peft_config, model))))
-        if peft_config.initialized:
-            check_same_layers(peft_config.ranks, targets)
+        config = self._named_layers(_ours(peft_config), model)
+        targets = dict(self._resolution.layers(dict(self._targets(config, model))))
+        if config.initialized:
+            check_same_layers(config.ranks, targets)
             if self._resolution.present:
-                check_base(peft_config.base_fingerprint, targets)
+                check_base(config.base_fingerprint, targets)
         self._resolution.decide(targets)
 
     def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
         """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name,
         which `layers_to_transform` does not look into, so that is applied here."""
         shorthand = config.target_modules
-        config = _maybe_include_all_linear_layers(config, model)
+        config = _ours(_maybe_include_all_linear_layers(config, model))
+        names = config.target_modules
         if (
             isinstance(shorthand, str)
-            and not isinstance(config.target_modules, str)
+            and not isinstance(names, str)
+            and names is not None
             and config.layers_to_transform is not None
         ):
-            names = config.target_modules
-            config.target_modules = {name.rpartition(".")[2] for name in names}
+            config.target_modules = as_set(name.rpartition(".")[2] for name in names)
             chosen = {name for name in names if self._check_target_module_exists(config, name)}
-            config.target_modules = chosen or names
+            config.target_modules = as_set(chosen or names)
         return config
 
     def _targets(self, config: SvdConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -119,21 +123,23 @@ class SvdTuner(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: SvdConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> None:
+        config = _ours(peft_config)
         if current_key in self._resolution.parts:
-            self._adapt_slices(peft_config, adapter_name, target, target_name, parent, current_key)
+            self._adapt_slices(config, adapter_name, target, target_name, parent, current_key)
             return
         # PEFT found the layer in a state dict, not by the configuration
         if current_key not in self._resolution.ranks:
             self._resolution.decide({current_key: target})
-        layer = self._adapted(peft_config, adapter_name, target, current_key)
+        layer = self._adapted(config, adapter_name, target, current_key)
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
 
@@ -238,15 +244,17 @@ class SvdTuner(BaseTuner):
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: SvdConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        config.last_taken = cls._some_of(found, model, adapter_name)
-        if config.compact:
+        ours = _ours(config)
+        # a class variable, lest the dataclass take it for a setting
+        ours.last_taken = cls._some_of(found, model, adapter_name)  # type: ignore[misc]
+        if ours.compact:
             for name, layer in model.named_modules():
                 if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
                     leave_out(found, name, layer, adapter_name)
@@ -271,7 +279,7 @@ class SvdTuner(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: SvdConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         given: dict[str, tuple[SvdLayer, dict[str, Tensor]]] = {}
@@ -291,7 +299,7 @@ class SvdTuner(BaseTuner):
         return remapped
 
     @staticmethod
-    def _take_back(model: nn.Module, adapter_name: str) -> None:
+    def _take_back(model: Any, adapter_name: str) -> None:
         """Remove an adapter that was put on a model in order to be loaded, so that the model is as
         it was."""
         tuner = getattr(model, "base_model", None)
@@ -305,3 +313,9 @@ class SvdTuner(BaseTuner):
         tuner.unload()
         for parameter in tuner._trained_before:
             parameter.requires_grad_(True)
+
+
+def _ours(config: PeftConfig) -> SvdConfig:
+    """A configuration that PEFT hands to a tuner of ours, which is one of ours."""
+    assert isinstance(config, SvdConfig)
+    return config

@@ -91,6 +91,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         raise SvdtuneError("the tokenizer has no chat template; use text prompts with `data.template: plain`")
     turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": _PROBE}]
     text = tokenizer.apply_chat_template(turns, tokenize=False)
+    assert isinstance(text, str)  # no tokens were asked for
     return tokenizer.encode(text.rpartition(_PROBE)[2], add_special_tokens=False)
 
 

@@ -60,6 +60,7 @@ def load(
         SvdtuneError: if there is no such model, its folder lacks weights, or the dtype is unknown.
     """
     name, path = str(model), locate(model)
+    loaded: Any  # of Transformers, whose own annotations here are those of wrappers
     dtype = _dtype(dtype)
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(path, Path) and path.suffix == ".gguf":
@@ -70,9 +71,10 @@ def load(
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
         try:
-            loaded, found = AutoModelForCausalLM.from_pretrained(
+            both: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, output_loading_info=True, **shared, **model_kwargs
             )
+            loaded, found = both
         # a damaged config.json comes out as any of a dozen types, some of them nobody's
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, SvdtuneError):

@@ -61,7 +61,9 @@ def fetch_smollm2(cache: Path | None = None) -> Path:
         )
         # Some versions of transformers take the file's first special token for the tokenizer's end
         # token.
-        set_end_token(model, tokenizer, tokenizer.convert_ids_to_tokens(model.config.eos_token_id))
+        end_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
+        assert isinstance(end_token, str)  # the file names a single one
+        set_end_token(model, tokenizer, end_token)
         check_end_token(model, tokenizer, chat=True)
         made = Path(work) / "model"
         model.save_pretrained(made)

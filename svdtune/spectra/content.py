@@ -31,4 +31,4 @@ def content_key(weight: Tensor) -> str:
 
 
 def _hash(chunk: Tensor) -> bytes:
-    return hashlib.sha256(chunk.cpu().numpy()).digest()
+    return hashlib.sha256(chunk.cpu().numpy().data).digest()

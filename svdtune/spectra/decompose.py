@@ -254,7 +254,7 @@ def _on_own_stream(
     return result
 
 
-def _named(name, compute):
+def _named(name: str, compute: Callable[[], Result]) -> Result:
     """compute(), with the weight's name put before the message of an error."""
     try:
         return compute()

@@ -116,15 +116,17 @@ class Sharing:
         if not (self.spread or self.main_only):
             mine = [name for name in self.shapes if self.owner[name] == processes.index()]
             return dict(compute({name: self.weights[name] for name in mine}))
-        found, failed = {}, None
+        found: dict[str, Any] = {}
+        failed: Exception | None = None
         for start in range(0, len(self.order), processes.count()):
-            mine = {}
+            held: dict[str, Tensor] = {}
             for name in self.order[start : start + processes.count()]:
                 matrix = self.weights[name]() if self.spread else self._handed(name)
                 if self.owner[name] == processes.index():
-                    mine[name] = _on_accelerator(matrix)
+                    assert matrix is not None  # its owner was handed it
+                    held[name] = _on_accelerator(matrix)
             try:
-                found |= dict(compute(mine)) if failed is None else {}
+                found |= dict(compute(held)) if failed is None else {}
             # whatever it is, the others wait for this process in the rounds to come
             except Exception as error:
                 failed = error
@@ -139,6 +141,7 @@ class Sharing:
         if self.owner[name] == 0:
             return matrix
         if processes.is_main():
+            assert matrix is not None  # the main process has read it
             dist.send(matrix.contiguous().to(processes.device()), self.owner[name])
         elif self.owner[name] == processes.index():
             matrix = torch.empty(self.shapes[name], dtype=dtype, device=processes.device())
@@ -164,9 +167,7 @@ def _on_accelerator(matrix: Tensor) -> Tensor:
     """A weight where it is decomposed fastest."""
     if not torch.accelerator.is_available():
         return matrix
-    return matrix.to(
-        torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
-    )
+    return matrix.to(processes.accelerator())
 
 
 def _apart(part: Tensor, device: torch.device) -> Tensor:

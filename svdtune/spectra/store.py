@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -80,7 +80,7 @@ def cache_limit() -> int:
     return int(min(limit, 1e9) * _UNITS)
 
 
-def load(kind: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+def load(kind: str, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """(tensors, facts) stored under a key, or None if they are not there in this version and
     undamaged."""
     path = _path(kind, key)
@@ -102,7 +102,7 @@ def load(kind: str, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None
     return tensors, facts
 
 
-def store(kind: str, key: str, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+def store(kind: str, key: str, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Keep tensors and facts under a key; a failure to write is logged once and otherwise
     harmless."""
     path = _path(kind, key)
@@ -174,14 +174,14 @@ def _path(kind: str, key: str) -> Path | None:
     return None if folder is None else folder / kind / f"{key}{_SUFFIX}"
 
 
-def _digest(tensors: dict[str, Tensor], facts: dict[str, str]) -> str:
+def _digest(tensors: dict[str, Tensor], facts: dict[str, Any]) -> str:
     """SHA-256 of facts and tensors: safetensors itself notices a truncated file but not a changed
     byte."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -6,8 +6,9 @@ input.
 """
 
 import copy
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import prod
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,7 +30,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         rows, columns = module.weight.shape
         return columns, rows
-    return module.out_features, module.in_features
+    linear: Any = module  # nn.Linear, a quantized one or a slice, which have no class in common
+    return linear.out_features, linear.in_features
 
 
 def as_stored(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -51,9 +53,9 @@ def base_weight(module: nn.Module) -> Tensor:
     """
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    if getattr(module, "weight", None) is None and not hasattr(module, "W_q"):
+    stored: Any = module.W_q if hasattr(module, "W_q") else getattr(module, "weight", None)
+    if stored is None:
         raise SvdtuneError(f"{type(module).__name__} has no weight to decompose; leave it out of target_modules")
-    stored = module.W_q if hasattr(module, "W_q") else module.weight
     with _in_memory(module), gather_params_ctx(stored), torch.no_grad():
         weight = _dequantized(module).detach()
         if hasattr(weight, "full_tensor"):
@@ -69,10 +71,12 @@ def base_weight(module: nn.Module) -> Tensor:
 
 
 def _dequantized(module: nn.Module) -> Tensor:
-    if type(stored := getattr(module, "weight", None)).__name__ == "Int8Params":
+    stored: Any = getattr(module, "weight", None)
+    if type(stored).__name__ == "Int8Params":
         # The scales are with the weight until the first use, then with the layer. PEFT's function
         # would take those of a weight before the last merge, and on CPUs lose them.
-        scales = module.state.SCB if stored.SCB is None else stored.SCB
+        layer: Any = module  # bitsandbytes'
+        scales = layer.state.SCB if stored.SCB is None else stored.SCB
         return stored.data * (scales.to(stored.device)[:, None] / 127)
     state = getattr(stored, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
@@ -84,7 +88,7 @@ def _dequantized(module: nn.Module) -> Tensor:
     return dequantize_module_weight(module)
 
 
-def _in_memory(module: nn.Module):
+def _in_memory(module: nn.Module) -> AbstractContextManager[None]:
     """A context in which Accelerate's offloaded parameters of `module` hold their values."""
     if not hasattr(module, "_hf_hook"):
         return nullcontext()

@@ -10,32 +10,30 @@ arithmetic, and on a model of 576 columns, whose GPU waits for its launches, che
 small products a layer. The way back turns all dΔW together into dU, ds and dV.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from svdtune.methods.compute.lowrank import pair, scaled
-
-Tensors = tuple[Tensor | None, ...]
+from svdtune.methods.compute.lowrank import Product, pair, scaled
 
 
 class Change(NamedTuple):
     """ΔWᵀ [in, out] of `tensors` = (U, s, V, P₀, V₀)."""
 
-    tensors: Tensors
+    tensors: Product
     delta: Tensor
 
 
-def changes_at_once(jobs: list[tuple[Tensors, torch.dtype]]) -> list[Change | None]:
+def changes_at_once(jobs: list[tuple[Product, torch.dtype]]) -> list[Change | None]:
     """A `Change` for each job, whose second entry is its dtype; None where tensors are sharded or
     not there.
 
     The sum inside ΔW is formed in fp32 of factors rounded to that dtype, as the layers' own nodes
     do it.
     """
-    groups: dict[tuple, list[int]] = {}
+    groups: dict[tuple[Any, ...], list[int]] = {}
     for i, (tensors, dtype) in enumerate(jobs):
         if all(tensor is None or _is_whole(tensor) for tensor in tensors):
             kind = tuple(tensor if tensor is None else (tensor.shape, tensor.dtype) for tensor in tensors)
@@ -59,7 +57,7 @@ class _ChangesAtOnce(torch.autograd.Function):
     """For n layers of one shape: n U's, s's, V's, P₀'s and V₀'s → n ΔWᵀ's."""
 
     @staticmethod
-    def forward(ctx, dtype, count, *flat):
+    def forward(ctx: Any, dtype: torch.dtype, count: int, *flat: Any) -> tuple[Tensor, ...]:
         Us, ss, Vs, P0s, V0s = (flat[i * count : (i + 1) * count] for i in range(5))
         U, V = torch.stack(Us), torch.stack(Vs)
         s = None if ss[0] is None else torch.stack(ss)[:, None]
@@ -72,11 +70,13 @@ class _ChangesAtOnce(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *gradients):
+    def backward(ctx: Any, *gradients: Any) -> Any:
         count = ctx.count
         V, P, U, s = ctx.saved_tensors
         U_dtype, V_dtype = ctx.dtypes
-        dUs, dss, dVs = [None] * count, [None] * count, [None] * count
+        dUs: list[Tensor | None] = [None] * count
+        dss: list[Tensor | None] = [None] * count
+        dVs: list[Tensor | None] = [None] * count
         used = [n for n, gradient in enumerate(gradients) if gradient is not None]
         if used:  # a layer that was not called gets no gradient, not one of zeros
             rows = slice(None) if len(used) == count else used
@@ -97,6 +97,6 @@ def batched_product(X: Tensor, Y: Tensor, dtype: torch.dtype) -> Tensor:
     return (X.to(wide) @ Y.to(wide)).to(dtype)
 
 
-def _put(places: list, indices: list[int], stacked: Tensor) -> None:
+def _put(places: list[Tensor | None], indices: list[int], stacked: Tensor) -> None:
     for n, one in zip(indices, stacked.unbind(0), strict=True):
         places[n] = one

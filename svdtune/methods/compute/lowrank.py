@@ -17,7 +17,7 @@ matmuls, and makes no pass over a [T, in] or [T, out] tensor that is not a matri
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +61,9 @@ def pair(U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor |
     """A = [V, V − V₀] and B = [P − P₀, P₀], or V and P where nothing is taken away; all may have
     leading dimensions."""
     P = scaled(U, s)
-    return (V, P) if P0 is None else (torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1))
+    if P0 is None or V0 is None:
+        return V, P
+    return torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1)
 
 
 def filled(x: Tensor, pad: int) -> Tensor:
@@ -96,6 +98,9 @@ class Part(NamedTuple):
     V0: Tensor | None = None
 
 
+Product = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
+"""U, s or None, V, and P₀ and V₀ or None and None: a `Part` without what it is added to."""
+
 Node = Callable[..., Tensor]
 """What `low_rank_linear` takes and gives, alone or together with other layers."""
 
@@ -113,7 +118,7 @@ class LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, x_adapter, p, *tensors):
+    def forward(ctx: Any, x: Tensor, x_adapter: Tensor | None, p: float, *tensors: Any) -> Tensor | tuple[Tensor, ...]:
         parts = as_parts(tensors)
         dtype = compute_dtype(x)
         pad = alignment(dtype, x.device)
@@ -125,6 +130,7 @@ class LowRankLinear(torch.autograd.Function):
         outputs, projected = [], []
         for part, B, own in zip(parts, Bs, apart(z, Bs), strict=True):
             if part.weight is None:
+                assert part.bias_or_output is not None
                 y = part.bias_or_output
                 ctx.mark_dirty(y)
                 y.view(-1, y.shape[-1]).addmm_(cast(own, y.dtype), cast(B, y.dtype).mT)
@@ -154,13 +160,14 @@ class LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         n = len(grads)
         flat, seed, A, *saved = ctx.saved_tensors
         Bs, projected, parts = saved[:n], saved[n : 2 * n], as_parts(saved[2 * n :])
         used = [i for i, grad in enumerate(grads) if grad is not None]
         if len(used) < n:
-            projected, parts, grads = ([them[i] for i in used] for them in (projected, parts, grads))
+            projected, parts = [projected[i] for i in used], [parts[i] for i in used]
+            grads = tuple(grads[i] for i in used)
             A = None
         dtype = flat.dtype
         pad = alignment(dtype, flat.device)
@@ -180,7 +187,7 @@ class LowRankLinear(torch.autograd.Function):
             dx = None if dx is None else cast(dx.view(ctx.shape), x_dtype)
 
         dVs = V_gradients(flat, Q, parts, Bs, pad, ctx.p, seed) if any(needs[4::FIELDS]) else [None] * len(parts)
-        gradients = [None] * len(needs)
+        gradients: list[Tensor | None] = [None] * len(needs)
         for i, part, z, dY, dV, grad in zip(used, parts, projected, dYs, dVs, grads, strict=True):
             needs_base, needs_U, needs_s = needs[i * FIELDS + 1 : i * FIELDS + 4]
             dU = ds = dbase = None
@@ -201,7 +208,7 @@ WORTH_A_COPY = 2**21
 """Elements of x A from which on saving a part repays its copy: a view would keep the whole."""
 
 
-def as_parts(flat: Sequence) -> list[Part]:
+def as_parts(flat: Sequence[Any]) -> list[Part]:
     """`Part`s from the flat arguments of an autograd function."""
     return [Part(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
 
@@ -252,6 +259,7 @@ def linear_with_pair(x: Tensor, part: Part, A: Tensor, B: Tensor, dtype: torch.d
     """The forward pass of `LowRankLinear` for one layer, of which nothing is saved."""
     x, bias = cast(x, dtype), part.bias_or_output
     bias = None if bias is None else cast(bias, dtype)
+    assert part.weight is not None
     return linear_plus(x, cast(part.weight, dtype), bias, x.reshape(-1, x.shape[-1]) @ A, B)
 
 
@@ -283,7 +291,7 @@ def input_gradient(
     if Q is not None and seed is not None:
         dx = A.new_zeros(len(Q), len(A)) if dx is None else dx
         return kernels.add_dropout_mm_(dx, Q, A, p, seed)
-    return dx if Q is None else dx.addmm_(Q, A.mT)
+    return dx if Q is None or dx is None else dx.addmm_(Q, A.mT)
 
 
 def low_rank_linear(

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,16 @@ from svdtune.methods.compute.kvcache import growing_cache, is_empty
 from svdtune.methods.compute.lowrank import (
     LowRankLinear,
     Part,
+    Product,
     alignment,
     cast,
     compute_dtype,
     linear_with_pair,
     stacked,
 )
+
+if TYPE_CHECKING:  # which imports this module
+    from svdtune.methods.layers.lowrank import LowRankLayer
 
 SMALL_MODEL, SMALL_LAYER = 2**28, 4e9
 """Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which
@@ -58,9 +62,9 @@ class Turn(NamedTuple):
     it was, once.
     """
 
-    layer: nn.Module
+    layer: "LowRankLayer[Any]"
     adapter: str
-    tensors: tuple[Tensor | None, ...]
+    tensors: Product
     dtype: torch.dtype
     input: int
     rows: int
@@ -71,14 +75,14 @@ class Ahead(NamedTuple):
 
     x: Tensor
     p: float
-    tensors: tuple[Tensor | None, ...]
+    tensors: Product
     y: Tensor
 
 
 class Pair(NamedTuple):
     """The stacked factors A [in, w] and B [out, w] of `tensors`."""
 
-    tensors: tuple[Tensor | None, ...]
+    tensors: Product
     A: Tensor
     B: Tensor
 
@@ -112,9 +116,9 @@ class Together:
         self._small = False
         self._pass: Pass | None = None
         self._pairs: dict[nn.Module, Pair] = {}
-        self._cache: weakref.ref | None = None
+        self._cache: weakref.ref[DynamicCache] | None = None
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type["Together"], tuple[()]]:
         """A copy of a model is watched anew."""
         return Together, ()
 
@@ -132,14 +136,14 @@ class Together:
         self._pairs.clear()
         self._follow([])
 
-    def _hooks_on(self, model: nn.Module) -> list[tuple[dict, int]]:
+    def _hooks_on(self, model: nn.Module) -> list[tuple[dict[int, Any], int]]:
         """Our hooks: found on the model, since a copy of one has hooks but no handles to them."""
         every = (model._forward_pre_hooks, model._forward_hooks)
         return [
             (hooks, key) for hooks in every for key, hook in hooks.items() if getattr(hook, "__self__", None) is self
         ]
 
-    def _begin(self, model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._pass = None
         if self.enabled is False or torch.compiler.is_compiling():
             return
@@ -160,7 +164,8 @@ class Together:
             return None
         if self._cache is None or self._cache() is not cache or is_empty(cache):
             self._pairs.clear()
-            self._cache = weakref.ref(cache, lambda _, pairs=self._pairs: pairs.clear())
+            pairs = self._pairs  # and not self, which the callback would keep alive
+            self._cache = weakref.ref(cache, lambda _: pairs.clear())
         return self._pairs
 
     def _end(self, model: nn.Module, *_: Any) -> None:
@@ -188,11 +193,11 @@ class Together:
                 by_input.setdefault(turn.input, []).append(turn)
         self._followers = {group[0].layer: group[1:] for group in by_input.values() if len(group) > 1}
 
-    def linear(self, layer: nn.Module, adapter: str, x: Tensor, *arguments: Any) -> Tensor:
+    def linear(self, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, *arguments: Any) -> Tensor:
         """`low_rank_linear` for one layer, with what of it was or can be done for several.
 
         Args:
-            layer: a `LowRankLayer`.
+            layer: which.
             adapter: its sole adapter.
             x, arguments: all that `low_rank_linear` takes, in its order.
         """
@@ -216,9 +221,9 @@ class Together:
         ready = [turn for turn in followers or () if turn.layer not in self._apart and _would_repeat(turn, p)]
         if not ready:
             return LowRankLinear.apply(x, x_adapter, p, *part)
-        flat = list(part)
+        flat: list[Tensor | None] = list(part)
         for turn in ready:
-            flat += Part(*turn.layer.readable(), *turn.tensors)
+            flat += (*turn.layer.readable(), *turn.tensors)
         y, *others = LowRankLinear.apply(x, None, p, *flat)
         for turn, other in zip(ready, others, strict=True):
             now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
@@ -229,11 +234,12 @@ class Together:
         Python."""
         if now.flat is None:
             now.flat = cast(x, delta.dtype).reshape(-1, x.shape[-1])
+        assert part.weight is not None
         y = F.linear(now.flat, cast(part.weight, delta.dtype), part.bias_or_output)
         return y.addmm_(now.flat, delta).view(*x.shape[:-1], -1)
 
     def _note(
-        self, now: Pass, layer: nn.Module, adapter: str, x: Tensor, tensors: Sequence, dtype: torch.dtype
+        self, now: Pass, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, tensors: Product, dtype: torch.dtype
     ) -> None:
         """Add a layer's turn to the pass: the planned one, where it is the same."""
         turns = now.turns

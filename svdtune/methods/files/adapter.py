@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -52,7 +52,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     folder = Path(folder).expanduser()
     config = read_config(folder)
     if not isinstance(config, SvdConfig):
-        kind = config.peft_type.value
+        kind = PeftType(config.peft_type).value
         raise SvdtuneError(f"{folder} holds an adapter of type {kind}; expected one of SARA, MOSARA or SORSA")
     path = folder / ADAPTER_WEIGHTS
     if not path.is_file():
@@ -121,4 +121,6 @@ def read_config(folder: Path) -> PeftConfig:
 
 def layer_class(config: SvdConfig) -> type[SvdLayer]:
     """The layer of a configuration's method."""
-    return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls
+    cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
+    assert issubclass(cls, SvdLayer)
+    return cls

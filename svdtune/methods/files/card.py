@@ -48,7 +48,7 @@ def write_card(folder: Path, config: "SvdConfig", weights: Path) -> None:
         title += f" for {base}"
         card.data["base_model"] = base
     card.data["library_name"] = "peft"
-    card.data["tags"] = sorted({*(card.data.tags or []), "svdtune", config.method})
+    card.data["tags"] = sorted({*(card.data.get("tags") or []), "svdtune", config.method})
     if not card.text.partition(_VERSIONS)[0].strip():
         card.text = f"# {title}\n\n{card.text.lstrip()}"
     card.text = with_section(card.text, "Adapter", _table(config, weights))

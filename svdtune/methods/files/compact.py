@@ -82,7 +82,8 @@ def restore(
         elif layer.awaits(adapter):
             lacking.append(name)
         else:  # an adapter that is resumed has them
-            found[name] = {part: layer.adapter_tensor(part, adapter).detach() for part in layer.frozen}
+            tensors = layer.adapter_tensors(adapter)
+            found[name] = {part: tensors[part] for part in layer.frozen}
     if lacking:
         weights = {name: partial(spectra.base_weight, given[name][0]) for name in lacking}
         ranks = {name: given[name][0].r[adapter] for name in lacking}
@@ -99,8 +100,9 @@ def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer) -> d
     """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all
     of them."""
     key = _ROOT + name.removeprefix(_ROOT)
-    probes = {part: state_dict.pop(f"{key}.{part}{PROBE}", None) for part in layer.frozen}
-    return {} if any(value is None for value in probes.values()) else probes
+    taken = {part: state_dict.pop(f"{key}.{part}{PROBE}", None) for part in layer.frozen}
+    probes = {part: value for part, value in taken.items() if value is not None}
+    return probes if len(probes) == len(taken) else {}
 
 
 def check_probes(layer: str, frozen: Mapping[str, Tensor], probes: Mapping[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -84,7 +85,7 @@ def fingerprint(module: nn.Module) -> str | None:
     into.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight: Tensor | None = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
     merged = isinstance(module, BaseTunerLayer) and module.merged
     offloaded = hasattr(base, "_hf_hook")
     if merged or is_quantized(getattr(base, "whole", base)) or (weight.is_meta and not offloaded):

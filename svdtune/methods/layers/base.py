@@ -9,10 +9,9 @@ method's prefix, by which PEFT's tools know what is trained.
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -22,12 +21,14 @@ from svdtune.linalg import Factors
 from svdtune.methods.compute import kernels
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.layers.convolution import add_convolved
+from svdtune.methods.layers.convolution import Convolution, add_convolved
 from svdtune.methods.layers.merge import Merging
 from svdtune.methods.layers.quantized import device_and_dtype
 
+Config = TypeVar("Config", bound=SvdConfig)
 
-class SvdLayer(Merging, nn.Module, BaseTunerLayer):
+
+class SvdLayer(Merging, Generic[Config]):
     """A linear layer or a convolution with adapters of one method around it.
 
     Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter
@@ -59,7 +60,7 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
-        self.configs: dict[str, SvdConfig] = {}
+        self.configs: dict[str, Config] = {}
         for name in (*self.trained, *self.frozen):
             setattr(self, name, nn.ParameterDict())
         setattr(self, f"{self.method}_dropout", nn.ModuleDict())
@@ -76,7 +77,7 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     # What a method says of itself
 
     @abstractmethod
-    def new_tensors(self, r: int, config: SvdConfig, factors: Factors | None) -> dict[str, Tensor | None]:
+    def new_tensors(self, r: int, config: Config, factors: Factors | None) -> dict[str, Tensor | None]:
         """The starting value of every tensor in `trained` and `frozen`, None for one that the
         settings leave out.
 
@@ -106,11 +107,11 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """The same for a convolution, x [N, in, ...] and y [N, out, ...], not in place."""
-        return add_convolved(self.get_base_layer(), y, x, *self.pair(adapter))
+        return add_convolved(self.convolution(), y, x, *self.pair(adapter))
 
     @staticmethod
     @abstractmethod
-    def low_rank_pair(tensors: Mapping[str, Tensor], config: SvdConfig) -> tuple[Tensor, Tensor]:
+    def low_rank_pair(tensors: Mapping[str, Tensor], config: Config) -> tuple[Tensor, Tensor]:
         """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base weight.
 
         Args:
@@ -121,6 +122,12 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         Raises:
             SvdtuneError: the adapter is no matrix.
         """
+
+    def convolution(self) -> Convolution:
+        """The base layer, which is a convolution."""
+        base = self.get_base_layer()
+        assert isinstance(base, spectra.CONVOLUTIONS)
+        return base
 
     def pair(self, adapter: str) -> tuple[Tensor, Tensor]:
         """`low_rank_pair` of an adapter as it is now, with gradients to the trained tensors."""
@@ -149,7 +156,7 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         r: int,
-        config: SvdConfig,
+        config: Config,
         factors: Factors | None = None,
         load_only: bool = False,
     ) -> None:
@@ -172,9 +179,7 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _starting_tensors(
-        self, r: int, config: SvdConfig, factors: Factors | None, load_only: bool
-    ) -> dict[str, Tensor]:
+    def _starting_tensors(self, r: int, config: Config, factors: Factors | None, load_only: bool) -> dict[str, Tensor]:
         """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number,
         where `load_only`."""
         if not load_only:
@@ -188,7 +193,8 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
         # every step reads these: nn.Module's own look-up is slow
-        parameters = self._modules[name]._parameters
+        of_name: Any = self._modules[name]
+        parameters: dict[str, Tensor | None] = of_name._parameters
         return parameters[adapter] if adapter in parameters else None  # noqa: SIM401  ZeRO-3 gathers what [] asks for
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
@@ -284,12 +290,13 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
 
     def readable(self) -> tuple[Tensor, Tensor | None]:
         """The base layer's weight [out, in] and bias."""
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         return base.weight.mT if self._is_conv1d else base.weight, base.bias
 
     def dropout_p(self, adapter: str) -> float:
         """The probability with which an entry of the adapter's input is zeroed now."""
-        dropout = self._modules[f"{self.method}_dropout"]._modules[adapter]
+        by_adapter: Any = self._modules[f"{self.method}_dropout"]
+        dropout = by_adapter._modules[adapter]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def add(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
@@ -314,7 +321,7 @@ class SvdLayer(Merging, nn.Module, BaseTunerLayer):
         on the call, for sharded ones, for one that is itself trained, and where anybody hooked the
         layer.
         """
-        base = self._modules["base_layer"]
+        base: Any = self._modules["base_layer"]
         weight = base._parameters.get("weight")
         return (
             type(base) in (nn.Linear, Conv1D)

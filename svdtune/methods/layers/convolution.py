@@ -10,6 +10,7 @@ and no patch is ever copied out. Stride, padding and dilation are the base layer
 With groups, every group of channels goes through A by itself and meets its own rows of B.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from torch.nn import functional as F
 
 from svdtune.methods.compute.lowrank import compute_dtype
 
-_CONVOLVE = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def kernel_of(base: nn.Module) -> dict[str, Any]:
+def kernel_of(base: Convolution) -> dict[str, Any]:
     """What a convolution's kernel looks at, as a configuration records it."""
     return {
         "groups": base.groups,
@@ -31,7 +34,7 @@ def kernel_of(base: nn.Module) -> dict[str, Any]:
     }
 
 
-def project(base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+def project(base: Convolution, x: Tensor, A: Tensor) -> Tensor:
     """A ∗ x: [N, groups · w, positions ...] for x [N, in, ...] and A [in / groups · k ..., w]."""
     dtype = compute_dtype(x)
     kernel = A.mT.reshape(-1, *base.weight.shape[1:]).to(dtype)
@@ -40,14 +43,14 @@ def project(base: nn.Module, x: Tensor, A: Tensor) -> Tensor:
     return base._conv_forward(x.to(dtype), kernel, None)
 
 
-def expand(base: nn.Module, z: Tensor, B: Tensor) -> Tensor:
+def expand(base: Convolution, z: Tensor, B: Tensor) -> Tensor:
     """B z at every position: [N, out, positions ...] for z [N, groups · w, positions ...] and B
     [out, w]."""
     size = len(base.kernel_size)
     return _CONVOLVE[size](z, B.reshape(*B.shape, *(1,) * size).to(z.dtype), groups=base.groups)
 
 
-def add_convolved(base: nn.Module, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+def add_convolved(base: Convolution, y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """y + B (A ∗ x), in the dtype of y."""
     return y + expand(base, project(base, x, A), B).to(y.dtype)
 

@@ -4,20 +4,18 @@ weight."""
 from abc import abstractmethod
 from functools import partial
 
-from torch import Tensor
-
-from svdtune.methods.compute.lowrank import Node, low_rank_linear
-from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.compute.lowrank import Node, Product, low_rank_linear
+from svdtune.methods.layers.base import Config, SvdLayer
 
 
-class LowRankLayer(SvdLayer):
+class LowRankLayer(SvdLayer[Config]):
     """A layer whose adapters are low-rank additions; `svdtune.methods.compute.together` computes
     several in one node."""
 
     draws_masks = True
 
     @abstractmethod
-    def product(self, adapter: str) -> tuple[Tensor | None, ...]:
+    def product(self, adapter: str) -> Product:
         """U [out, r], s [r] or None, V [in, r], and P₀ and V₀ of what is taken away, None where
         nothing is."""
 

@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -42,6 +43,7 @@ class Observed:
     @property
     def adapter(self) -> str:
         """Name of the adapter that is looked at."""
+        assert isinstance(self.module, BaseTunerLayer)
         return self.module.active_adapters[0]
 
     @torch.no_grad()
@@ -122,7 +124,8 @@ def trained_layers(model: nn.Module) -> list[Observed]:
     output head.
     """
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    head = None if adapted or not hasattr(model, "get_output_embeddings") else model.get_output_embeddings()
+    get_head: Any = getattr(model, "get_output_embeddings", None)
+    head = None if adapted or get_head is None else get_head()
     return [
         Observed(re.sub(r"^base_model\.model\.", "", name), module)
         for name, module in model.named_modules()
@@ -151,9 +154,11 @@ def _exact(weight: Tensor) -> Tensor:
 def _lora_pair(layer: nn.Module, adapter: str) -> Pair | None:
     """A [in, r] and scaling · B [out, r] of a plain LoRA on a linear layer; None for variants such
     as DoRA or AdaLoRA."""
-    plain = (
-        isinstance(layer, LoraLayer) and adapter in layer.lora_A and not getattr(layer, "lora_variant", {}).get(adapter)
-    )
-    if not plain or not isinstance(layer.lora_A[adapter], nn.Linear) or layer.lora_B[adapter].bias is not None:
+    if not isinstance(layer, LoraLayer) or adapter not in layer.lora_A:
         return None
-    return layer.lora_A[adapter].weight.detach().mT, layer.lora_B[adapter].weight.detach() * layer.scaling[adapter]
+    if getattr(layer, "lora_variant", {}).get(adapter):
+        return None
+    first, second = layer.lora_A[adapter], layer.lora_B[adapter]
+    if not isinstance(first, nn.Linear) or not isinstance(second, nn.Linear) or second.bias is not None:
+        return None
+    return first.weight.detach().mT, second.weight.detach() * layer.scaling[adapter]

@@ -1,10 +1,11 @@
 """Merging: how an adapted layer puts adapters into its base weight and takes them out again, for
 every kind of weight."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from svdtune import spectra
@@ -12,15 +13,25 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.layers.quantized import check_mergeable, device_and_dtype, kept, put_back
 
 
-class Merging:
-    """The part of an adapted layer that merges; it needs `delta` and PEFT's attributes of a tuner
-    layer.
+class Merging(nn.Module, BaseTunerLayer):
+    """The part of an adapted layer that merges.
 
     Attributes:
+        r: rank by adapter name.
         merged_adapters: names of the adapters that the base weight holds now.
         tied: whether other modules have the same weight, as an output head has the embeddings';
             merging then unties.
     """
+
+    r: dict[str, int]
+
+    @abstractmethod
+    def delta(self, adapter: str) -> Tensor:
+        """What an adapter adds to the base weight [out, in]."""
+
+    @abstractmethod
+    def _check_loaded(self, active: list[str]) -> None:
+        """Raise `SvdtuneError` for an adapter whose values have not come yet."""
 
     def _start_merging(self) -> None:
         self.merged_adapters: list[str] = []
@@ -80,7 +91,7 @@ class Merging:
 
     def set_base_weight(self, weight_data: Tensor) -> None:
         """As PEFT's; a slice of a fused weight writes into its own rows."""
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if hasattr(base, "write"):
             base.write(weight_data)
         else:

@@ -49,7 +49,7 @@ def check_mergeable(backend: QuantizationBackend | None) -> None:
         )
 
 
-def kept(base: nn.Module) -> Any:
+def kept(base: Any) -> Any:
     """What a quantized layer stores, to be put back as it is."""
     if hasattr(base, "W_q"):
         return base
@@ -79,7 +79,7 @@ def put_back(layer: Any, stored: Any) -> None:
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where a base layer's weight lies, and its dtype; HQQ, which has no such weight, says what it
     computes in."""
-    base = getattr(base, "whole", base)  # of a slice
-    if hasattr(base, "W_q"):
-        return base.W_q.device, base.compute_dtype
-    return base.weight.device, base.weight.dtype
+    layer: Any = getattr(base, "whole", base)  # of a slice
+    if hasattr(layer, "W_q"):
+        return layer.W_q.device, layer.compute_dtype
+    return layer.weight.device, layer.weight.dtype

@@ -112,7 +112,7 @@ def known_parts(model: nn.Module, name: str) -> Parts | None:
     """
     last = name.rpartition(".")[2]
     for config in _configs_above(model, name):
-        find = KNOWN.get(getattr(config, "model_type", None), {}).get(last)
+        find = KNOWN.get(getattr(config, "model_type", ""), {}).get(last)
         if find is not None:
             return find(config)
     return None
@@ -142,7 +142,7 @@ def chosen_parts(
     """
     if asked is None:
         return {}
-    if asked == "auto":
+    if isinstance(asked, str):  # "auto"
         known = known_parts(model, name) or {}
         parts = {part: rows for part, rows in known.items() if usual is None or part in usual} or known
     else:

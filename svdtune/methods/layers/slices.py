@@ -7,7 +7,7 @@ is special.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -54,7 +54,9 @@ class RowSlice(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The fused layer's whole bias: a slice has none of its own to train."""
-        return self.whole.bias
+        bias = self.whole.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
@@ -96,25 +98,25 @@ class FusedLinear(nn.Module, BaseTunerLayer):
 
     def slices(self) -> Iterator[SvdLayer]:
         """The adapted slices."""
-        return (module for name, module in self.named_children() if name != "base_layer")
+        return (module for module in self.children() if isinstance(module, SvdLayer))
 
     def slice(self, part: str) -> SvdLayer | None:
         """The adapted slice of a name, None where it is not adapted."""
-        return self._modules.get(part)
+        return cast(SvdLayer | None, self._modules.get(part))  # no other modules have such names
 
     @property
     def active_adapter(self) -> str | list[str]:
         return next(self.slices()).active_adapter
 
     @property
-    def merged_adapters(self) -> list[str]:
+    def merged_adapters(self) -> list[str]:  # type: ignore[override]  # the slices' own, which nobody sets here
         return next(self.slices()).merged_adapters
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The fused layer's output with every slice's addition in its rows."""
         # The slices come first: one that was merged and is now disabled takes its change out of the
         # weight.
-        added = [(part.get_base_layer().rows, part(x)) for part in self.slices() if not part.is_silent()]
+        added = [(_rows(part), part(x)) for part in self.slices() if not part.is_silent()]
         y = self.base_layer(x, *args, **kwargs)
         if added and type(self.base_layer) not in (nn.Linear, Conv1D):
             # what other layers give may be a view, or be kept for their own backward pass
@@ -145,6 +147,12 @@ class FusedLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"svdtune.{super().__repr__()}"
+
+
+def _rows(part: SvdLayer) -> Rows:
+    base = part.get_base_layer()
+    assert isinstance(base, RowSlice)
+    return base.rows
 
 
 def whole_pairs(

@@ -12,9 +12,11 @@ class MoSaraModel(SvdTuner):
     """A model with Mo-SARA adapters."""
 
     prefix = "mosara_"
-    tuner_layer_cls = MoSaraLinear
+    tuner_layer_cls = MoSaraLinear  # type: ignore[misc]  # PEFT annotates it as an instance's
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for adapter in self.active_adapters:
-            check_is_matrix(self.peft_config[adapter], adapter)
+            config = self.peft_config[adapter]
+            assert isinstance(config, MoSaraConfig)
+            check_is_matrix(config, adapter)

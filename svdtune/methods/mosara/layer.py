@@ -1,6 +1,7 @@
 """MoSaraLinear: Mo-SARA's layer."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from svdtune.methods.mosara.math import (
 )
 
 
-class MoSaraLinear(SvdLayer):
+class MoSaraLinear(SvdLayer[MoSaraConfig]):
     """A layer with Mo-SARA adapters.
 
     Trained: mosara_lambda [m, k], mosara_v [out] (or [in] in front), mosara_w1 [k], mosara_w2 [m].
@@ -34,10 +35,11 @@ class MoSaraLinear(SvdLayer):
     method = "mosara"
     trained = ("mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
     frozen = ("frozen_U", "frozen_V")
+    frozen_V: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        self._ready: dict[str, tuple[tuple, Tensor]] = {}
+        self._ready: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -64,9 +66,14 @@ class MoSaraLinear(SvdLayer):
     def frozen_from(factors: Factors) -> dict[str, Tensor]:
         return {"frozen_U": factors.U, "frozen_V": factors.Vh.mT.contiguous()}
 
-    def _tensors(self, adapter: str) -> tuple:
+    def _tensors(
+        self, adapter: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
         names = ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
         U, V, lam, v, w1, w2 = (self.adapter_tensor(name, adapter) for name in names)
+        assert U is not None
+        assert V is not None
+        assert lam is not None
         return U, V, mean_head(lam) if self._gate(adapter) == "none" else lam, v, w1, w2, self._front(adapter)
 
     def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
@@ -108,9 +115,9 @@ class MoSaraLinear(SvdLayer):
         """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the
         kernel looks at there."""
         U, V, lam, v, w1, w2, front = self._tensors(adapter)
-        if w1 is None:
+        if w1 is None or w2 is None:
             return super().add_convolved(y, x, adapter)
-        base = self.get_base_layer()
+        base = self.convolution()
         positions, groups = len(base.kernel_size), base.groups
         z = per_position(project(base, x, scaled_rows(V, v) if front else V), groups, positions)
         rows = z.reshape(-1, z.shape[-1])
@@ -127,9 +134,9 @@ class MoSaraLinear(SvdLayer):
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
         check_is_matrix(config)
-        U, V, lam, v = (tensors.get(name) for name in ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v"))
+        U, V, lam = (tensors[name] for name in ("frozen_U", "frozen_V", "mosara_lambda"))
         # one head, or no gate
-        return mosara_pair(U, V, mean_head(lam), v, config.v_position == "front")
+        return mosara_pair(U, V, mean_head(lam), tensors.get("mosara_v"), config.v_position == "front")
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.configs[adapter_name].has_router

@@ -17,6 +17,7 @@ needs.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,19 +42,36 @@ class GatedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias_or_output, x_adapter, U, V, lam, v, w1, w2, front, V_ready):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias_or_output: Tensor | None,
+        x_adapter: Tensor | None,
+        U: Tensor,
+        V: Tensor,
+        lam: Tensor,
+        v: Tensor | None,
+        w1: Tensor | None,
+        w2: Tensor | None,
+        front: bool,
+        V_ready: Tensor | None,
+    ) -> Tensor:
         dtype = compute_dtype(x)
         inputs = (x if x_adapter is None else x_adapter).to(dtype)
         flat = inputs.reshape(-1, inputs.shape[-1])
         A, B = projections(U, V, v, front, dtype, V_ready)
         z = flat @ A
-        if front and w1 is not None:  # the gate reads x V without v
+        gate_input: Tensor | None
+        gate: Tensor | None
+        if front and w1 is not None and w2 is not None:  # the gate reads x V without v
             gate_input = flat @ (V @ w1.to(V.dtype)).to(dtype)
             gate = token_gate(gate_input, w2)
             t = z * filled(mixed_values(gate, lam), z.shape[1]).to(dtype)
         else:
             t, gate, gate_input = _mix(z, w1, w2, lam)
         if weight is None:
+            assert bias_or_output is not None
             y = bias_or_output
             ctx.mark_dirty(y)
         else:
@@ -67,7 +85,7 @@ class GatedLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Any:
         flat, z, gate_input, gate, weight, U, V, lam, v, w1, w2, V_ready = ctx.saved_tensors
         front, dtype, k = ctx.front, z.dtype, lam.shape[1]
         needs_x, _, needs_base, needs_adapter, *_ = ctx.needs_input_grad
@@ -120,7 +138,7 @@ def projections(
 def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Eq. 6 and the inner part of Eq. 5: t = z ∘ (g λ) [T, k'], g [T, m] and the gate's input z w₁
     [T] (None for one head)."""
-    if w1 is None:
+    if w1 is None or w2 is None:
         return z * filled(lam, z.shape[1]).to(z.dtype), None, None
     if kernels.available(z, w1, w2, lam) and not torch.compiler.is_compiling():
         return kernels.mix(z, w1, w2, lam)
@@ -135,7 +153,7 @@ def _mix_backward(
     """Gradients of `_mix`: dz [T, k'], dλ, dw₁, dw₂ and da [T]; without w1 the gate's input came
     from elsewhere."""
     k = lam.shape[1]
-    if gate is None:
+    if gate is None or a is None or w2 is None:
         return dt * filled(lam, z.shape[1]).to(z.dtype), (dt * z)[:, :k].sum(0, dtype=lam.dtype)[None], None, None, None
     if w1 is not None and kernels.available(dt, z, gate, a, lam, w1, w2) and not torch.compiler.is_compiling():
         return (*kernels.mix_backward(dt, z, gate, a, lam, w1, w2), None)

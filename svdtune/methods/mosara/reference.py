@@ -30,7 +30,7 @@ def mosara_linear(
 
     Another gate is what it makes of the softmax's weights, `changed`.
     """
-    g = torch.full((len(x), len(lam)), 1 / len(lam), dtype=x.dtype) if w1 is None else gate(x, V, w1, w2)
+    g = torch.full((len(x), len(lam)), 1 / len(lam), dtype=x.dtype) if w1 is None or w2 is None else gate(x, V, w1, w2)
     rows = []
     for token, weights in zip(x, changed(g), strict=True):
         values = sum(weights[i] * torch.diag(lam[i]) for i in range(len(lam)))

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
+from svdtune.methods.compute.lowrank import Product
 from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.sara.config import SaraConfig
 from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_linear, sara_pair
 
 
-class SaraLinear(LowRankLayer):
+class SaraLinear(LowRankLayer[SaraConfig]):
     """A layer with SARA adapters: sara_U [out, k], sara_lambda [k], sara_V [in, k], all trained."""
 
     method = "sara"
@@ -28,8 +29,11 @@ class SaraLinear(LowRankLayer):
                 U = torch.zeros_like(U)
         return {"sara_U": U, "sara_lambda": lam if config.use_lambda else None, "sara_V": V}
 
-    def product(self, adapter: str) -> tuple[Tensor | None, ...]:
-        return *(self.adapter_tensor(name, adapter) for name in self.trained), None, None
+    def product(self, adapter: str) -> Product:
+        U, lam, V = (self.adapter_tensor(name, adapter) for name in self.trained)
+        assert U is not None
+        assert V is not None
+        return U, lam, V, None, None
 
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
@@ -41,4 +45,4 @@ class SaraLinear(LowRankLayer):
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:
-        return sara_pair(*(tensors.get(name) for name in SaraLinear.trained))
+        return sara_pair(tensors["sara_U"], tensors.get("sara_lambda"), tensors["sara_V"])

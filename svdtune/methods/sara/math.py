@@ -49,7 +49,7 @@ def sara_pair(U: Tensor, lam: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]
 
 def kaiming_factors(
     out_features: int, in_features: int, k: int, device: torch.device | None = None
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's random start: Kaiming uniform with a = √5 (Appendix A), that is uniform in
     ±1/√fan_in.
 

@@ -1,6 +1,10 @@
 """SORSA: trains the leading singular values and vectors of the weight itself, under an orthonormal
 regularizer."""
 
+from typing import Any
+
+from peft import PeftConfig
+
 from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.tuner import SvdTuner
@@ -12,9 +16,10 @@ class SorsaModel(SvdTuner):
     """A model with SORSA adapters."""
 
     prefix = "sorsa_"
-    tuner_layer_cls = SorsaLinear
+    tuner_layer_cls = SorsaLinear  # type: ignore[misc]  # PEFT annotates it as an instance's
 
-    def _prepare_adapter_config(self, peft_config: SorsaConfig, model_config: dict) -> SorsaConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, SorsaConfig)
         # the paper adapts every linear layer, whatever the architecture
         if peft_config.target_modules is None:
             peft_config.target_modules = "all-linear"

@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from svdtune.linalg import Factors
-from svdtune.methods.compute.lowrank import add_low_rank
+from svdtune.methods.compute.lowrank import Product, add_low_rank
 from svdtune.methods.layers.convolution import add_convolved
 from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.sara.math import kaiming_factors
@@ -15,7 +15,7 @@ from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.math import add_sorsa, principal_part, sorsa_linear, sorsa_pair
 
 
-class SorsaLinear(LowRankLayer):
+class SorsaLinear(LowRankLayer[SorsaConfig]):
     """A layer with SORSA adapters.
 
     Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading
@@ -30,6 +30,8 @@ class SorsaLinear(LowRankLayer):
     method = "sorsa"
     trained = ("sorsa_U", "sorsa_s", "sorsa_V")
     frozen = ("frozen_P0", "frozen_V0")
+    frozen_P0: nn.ParameterDict
+    frozen_V0: nn.ParameterDict
 
     def new_tensors(self, r: int, config: SorsaConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         if factors is not None:
@@ -44,11 +46,14 @@ class SorsaLinear(LowRankLayer):
     def frozen_from(factors: Factors) -> dict[str, Tensor]:
         return dict(zip(SorsaLinear.frozen, principal_part(factors), strict=True))
 
-    def product(self, adapter: str) -> tuple[Tensor | None, ...]:
-        trained = (self.adapter_tensor(name, adapter) for name in self.trained)
+    def product(self, adapter: str) -> Product:
+        U, s, V = (self.adapter_tensor(name, adapter) for name in self.trained)
+        assert U is not None
+        assert V is not None
         if self.configs[adapter].layout == "split":
-            return *trained, None, None
-        return *trained, *(self.adapter_tensor(name, adapter) for name in self.frozen)
+            return U, s, V, None, None
+        P0, V0 = (self.adapter_tensor(name, adapter) for name in self.frozen)
+        return U, s, V, P0, V0
 
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
@@ -83,5 +88,5 @@ class SorsaLinear(LowRankLayer):
             return y
         P0, V0 = self.frozen_P0[adapter], self.frozen_V0[adapter]
         if self._is_convolution:
-            return add_convolved(self.get_base_layer(), y, x, V0, P0)
+            return add_convolved(self.convolution(), y, x, V0, P0)
         return add_low_rank(y.contiguous(), x, P0, None, V0)

@@ -36,7 +36,7 @@ def sorsa_linear(
     weight: Tensor,
     bias: Tensor | None,
     U: Tensor,
-    s: Tensor,
+    s: Tensor | None,
     V: Tensor,
     P0: Tensor | None = None,
     V0: Tensor | None = None,
@@ -53,7 +53,7 @@ def sorsa_linear(
 
 
 def add_sorsa(
-    y: Tensor, x: Tensor, U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
+    y: Tensor, x: Tensor, U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
 ) -> Tensor:
     """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
     out]."""

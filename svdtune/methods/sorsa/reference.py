@@ -18,7 +18,7 @@ def sorsa_linear(
 ) -> Tensor:
     """Eq. 3, x (W_r + U_p diag(S_p) V_pᵀ), with autograd's own gradients; shapes as in
     `math.py`."""
-    residual = weight if P0 is None else weight - P0 @ V0.mT
+    residual = weight if P0 is None or V0 is None else weight - P0 @ V0.mT
     return F.linear(x, residual + U @ torch.diag(s) @ V.mT, bias)
 
 

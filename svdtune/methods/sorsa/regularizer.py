@@ -46,6 +46,7 @@ def trained_factors(layers: nn.Module | list[SorsaLinear]) -> Iterator[tuple[nn.
         for adapter, config in layer.configs.items():
             for name in ("sorsa_U", "sorsa_V"):
                 factor = layer.adapter_tensor(name, adapter)
+                assert isinstance(factor, nn.Parameter)
                 if factor.requires_grad:
                     yield factor, config
 
@@ -80,7 +81,7 @@ def add_regularizer_gradients(
     if not factors:
         return None
     grams = summed_grams(factor for factor, _ in factors)
-    groups: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
     for factor, config in factors:
         share = 1 / len(factors) if config.reduction == "mean" else 1.0
         sharded = id(factor) in grams
@@ -107,10 +108,10 @@ def _chunks(group: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
 
 
 def _accumulate(factors: list[nn.Parameter], gradients: Tensor) -> None:
-    with_grad = [i for i, factor in enumerate(factors) if factor.grad is not None]
+    with_grad = {i: factor.grad for i, factor in enumerate(factors) if factor.grad is not None}
     new = gradients.to(factors[0].dtype).unbind(0)
     if with_grad:
-        torch._foreach_add_([rows(factors[i].grad) for i in with_grad], [new[i] for i in with_grad])
+        torch._foreach_add_([rows(grad) for grad in with_grad.values()], [new[i] for i in with_grad])
     for i in set(range(len(factors))).difference(with_grad):
         factors[i].grad = as_gradient(new[i].clone(), factors[i])
 
@@ -125,7 +126,7 @@ class RegularizerHook:
         self._handle: RemovableHandle | None = None
         self._zero: ZeroFactors | None = None
 
-    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+    def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._zero is not None:
             self.last = self._zero.add_gradients(optimizer, self.max_learning_rate)
             return
@@ -192,17 +193,19 @@ class SorsaRegularizer(TrainerCallback):
     def __init__(self) -> None:
         self.hook: RegularizerHook | None = None
 
-    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         inner = getattr(
             optimizer, "optimizer", optimizer
         )  # Accelerate wraps the optimizer; the step is the inner one's
         if any(True for _ in trained_factors(model)):
             self.hook = regularize(inner, model, args.learning_rate)
 
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.hook is not None and self.hook.last is not None and logs is not None and "loss" in logs:
             logs["l_reg"] = float(self.hook.last)
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.hook is not None:
             self.hook.remove()

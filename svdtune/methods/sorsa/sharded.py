@@ -9,7 +9,7 @@ U_p E / ‖E‖ follow from it.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,8 +18,12 @@ from torch import Tensor
 from svdtune.errors import SvdtuneError
 from svdtune.methods.compute.gram import gram
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-def is_sharded(tensor: Tensor) -> bool:
+
+def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
     """Whether a tensor is a DTensor; what may not be there in a torch without distributed training
     is not imported for it."""
     return hasattr(tensor, "to_local")
@@ -54,7 +58,7 @@ def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
     Raises:
         SvdtuneError: a factor is sharded otherwise than by rows.
     """
-    by_groups: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+    by_groups: dict[tuple[Any, ...], list[DTensor]] = defaultdict(list)
     for factor in factors:
         if is_sharded(factor):
             by_groups[_spread_over(factor)].append(factor)
@@ -66,7 +70,7 @@ def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
     return found
 
 
-def _spread_over(factor: Tensor) -> tuple[Any, ...]:
+def _spread_over(factor: "DTensor") -> tuple[Any, ...]:
     """The groups of processes over which a factor's rows are spread."""
     groups = []
     for dimension, placement in enumerate(factor.placements):
@@ -80,7 +84,7 @@ def _spread_over(factor: Tensor) -> tuple[Any, ...]:
     return tuple(groups)
 
 
-def _sum_over(groups: Sequence[Any], grams: list[Tensor], like: Tensor) -> None:
+def _sum_over(groups: Sequence[Any], grams: list[Tensor], like: "DTensor") -> None:
     """Sum matrices over processes, in place, in one message a group."""
     flat = torch.cat([one.flatten() for one in grams])
     device = flat.device

@@ -10,7 +10,7 @@ added, cut to the same part. Stages 1 and 2 leave the factors whole, so that not
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -69,8 +69,9 @@ class ZeroFactors:
         now = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         return ((number, flat) for number, flat in enumerate(flats) if id(flat) in now)
 
-    def place(self, group: int, factor: nn.Parameter) -> Partition | None:
-        """Where this process's part of a factor is, None where it has none."""
+    def place(self, group: int, factor: Any) -> Partition | None:
+        """Where this process's part of a factor is, by what ZeRO notes on it; None where it has
+        none."""
         if self.whole:
             mapping = factor._hp_mapping
             if mapping is None:
@@ -100,11 +101,11 @@ class ZeroFactors:
                         own = gradient.flatten().narrow(0, place.start, place.numel)
                         flat.grad.narrow(0, place.offset, place.numel).add_(own.to(flat.grad))
             self.parts[group] = total
-        return sum(self.parts.values()) if self.parts else None
+        return cast(Tensor, sum(self.parts.values())) if self.parts else None
 
-    def _alike(self, group: int) -> dict[tuple, list[nn.Parameter]]:
+    def _alike(self, group: int) -> dict[tuple[Any, ...], list[nn.Parameter]]:
         """A group's factors by what their penalty depends on: share, γ, ε and shape."""
-        found: dict[tuple, list[nn.Parameter]] = defaultdict(list)
+        found: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
         for factor, config in self.factors.get(group, ()):
             share = 1 / self.count if config.reduction == "mean" else 1.0
             shape = tuple(getattr(factor, "ds_shape", factor.shape))

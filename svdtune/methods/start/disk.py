@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -140,9 +140,18 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
     measured = config.threshold is not None
     model = skeleton(checkpoint, with_rank(config, 1) if measured else config)
     found = sites(model)
-    given = {site.name: site.rank for site in found if not measured or pattern_rank(config, site.name, site.module)}
-    layers = [(site, model.base_model.model.get_submodule(site.name)) for site in found]
+    given = {
+        site.name: site.rank
+        for site in found
+        if site.rank is not None and (not measured or pattern_rank(config, site.name, site.module))
+    }
+    layers = []
+    for site in found:
+        layer = model.get_base_model().get_submodule(site.name)
+        assert isinstance(layer, SvdLayer)
+        layers.append((site, layer))
     completed = found.config
+    assert isinstance(completed, SvdConfig)
     vars(completed).update(r=config.r, threshold=config.threshold, ranks={}, base_fingerprint={}, inference_mode=True)
     completed.base_model_name_or_path = checkpoint.name
     return _Planned(layers, completed, given)
@@ -164,11 +173,12 @@ def _decompose(name: str, weight: Tensor, config: SvdConfig, rank: int | None) -
 
     `rank` is None where the spectrum decides.
     """
+    threshold = cast(float, config.threshold)  # where it is None, the rank is not
     if rank is None and config.needs_factors and not config.compact:
-        factors = dict(spectra.ranked_factors({name: weight}, config.threshold, progress=False))[name]
+        factors = dict(spectra.ranked_factors({name: weight}, threshold, progress=False))[name]
         return factors, len(factors.s)
     if rank is None:
-        rank = spectra.ranks({name: weight}, config.threshold, progress=False)[name]
+        rank = spectra.ranks({name: weight}, threshold, progress=False)[name]
     if not config.needs_factors:
         return None, rank
     return dict(spectra.factors({name: weight}, {name: rank}, exact=config.compact, progress=False))[name], rank

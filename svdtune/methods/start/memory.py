@@ -85,7 +85,7 @@ class Work:
     def _among(self, names: list[str]) -> sharing.Sharing:
         shapes = {name: self.shapes[name] for name in names}
         devices = {name: device_and_dtype(_base(self.targets[name]))[0] for name in names}
-        return sharing.Sharing(shapes, self._of(names), self.spread, self.present, devices)
+        return sharing.Sharing(shapes, {name: self.weights[name] for name in names}, self.spread, self.present, devices)
 
 
 def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present: bool) -> None:
@@ -113,7 +113,7 @@ def _sample(module: nn.Module) -> str | None:
         return None
     flat = weight.detach().reshape(-1)
     some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().view(torch.uint8).cpu()
-    return hashlib.sha256(some.numpy()).hexdigest()
+    return hashlib.sha256(some.numpy().data).hexdigest()
 
 
 def is_sharded(module: nn.Module) -> bool:

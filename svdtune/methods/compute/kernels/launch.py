@@ -3,13 +3,14 @@ holds."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 
-def on_device(x: Tensor) -> AbstractContextManager:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors' own."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 

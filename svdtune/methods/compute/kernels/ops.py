@@ -138,7 +138,9 @@ def _stack_factors(
 
 
 @_stack_factors.register_fake
-def _(U, s, V, P0, V0, dtype, pad):
+def _(
+    U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None, dtype: torch.dtype, pad: int
+) -> tuple[Tensor, Tensor]:
     width = -(-(U.shape[1] if P0 is None else 2 * U.shape[1]) // pad) * pad
     return V.new_empty(V.shape[0], width, dtype=dtype), U.new_empty(U.shape[0], width, dtype=dtype)
 
@@ -151,7 +153,7 @@ def _dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 @_dropout_mm.register_fake
-def _(x, A, p, seed):
+def _(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], A.shape[1])
 
 
@@ -163,7 +165,7 @@ def _dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) 
 
 
 @_dropout_mm_transposed.register_fake
-def _(x, Q, p, seed):
+def _(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[1], Q.shape[1], dtype=torch.float32)
 
 
@@ -175,7 +177,7 @@ def _add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | 
 
 
 @_add_dropout_mm_.register_fake
-def _(dx, Q, A, p, seed):
+def _(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> None:
     return None
 
 
@@ -187,10 +189,10 @@ def _mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor
 
 
 @_mix.register_fake
-def _(z, w1, w2, lam):
+def _(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = z.shape[0]
-    fp32 = {"dtype": torch.float32}
-    return z.new_empty(z.shape), z.new_empty(rows, lam.shape[0], **fp32), z.new_empty(rows, **fp32)
+    gate, a = z.new_empty(rows, lam.shape[0], dtype=torch.float32), z.new_empty(rows, dtype=torch.float32)
+    return z.new_empty(z.shape), gate, a
 
 
 @custom_op("svdtune::mix_backward", mutates_args=())
@@ -203,5 +205,7 @@ def _mix_backward(
 
 
 @_mix_backward.register_fake
-def _(dt, z, gate, a, lam, w1, w2):
-    return z.new_empty(z.shape), *(t.new_empty(t.shape) for t in (lam, w1, w2))
+def _(
+    dt: Tensor, z: Tensor, gate: Tensor, a: Tensor, lam: Tensor, w1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return z.new_empty(z.shape), lam.new_empty(lam.shape), w1.new_empty(w1.shape), w2.new_empty(w2.shape)
