@@ -71,7 +71,8 @@ def read_facts(run: str | Path) -> Facts:
     folder = Path(run).expanduser()
     if not (folder / RECIPE).is_file():
         raise SvdtuneError(f"{run} is not a run of svdtune: it has no {RECIPE}; name the folder `svdtune train` made")
-    recipe, missing = read_run(folder), []
+    recipe = read_run(folder)
+    missing: list[str] = []
     parts = {part: _json(folder / ANALYSIS / f"{part}.json", missing) for part in _PARTS}
     summary = _json(folder / SUMMARY, missing)
     scores = _scores(folder, missing)
@@ -86,7 +87,9 @@ def read_facts(run: str | Path) -> Facts:
         scores=scores,
         during=samples or None,
         missing=missing,
-        **parts,
+        before=parts["before"],
+        after=parts["after"],
+        routing=parts["routing"],
     )
     wants_routing = facts["settings"]["heads"] not in (None, 1)
     # What a router changes depends on the token: it has routing in the place of a change.

@@ -63,10 +63,14 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
     Raises:
         SvdtuneError: there is no router, or a task has no items.
     """
-    routed = {layer.name: layer.module for layer in run.layers if _has_router(layer.module)}
+    routed = {
+        layer.name: layer.module
+        for layer in run.layers
+        if isinstance(layer.module, MoSaraLinear) and _has_router(layer.module)
+    }
     if not routed:
         raise SvdtuneError(f"{run.source.run} has no router: only Mo-SARA with at least two heads and a gate has one")
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for task, items in tasks.items():
         if not items:
             raise SvdtuneError(f"the task {task} has no items to put through the model")
@@ -77,8 +81,8 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
     return {"heads": len(next(iter(found[task]["layers"].values()))["gate"]), "tasks": found}
 
 
-def _has_router(module: torch.nn.Module) -> bool:
-    return isinstance(module, MoSaraLinear) and module.configs[module.active_adapters[0]].has_router
+def _has_router(layer: MoSaraLinear) -> bool:
+    return layer.configs[layer.active_adapters[0]].has_router
 
 
 def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -88,9 +92,10 @@ def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequ
 
     def watch(name: str, layer: MoSaraLinear) -> RemovableHandle:
         adapter = layer.active_adapters[0]
-        V, w1, w2 = (layer.adapter_tensor(part, adapter) for part in ("frozen_V", "mosara_w1", "mosara_w2"))
+        tensors = layer.adapter_tensors(adapter)
+        V, w1, w2 = (tensors[part] for part in ("frozen_V", "mosara_w1", "mosara_w2"))
 
-        def keep(_: torch.nn.Module, args: tuple) -> None:
+        def keep(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             seen[name].append(gate_of(args[0].flatten(0, -2), V, w1, w2).cpu())
 
         return layer.register_forward_pre_hook(keep)

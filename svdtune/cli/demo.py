@@ -252,6 +252,7 @@ def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, con
     from svdtune.evaluation import Decoding, evaluate, get_task, to_items
 
     data = recipe.data
+    assert data.eval is not None
     examples = to_examples(read_rows(**data.eval.model_dump()), data.prompt)
     items = to_items(examples, loaded.tokenizer, data.template, data.answer)
     with counting("evaluating", console) as on_progress:
@@ -282,6 +283,9 @@ def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation",
     del loaded
     scored = time.monotonic()
     merged = merge_or_reason(source, method, console)
+    before, after = base.strict, result.strict
+    assert before is not None
+    assert after is not None  # "number" grades strictly
     return Row(
         method=method.title,
         settings=method.options,
@@ -290,10 +294,10 @@ def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation",
         total_parameters=run.summary["total_parameters"],
         init_seconds=run.summary["init_seconds"],
         train_seconds=run.summary["train_seconds"],
-        before=base.strict.accuracy,
-        before_interval=base.strict.interval,
-        after=result.strict.accuracy,
-        after_interval=result.strict.interval,
+        before=before.accuracy,
+        before_interval=before.interval,
+        after=after.accuracy,
+        after_interval=after.interval,
         adapter_bytes=run.summary["saved_bytes"],
         merged=merged,
         score_seconds=round(scored - trained, 3),

@@ -94,7 +94,9 @@ def plan(
     step = {"batch_size": batch_size, "length": length, "accumulation": accumulation, "dtype": dtype}
     step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
     setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
-    made = make_plan(checkpoint, wanted.config, **sizes, device=device)
+    made = make_plan(
+        checkpoint, wanted.config, threshold=threshold, budget=budget, match_lora=match_lora, device=device
+    )
     _tell(made, Fitting(made, checkpoint.model, setting, memory, link), json_file, chart)
 
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.prompting import cache_where_peft_looks, is_prompted
+from svdtune.models.loading import input_device
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def sole_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
     asks for a repetition penalty would get one, and the result would not be greedy or a plain
     sample.
     """
-    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    owners: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
     kept = [owner.generation_config for owner in owners]
     for owner in owners:
         owner.generation_config = config
@@ -172,11 +173,12 @@ def complete_batch(
     ids, mask = _pad_left(prompts, pad, model)
     config = _configure(decoding, max_new_tokens, ends, pad)
     cuda = [ids.device] if ids.device.type == "cuda" else []
+    generate: Any = model.generate
     drawn_apart = torch.random.fork_rng(cuda, enabled=config.do_sample)
     with sole_config(model, config), cache_where_peft_looks(model), drawn_apart:
         if config.do_sample:
             torch.manual_seed(seed)
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
+        output = generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
     return [until_end(row, set(ends)) for row in output.sequences[:, ids.shape[1] :].tolist()]
 
 
@@ -205,13 +207,15 @@ def complete_in_rounds(
     if not decoding.greedy:
         return complete_batch(model, prompts, max_new_tokens, ends, pad, decoding=decoding, seed=seed)
     ids, mask = _pad_left(prompts, pad, model)
-    width, taken, kept = ids.shape[1], 0, {}
+    generate: Any = model.generate
+    width, taken = ids.shape[1], 0
+    kept: dict[str, Any] = {}
     rows, done = list(range(len(prompts))), {}
     while rows:
         limit = min(max_new_tokens, taken + _ROUND if kept or not taken else max(_REREAD, 2 * taken))
         config = _configure(decoding, limit - taken, ends, pad)
         with sole_config(model, config), cache_where_peft_looks(model):
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **kept)
+            output = generate(input_ids=ids, attention_mask=mask, generation_config=config, **kept)
         found = [until_end(row, set(ends)) for row in output.sequences[:, width:].tolist()]
         going = []
         for place, (row, completion) in enumerate(zip(rows, found, strict=True)):
@@ -235,7 +239,7 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad: int, model: PreTrainedModel
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     return ids.to(device), mask.to(device)
 
 

@@ -54,6 +54,7 @@ def to_items(
             raise SvdtuneError(f"{example.name}: its {source} is empty, so there is nothing to grade against")
         tokens = prompt_ids(example, tokenizer, template)
         text = tokenizer.decode(tokens, skip_special_tokens=False)
+        assert isinstance(text, str)  # of one sequence
         items.append(Item(example.name, text, tuple(tokens), reference))
     return items
 

@@ -21,7 +21,7 @@ def is_prompted(model: nn.Module) -> bool:
 
 
 @contextmanager
-def cache_where_peft_looks(model: nn.Module) -> Iterator[None]:
+def cache_where_peft_looks(model: Any) -> Iterator[None]:
     """While it lasts, a prompt method's `generate` hands PEFT the cache under the name that PEFT
     knows.
 

@@ -4,6 +4,7 @@ as the data set asks."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -65,9 +66,10 @@ def form_of(
     """
     known, trained = CATALOGUE.get(data), recipe.data if recipe else None
     section = recipe.evaluation if recipe and known else None
-    template = template or (section and section.template)
-    max_new_tokens = max_new_tokens or (section and section.max_new_tokens)
-    kept = trained and (known is None or trained.template not in TEMPLATES)
+    if section:
+        template, max_new_tokens = template or section.template, max_new_tokens or section.max_new_tokens
+    if not template and trained:
+        template = trained.template if known is None or trained.template not in TEMPLATES else known.template
     own_answer = known.answer if known else trained.answer if trained else "answer"
     graded_against = answer or own_answer
     return Form(
@@ -77,7 +79,7 @@ def form_of(
         # A run without a field for the answer is graded against the completions it was trained
         # towards.
         completion=trained.completion if trained and graded_against is None else None,
-        template=template or (trained.template if kept else known.template if known and trained else None),
+        template=template or None,
         fallback=known.template if known else "plain",
         max_new_tokens=max_new_tokens or (known.max_new_tokens if known else 256),
     )
@@ -113,7 +115,13 @@ def held_out(
     if limit is not None and limit < 1:
         raise SvdtuneError(f"limit is {limit}; expected at least 1 item")
     own, section = recipe.data.eval if recipe else None, recipe.evaluation if recipe else None
-    if split is None and section is not None and data in CATALOGUE and section.split in CATALOGUE[data].splits:
+    if (
+        split is None
+        and section is not None
+        and data is not None
+        and data in CATALOGUE
+        and section.split in CATALOGUE[data].splits
+    ):
         split = section.split
     if data is None and task in CATALOGUE and (own is None or own.source not in CATALOGUE):
         data = task
@@ -124,7 +132,7 @@ def held_out(
     if data is not None:
         # Files have no splits; the default of training, "train", would be the wrong one here.
         is_file = Path(data).suffix in _FILE_ENDINGS or Path(data).exists()
-        default = {} if is_file else {"split": CATALOGUE[data].test if data in CATALOGUE else "test"}
+        default: dict[str, Any] = {} if is_file else {"split": CATALOGUE[data].test if data in CATALOGUE else "test"}
         return DataSource(source=data, **default | given)
     if own is None:
         raise SvdtuneError("there is no data to evaluate on: name a file, generator or hub data set with --data")

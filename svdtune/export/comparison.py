@@ -5,15 +5,18 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from svdtune.errors import SvdtuneError
 from svdtune.export.source import Source, open_source
 from svdtune.models import load, load_tokenizer
+from svdtune.models.loading import input_device
 
 # Texts of several lengths and kinds to compare logits on; what they say does not matter.
 PROBES = (
@@ -52,10 +55,10 @@ class LogitComparison:
 
 
 @torch.inference_mode()
-def probe_logits(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def probe_logits(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Next-token logits at every position of `PROBES`, float32 on the CPU, (positions,
     vocabulary)."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     rows = []
     for text in PROBES:
         ids = torch.tensor([tokenizer.encode(text)], device=device)
@@ -123,7 +126,7 @@ def compare_checkpoint(
     with warnings.catch_warnings():
         # this is for scale alone
         warnings.filterwarnings("ignore", "Careful, disabling adapter layers with bias")
-        with loaded.model.disable_adapter():
+        with cast(PeftModel, loaded.model).disable_adapter():
             alone = probe_logits(loaded.model, loaded.tokenizer)
     del loaded
     merged = load(folder, device=device, trust_remote_code=source.trust_remote_code)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from svdtune.checkpoint.tensors import read_shard
@@ -56,7 +56,7 @@ class LayerwiseAdapter:
         """
         if config.is_prompt_learning:
             raise SvdtuneError(
-                f"the adapter {folder} is {config.peft_type.value}, which changes no weight and cannot be merged"
+                f"the adapter {folder} is {PeftType(config.peft_type).value}, which changes no weight and cannot be merged"
             )
         self.folder, self.config = folder, config
         self._tensors = read_shard(folder, ADAPTER_WEIGHTS).tensors
@@ -118,7 +118,8 @@ class LayerwiseAdapter:
             raise
         except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
             raise SvdtuneError(f"the adapter {self.folder} cannot be merged into {layer!r}: {error}") from error
-        return model.base_model.model.get_submodule(layer).get_base_layer().weight.detach()
+        merged: Any = model.get_base_model().get_submodule(layer)
+        return merged.get_base_layer().weight.detach()
 
     def _config_of(self, layer: str) -> PeftConfig:
         """The configuration of an adapter that has this layer alone."""

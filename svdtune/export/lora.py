@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig
@@ -29,8 +29,9 @@ from svdtune.export.comparison import probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
 from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.adapter import ADAPTER_WEIGHTS, SavedAdapter, layer_class, read_adapter
+from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter
 from svdtune.methods.files.card import TITLES, front, ranks_in_words
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
 from svdtune.methods.layers.slices import whole_pairs
 from svdtune.system import check_new_folder, new_folder
 
@@ -177,7 +178,12 @@ def combine(
         layer: (torch.cat([A for A, _ in parts], 1), torch.cat([B for _, B in parts], 1))
         for layer, parts in pairs.items()
     }
-    everything = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "dropout": 0.0}
+    everything: dict[str, Any] = {
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "exclude_modules": None,
+        "dropout": 0.0,
+    }
     config = dataclasses.replace(saved.config, target_modules=sorted(stacked), kernels=kernels, **everything)
     return _write(config, stacked, {}, output, rank, uniform)
 
@@ -188,7 +194,7 @@ def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
     saved = read_adapter(adapter)
     if not saved.config.compact or not layer_class(saved.config).frozen:
         return saved
-    model = open_source(base or find_source(adapter)).model
+    model: Any = open_source(base or find_source(adapter)).model
     model.peft_config["default"].compact = False
     with tempfile.TemporaryDirectory() as work:
         model.save_pretrained(work)
@@ -222,11 +228,13 @@ def _write(
     if rank is not None:
         for layer, pair in pairs.items():
             if pair[0].shape[1] > rank:
-                *pairs[layer], errors[layer] = truncated(*pair, rank)
+                A, B, errors[layer] = truncated(*pair, rank)
+                pairs[layer] = A, B
     ranks = {layer: A.shape[1] for layer, (A, _) in pairs.items()}
     if uniform:
         most = max(ranks.values())
-        pairs = {layer: tuple(F.pad(part, (0, most - ranks[layer])) for part in pair) for layer, pair in pairs.items()}
+        room = {layer: (0, most - rank) for layer, rank in ranks.items()}
+        pairs = {layer: (F.pad(A, room[layer]), F.pad(B, room[layer])) for layer, (A, B) in pairs.items()}
         ranks = dict.fromkeys(ranks, most)
     tensors = dict(others)
     for layer, (A, B) in pairs.items():
@@ -237,7 +245,7 @@ def _write(
         ranks[layer] = len(down)
     config = lora_config(adapter, ranks)
     with new_folder(output) as work:
-        config.save_pretrained(work)
+        config.save_pretrained(str(work))
         save_file(tensors, work / ADAPTER_WEIGHTS, metadata={"format": "pt"})
         (work / "README.md").write_text(_card(adapter, ranks, errors), encoding="utf-8")
     return LoraReport(output, ranks, errors, notes_for_servers(config, ranks))
@@ -261,10 +269,11 @@ def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
 def compare(base: str, adapter: Path, lora: Path) -> LogitDifference:
     """The logits of an adapter and of its LoRA on one base model."""
     source = open_source(find_source(base, adapter))
-    adapted = probe_logits(source.model, source.tokenizer)
-    with source.model.disable_adapter():
-        alone = probe_logits(source.model, source.tokenizer)
-    exported = probe_logits(attach_adapter(source.model.unload(), lora), source.tokenizer)
+    model: Any = source.model
+    adapted = probe_logits(model, source.tokenizer)
+    with model.disable_adapter():
+        alone = probe_logits(model, source.tokenizer)
+    exported = probe_logits(attach_adapter(model.unload(), lora), source.tokenizer)
     scale = float(adapted.norm())
     return LogitDifference(float((exported - adapted).norm()) / scale, float((alone - adapted).norm()) / scale)
 
@@ -291,7 +300,7 @@ def lora_config(config: SvdConfig, ranks: dict[str, int]) -> LoraConfig:
         lora_dropout=config.dropout,
         target_modules=sorted(targets),
         modules_to_save=config.modules_to_save,
-        bias="lora_only" if config.bias.endswith("_only") else config.bias,
+        bias=cast(Any, "lora_only" if config.bias.endswith("_only") else config.bias),
     )
 
 
@@ -315,7 +324,7 @@ def notes_for_servers(config: LoraConfig, ranks: dict[str, int]) -> list[str]:
 def _card(config: SvdConfig, ranks: dict[str, int], errors: dict[str, float]) -> str:
     exact = "It gives the same outputs, up to rounding."
     if errors:
-        worst = max(errors, key=errors.get)
+        worst = max(errors, key=errors.__getitem__)
         exact = f"Cut to a smaller rank: relative error of ΔW up to {errors[worst]:.2e} (`{worst}`)."
     base = config.base_model_name_or_path
     head = {"library_name": "peft", "tags": ["lora", "svdtune", config.method]} | ({"base_model": base} if base else {})

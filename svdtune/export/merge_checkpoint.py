@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PeftType, TaskType
 from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig
@@ -102,7 +103,8 @@ def merge(
         _copy_other_files(base, work, source)
         _edit_config(work, untied, target)
         weights = sum(_cast(stored, target).nbytes for stored in base.tensors.values())
-        unchecked = "not asked for" if check is False else why_not(source, base.model, base.folder, weights, device)
+        own = folder_of(base)
+        unchecked = "not asked for" if check is False else why_not(source, base.model, own, weights, device)
         if check and unchecked:
             raise SvdtuneError(f"the merged checkpoint cannot be compared with the adapter: {unchecked}")
         comparison = None if unchecked else compare_checkpoint(source, work, dtype, device, dtypes)
@@ -125,7 +127,7 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
     # without a head.
     bare = "AutoModel" if adapter.task_type == TaskType.FEATURE_EXTRACTION else None
     architecture = (adapter.auto_mapping or {}).get("base_model_class", bare)
-    how = {"architecture": architecture, "trust_remote_code": source.trust_remote_code}
+    how: dict[str, Any] = {"architecture": architecture, "trust_remote_code": source.trust_remote_code}
     if folder.is_dir() and shard_names(folder) is not None:
         yield open_checkpoint(folder, **how)
         return
@@ -135,6 +137,12 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
         loaded.tokenizer.save_pretrained(converted)
         del loaded
         yield open_checkpoint(converted, **how)
+
+
+def folder_of(base: Checkpoint) -> Path:
+    """The folder of a base as `_base_of` opens it, which is one of safetensors."""
+    assert base.folder is not None
+    return base.folder
 
 
 def _write_weights(
@@ -158,13 +166,13 @@ def _write_weights(
             weight_map |= dict.fromkeys(written, shard.name)
             total += sum(tensor.nbytes for tensor in written.values())
     if SINGLE not in weight_map.values():
-        index = read_json(base.folder / INDEX)
+        index = read_json(folder_of(base) / INDEX)
         metadata = index.get("metadata")
         index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
         index["weight_map"] = dict(sorted(weight_map.items()))
         (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    computed = [tensor for group in (new, *added.values()) for tensor in group.values() if isinstance(tensor, Computed)]
-    return untied, {tensor.dtype for tensor in computed}
+    changed = [*new.values(), *(tensor for group in added.values() for tensor in group.values())]
+    return untied, {tensor.dtype for tensor in changed if isinstance(tensor, Computed)}
 
 
 def _plan(
@@ -266,7 +274,7 @@ def _cast(stored: Stored, target: torch.dtype | None) -> Stored | Computed:
 def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
     """Tokenizer, configurations and whatever else stands in the base folder; with the run's end
     token where it set one."""
-    folder, model = base.folder, base.model
+    folder, model = folder_of(base), base.model
     for path in sorted(folder.iterdir()):
         weights = path.suffix in _LEFT_OUT or path.name.endswith(".index.json")
         if path.is_file() and not weights and path.name != CARD and not path.name.startswith("."):
@@ -286,7 +294,7 @@ def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
 
 
 def _card(source: Source, adapter: LayerwiseAdapter, report: MergeReport) -> str:
-    method = adapter.config.peft_type.value
+    method = PeftType(adapter.config.peft_type).value
     found = report.comparison
     error = f"relative difference {found.relative:.1e}, at {found.positions} positions" if found else "not compared"
     rows = {

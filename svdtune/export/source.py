@@ -4,12 +4,13 @@ an adapter."""
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftModel, get_peft_model_state_dict
+from transformers import PreTrainedModel
 
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
@@ -87,7 +88,8 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
     if source.adapter is None:
         return LoadedModel(loaded.model, loaded.tokenizer, str(source.run or source.base))
     model = attach_adapter(loaded.model, source.adapter)
-    return LoadedModel(model, loaded.tokenizer, str(source.run or source.adapter))
+    # a PeftModel answers for its base model
+    return LoadedModel(cast(PreTrainedModel, model), loaded.tokenizer, str(source.run or source.adapter))
 
 
 def base_folder(source: Source) -> Path:

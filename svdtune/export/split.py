@@ -88,27 +88,28 @@ def split_checkpoint(
     check_new_folder(output)
     loaded = load(base, dtype=dtype, device=device, **load_kwargs)
     # what a compact adapter leaves out comes from the whole weight
-    how = {"layout": "delta", "compact": False}
-    model = get_peft_model(loaded.model, dataclasses.replace(config or SorsaConfig(), **how))
-    config = model.peft_config["default"]
-    layers = {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, SorsaLinear)}
+    model = get_peft_model(loaded.model, dataclasses.replace(config or SorsaConfig(), layout="delta", compact=False))
+    completed = model.peft_config["default"]
+    assert isinstance(completed, SorsaConfig)
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, SorsaLinear)}
     for name, layer in layers.items():
         _check(name, layer)
     with _at_zero(layers):
         model.merge_adapter()
-        config.base_fingerprint = {name: fingerprint(layer.get_base_layer()) for name, layer in layers.items()}
+        marks = {name: fingerprint(layer.get_base_layer()) for name, layer in layers.items()}
+        completed.base_fingerprint = {name: mark for name, mark in marks.items() if mark is not None}
         model.unmerge_adapter()
-    config.base_model_name_or_path = str(output / RESIDUAL)
+    completed.base_model_name_or_path = str(output / RESIDUAL)
     with new_folder(output) as work:
-        config.layout = "split"
+        completed.layout = "split"
         # PEFT would look for the residual's folder
-        model.save_pretrained(work / ADAPTER, save_embedding_layers=False)
-        config.layout = "delta"
+        model.save_pretrained(str(work / ADAPTER), save_embedding_layers=False)
+        completed.layout = "delta"
         with _at_zero(layers):
-            residual = model.merge_and_unload()
+            residual: Any = model.merge_and_unload()
         residual.save_pretrained(work / RESIDUAL)
         loaded.tokenizer.save_pretrained(work / RESIDUAL)
-    return Split(output / RESIDUAL, output / ADAPTER, dict(config.ranks))
+    return Split(output / RESIDUAL, output / ADAPTER, dict(completed.ranks))
 
 
 def _check(name: str, layer: SorsaLinear) -> None:

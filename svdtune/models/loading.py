@@ -89,6 +89,11 @@ def load(
     return LoadedModel(loaded.eval(), tokenizer, name)
 
 
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids."""
+    return model.get_input_embeddings().weight.device
+
+
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Load a tokenizer alone; it always has a padding token (the end token where it brought none of
     its own).

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
     """Measure a plan and its model, whose parameters may be on the meta device."""
     text = model.config.get_text_config()
     blocks = _blocks(model)
-    inside = [module for block in blocks for module in block.modules() if _is_linear(module)]
+    inside: list[Any] = [module for block in blocks for module in block.modules() if _is_linear(module)]
     head = model.get_output_embeddings()
     sized = [(site, *site.shape) for site in plan.sites if site.shape is not None]
     dora = getattr(plan.config, "use_dora", False)
@@ -79,7 +80,7 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
         largest=max((module.weight.numel() for module in inside), default=0),
         trained=plan.trained,
         frozen=plan.frozen,
-        copies=sum(_padded(site.rank) * n for site, _, n in sized) if plan.method == "mosara" else plan.trained,
+        copies=sum(_padded(site.rank or 0) * n for site, _, n in sized) if plan.method == "mosara" else plan.trained,
         kept=_kept(plan.method, sized),
         widths=sum(out + n for _, out, n in sized),
     )
@@ -93,7 +94,7 @@ def _kept(method: str, sized: Sequence[tuple[Site, int, int]]) -> int:
     trains no factor of the input, so it keeps none.
     """
     if method == "mosara":
-        return sum(_padded(site.rank) for site, *_ in sized)
+        return sum(_padded(site.rank or 0) for site, *_ in sized)
     ranks = sum(site.rank or 0 for site, *_ in sized)
     if method not in ("sara", "sorsa"):
         return ranks + sum(n for *_, n in sized)

@@ -1,6 +1,7 @@
 """What ranks cost: the parameters of an adapter as a function of the rank of every site."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import PeftConfig
 
@@ -37,7 +38,8 @@ class Costs:
         check_ranked(config)
         self.least = sites(model, with_rank(config, 1))
         narrow = {site.name: 1 for site in self.least if site.shape is not None and min(site.shape) < 2}
-        pattern = config.rank_pattern | rank_pattern(narrow)  # a single row has no second rank
+        ranked: Any = config
+        pattern = ranked.rank_pattern | rank_pattern(narrow)  # a single row has no second rank
         more = sites(model, with_rank(config, 2, rank_pattern=pattern))
         pairs = list(zip(self.least, more, strict=True))
         self.per_rank = {one.name: two.trained - one.trained for one, two in pairs}

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, PeftConfig
 
@@ -58,11 +58,12 @@ class Plan:
 
     def method_section(self) -> dict[str, Any]:
         """The `method` section of a recipe."""
+        ranked: Any = self.config
         section = {"name": self.method, **chosen(self.config)}
         if section.get("task_type") == "CAUSAL_LM":
             del section["task_type"]  # as in every recipe
         if self.sites.ranks:
-            section["r"] = self.config.r
+            section["r"] = ranked.r
         return section
 
     def lora_section(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def plan(
     given = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
     if len(named := [name for name, value in given.items() if value is not None]) > 1:
         raise SvdtuneError(f"give at most one of threshold, budget and match_lora; got {' and '.join(named)}")
-    reading = {"device": device, "progress": progress}
+    reading: dict[str, Any] = {"device": device, "progress": progress}
     if budget is not None or match_lora is not None:
         config, threshold = _within(model, config, budget, match_lora, reading)
     else:
@@ -161,7 +162,9 @@ def share_of(parameters: Count) -> float:
 def _written_out(config: PeftConfig, found: Sites) -> PeftConfig:
     """The configuration as given, with PEFT's default targets and every rank written out."""
     if getattr(config, "target_modules", ()) is None:
-        config = replace(config, target_modules=found.config.target_modules)
+        completed: Any = found.config
+        targets: dict[str, Any] = {"target_modules": completed.target_modules}
+        config = replace(config, **targets)
     return with_ranks(config, found.ranks) if method_name(config) in RANKED else config
 
 
@@ -174,11 +177,15 @@ def _within(
 ) -> tuple[PeftConfig, float]:
     """The configuration at the largest threshold that a budget allows, and that threshold."""
     costs = Costs(model, config)
-    share, most = (None, _lora(model, costs.least, match_lora)) if budget is None else parse_budget(str(budget))
+    if budget is not None:
+        share, most = parse_budget(str(budget))
+    else:
+        assert match_lora is not None
+        share, most = None, _lora(model, costs.least, match_lora)
 
     def fits(ranks: Sequence[int]) -> bool:
         parameters = costs.at(ranks)
-        return share_of(parameters) <= share if share is not None else parameters.trained <= most
+        return share_of(parameters) <= share if share is not None else parameters.trained <= cast(int, most)
 
     table = costs.table(model, **reading)
     threshold = table.largest_threshold(fits)

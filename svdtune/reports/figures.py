@@ -41,7 +41,10 @@ def draw(numbers: Numbers) -> "Figure":
         SvdtuneError: matplotlib is not installed.
     """
     figure = new_figure(numbers.title)
-    (_draw_grid if isinstance(numbers, Grid) else _draw_lines)(figure.axes[0], numbers)
+    if isinstance(numbers, Grid):
+        _draw_grid(figure.axes[0], numbers)
+    else:
+        _draw_lines(figure.axes[0], numbers)
     return figure
 
 
@@ -100,7 +103,8 @@ def _draw_lines(axes: "Axes", numbers: Lines) -> None:
         style |= {} if numbers.joined else {"linestyle": "none"}
         if one.spread and numbers.band:
             axes.plot(one.x, one.y, label=one.name, **(style | {"marker": ""}))
-            axes.fill_between(one.x, *zip(*one.spread, strict=True), color=style["color"], alpha=0.15, linewidth=0)
+            low, high = zip(*one.spread, strict=True)
+            axes.fill_between(one.x, low, high, color=style["color"], alpha=0.15, linewidth=0)
         elif one.spread:
             below = [y - low for y, (low, _) in zip(one.y, one.spread, strict=True)]
             above = [high - y for y, (_, high) in zip(one.y, one.spread, strict=True)]
@@ -115,8 +119,9 @@ def _draw_lines(axes: "Axes", numbers: Lines) -> None:
         axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     if not many and len(numbers.series) > 8:  # it would cover the figure
-        axes.figure.set_size_inches(8, max(axes.figure.get_figheight(), 0.6 + 0.18 * len(numbers.series)))
-        axes.figure.legend(loc="outside right upper", frameon=False, fontsize="x-small")
+        figure: Any = axes.figure  # no part of a larger one
+        figure.set_size_inches(8, max(figure.get_figheight(), 0.6 + 0.18 * len(numbers.series)))
+        figure.legend(loc="outside right upper", frameon=False, fontsize="x-small")
     elif not many:
         axes.legend(frameon=False, fontsize="small")
 

@@ -136,7 +136,7 @@ def _text(label: str, score: Any) -> str:
     return _number(label, score["value"])
 
 
-def _number(label: str, value: float) -> str:
+def _number(label: str, value: Any) -> str:
     return f"{value:.1%}" if label.endswith(")") or "pass@" in label else f"{value:.4g}"
 
 

@@ -81,12 +81,12 @@ def as_csv(numbers: Numbers) -> str:
         return text.getvalue()
     lines.writerow(["series", numbers.x, numbers.y, "low", "high"])
     for one in numbers.series:
-        spread = one.spread or [("", "")] * len(one.x)
+        spread: Sequence[tuple[Any, Any]] = one.spread or [("", "")] * len(one.x)
         lines.writerows([one.name, x, y, *ends] for x, y, ends in zip(one.x, one.y, spread, strict=True))
     return text.getvalue()
 
 
-def _line(name: str, pairs: Sequence[tuple[float, float | None]]) -> Series | None:
+def _line(name: str, pairs: Sequence[tuple[float | None, float | None]]) -> Series | None:
     """A series of the pairs that have both values; None if none has."""
     known = [(x, y) for x, y in pairs if x is not None and y is not None]
     return Series(name, *zip(*known, strict=True)) if known else None

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
-from svdtune.methods.config import is_number_in, one_of
+from svdtune.methods.config import as_set, is_number_in, one_of
 
 # LLM-Adapters' defaults (peft/src/peft/mapping.py). With bottlenecks of 256 they train what SARA's
 # Table 1 says: of LLaMA-7B, LLaMA-13B and GPT-J 2.9, 2.4 and 1.9 % in series, 2.9, 2.4 and 2.8 %
@@ -159,7 +159,8 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def change(self, adapter: str, h: Tensor) -> Tensor:
         """A(h), in the adapter's own dtype."""
-        down, up, f = self.bottleneck_down[adapter], self.bottleneck_up[adapter], self.bottleneck_activation[adapter]
+        down: Any = self.bottleneck_down[adapter]
+        up, f = self.bottleneck_up[adapter], self.bottleneck_activation[adapter]
         h = self.bottleneck_dropout[adapter](self._cast_input_dtype(h, down.weight.dtype))
         return up(f(down(h))) * self.configs[adapter].scaling
 
@@ -189,31 +190,35 @@ class BottleneckModel(BaseTuner):
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
-    target_module_mapping = TARGETS
+    target_module_mapping = TARGETS  # type: ignore[assignment]  # by placement; read below alone
 
-    def _prepare_adapter_config(self, peft_config: BottleneckConfig, model_config: dict[str, Any]) -> BottleneckConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, BottleneckConfig)
         if peft_config.target_modules is None:
-            known = TARGETS.get(model_config.get("model_type"))
+            known = TARGETS.get(model_config.get("model_type", ""))
             if known is None:
                 raise SvdtuneError(
                     f"there are no usual target modules for {model_config.get('model_type')!r}; name them in "
                     "`target_modules`: LLM-Adapters puts series adapters into the MLP and parallel ones beside attention's"
                 )
-            peft_config.target_modules = set(known[peft_config.placement])
+            peft_config.target_modules = as_set(known[peft_config.placement])
         return peft_config
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        *_: Any,
+        **__: Any,
     ) -> None:
-        layer = target
-        if not isinstance(target, BottleneckLayer):
+        assert isinstance(peft_config, BottleneckConfig)
+        if isinstance(target, BottleneckLayer):
+            layer = target
+        else:
             if isinstance(target, spectra.CONVOLUTIONS) or not (
                 isinstance(target, Conv1D) or hasattr(target, "in_features")
             ):

@@ -13,10 +13,10 @@ rank is cut at the same share of its own.
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from peft import LoraConfig, LoraModel, PeftType
+from peft import LoraConfig, LoraModel, PeftConfig, PeftType
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -71,7 +71,7 @@ class DyLoraConfig(LoraConfig):
             yield f"`r_min` must be a whole number from 1 to r = {self.r}; got {self.r_min!r}"
         if self.init_lora_weights not in _STARTS:
             yield f"`init_lora_weights` must be one of {', '.join(map(repr, _STARTS))}; got {self.init_lora_weights!r}"
-        inherited = {field.name for field in dataclasses.fields(LoraConfig.__base__)}
+        inherited = {field.name for field in dataclasses.fields(cast(type[PeftConfig], LoraConfig.__base__))}
         for each in dataclasses.fields(self):
             usual = each.default if each.default_factory is dataclasses.MISSING else each.default_factory()
             if each.name not in _TAKEN | inherited and (value := getattr(self, each.name)) != usual:
@@ -93,6 +93,7 @@ class NestedRank:
         """The rank b from r_min to r that a layer of rank r keeps, as a tensor []; shapes never
         depend on it."""
         r_min = min(r_min, r)
+        assert self.share is not None  # drawn before the forward pass of the model
         return r_min + (self.share.to(device) * (r - r_min + 1)).floor()
 
 
@@ -113,14 +114,17 @@ class DyLoraLinear(lora.Linear):
         return y.to(dtype)
 
     def _cut(self, adapter: str, x: Tensor) -> Tensor:
-        A, B, r = self.lora_A[adapter], self.lora_B[adapter], self.r[adapter]
+        A: Any = self.lora_A[adapter]
+        B, r = self.lora_B[adapter], self.r[adapter]
         b = self.nested.of(r, self.r_min[adapter], x.device)
         z = A(self.lora_dropout[adapter](self._cast_input_dtype(x, A.weight.dtype)))
         kept = torch.arange(r, device=z.device) < b
         return B(z * kept) * (self.scaling[adapter] * r / b)
 
-    def update_layer(self, adapter_name: str, *args: Any, config: DyLoraConfig, **kwargs: Any) -> None:
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().update_layer(adapter_name, *args, **kwargs)
+        config = kwargs["config"]
+        assert isinstance(config, DyLoraConfig)
         if "r_min" not in self.__dict__:
             self.r_min: dict[str, int] = {}
         self.r_min[adapter_name] = config.r_min
@@ -130,15 +134,17 @@ class DyLoraModel(LoraModel):
     """A model with DyLoRA adapters; PEFT makes it inside `get_peft_model` and
     `PeftModel.from_pretrained`."""
 
-    def _pre_injection_hook(self, model: nn.Module, config: DyLoraConfig, adapter_name: str) -> None:
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         self.nested = NestedRank()
         self._hook = model.register_forward_pre_hook(self.nested.draw)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+    # PEFT's is annotated with None, and returns the model
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         self._hook.remove()
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
 
-    def _create_new_module(
+    # a method of the instance, for `nested`; PEFT's is static, and is called on the instance too
+    def _create_new_module(  # type: ignore[override]
         self, lora_config: DyLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> DyLoraLinear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -205,7 +205,7 @@ def _broken(printed: int, deadline: float, scratches: tuple[Path, Path], limits:
     return ""
 
 
-def _reason(program: subprocess.Popen[bytes], said: bytes) -> str:
+def _reason(program: subprocess.Popen[bytes], said: bytes | bytearray) -> str:
     """The tests' own words; where those are that the program ended, how it did."""
     try:
         reason = str(json.loads(said)[1])

@@ -3,6 +3,7 @@ figures."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
@@ -115,7 +116,8 @@ def tables(results: Results) -> list[Table]:
     for task in _in_order((run.task for run in results.runs), results.spec.get("tasks")):
         runs = [run for run in results.runs if run.task == task]
         budgets = sorted({run.budget for run in runs if run.budget is not None})
-        for budget in budgets or [None]:
+        every: Sequence[int | None] = budgets or [None]
+        for budget in every:
             found.append(_table(results, task, budget, [run for run in runs if run.budget in (budget, None)]))
     return found
 
@@ -136,9 +138,9 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
     sets = {name: score for run in runs for name, score in run.scores.items()}
     for name, score in sets.items():
         label = name if score.metric == "accuracy" else f"{name}, {score.metric}"
-        yield Column(label, lambda run, name=name: run.scores[name].value, score.is_share, name)
+        yield Column(label, partial(_score, name), score.is_share, name)
         for other in () if score.is_share else score.others:
-            yield Column(f"{name}, {other}", lambda run, name=name, other=other: run.scores[name].others.get(other))
+            yield Column(f"{name}, {other}", partial(_other_score, name, other))
     share = all(score.is_share for score in sets.values())
     if len(sets) > 1:
         yield Column(AVERAGE, lambda run: run.average, share)
@@ -146,14 +148,27 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
         yield Column(f"{AVERAGE} as the papers grade", _as_papers, share)
     for name, label in _MOVEMENT.items():
         if any((run.movement or {}).get(name) is not None for run in runs):
-            yield Column(label, lambda run, name=name: (run.movement or {}).get(name))
+            yield Column(label, partial(_movement, name))
     yield Column(LOSS, lambda run: run.loss)
+
+
+def _score(name: str, run: Run) -> float | None:
+    return run.scores[name].value
+
+
+def _other_score(name: str, other: str, run: Run) -> float | None:
+    return run.scores[name].others.get(other)
+
+
+def _movement(name: str, run: Run) -> float | None:
+    return (run.movement or {}).get(name)
 
 
 def _as_papers(run: Run) -> float | None:
     """The average by the papers' grading, of the sets that they graded otherwise."""
     values = [score.others.get(_PAPER, score.value) for score in run.scores.values()]
-    return None if None in values or not values else fmean(values)
+    known = [value for value in values if value is not None]
+    return fmean(known) if known and len(known) == len(values) else None
 
 
 def _arm(results: Results, name: str, budget: int | None, runs: Sequence[Run], columns: Sequence[Column]) -> Arm:
@@ -184,7 +199,7 @@ def _has_all(run: Run, sets: Sequence[str]) -> bool:
 def _levels(arm: Arm, arms: Sequence[Arm], columns: Sequence[Column]) -> dict[str, str]:
     """What is to be said of the arm's scores on single sets: at chance, below it, or no better than
     the untrained base."""
-    found = {}
+    found: dict[str, str] = {}
     base = next((other for other in arms if other.untrained), None)
     for column in columns:
         if not (column.of and column.share and column.label in arm.cells):
@@ -210,7 +225,7 @@ def _compared(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
 
 
 def _corrected(differences: Sequence[Difference | None]) -> list[Difference | None]:
-    ps = holm([one and one.p for one in differences])
+    ps = holm([None if one is None else one.p for one in differences])
     return [one and replace(one, p=p) for one, p in zip(differences, ps, strict=True)]
 
 
@@ -222,9 +237,10 @@ def _over_items(arm: Arm, baseline: Arm) -> Difference | None:
     for one in (arm, baseline):
         runs = [run for run in one.finished if run.seed in seeds]
         found = {name: [run.scores[name].items for run in runs] for name in (runs[0].scores if runs else ())}
-        if not found or any(item is None for items in found.values() for item in items):
+        known = {name: [item for item in items if item is not None] for name, items in found.items()}
+        if not found or any(len(known[name]) != len(found[name]) for name in found):
             return None
-        rights.append({name: np.mean(items, axis=0) for name, items in found.items()})
+        rights.append({name: np.mean(items, axis=0) for name, items in known.items()})
     return over_items(*rights)
 
 

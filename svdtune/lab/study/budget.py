@@ -87,12 +87,13 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
     """
     _check(method, budget, ranks)
     checkpoint = opened(str(model))
-    stands = count(checkpoint, method) if budget is None else None
     if ranks != "uniform":
-        return _by_layer(checkpoint, method, budget or stands, ranks, seed)
+        within = count(checkpoint, method) if budget is None else budget
+        return _by_layer(checkpoint, method, within, ranks, seed)
     if budget is None:
-        return Fitted(dict(method), stands, None, None)
+        return Fitted(dict(method), count(checkpoint, method), None, None)
     knob = _knob(method)
+    assert knob is not None
     if knob == "threshold":
         found, theta = solve_ranks(checkpoint, method, budget)
         section = {key: value for key, value in method.items() if key != "r"} | {"threshold": theta}
@@ -122,9 +123,15 @@ def _knob(method: Mapping[str, Any]) -> str | None:
     if name in _BY_SPECTRUM:
         r, threshold = method.get("r") is not None, method.get("threshold") is not None
         return "threshold" if threshold or (name != "sorsa" and not r) else "r"
-    known = {field.name for field in fields(config_class(name))} if name != FULL else set()
+    known = _settings(name) if name != FULL else set()
     wanted = (_KNOBS.get(name, "r"), "num_virtual_tokens")
     return next((field for field in wanted if field in known), None)
+
+
+def _settings(name: str) -> set[str]:
+    cls = config_class(name)
+    assert cls is not None  # `_check` has seen to it
+    return {field.name for field in fields(cls)}
 
 
 def _by_layer(checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, source: Source, seed: int) -> Fitted:
@@ -137,11 +144,11 @@ def _by_layer(checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, so
 def _ratio(method: Mapping[str, Any], r: float) -> float | None:
     """lora_alpha / r for a method that has it and shall follow the rank; `r` where the section
     gives lora_alpha alone."""
-    known = {field.name for field in fields(config_class(method["name"]))}
+    known = _settings(method["name"])
     if "lora_alpha" not in known or method.get("use_rslora"):
         return None
     alpha = method.get("lora_alpha")
-    return _RATIO if alpha is None else alpha / (method.get(_knob(method)) or r)
+    return _RATIO if alpha is None else alpha / (method.get(_knob(method) or "") or r)
 
 
 def _sized(method: Mapping[str, Any], knob: str, value: int) -> dict[str, Any]:
@@ -177,7 +184,7 @@ def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget
                 seen[value] = math.inf  # more than a layer allows
         return seen[value]
 
-    step_name, step = _STEPS.get(method["name"], (None, 1))
+    step_name, step = _STEPS.get(method["name"], ("", 1))
     step = method.get(step_name, step)
     first = max(step, method.get("r_min", step))  # DyLoRA's lowest rank
     least = cost(first)
@@ -191,7 +198,7 @@ def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget
     values: Sequence[int] = range(first, max(highest, first) + 1, step)
     if cost(values[-1]) < least:
         values = values[::-1]
-    bisect_right(values, budget, key=cost)
+    bisect_right(values, float(budget), key=cost)
     within = [value for value in seen if seen[value] <= budget]
     best = max(within, key=lambda value: (seen[value], -value)) if within else min(seen, key=seen.__getitem__)
     return best, int(seen[best])

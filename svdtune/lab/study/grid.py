@@ -4,7 +4,7 @@ runs over the seeds."""
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.budget import RULES, fit
 from svdtune.lab.study.counting import opened
+from svdtune.lab.study.ranks import Source
 from svdtune.lab.study.spec import ArmSection, Settings, Study, Tune, arm_settings
 from svdtune.planning import parse_budget
 from svdtune.system import explain_write_errors, replace_text
@@ -156,7 +157,7 @@ class Fits:
         except (OSError, ValueError, TypeError):
             self._known = {}
 
-    def __call__(self, method: Settings, model: str, budget: int | None, ranks: str, seed: int) -> Settings:
+    def __call__(self, method: Settings, model: str, budget: int | None, ranks: Source, seed: int) -> Settings:
         """`fit(...).method`, from the file where it is there."""
         key = json.dumps([__version__, RULES, method, model, budget, ranks, seed], sort_keys=True)
         if key not in self._known:
@@ -179,12 +180,13 @@ def cells(study: Study, tasks: dict[str, Settings], fits: Fits | None = None) ->
     Raises:
         SvdtuneError: a method cannot be fitted, or a model's weights cannot be read.
     """
-    found = []
+    found: list[Cell] = []
     fits = fits or Fits()
     for task, base in tasks.items():
         here: dict[tuple[str, int | None], Cell] = {}
         model = model_name(base)
-        for budget in [count_of(str(given), model) for given in study.budgets] or [None]:
+        budgets: Sequence[int | None] = [count_of(str(given), model) for given in study.budgets] or [None]
+        for budget in budgets:
             for name, arm in study.arms.items():
                 size = budget if arm.budget and not arm.untrained else None
                 if (name, size) not in here:

@@ -134,7 +134,7 @@ def _task(study: Results, task: str) -> Iterator[str]:
 
 
 def _outcomes(runs: Sequence[Run]) -> str:
-    counts = Counter(run.status for run in runs)
+    counts: Counter[str] = Counter(run.status for run in runs)
     order = ("finished", "diverged", "failed")
     return ", ".join(f"{counts[status]} {status}" for status in order if counts[status]) or "none"
 
@@ -155,7 +155,8 @@ def _said(settings: dict[str, Any]) -> dict[str, Any]:
 def _yaml(settings: dict[str, Any]) -> str:
     text = io.StringIO()
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
+    settings_of: Any = yaml  # ruamel.yaml annotates them by their defaults
+    settings_of.default_flow_style, settings_of.sort_base_mapping_type_on_output, settings_of.width = None, False, 120
     yaml.dump(settings, text)
     return text.getvalue()
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from svdtune.evaluation.interval import Interval
 from svdtune.lab.study.arms import Arm, Table
@@ -111,7 +111,7 @@ def movement(table: Table) -> Lines:
         steps = sorted(set(paths[0]).intersection(*paths[1:])) if paths else []
         means = [[fmean(path[step][i] for path in paths) for step in steps] for i in (0, 1)]
         if steps:
-            series.append(Series(_label(arm.name), *means))
+            series.append(Series(_label(arm.name), means[0], means[1]))
     return Lines(_file("movement", table), _label(f"{title(table)}: ΔD against ΔΣ"), "ΔΣ", "ΔD", series)
 
 
@@ -122,7 +122,9 @@ def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
     if not arms:
         return
     kinds = {"over seeds": [arm.seeds for arm in arms], "over items": [arm.items for arm in arms]}
-    points = {kind: [one and (one.value, one.interval) for one in found] for kind, found in kinds.items()}
+    points = {
+        kind: [None if one is None else (one.value, one.interval) for one in found] for kind, found in kinds.items()
+    }
     caption = f"{title(table)}: difference to {table.baseline}"
     figure = _rows(caption, [arm.name for arm in arms], points, table.share)
     axes = figure.axes[0]
@@ -182,7 +184,12 @@ def _add_untrained(figure: "Figure", table: Table) -> None:
         if arm.untrained and table.main in arm.cells:
             y = _scaled(arm.cells[table.main].mean, table.share)
             axes.axhline(y, color=_GREY, linewidth=1, linestyle=":")
-            side = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "fontsize": "small"}
+            side: dict[str, Any] = {
+                "transform": axes.get_yaxis_transform(),
+                "ha": "right",
+                "va": "bottom",
+                "fontsize": "small",
+            }
             axes.text(0.99, y, _label(arm.name), color=_GREY, **side)
 
 
@@ -194,10 +201,13 @@ def _lines(found: Sequence[Lines]) -> Iterator[tuple[str, str, "Figure"]]:
 
 def _curve(arm: Arm) -> Series | None:
     """Over the steps that every finished seed has logged; None if there is none."""
-    curves = [dict(run.curve) for run in arm.finished if run.curve]
+    curves = [
+        {step: loss for step, loss in run.curve if step is not None and loss is not None}
+        for run in arm.finished
+        if run.curve
+    ]
     steps = sorted(set(curves[0]).intersection(*curves[1:])) if curves else []
-    points = [(step, [curve[step] for curve in curves]) for step in steps if step is not None]
-    points = [(step, losses) for step, losses in points if None not in losses]
+    points = [(step, [curve[step] for curve in curves]) for step in steps]
     if not points:
         return None
     spread = [(min(losses), max(losses)) for _, losses in points]

@@ -60,7 +60,7 @@ def shuffled(ranks: Mapping[str, int], costs: Costs, seed: int) -> dict[str, int
     for site in costs.least:
         groups.setdefault((site.shape, site.trained, costs.per_rank[site.name]), []).append(site.name)
     generator = random.Random(seed)  # noqa: S311
-    drawn = {}
+    drawn: dict[str, int] = {}
     for names in groups.values():
         order = [ranks[name] for name in names]
         generator.shuffle(order)

@@ -91,8 +91,8 @@ def seeds(arm: Arm) -> str:
     if not arm.finished and not arm.broken:
         bad = Counter(run.status for run in arm.search if run.status != "finished")
         tried = len(arm.search)
-        told = ", ".join(f"{count} of {tried} learning rates {status}" for status, count in sorted(bad.items()))
-        return f"not run: {told}" if told else "not run"
+        why = ", ".join(f"{count} of {tried} learning rates {status}" for status, count in sorted(bad.items()))
+        return f"not run: {why}" if why else "not run"
     outcomes = Counter("unscored" if run.status == "finished" else run.status for run in arm.broken)
     told = [f"{count} of {total} seeds {outcome}" for outcome, count in sorted(outcomes.items())]
     told += [f"{len(arm.missing)} of {total} seeds not run"] if arm.missing else []
@@ -106,13 +106,14 @@ def _name(arm: Arm, budget: int | None) -> str:
 
 
 def _size(arm: Arm, budget: int | None) -> tuple[str, str]:
-    runs = [run for run in [*arm.finished, *arm.broken] if run.trained_parameters is not None and run.total_parameters]
+    runs = [run for run in [*arm.finished, *arm.broken] if run.trained_parameters is not None]
+    totals = [run.total_parameters for run in runs if run.total_parameters]
     if not arm.trained:
         return _NONE, _NONE
     text = f"{arm.trained:,.0f}"
     if budget and arm.matched and abs(arm.trained / budget - 1) > _NEAR:
         text += f" ({arm.trained / budget:.2g} of the budget)"
-    return text, f"{arm.trained / runs[0].total_parameters:.3%}" if runs else _NONE
+    return text, f"{arm.trained / totals[0]:.3%}" if totals else _NONE
 
 
 def _cell(arm: Arm, column: Column, with_interval: bool) -> str:

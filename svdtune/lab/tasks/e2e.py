@@ -26,6 +26,11 @@ def score_without_java(completions: Sequence[str], references: Sequence[Referenc
     return bleu_and_nist([first_paragraph(text) for text in completions], [_texts(one) for one in references])
 
 
+def check_texts(reference: Reference) -> None:
+    """Raise `SvdtuneError` for what is no reference."""
+    _texts(reference)
+
+
 def first_paragraph(completion: str) -> str:
     """The text up to the first empty line, on one line: what LoRA's decoding script keeps."""
     return " ".join(completion.strip().split("\n\n")[0].split())
@@ -53,5 +58,5 @@ E2E_BLEU = Task(
     "BLEU and NIST alone, as e2e computes them, where there is no Java",
     strict=None,
     metrics=score_without_java,
-    check=lambda reference: _texts(reference) and None,
+    check=check_texts,
 )

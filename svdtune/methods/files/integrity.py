@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,7 @@ def check_base(recorded: Mapping[str, str], targets: Mapping[str, nn.Module]) ->
             )
 
 
-def check_same_layers(ranks: Mapping[str, int], targets: Mapping[str, nn.Module]) -> None:
+def check_same_layers(ranks: Mapping[str, int], targets: Collection[str]) -> None:
     """Refuse a model that lacks layers of a saved adapter.
 
     Raises:

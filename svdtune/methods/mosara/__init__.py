@@ -12,7 +12,7 @@ class MoSaraModel(SvdTuner):
     """A model with Mo-SARA adapters."""
 
     prefix = "mosara_"
-    tuner_layer_cls = MoSaraLinear  # type: ignore[misc]  # PEFT annotates it as an instance's
+    tuner_layer_cls = MoSaraLinear
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()

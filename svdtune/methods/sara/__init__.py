@@ -11,4 +11,4 @@ class SaraModel(SvdTuner):
     """A model with SARA adapters."""
 
     prefix = "sara_"
-    tuner_layer_cls = SaraLinear  # type: ignore[misc]  # PEFT annotates it as an instance's
+    tuner_layer_cls = SaraLinear

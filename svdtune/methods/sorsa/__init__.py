@@ -16,7 +16,7 @@ class SorsaModel(SvdTuner):
     """A model with SORSA adapters."""
 
     prefix = "sorsa_"
-    tuner_layer_cls = SorsaLinear  # type: ignore[misc]  # PEFT annotates it as an instance's
+    tuner_layer_cls = SorsaLinear
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, SorsaConfig)

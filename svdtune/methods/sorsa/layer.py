@@ -30,6 +30,7 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
     method = "sorsa"
     trained = ("sorsa_U", "sorsa_s", "sorsa_V")
     frozen = ("frozen_P0", "frozen_V0")
+    sorsa_s: nn.ParameterDict
     frozen_P0: nn.ParameterDict
     frozen_V0: nn.ParameterDict
 
