@@ -42,6 +42,7 @@ def init(
     svdtune plan my-model --budget 0.1% --json plan.json
     svdtune init my-model --plan plan.json --output adapter
     """
+    from svdtune.checkpoint import Checkpoint
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import size_text
     from svdtune.errors import SvdtuneError
@@ -55,9 +56,12 @@ def init(
         method = json.dumps(_section(plan))
     settings = {"r": r, "threshold": threshold, "target_modules": names(target_modules), "compact": compact or None}
     wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx))
+    assert wanted.config is not None
     if not isinstance(wanted.config, SvdConfig):
         raise SvdtuneError(f"svdtune init starts sara, mosara and sorsa; got {method_name(wanted.config)!r}")
-    made = start(wanted.open(), wanted.config, output, seed=seed, device=device)
+    checkpoint = wanted.open()
+    assert isinstance(checkpoint, Checkpoint)  # the command line names one
+    made = start(checkpoint, wanted.config, output, seed=seed, device=device)
     size = sum(file.stat().st_size for file in made.adapter.iterdir())
     typer.echo(
         f"wrote {made.adapter}: {len(made.ranks)} layers, {made.trained:,} trained and {made.frozen:,} frozen numbers, "

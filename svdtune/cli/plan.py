@@ -89,6 +89,7 @@ def plan(
     _check_one(sizes | {"r": r})
     settings = {"r": r, "target_modules": names(target_modules)}
     wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx))
+    assert wanted.config is not None
     by_spectrum = getattr(wanted.config, "threshold", None) is not None
     checkpoint = wanted.open(weights=by_spectrum or any(size is not None for size in sizes.values()))
     step = {"batch_size": batch_size, "length": length, "accumulation": accumulation, "dtype": dtype}
