@@ -48,7 +48,7 @@ class Resolution:
         kernels: by convolution.
     """
 
-    def __init__(self, config: SvdConfig, model: nn.Module, layer_cls: type[SvdLayer], load_only: bool):
+    def __init__(self, config: SvdConfig, model: nn.Module, layer_cls: type[SvdLayer[Any]], load_only: bool):
         self.config, self.model, self.layer_cls, self.load_only = config, model, layer_cls, load_only
         self.shared = shared_weights(model)
         self.present = sharing.has_weights(model)
@@ -201,7 +201,7 @@ def check_supported(name: str, module: nn.Module) -> None:
         )
 
 
-def check_one_method(name: str, module: nn.Module, method: type[SvdLayer]) -> None:
+def check_one_method(name: str, module: nn.Module, method: type[SvdLayer[Any]]) -> None:
     """Raise `SvdtuneError` for a layer that has an adapter of another method of ours."""
     other = next((m for m in module.modules() if isinstance(m, SvdLayer) and not isinstance(m, method)), None)
     if other is not None:

@@ -17,7 +17,7 @@ def written(text: str) -> dict[str, Any]:
     return {"help": text, "written": True}
 
 
-def settings(config: PeftConfig | type[PeftConfig]) -> list[Field]:
+def settings(config: PeftConfig | type[PeftConfig]) -> list[Field[Any]]:
     """The fields of a configuration, or of its class, that a user gives."""
     return [
         field

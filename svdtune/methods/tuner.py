@@ -34,7 +34,7 @@ class SvdTuner(BaseTuner):
     """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and
     `PeftModel.from_pretrained`."""
 
-    tuner_layer_cls: type[SvdLayer]
+    tuner_layer_cls: type[SvdLayer[Any]]
     together: Together | None = None
     target_module_mapping: dict[str, list[str]] = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
@@ -161,7 +161,7 @@ class SvdTuner(BaseTuner):
         if fused is not target:
             self._replace_module(parent, target_name, fused, target)
 
-    def _adapted(self, config: SvdConfig, adapter_name: str, target: nn.Module, name: str) -> SvdLayer:
+    def _adapted(self, config: SvdConfig, adapter_name: str, target: nn.Module, name: str) -> SvdLayer[Any]:
         """The layer `target` with one more adapter; a new layer around it where it has none yet."""
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         if layer is not target:
@@ -233,7 +233,7 @@ class SvdTuner(BaseTuner):
             )
         yield
 
-    def adapted_layers(self) -> Iterator[SvdLayer]:
+    def adapted_layers(self) -> Iterator[SvdLayer[Any]]:
         """The adapted layers. (Not `layers`: that name must reach the base model, as any attribute
         the tuner lacks does.)"""
         return (module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls))
@@ -282,7 +282,7 @@ class SvdTuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        given: dict[str, tuple[SvdLayer, dict[str, Tensor]]] = {}
+        given: dict[str, tuple[SvdLayer[Any], dict[str, Tensor]]] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
                 keys = {part: f"{name}.{part}.{adapter_name}" for part in (*layer.trained, *layer.frozen)}

@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -187,7 +187,7 @@ class _Crew:
     weights came."""
 
     def __init__(self) -> None:
-        self.waiting: deque[tuple[str, Future]] = deque()
+        self.waiting: deque[tuple[str, Future[Any]]] = deque()
         self._pool: ThreadPoolExecutor | None = None
         self._size, self._threads, self._streams = 0, 0, False
 

@@ -4,7 +4,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -111,5 +111,5 @@ def _made(done: int, failed: int) -> str:
     return (f", {done} done" if done else "") + (f", {failed} failed (--retry makes them again)" if failed else "")
 
 
-def _words(method: dict) -> str:
+def _words(method: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in method.items() if not isinstance(value, dict))

@@ -173,7 +173,8 @@ def _watch(
     deadline = time.monotonic() + limits.wall_seconds
     with selectors.DefaultSelector() as selector:
         for stream, into in ((program.stderr, printed), (tests.stderr, bytearray()), (verdict, said)):
-            selector.register(stream, selectors.EVENT_READ, into)  # type: ignore[arg-type]
+            assert stream is not None  # all are pipes
+            selector.register(stream, selectors.EVENT_READ, into)
         while not broken and verdict in (key.fileobj for key in selector.get_map().values()):
             for key, _ in selector.select(_LOOK):
                 chunk = os.read(key.fd, 1 << 16)

@@ -99,7 +99,9 @@ class Cell:
 
     def search(self) -> list[Job]:
         """The runs of the search; none where nothing is searched."""
-        return [self._job("tune", rate, self.tune.seed) for rate in self.candidates] if self.searched else []  # type: ignore[union-attr]
+        if self.tune is None or not self.searched:
+            return []
+        return [self._job("tune", rate, self.tune.seed) for rate in self.candidates]
 
     def finals(self, rate: float | None, seeds: list[int]) -> list[Job]:
         """The runs that count, at the learning rate found; an untrained model has one."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from svdtune.errors import SvdtuneError
 
@@ -78,7 +79,7 @@ class Comparer:
             reason = reply["missing"] if reply else "its process did not start"
             raise SvdtuneError(f"grading formulas needs math-verify ({reason}): pip install 'svdtune[eval]'")
 
-    def _ask(self, line: str, seconds: float) -> dict | None:
+    def _ask(self, line: str, seconds: float) -> dict[str, Any] | None:
         """Write a line, unless empty, and read the reply; None where the process was killed or died
         of itself."""
         process = self._process

@@ -119,7 +119,7 @@ def read_config(folder: Path) -> PeftConfig:
         raise SvdtuneError(f"{folder / ADAPTER_CONFIG} is damaged: {str(error)[:200]}") from error
 
 
-def layer_class(config: SvdConfig) -> type[SvdLayer]:
+def layer_class(config: SvdConfig) -> type[SvdLayer[Any]]:
     """The layer of a configuration's method."""
     cls = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
     assert issubclass(cls, SvdLayer)

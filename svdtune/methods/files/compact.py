@@ -10,6 +10,7 @@ that is turned, swapped or of the other sign changes them. What was recomputed m
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def probe(factor: Tensor) -> Tensor:
     return (vectors.to(factor.device) @ factor.detach().double()).cpu()
 
 
-def leave_out(state_dict: dict[str, Tensor], name: str, layer: SvdLayer, adapter: str) -> None:
+def leave_out(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any], adapter: str) -> None:
     """Put probes in the place of one layer's frozen tensors.
 
     Args:
@@ -58,7 +59,7 @@ def leave_out(state_dict: dict[str, Tensor], name: str, layer: SvdLayer, adapter
 
 def restore(
     state_dict: dict[str, Tensor],
-    given: Mapping[str, tuple[SvdLayer, dict[str, Tensor]]],
+    given: Mapping[str, tuple[SvdLayer[Any], dict[str, Tensor]]],
     adapter: str,
 ) -> None:
     """Add the frozen tensors that a compact file left out, recomputed in float64 and checked.
@@ -96,7 +97,7 @@ def restore(
         state_dict |= {f"{name}.{part}.{adapter}": tensor for part, tensor in frozen.items()}
 
 
-def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer) -> dict[str, Tensor]:
+def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any]) -> dict[str, Tensor]:
     """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all
     of them."""
     key = _ROOT + name.removeprefix(_ROOT)

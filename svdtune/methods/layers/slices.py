@@ -96,13 +96,13 @@ class FusedLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.out_features, self.in_features = spectra.matrix_shape(base_layer)
 
-    def slices(self) -> Iterator[SvdLayer]:
+    def slices(self) -> Iterator[SvdLayer[Any]]:
         """The adapted slices."""
         return (module for module in self.children() if isinstance(module, SvdLayer))
 
-    def slice(self, part: str) -> SvdLayer | None:
+    def slice(self, part: str) -> SvdLayer[Any] | None:
         """The adapted slice of a name, None where it is not adapted."""
-        return cast(SvdLayer | None, self._modules.get(part))  # no other modules have such names
+        return cast(SvdLayer[Any] | None, self._modules.get(part))  # no other modules have such names
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -149,7 +149,7 @@ class FusedLinear(nn.Module, BaseTunerLayer):
         return f"svdtune.{super().__repr__()}"
 
 
-def _rows(part: SvdLayer) -> Rows:
+def _rows(part: SvdLayer[Any]) -> Rows:
     base = part.get_base_layer()
     assert isinstance(base, RowSlice)
     return base.rows

@@ -130,7 +130,7 @@ class _Planned(NamedTuple):
     """The adapted layers on the meta device in the order in which PEFT adapts them, and the
     configuration that goes with them; `given` are the ranks that no spectrum decides."""
 
-    layers: list[tuple[Site, SvdLayer]]
+    layers: list[tuple[Site, SvdLayer[Any]]]
     config: SvdConfig
     given: dict[str, int]
 
@@ -158,7 +158,7 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
 
 
 def _tensors(
-    checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer, rank: int | None, device: str
+    checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer[Any], rank: int | None, device: str
 ) -> tuple[int, str, dict[str, Tensor]]:
     """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone
     afterwards."""
@@ -188,7 +188,7 @@ def _sorted(by_layer: dict[str, Any]) -> dict[str, Any]:
     return {name: by_layer[name] for name in sorted(by_layer)}
 
 
-def _parts(layer: SvdLayer) -> tuple[str, ...]:
+def _parts(layer: SvdLayer[Any]) -> tuple[str, ...]:
     return (*layer.trained, *layer.frozen)
 
 
