@@ -7,7 +7,7 @@
 #   make conformance             run PEFT's own tests on our methods (CONFORMANCE="--fast" shortens it)
 #   make torture                 stop, fill and alter for some minutes (TORTURE="--minutes 5" changes how long)
 #   make audit                   look up known faults of the installed packages (AUDIT="--ignore-vuln ID" leaves one out)
-#   make lint / make format      check / apply the code style
+#   make lint / make format      check the code style and the types / apply the style
 #   make lock                    renew requirements/, the versions that the other commands install (LOCK="--upgrade-package peft"
 #                                moves one package alone)
 #   make clean                   remove what make and Python made; runs/ stays
@@ -64,6 +64,7 @@ audit: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
@@ -89,7 +90,7 @@ check-lock: $(VENV)/.dev
 	$(BIN)/python -m pip check
 
 clean:
-	rm -rf .venv .venv-* build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip takes the lists without their dependencies, which they name all of, and builds nothing with tools of other versions.
