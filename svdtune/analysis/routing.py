@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -63,11 +63,7 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
     Raises:
         SvdtuneError: there is no router, or a task has no items.
     """
-    routed = {
-        layer.name: layer.module
-        for layer in run.layers
-        if isinstance(layer.module, MoSaraLinear) and _has_router(layer.module)
-    }
+    routed = {layer.name: layer.module for layer in run.layers if _has_router(layer.module)}
     if not routed:
         raise SvdtuneError(f"{run.source.run} has no router: only Mo-SARA with at least two heads and a gate has one")
     found: dict[str, dict[str, Any]] = {}
@@ -81,8 +77,8 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
     return {"heads": len(next(iter(found[task]["layers"].values()))["gate"]), "tasks": found}
 
 
-def _has_router(layer: MoSaraLinear) -> bool:
-    return layer.configs[layer.active_adapters[0]].has_router
+def _has_router(module: torch.nn.Module) -> TypeGuard[MoSaraLinear]:
+    return isinstance(module, MoSaraLinear) and module.configs[module.active_adapters[0]].has_router
 
 
 def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequence[int]]) -> dict[str, Tensor]:

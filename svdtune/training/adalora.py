@@ -8,7 +8,7 @@ them, as the optimizer has them, and the importance that the ranks were found to
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import AdaLoraConfig, AdaLoraModel
@@ -26,20 +26,21 @@ class AllocateRanks(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        tuner, config = _adalora(model)
+        found = _adalora(model)
         # PEFT cannot choose none to give up
-        if tuner is not None and config.target_r < config.init_r:
-            tuner.update_and_allocate(state.global_step)
+        if found is not None and found.config.target_r < found.config.init_r:
+            found.tuner.update_and_allocate(state.global_step)
 
 
 @contextmanager
 def all_ranks(model: Any) -> Iterator[None]:
     """A while in which saving keeps the ranks that were given up too; of other methods, nothing
     changes."""
-    _, config = _adalora(model)
-    if config is None:
+    found = _adalora(model)
+    if found is None:
         yield
         return
+    config = found.config
     kept, config.rank_pattern = config.rank_pattern, None
     try:
         yield
@@ -49,9 +50,10 @@ def all_ranks(model: Any) -> Iterator[None]:
 
 def save_state(model: Any, checkpoint: Path) -> None:
     """Write what AdaLoRA's next step goes by into a checkpoint; of other methods, nothing."""
-    tuner, config = _adalora(model)
-    if tuner is None:
+    found = _adalora(model)
+    if found is None:
         return
+    tuner, config = found
     scores = {f"{part}/{name}": t for part in _SCORES for name, t in getattr(tuner.rankallocator, part).items()}
     masks = {f"kept/{name}": torch.tensor(mask) for name, mask in (config.rank_pattern or {}).items()}
     save_file({name: tensor.contiguous() for name, tensor in (scores | masks).items()}, checkpoint / STATE)
@@ -59,20 +61,28 @@ def save_state(model: Any, checkpoint: Path) -> None:
 
 def load_state(model: Any, checkpoint: Path) -> None:
     """Take up again what `save_state` wrote."""
-    tuner, config = _adalora(model)
-    if tuner is None or not (checkpoint / STATE).is_file():
+    found = _adalora(model)
+    if found is None or not (checkpoint / STATE).is_file():
         return
+    tuner, config = found
     saved = load_file(checkpoint / STATE, device=str(next(tuner.parameters()).device))
     for part in _SCORES:
-        found = {name.removeprefix(f"{part}/"): t for name, t in saved.items() if name.startswith(f"{part}/")}
-        setattr(tuner.rankallocator, part, found)
+        scores = {name.removeprefix(f"{part}/"): t for name, t in saved.items() if name.startswith(f"{part}/")}
+        setattr(tuner.rankallocator, part, scores)
     masks = {name.removeprefix("kept/"): t.tolist() for name, t in saved.items() if name.startswith("kept/")}
     config.rank_pattern = masks or None
 
 
-def _adalora(model: Any) -> tuple[AdaLoraModel | None, AdaLoraConfig | None]:
+class _AdaLora(NamedTuple):
+    tuner: AdaLoraModel
+    config: AdaLoraConfig
+
+
+def _adalora(model: Any) -> _AdaLora | None:
     """The tuner and the configuration that is trained, where the model has AdaLoRA."""
     tuner = getattr(getattr(model, "module", model), "base_model", None)
     if not isinstance(tuner, AdaLoraModel):
-        return None, None
-    return tuner, tuner.peft_config[tuner.trainable_adapter_name]
+        return None
+    config = tuner.peft_config[tuner.trainable_adapter_name]
+    assert isinstance(config, AdaLoraConfig)
+    return _AdaLora(tuner, config)

@@ -1,6 +1,8 @@
 """What a run's batch settings cost a GPU: whether it would wait for launches rather than compute,
 and what to do about it."""
 
+from typing import Any
+
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -16,7 +18,7 @@ def launch_bound(model: nn.Module, batch_size: int, tokens: float) -> str | None
         batch_size: rows of one forward pass.
         tokens: of a mean row.
     """
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features")]
     if not sizes:
         return None

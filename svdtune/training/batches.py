@@ -18,7 +18,7 @@ from svdtune.data.encoding import IGNORED
 Row = dict[str, list[int]]
 
 
-class FilledRows(Dataset):
+class FilledRows(Dataset[Row]):
     """Rows, and behind the last of them one that is empty."""
 
     def __init__(self, rows: list[Row]):
@@ -59,7 +59,7 @@ class FilledBatches:
                 yield batch + [self.empty] * (self.batch_size - len(batch))
 
 
-def fill_up(loader: DataLoader) -> None:
+def fill_up(loader: DataLoader[Any]) -> None:
     """Make a loader that Accelerate shared out among processes end every epoch with empty rows."""
     shared = loader.batch_sampler
     if isinstance(shared, BatchSamplerShard) and isinstance(loader.dataset, FilledRows):

@@ -91,7 +91,7 @@ def sealed_checkpoints(run: Path) -> dict[int, Path]:
 def latest_checkpoint(run: Path) -> tuple[Path | None, list[str]]:
     """The whole checkpoint with the most steps, and a sentence for every later one that is not
     whole."""
-    skipped = []
+    skipped: list[str] = []
     for _, path in reversed(list(_numbered(run))):
         reason = fault(path)
         if reason is None:

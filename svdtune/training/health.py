@@ -82,7 +82,7 @@ def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]
         for layer in layers
         for adapter in layer.configs
         for name in names
-        if (tensor := layer.adapter_tensor(name, adapter)).requires_grad
+        if (tensor := layer.adapter_tensor(name, adapter)) is not None and tensor.requires_grad
     ]
 
 

@@ -53,8 +53,10 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for section, value in changes.items():
         before = merged.get(section)
-        together = isinstance(before, dict) and isinstance(value, dict) and section != _REPLACED
-        merged[section] = {**before, **value} if together else value
+        if isinstance(before, dict) and isinstance(value, dict) and section != _REPLACED:
+            merged[section] = {**before, **value}
+        else:
+            merged[section] = value
     return merged
 
 

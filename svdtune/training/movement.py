@@ -168,9 +168,8 @@ def start_of(layer: Observed, k: int | None = None) -> Start:
         pair = None if isinstance(layer.module, SvdLayer) else (pair[0].cpu().clone(), pair[1].cpu().clone())
         kept = None
     else:
-        kept = weight.to(
-            layer.module.weight.dtype if hasattr(layer.module, "weight") else weight.dtype, copy=True
-        ).cpu()
+        stored: Any = getattr(layer.module, "weight", weight)
+        kept = weight.to(stored.dtype, copy=True).cpu()
     return Start(compared_factors(weight, k), float(torch.linalg.matrix_norm(weight)), pair, kept)
 
 
@@ -181,7 +180,11 @@ def movement(layer: Observed, start: Start) -> Movement:
     pair = layer.trained_pair()
     condition = math.inf if pair is None else condition_number(product_values(*pair))
     return {
-        **found._asdict(),
+        "delta_sigma": found.delta_sigma,
+        "delta_d": found.delta_d,
+        "angle": found.angle,
+        "k": found.k,
+        "p": found.p,
         "relative_change": _change(layer, start, weight) / start.norm if start.norm else 0.0,
         "condition": condition if math.isfinite(condition) else None,
         "orthonormality": layer.orthonormality(),
@@ -192,7 +195,9 @@ def _change(layer: Observed, start: Start, weight: Tensor) -> float:
     """‖W_t − W_0‖_F; of thin products without forming them."""
     if start.weight is not None:
         return float(torch.linalg.matrix_norm(weight.cpu() - start.weight))
-    A, B = layer.added_pair()
+    pair = layer.added_pair()
+    assert pair is not None  # else the start has a weight
+    A, B = pair
     if start.pair is not None:
         A, B = torch.cat([A, start.pair[0].to(A)], 1), torch.cat([B, -start.pair[1].to(B)], 1)
     return float(torch.linalg.vector_norm(product_values(A, B)))

@@ -38,4 +38,4 @@ def masked_text(example: dict[str, list[int]], tokenizer: PreTrainedTokenizerBas
     """Runs of the example's text with whether they are masked; special tokens are spelled out."""
     pairs = zip(example["input_ids"], example["labels"], strict=True)
     runs = ((masked, [i for i, _ in run]) for masked, run in groupby(pairs, key=lambda pair: pair[1] == IGNORED))
-    return [(masked, tokenizer.decode(ids, skip_special_tokens=False)) for masked, ids in runs]
+    return [(masked, str(tokenizer.decode(ids, skip_special_tokens=False))) for masked, ids in runs]

@@ -231,7 +231,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
     recipe = None
     method = settings.get("method")
     if begun and isinstance(method, dict):
-        method = as_stored(method.get("name"), method)
+        method = as_stored(str(method.get("name")), method)
         settings = {**settings, "method": method}
     try:
         recipe = Recipe.model_validate(settings)
@@ -248,7 +248,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out."""
     text = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)  # which annotates no setting
     yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
     yaml.dump(recipe.model_dump(mode="json"), text)
     return text.getvalue()

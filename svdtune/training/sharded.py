@@ -37,7 +37,7 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def _whole(parameter: Any) -> Tensor:
     if hasattr(parameter, "full_tensor"):
         return parameter.detach().full_tensor()
     with _gathered(parameter):
@@ -85,7 +85,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def _spread_like(parameter: Tensor, value: Any) -> Any:
+def _spread_like(parameter: Any, value: Any) -> Any:
     if not hasattr(parameter, "full_tensor") or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor

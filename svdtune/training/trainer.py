@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import is_torch_tf32_available
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.utils.import_utils import is_torch_tf32_available
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
@@ -60,7 +60,7 @@ class RunTrainer(Trainer):
 
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
         # Label smoothing, and models that are not told how many labels a step has, take the mean
         # over a batch's labels, of which there must be some.
@@ -83,6 +83,7 @@ class RunTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        assert self.args.output_dir is not None
         run = Path(self.args.output_dir)
         checkpoint = checkpoint_folder(run, self.state.global_step)
         if self.args.should_save:
@@ -108,6 +109,8 @@ class RunTrainer(Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp2:
             return super()._save_optimizer_and_scheduler(output_dir)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         state = whole_optimizer_state(self.optimizer)
         if self.args.should_save:
             torch.save(state, Path(output_dir, OPTIMIZER_NAME))
@@ -116,6 +119,8 @@ class RunTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.is_fsdp2 or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
         # Read as what they are and nothing more; map_location keeps the whole off the GPU.
         state = torch.load(Path(checkpoint, OPTIMIZER_NAME), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(spread_optimizer_state(self.optimizer, state))
@@ -211,8 +216,9 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
 
 
 def _check_deepspeed(args: TrainingArguments) -> None:
+    plugin: Any = args.deepspeed_plugin
     for section in ("bf16", "fp16"):
-        if args.deepspeed_plugin.deepspeed_config.get(section, {}).get("enabled") is True:
+        if plugin.deepspeed_config.get(section, {}).get("enabled") is True:
             raise SvdtuneError(
                 f"DeepSpeed's {section} section rounds the adapter itself to 16 bits. In its configuration set "
                 f'"{section}": {{"enabled": false}} and "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}}, as '

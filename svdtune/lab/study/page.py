@@ -154,9 +154,8 @@ def _said(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _yaml(settings: dict[str, Any]) -> str:
     text = io.StringIO()
-    yaml = YAML(typ="safe", pure=True)
-    settings_of: Any = yaml  # ruamel.yaml annotates them by their defaults
-    settings_of.default_flow_style, settings_of.sort_base_mapping_type_on_output, settings_of.width = None, False, 120
+    yaml: Any = YAML(typ="safe", pure=True)  # which annotates no setting
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
     yaml.dump(settings, text)
     return text.getvalue()
 

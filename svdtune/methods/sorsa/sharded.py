@@ -9,7 +9,7 @@ U_p E / ‖E‖ follow from it.
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,9 @@ from svdtune.methods.compute.gram import gram
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
-    from typing_extensions import TypeIs
 
 
-def is_sharded(tensor: Tensor) -> "TypeIs[DTensor]":
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor; what may not be there in a torch without distributed training
     is not imported for it."""
     return hasattr(tensor, "to_local")
