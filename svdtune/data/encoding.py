@@ -131,18 +131,23 @@ def encode_all(
     return encoded, overlong_count
 
 
+def length_multiple() -> int:
+    """What a batch's length is rounded up to: 8 for a GPU's tensor cores. A CPU would only compute
+    the padding."""
+    return 8 if torch.accelerator.is_available() else 1
+
+
 @dataclass(frozen=True)
 class Collator:
     """Pad a batch on the right to a common length, a multiple of `multiple_of`.
 
     Attributes:
         pad_id: fills `input_ids`; those places get attention 0 and the label -100.
-        multiple_of: round the length up to a multiple of this; by default of 8 for a GPU's tensor
-            cores, and not at all for a CPU, which would only compute the padding.
+        multiple_of: round the length up to a multiple of this.
     """
 
     pad_id: int
-    multiple_of: int = field(default_factory=lambda: 8 if torch.accelerator.is_available() else 1)
+    multiple_of: int = field(default_factory=length_multiple)
 
     def __call__(self, batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (batch, length): input_ids, attention_mask, labels."""

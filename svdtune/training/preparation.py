@@ -11,20 +11,21 @@ from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.data.examples import fields_of
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.training.arguments import training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import DataSource, Recipe
-from svdtune.training.trainer import training_arguments
 
 Rows = list[dict[str, list[int]]]
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its model is adapted."""
+    """What a run needs before its model is adapted; `example` is the first row, before packing."""
 
     loaded: LoadedModel
     train_rows: Rows
     eval_rows: Rows | None
+    example: dict[str, list[int]]
     args: TrainingArguments
 
 
@@ -43,7 +44,24 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
     train_rows = _encode(recipe, train_examples, loaded, console)
     eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
-    return Prepared(loaded, train_rows, eval_rows, training_arguments(recipe, len(train_rows)))
+    example = train_rows[0]
+    if recipe.training.packing:
+        train_rows = _pack(train_rows, recipe, console)
+    return Prepared(loaded, train_rows, eval_rows, example, training_arguments(recipe, len(train_rows)))
+
+
+def _pack(rows: Rows, recipe: Recipe, console: Console) -> Rows:
+    """TRL's packing, by best fit: no row is cut, since none is longer than data.max_length."""
+    from datasets import Dataset, disable_progress_bars
+    from trl import pack_dataset
+
+    disable_progress_bars()
+    packed = pack_dataset(Dataset.from_list(rows), recipe.data.max_length, "bfd").to_list()
+    full = sum(len(row["input_ids"]) for row in packed) / (len(packed) * recipe.data.max_length)
+    console.print(
+        f"packing   {len(packed):,} sequences of {recipe.data.max_length} tokens, {full:.0%} full", highlight=False
+    )
+    return packed
 
 
 def _read(recipe: Recipe, source: DataSource) -> list[Example]:

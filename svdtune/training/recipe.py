@@ -99,6 +99,7 @@ class Training(_Section):
     """The optimization. Batch sizes are per process; one optimizer step sees batch_size ×
     gradient_accumulation rows."""
 
+    task: Literal["sft"] = Field("sft", description="What is learned, and so which of TRL's trainers is used.")
     epochs: float | None = Field(None, gt=0, description="Passes over the data; excludes max_steps. 1 by default.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; excludes epochs.")
     batch_size: int = Field(8, ge=1)
@@ -114,6 +115,10 @@ class Training(_Section):
     tf32: bool = Field(False, description="TF32 in float32 matrix products, where the GPU has it.")
     gradient_checkpointing: bool = False
     compile: bool = Field(False, description="torch.compile the model.")
+    padding_free: bool | None = Field(
+        None, description="Rows of a batch side by side; null: wherever the model keeps them apart."
+    )
+    packing: bool = Field(False, description="Sequences of data.max_length tokens made of several rows, as TRL packs.")
     group_by_length: bool = Field(False, description="Batches of similar length: less padding, other data order.")
     seed: int = Field(42, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
@@ -121,6 +126,7 @@ class Training(_Section):
     save_steps: int | None = Field(500, ge=1, description="Checkpoint every so many steps; null: only on Ctrl-C.")
     keep_checkpoints: int = Field(1, ge=1, description="Older ones are deleted.")
     report_to: list[str] = Field(default_factory=list, description="Trackers: wandb, tensorboard, mlflow, ...")
+    trl: dict[str, Any] = Field(default_factory=dict, description="Any other setting of TRL's configuration.")
 
     @field_validator("warmup")
     @classmethod

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
+from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
@@ -27,6 +28,7 @@ from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors
 from svdtune.training.adalora import AllocateRanks
 from svdtune.training.advice import launch_bound
+from svdtune.training.arguments import total_steps
 from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
@@ -34,12 +36,15 @@ from svdtune.training.health import WatchNumbers
 from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, with_steps
 from svdtune.training.movement import SampleMovement
+from svdtune.training.packing import PackingCollator, keeps_rows_apart, padding_share
 from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
 from svdtune.training.sharded import is_spread, saved_state
-from svdtune.training.trainer import RunTrainer, total_steps
+
+if TYPE_CHECKING:
+    from svdtune.training.trainer import RunTrainer
 
 _GO_ON = "Start the run again with --resume: it goes on from its latest checkpoint"
 # How long a process waits for another, which may be decomposing weights or writing a checkpoint.
@@ -136,7 +141,8 @@ def _train(
     model.config.use_cache = False
     found = sites(model)
     show_adapted(console, found)
-    show_example(console, train_rows[0], loaded.tokenizer)
+    show_example(console, prepared.example, loaded.tokenizer)
+    collator = processes.jointly(lambda: _collator(model, prepared, recipe, console))
     if torch.cuda.is_available() and not recipe.training.compile:
         tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
@@ -146,7 +152,7 @@ def _train(
         watching.append(SampleMovement(model, folder, **recipe.analysis.model_dump()))
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with explain_write_errors(folder, _WRITING):
-        trainer, outcome = _fit(model, checkpoint, prepared, watching, console, recipe)
+        trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
         if final_loss and prepared.eval_rows is not None:
             trainer.evaluate()
     model.config.use_cache = True
@@ -190,26 +196,61 @@ def _place(model: Any, args: TrainingArguments) -> None:
         model.to(args.device)
 
 
+def _collator(model: Any, prepared: Prepared, recipe: Recipe, console: Console) -> PackingCollator | Collator:
+    """How rows become a batch: side by side where the model keeps them apart and nothing forbids
+    it.
+
+    Raises:
+        SvdtuneError: if rows are to lie side by side in a model that does not keep them apart.
+    """
+    wanted, pad = recipe.training.padding_free, prepared.loaded.tokenizer.pad_token_id
+    must = wanted or recipe.training.packing
+    # no process has a whole model to try
+    spread = processes.under_deepspeed() or processes.under_fsdp()
+    flat = "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None))
+    if (wanted is None or must) and not spread and keeps_rows_apart(model, flat=flat):
+        return PackingCollator(pad, flat=flat)
+    if must:
+        why = "under FSDP and DeepSpeed that cannot be tried" if spread else "this model does not keep them apart"
+        name = "packing" if recipe.training.packing else "padding_free"
+        raise SvdtuneError(
+            f"training.{name}: true needs rows that cannot see each other, and {why}; leave it out, and rows are padded"
+        )
+    if wanted is None and (share := padding_share(prepared.train_rows, recipe.training.batch_size)) > 0.1:
+        advice = "" if recipe.training.group_by_length else "; training.group_by_length: true makes it less"
+        console.print(
+            f"padding   this model does not keep rows apart that lie side by side: {share:.0%} of its work is "
+            f"padding{advice}",
+            highlight=False,
+        )
+    return Collator(pad)
+
+
 def _fit(
     model: Any,
     checkpoint: Path | None,
     prepared: Prepared,
+    collator: PackingCollator | Collator,
     watching: list[TrainerCallback],
     console: Console,
     recipe: Recipe,
-) -> tuple[RunTrainer, TrainOutput]:
-    """Run Trainer to the end, or to where the user stops it."""
+) -> tuple["RunTrainer", TrainOutput]:
+    """Run the task's trainer to the end, or to where the user stops it."""
+    from svdtune.training.tasks import make_trainer
+
     folder = Path(recipe.output.dir)
     with StopOnInterrupt() as stop:
         progress = ShowProgress(console)
-        trainer = RunTrainer(
+        trainer = make_trainer(
+            recipe.training.task,
             regularizer=SorsaRegularizer(),
             keep_checkpoints=recipe.training.keep_checkpoints,
             model=model,
             args=prepared.args,
             train_dataset=FilledRows(prepared.train_rows) if processes.count() > 1 else prepared.train_rows,
             eval_dataset=prepared.eval_rows,
-            data_collator=Collator(prepared.loaded.tokenizer.pad_token_id),
+            data_collator=collator,
+            processing_class=prepared.loaded.tokenizer,
             callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, progress, stop],
         )
         if recipe.analysis is not None and (trainer.is_fsdp2 or trainer.is_deepspeed_enabled):
@@ -229,7 +270,7 @@ def _fit(
     return trainer, outcome
 
 
-def _loss(trainer: RunTrainer, outcome: TrainOutput) -> float:
+def _loss(trainer: "RunTrainer", outcome: TrainOutput) -> float:
     """The mean training loss; of the log where the run was resumed after its last step and took
     none."""
     logged = [line["loss"] for line in trainer.state.log_history if "loss" in line]

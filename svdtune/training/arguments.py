@@ -1,0 +1,148 @@
+"""What a recipe's training section is to the trainer of its task: TRL's configuration, every value
+of which a recipe decides."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.utils.import_utils import is_torch_tf32_available
+
+from svdtune import processes
+from svdtune.errors import SvdtuneError
+from svdtune.training.recipe import Recipe
+
+CONFIGURATIONS = {"sft": "SFTConfig"}
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
+    """Translate a recipe's training section.
+
+    Args:
+        recipe: the recipe.
+        rows: how many examples there are, to turn a warmup share into steps.
+
+    Raises:
+        SvdtuneError: if this machine lacks what the recipe asks for.
+    """
+    t = recipe.training
+    if t.precision == "fp16" and not torch.cuda.is_available():
+        raise SvdtuneError("training.precision: fp16 needs a CUDA device; use bf16 or fp32")
+    installed = get_available_reporting_integrations()
+    if missing := [tracker for tracker in t.report_to if tracker not in installed]:
+        raise SvdtuneError(
+            f"training.report_to: {', '.join(missing)} not installed here; installed are {', '.join(installed) or 'none'}"
+        )
+    try:
+        args = configuration_class(t.task)(**_decided(recipe, rows), **t.trl)
+    except (ValueError, ImportError) as error:
+        raise SvdtuneError(f"the training section cannot be used here: {error}") from error
+    if processes.under_deepspeed():
+        _check_deepspeed(args)
+    if args.n_gpu > 1:
+        # one process, one GPU: DataParallel would split batches and copy the adapter every step
+        args._n_gpu = 1
+    return args
+
+
+def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
+    """The arguments that a recipe's own settings stand for, by the trainer's names."""
+    t = recipe.training
+    decided: dict[str, Any] = {
+        "output_dir": str(Path(recipe.output.dir)),
+        "num_train_epochs": t.epochs or 1.0,
+        "max_steps": t.max_steps or -1,
+        "per_device_train_batch_size": t.batch_size,
+        "per_device_eval_batch_size": t.batch_size,
+        "gradient_accumulation_steps": t.gradient_accumulation,
+        "learning_rate": t.learning_rate,
+        "lr_scheduler_type": _SCHEDULES[t.schedule],
+        "warmup_steps": warmup_steps(recipe, rows),
+        "optim": t.optimizer,
+        "weight_decay": t.weight_decay,
+        "max_grad_norm": t.max_grad_norm,
+        "label_smoothing_factor": t.label_smoothing,
+        "tf32": True if t.tf32 and is_torch_tf32_available() else None,
+        "bf16": t.precision == "bf16" and not processes.under_deepspeed(),
+        "fp16": t.precision == "fp16",
+        "use_cpu": not torch.accelerator.is_available(),
+        "torch_compile": t.compile,
+        "seed": t.seed,
+        "logging_steps": t.logging_steps,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # a loss that is NaN is to be seen
+        "eval_strategy": "steps" if t.eval_steps else "no",
+        "eval_steps": t.eval_steps,
+        "save_strategy": "steps" if t.save_steps else "no",
+        "save_steps": t.save_steps or 500,
+        "report_to": t.report_to or "none",
+        "run_name": Path(recipe.output.dir).name,
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **_renamed(t.gradient_checkpointing, t.group_by_length),
+    }
+    if t.task == "sft":
+        # Rows come encoded, cut and packed.
+        decided |= {"label_names": ["labels"], "max_length": None, "packing": False, "padding_free": False}
+    return decided
+
+
+def configuration_class(task: str) -> type[TrainingArguments]:
+    """TRL's configuration of a task's trainer.
+
+    Raises:
+        SvdtuneError: if TRL is not installed.
+    """
+    try:
+        import trl
+    except ImportError as error:
+        raise SvdtuneError("training needs TRL: pip install 'svdtune[train]'") from error
+    found: type[TrainingArguments] = getattr(trl, CONFIGURATIONS[task])
+    return found
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    plugin: Any = args.deepspeed_plugin
+    for section in ("bf16", "fp16"):
+        if plugin.deepspeed_config.get(section, {}).get("enabled") is True:
+            raise SvdtuneError(
+                f"DeepSpeed's {section} section rounds the adapter itself to 16 bits. In its configuration set "
+                f'"{section}": {{"enabled": false}} and "torch_autocast": {{"enabled": true, "dtype": "bfloat16"}}, as '
+                "configs/accelerate/zero2.json does"
+            )
+
+
+def _renamed(checkpointing: bool, by_length: bool) -> dict[str, Any]:
+    """Arguments that Transformers has renamed, under the names this version has."""
+    known = {field.name for field in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    renamed: dict[str, Any] = {name: checkpointing}
+    if checkpointing:
+        # Reentrant checkpointing would need inputs that require gradients, which a frozen embedding
+        # does not give.
+        renamed[f"{name}_kwargs"] = {"use_reentrant": False}
+    if by_length:
+        strategy = {"train_sampling_strategy": "group_by_length"}
+        renamed |= strategy if "train_sampling_strategy" in known else {"group_by_length": True}
+    return renamed
+
+
+def total_steps(recipe: Recipe, rows: int) -> int:
+    """Optimizer steps of the whole run."""
+    t = recipe.training
+    if t.max_steps is not None:
+        return t.max_steps
+    batches = math.ceil(rows / (t.batch_size * processes.launched()))
+    return math.ceil((t.epochs or 1.0) * math.ceil(batches / t.gradient_accumulation))
+
+
+def warmup_steps(recipe: Recipe, rows: int) -> int:
+    """The warmup in optimizer steps."""
+    warmup = recipe.training.warmup
+    return int(warmup) if warmup >= 1 else math.ceil(warmup * total_steps(recipe, rows))
