@@ -93,6 +93,6 @@ def make_trainer(task: str, *, model: Any, **kwargs: Any) -> RunTrainer:
         **kwargs: of the trainer.
     """
     cls = TRAINERS[task]
-    if cls is SupervisedTrainer and isinstance(model.get_output_embeddings(), BaseTunerLayer):
+    if issubclass(cls, SupervisedTrainer) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         cls = RunTrainer
     return cls(model=model, **kwargs)

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from typer.testing import CliRunner, Result
 
 from svdtune.cli import app
-from svdtune.training import check_recipe, run, trainer
+from svdtune.training import check_recipe, run, tasks, trainer
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.recipe import dump_recipe
 
@@ -183,13 +183,13 @@ def test_a_schedulers_signal_stops_after_the_step_with_a_checkpoint(
             if state.global_step == 2:
                 os.kill(os.getpid(), number)
 
-    class WithSignal(trainer.RunTrainer):
+    class WithSignal(tasks.SupervisedTrainer):
         def __init__(self, **kwargs: Any):
             super().__init__(**kwargs)
             self.add_callback(SendAtStep3())
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "RunTrainer", WithSignal)
+        patch.setitem(tasks.TRAINERS, "sft", WithSignal)
         result = svdtune(recipe)
     assert result.exit_code == 130
     assert "stopped after step 3, with a checkpoint in" in result.stderr
