@@ -8,10 +8,12 @@ prompt tokens that training saw.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from svdtune.data.chats import chat_pieces
 from svdtune.data.examples import Example
 from svdtune.data.prompts import TEMPLATES, template_names
 from svdtune.errors import SvdtuneError
@@ -19,7 +21,23 @@ from svdtune.registry import lab_note
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 PLAIN, CHAT = "plain", "chat"
-_NO_LIMIT = 1 << 60
+Encoded = dict[str, list[int]]
+_AT_ONCE = 1000  # texts that a fast tokenizer is given together
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of an example's text.
+
+    Attributes:
+        text: as it is tokenized.
+        special: whether the tokenizer adds its own tokens, as to the start of a text.
+        learnt: whether it is trained on.
+    """
+
+    text: str
+    special: bool = False
+    learnt: bool = False
 
 
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: str = PLAIN) -> list[int]:
@@ -36,25 +54,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
         SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template
             has no "{prompt}".
     """
-    if template == CHAT or not isinstance(example.prompt, str):
-        if tokenizer.chat_template is None:
-            raise SvdtuneError(
-                f"{example.name}: the tokenizer has no chat template; use `template: plain` and text prompts"
-            )
-        turns = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)
-    form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
-    if "{prompt}" not in form:
-        raise SvdtuneError(
-            f"the template {template!r} has no {{prompt}} in it; expected such a text, or one of "
-            f"{', '.join(template_names())}{lab_note()}"
-        )
-    text = form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt)
-    ids = tokenizer.encode(text)
-    ended = len(ids) > 0 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    # some tokenizers close every text; the response is still to come
-    return ids[:-1] if ended else ids
+    piece = _prompt(example, tokenizer, template)
+    return _tokens([piece], tokenizer)[0]
 
 
 def encode(
@@ -63,8 +64,11 @@ def encode(
     max_length: int,
     loss_on: str = "response",
     template: str = PLAIN,
-) -> dict[str, list[int]]:
+) -> Encoded:
     """Return {"input_ids", "labels"} of one example: prompt, completion, end token.
+
+    Of a chat with several turns, each of the assistant's is trained on up to its end token. The
+    first token has no label: nothing comes before it that could predict it.
 
     Args:
         example: what to encode.
@@ -75,24 +79,11 @@ def encode(
 
     Raises:
         SvdtuneError: if the example does not fit: a cut response would teach the model to stop
-            anywhere.
+            anywhere. If a chat template leaves open what the assistant says.
     """
-    if loss_on not in ("response", "all"):
-        raise SvdtuneError(f"loss_on is {loss_on!r}; expected response or all")
-    prompt = prompt_ids(example, tokenizer, template)
-    response = [*tokenizer.encode(example.completion, add_special_tokens=False), tokenizer.eos_token_id]
-    if len(prompt) >= max_length:
-        raise SvdtuneError(
-            f"{example.name}: the prompt is {len(prompt)} tokens long, and max_length is {max_length}, so that no room is "
-            f"left for a response; raise max_length (up to the model's context), or shorten or drop the row"
-        )
-    if len(prompt) + len(response) > max_length:
-        raise SvdtuneError(
-            f"{example.name}: prompt and response are {len(prompt)} + {len(response)} tokens long, and max_length is "
-            f"{max_length}; raise it, or leave such rows out with `data.overlong: drop`"
-        )
-    masked = [IGNORED] * len(prompt) if loss_on == "response" else prompt
-    return {"input_ids": prompt + response, "labels": masked + response}
+    [row] = _rows([example], tokenizer, loss_on, template)
+    _check_length(row, example, max_length)
+    return row
 
 
 def encode_all(
@@ -103,32 +94,136 @@ def encode_all(
     template: str = PLAIN,
     *,
     overlong: str = "error",
-) -> tuple[list[dict[str, list[int]]], int]:
-    """Encode many examples; return them and the number of those that were too long.
+) -> tuple[list[Encoded], int]:
+    """Encode many examples, as `encode` does each; return them and the number of those that were
+    too long.
 
     Args:
         examples: what to encode.
-        tokenizer: as in `encode`, like `max_length`, `loss_on` and `template`.
+        tokenizer: as in `encode`, like `max_length`, `loss_on` and `template`. One of the fast ones
+            takes many texts at once, on all cores.
         overlong: "error" refuses an example that does not fit, "drop" leaves it out, and "cut" cuts
             it off, end token included, as the papers' code does: it then teaches no end.
 
     Raises:
         SvdtuneError: as `encode`; with "drop" and "cut" only if no example is left.
     """
-    encoded, overlong_count = [], 0
-    for example in examples:
-        limit = max_length if overlong == "error" else _NO_LIMIT
-        row = encode(example, tokenizer, limit, loss_on, template)
-        if len(row["input_ids"]) > max_length:
-            overlong_count += 1
-            row = {key: values[:max_length] for key, values in row.items()}
-            # What is left must hold something to learn; where only the prompt fits, it does not.
-            if overlong == "drop" or all(label == IGNORED for label in row["labels"]):
-                continue
-        encoded.append(row)
+    encoded, overlong_count, queue = [], 0, iter(examples)
+    while batch := list(islice(queue, _AT_ONCE)):
+        for example, row in zip(batch, _rows(batch, tokenizer, loss_on, template), strict=True):
+            if overlong == "error":
+                _check_length(row, example, max_length)
+            if len(row["input_ids"]) > max_length:
+                overlong_count += 1
+                row = {key: values[:max_length] for key, values in row.items()}
+                # What is left must hold something to learn; where only the prompt fits, it does
+                # not.
+                if overlong == "drop" or all(label == IGNORED for label in row["labels"]):
+                    continue
+            encoded.append(row)
     if not encoded:
         raise SvdtuneError(f"no example is left: all {overlong_count} are longer than max_length = {max_length} tokens")
     return encoded, overlong_count
+
+
+def _rows(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, loss_on: str, template: str
+) -> list[Encoded]:
+    if loss_on not in ("response", "all"):
+        raise SvdtuneError(f"loss_on is {loss_on!r}; expected response or all")
+    pieces = [_pieces(example, tokenizer, template) for example in examples]
+    tokens = iter(_tokens([piece for one in pieces for piece in one], tokenizer))
+    return [
+        _row(example, [(piece, next(tokens)) for piece in one], tokenizer.eos_token_id, loss_on)
+        for example, one in zip(examples, pieces, strict=True)
+    ]
+
+
+def _row(example: Example, parts: list[tuple[_Piece, list[int]]], end: int, loss_on: str) -> Encoded:
+    ids: list[int] = []
+    labels: list[int] = []
+    for piece, tokens in parts:
+        learnt = 0
+        if piece.learnt and example.chat is None:
+            tokens = [*tokens, end]
+            learnt = len(tokens)
+        elif piece.learnt:
+            learnt = _through_end(tokens, end, example)
+            if piece is parts[-1][0]:
+                tokens = tokens[:learnt]
+        ids += tokens
+        labels += tokens if loss_on == "all" else tokens[:learnt] + [IGNORED] * (len(tokens) - learnt)
+    labels[0] = IGNORED
+    return {"input_ids": ids, "labels": labels}
+
+
+def _through_end(tokens: list[int], end: int, example: Example) -> int:
+    """How many tokens of an assistant's turn there are up to its end token, that included."""
+    if end not in tokens:
+        raise SvdtuneError(
+            f"{example.name}: the chat template does not close an assistant's turn with the end token {end}, so that the "
+            "model would not learn to stop; name the token that it writes there with `model.end_token`"
+        )
+    return len(tokens) - tokens[::-1].index(end)
+
+
+def _check_length(row: Encoded, example: Example, max_length: int) -> None:
+    size = len(row["input_ids"])
+    if size <= max_length:
+        return
+    prompt = next(at for at, label in enumerate([*row["labels"], 0]) if label != IGNORED)
+    if prompt >= max_length:
+        raise SvdtuneError(
+            f"{example.name}: the prompt is {prompt} tokens long, and max_length is {max_length}, so that no room is "
+            f"left for a response; raise max_length (up to the model's context), or shorten or drop the row"
+        )
+    raise SvdtuneError(
+        f"{example.name}: prompt and response are {prompt} + {size - prompt} tokens long, and max_length is "
+        f"{max_length}; raise it, or leave such rows out with `data.overlong: drop`"
+    )
+
+
+def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> list[_Piece]:
+    if example.chat is None:
+        return [_prompt(example, tokenizer, template), _Piece(example.completion, learnt=True)]
+    _check_chat_template(tokenizer, example.name)
+    return [_Piece(text, learnt=learnt) for text, learnt in chat_pieces(example.chat, tokenizer, example.name)]
+
+
+def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> _Piece:
+    if template == CHAT or not isinstance(example.prompt, str):
+        _check_chat_template(tokenizer, example.name)
+        turns = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
+        return _Piece(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
+    if "{prompt}" not in form:
+        raise SvdtuneError(
+            f"the template {template!r} has no {{prompt}} in it; expected such a text, or one of "
+            f"{', '.join(template_names())}{lab_note()}"
+        )
+    return _Piece(form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt), special=True)
+
+
+def _check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    if tokenizer.chat_template is None:
+        raise SvdtuneError(f"{name}: the tokenizer has no chat template; use `template: plain` and text prompts")
+
+
+def _tokens(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each piece; a fast tokenizer takes all texts of a kind at once."""
+    found: list[list[int]] = [[]] * len(pieces)
+    for special in (False, True):
+        places = [at for at, piece in enumerate(pieces) if piece.special == special]
+        texts = [pieces[at].text for at in places]
+        if getattr(tokenizer, "is_fast", False) and len(texts) > 1:
+            many = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        else:
+            many = [tokenizer.encode(text, add_special_tokens=special) for text in texts]
+        for at, text, ids in zip(places, texts, many, strict=True):
+            ended = special and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
+            # some tokenizers close every text; the response is still to come
+            found[at] = ids[:-1] if ended else ids
+    return found
 
 
 def length_multiple() -> int:

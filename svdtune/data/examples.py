@@ -2,14 +2,32 @@
 row was."""
 
 import difflib
+import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from svdtune.data.standard import messages_of, standard_row
 from svdtune.errors import SvdtuneError
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
+PROMPT, COMPLETION = "prompt", "completion"  # the fields that are taken where none are named
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat whose assistant's turns are trained on.
+
+    Attributes:
+        messages: up to the last of the assistant's turns.
+        tools: for the chat template.
+        learn_from: index of the first message that may be trained on.
+    """
+
+    messages: Messages
+    tools: Sequence[Any] | None = None
+    learn_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -22,12 +40,14 @@ class Example:
             where none is needed.
         row: what it was made from, reference answers included.
         name: where it comes from, for error messages: "train.jsonl row 12".
+        chat: the whole chat where more is to learn than the one completion, or tools belong to it.
     """
 
     prompt: str | Messages
     completion: str = ""
     row: Mapping[str, Any] = field(default_factory=dict, repr=False)
     name: str = "example"
+    chat: Chat | None = None
 
 
 def to_examples(
@@ -38,9 +58,10 @@ def to_examples(
     Args:
         rows: as read by `read_rows`.
         prompt: a field's name ("question"), or a text with fields in braces
-            ("{instruction}\\n{input}"). A field may hold a list of messages; if `completion` is
-            None the last of them, the assistant's, becomes the completion.
-        completion: likewise; None where only prompts are needed.
+            ("{instruction}\\n{input}"). Rows without a field "prompt" may be of any format in
+            `svdtune.data.standard`. A field may hold a chat, whose last message, if it is the
+            assistant's, becomes the completion; all of the assistant's turns are trained on.
+        completion: likewise; None where only prompts are needed, or where prompts are whole chats.
         source: what to call the data in error messages.
 
     Raises:
@@ -84,14 +105,40 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
 
 
 def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: str) -> Example:
+    if prompt == PROMPT and PROMPT not in row:
+        row = standard_row(row, name)
+    asked = row.get(prompt)
+    if isinstance(asked, list | tuple):
+        return _chat_example(row, messages_of(asked, f"{name}: field {prompt!r}"), completion, name)
     check_fields(row, fields_of(prompt, completion), name)
-    asked = row[prompt] if prompt in row and isinstance(row[prompt], list) else _fill(prompt, row, name)
     answer = "" if completion is None else _fill(completion, row, name)
-    if isinstance(asked, list):
-        _check_messages(asked, prompt, name)
-        if completion is None and asked[-1]["role"] == "assistant":
-            asked, answer = asked[:-1], asked[-1]["content"]
-    return Example(asked, answer, row, name)
+    return Example(_fill(prompt, row, name), answer, row, name)
+
+
+def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | None, name: str) -> Example:
+    """An example of a chat, with what answers it behind it or in a field of its own."""
+    whole = completion is None or (completion == COMPLETION and COMPLETION not in row)
+    if not whole:
+        assert completion is not None
+        check_fields(row, fields_of(completion), name)
+        answer = row.get(completion)
+        if not isinstance(answer, list | tuple):
+            return Example(asked, _fill(completion, row, name), row, name)
+        turns, learn_from = [*asked, *messages_of(answer, f"{name}: field {completion!r}")], len(asked)
+    else:
+        turns, learn_from = asked, 0
+    learnt = [at for at, turn in enumerate(turns) if turn["role"] == "assistant" and at >= learn_from]
+    if completion is None and (not learnt or learnt[-1] != len(turns) - 1):
+        return Example(turns, "", row, name)  # it asks, and nothing is to be learnt from it
+    if not learnt:
+        raise SvdtuneError(f"{name}: no message is the assistant's, so that nothing can be learnt from it")
+    last = turns[learnt[-1]]
+    text = last.get("content")
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    plain = isinstance(text, str) and not tools and not any("tool_calls" in turn for turn in turns)
+    chat = None if plain and len(learnt) == 1 else Chat(turns[: learnt[-1] + 1], tools, learn_from)
+    return Example(turns[: learnt[-1]], text if isinstance(text, str) else "", row, name, chat)
 
 
 def _fill(spec: str, row: Mapping[str, Any], name: str) -> str:
@@ -100,12 +147,3 @@ def _fill(spec: str, row: Mapping[str, Any], name: str) -> str:
         if not isinstance(value, str | int | float):
             raise SvdtuneError(f"{name}: field {key!r} holds {value!r:.60}, expected text or a number")
     return spec.format_map(values) if "{" in spec else str(values[spec])
-
-
-def _check_messages(messages: list[Any], key: str, name: str) -> None:
-    well_formed = messages and all(
-        isinstance(m, Mapping) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in messages
-    )
-    if not well_formed:
-        raise SvdtuneError(f"{name}: field {key!r} is a list, but not of messages with a text 'role' and 'content'")

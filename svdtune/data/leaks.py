@@ -20,17 +20,18 @@ def normalise(question: str) -> str:
     return " ".join(re.findall(r"\d+(?:\.\d+)?|[^\W\d_]+|[_+*/^=<>]|-(?=\s*\d)", text))
 
 
-def leaks(test: Sequence[str], train: Sequence[str]) -> list[tuple[int, int]]:
+def leaks(test: Sequence[str], train: Sequence[str | Sequence[str]]) -> list[tuple[int, int]]:
     """Pairs (index in `test`, first index in `train`) of the same question, in the order of
     `test`."""
     seen: dict[str, int] = {}
-    for index, question in enumerate(train):
-        seen.setdefault(normalise(question), index)
+    for index, asked in enumerate(train):
+        for question in [asked] if isinstance(asked, str) else asked:
+            seen.setdefault(normalise(question), index)
     found = ((index, seen.get(normalise(question))) for index, question in enumerate(test))
     return [(index, where) for index, where in found if where is not None]
 
 
-def refuse_leaks(test: Sequence[str], train: Sequence[str], test_name: str, train_name: str) -> None:
+def refuse_leaks(test: Sequence[str], train: Sequence[str | Sequence[str]], test_name: str, train_name: str) -> None:
     """Refuse test questions that are trained on.
 
     Raises:
@@ -49,4 +50,11 @@ def refuse_leaks(test: Sequence[str], train: Sequence[str], test_name: str, trai
 
 def question_text(prompt: Any) -> str:
     """A prompt as one text: a chat is the contents of its turns."""
-    return prompt if isinstance(prompt, str) else "\n".join(turn["content"] for turn in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content", "")) for turn in prompt)
+
+
+def questions(prompt: Any) -> list[str]:
+    """All that a prompt asks: itself, and of a chat each of the user's turns."""
+    if isinstance(prompt, str):
+        return [prompt]
+    return [question_text(prompt), *(question_text([turn]) for turn in prompt if turn["role"] == "user")]

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from svdtune.data import Example, read_rows, to_examples
 from svdtune.data.catalogue import scored
-from svdtune.data.leaks import leaks, question_text, refuse_leaks
+from svdtune.data.leaks import leaks, question_text, questions, refuse_leaks
 from svdtune.errors import SvdtuneError
 from svdtune.training.recipe import Recipe
 
@@ -30,7 +30,7 @@ def check_leaks(
         SvdtuneError: naming the rows, if another set leaks; or if a set is allowed that is not
             scored.
     """
-    trained = [question_text(example.prompt) for example in train]
+    trained = [questions(example.prompt) for example in train]
     asked = _questions(recipe, held_out, console)
     for name in recipe.data.allow_leaks:
         if name not in asked:

@@ -8,7 +8,6 @@ from transformers import TrainingArguments
 
 from svdtune import processes
 from svdtune.data import Example, encode_all, read_rows, to_examples
-from svdtune.data.examples import fields_of
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.training.arguments import training_arguments
@@ -72,7 +71,6 @@ def _read(recipe: Recipe, source: DataSource) -> list[Example]:
         config=source.config,
         limit=source.limit,
         seed=source.seed,
-        fields=fields_of(data.prompt, data.completion),
     )
     return to_examples(rows, data.prompt, data.completion, source=source.source)
 

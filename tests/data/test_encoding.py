@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from svdtune.data import Collator, Example, encode, encode_all, prompt_ids
+from svdtune.data.encoding import IGNORED
 from svdtune.errors import SvdtuneError
 
 EXAMPLE = Example("ask: ", "say", name="a.json row 7")
@@ -26,7 +27,7 @@ def test_the_response_and_the_end_token_are_trained_on(tokenizer: PreTrainedToke
 
 def test_loss_on_all_trains_on_the_prompt_too(tokenizer: PreTrainedTokenizerFast) -> None:
     encoded = encode(EXAMPLE, tokenizer, 32, loss_on="all")
-    assert encoded["labels"] == encoded["input_ids"]
+    assert encoded["labels"] == [IGNORED, *encoded["input_ids"][1:]]  # nothing predicts the first token
     with pytest.raises(SvdtuneError, match="loss_on is 'both'; expected response or all"):
         encode(EXAMPLE, tokenizer, 32, loss_on="both")
 

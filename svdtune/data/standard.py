@@ -1,0 +1,85 @@
+"""Rows in the formats that the field's tools share, told by their columns and brought to one form.
+
+| columns | format | what becomes of it |
+|---|---|---|
+| `messages` | OpenAI's chats | `prompt`: the messages |
+| `conversations` | ShareGPT's (`from`, `value`), or messages | `prompt`: the messages |
+| `prompt`, `completion` | text, or a list of messages each | stays |
+| `instruction`, `input`, `output` | Alpaca's | `prompt`: instruction and input, `completion` |
+| `text` | plain text | `completion`: the text, after an empty prompt |
+
+`tools` beside messages goes to the chat template.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from svdtune.errors import SvdtuneError
+
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
+
+
+def standard_row(row: Row, name: str) -> Row:
+    """The row with a `prompt` and, unless its prompt is a whole chat, a `completion`.
+
+    Args:
+        row: in any of the formats above; other columns stay.
+        name: what to call it in an error.
+
+    Raises:
+        SvdtuneError: if its columns are those of no format, or a chat is malformed.
+    """
+    if "prompt" in row:
+        return row
+    for column in ("messages", "conversations"):
+        if column in row:
+            return {**row, "prompt": messages_of(row[column], f"{name}: field {column!r}")}
+    if "instruction" in row and "output" in row:
+        given = str(row.get("input") or "").strip()
+        prompt = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
+        return {**row, "prompt": prompt, "completion": row["output"]}
+    if "text" in row:
+        return {**row, "prompt": "", "completion": row["text"]}
+    raise SvdtuneError(
+        f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}); "
+        "say which hold what is asked and answered: data.prompt and data.completion"
+    )
+
+
+def messages_of(turns: Any, name: str) -> list[Message]:
+    """A chat as messages with `role` and `content`.
+
+    Raises:
+        SvdtuneError: if it is no list of messages, saying which of them is malformed.
+    """
+    if not isinstance(turns, list | tuple) or not turns:
+        raise SvdtuneError(f"{name} holds {turns!r:.60}; expected a list of messages")
+    return [_message(turn, f"{name}, message {at}") for at, turn in enumerate(turns, 1)]
+
+
+def _message(turn: Any, name: str) -> Message:
+    if not isinstance(turn, Mapping):
+        raise SvdtuneError(f"{name} is {turn!r:.60}; expected an object with role and content")
+    if "from" in turn and "value" in turn:
+        turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+    # A table gives every message every column of any of them: what is empty was not said.
+    message = {key: value for key, value in turn.items() if value is not None}
+    content, calls = message.get("content"), message.get("tool_calls")
+    if not isinstance(message.get("role"), str) or not (isinstance(content, str | list) or calls):
+        raise SvdtuneError(
+            f"{name} has {', '.join(f'{key} = {value!r:.40}' for key, value in message.items()) or 'nothing'}; "
+            "expected a role and a content (or tool_calls), or from and value"
+        )
+    return message
