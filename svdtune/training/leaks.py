@@ -38,14 +38,14 @@ def check_leaks(
                 f"data.allow_leaks names {name!r}, which this recipe is not scored on: {', '.join(asked)}"
             )
     allowed = {}
-    for name, questions in asked.items():
+    for name, test in asked.items():
         if name not in recipe.data.allow_leaks:
-            refuse_leaks(questions, trained, name, recipe.data.train.source)
+            refuse_leaks(test, trained, name, recipe.data.train.source)
             continue
-        allowed[name] = len(leaks(questions, trained))
+        allowed[name] = len(leaks(test, trained))
         if console is not None:
             console.print(
-                f"leak      {allowed[name]} of the {len(questions)} questions of {name} are trained on, as allowed",
+                f"leak      {allowed[name]} of the {len(test)} questions of {name} are trained on, as allowed",
                 highlight=False,
             )
     return allowed

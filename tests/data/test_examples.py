@@ -37,5 +37,5 @@ def test_what_is_wrong_is_named(prompt: str, completion: str, message: str) -> N
 
 @pytest.mark.parametrize("messages", [[], ["hi"], [{"role": "user"}]])
 def test_a_list_that_is_not_messages(messages: list[object]) -> None:
-    with pytest.raises(SvdtuneError, match="field 'messages'.* expected (a list of messages|an object|a role and)"):
+    with pytest.raises(SvdtuneError, match=r"field 'messages'.* expected (a list of messages|an object|a role and)"):
         to_examples([{"messages": messages}], "messages")
