@@ -1,6 +1,7 @@
 """A GGUF file as a Transformers model: Transformers maps names and layout, the package gguf
 dequantizes tensors."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -16,16 +18,29 @@ from svdtune.errors import SvdtuneError
 from svdtune.system import is_out_of_memory
 
 
+def check_gguf_support(path: Path) -> None:
+    """Refuse a GGUF file where the packages here cannot read it.
+
+    Raises:
+        SvdtuneError: naming the package, and what is installed.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise SvdtuneError(f"reading {path.name} needs the package gguf: pip install 'svdtune[gguf]'")
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise SvdtuneError(
+            f"reading {path.name} needs Transformers 5.0 or newer, and {transformers.__version__} is installed: "
+            "pip install --upgrade transformers"
+        )
+
+
 def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tensor]]]:
     """The model on the meta device, and a reader by parameter name for each that the file holds.
 
     Raises:
-        SvdtuneError: the package gguf is not installed, or the file is damaged.
+        SvdtuneError: if GGUF files cannot be read here, or the file is damaged.
     """
-    try:
-        from gguf import GGUFReader, dequantize
-    except ImportError as error:
-        raise SvdtuneError(f"reading {path.name} needs the package gguf: pip install 'svdtune[gguf]'") from error
+    check_gguf_support(path)
+    from gguf import GGUFReader, dequantize
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
     with _explain_damage(path):

@@ -17,6 +17,7 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from svdtune.checkpoint.gguf import check_gguf_support
 from svdtune.errors import SvdtuneError
 from svdtune.models.end_token import check_end_token, set_end_token
 from svdtune.spectra import store
@@ -82,10 +83,9 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Read a GGUF file into a plain float32 model, not marked as quantized, and its tokenizer.
 
     Raises:
-        SvdtuneError: if `gguf` is not installed or transformers cannot read the file.
+        SvdtuneError: if GGUF files cannot be read here, or this one is damaged.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise SvdtuneError(f"reading {path.name} needs the package gguf: pip install 'svdtune[gguf]'")
+    check_gguf_support(path)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         tokenizer = AutoTokenizer.from_pretrained(**where)

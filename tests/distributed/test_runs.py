@@ -15,6 +15,8 @@ import new_process
 import programs
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
@@ -80,7 +82,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
 def check_same_run(folder: Path, expected: Path, atol: float = 1e-5) -> None:
     """Compare logs and adapters of two finished runs."""
     for got, line in zip(log(folder), log(expected), strict=True):
-        for key in ("step", "epoch", "loss", "grad_norm", "learning_rate"):
+        # Transformers 4 counts an epoch by the batches of a process, filled up or not.
+        epoch = ("epoch",) if Version(transformers.__version__).major >= 5 else ()
+        for key in ("step", *epoch, "loss", "grad_norm", "learning_rate"):
             assert got[key] == pytest.approx(line[key], abs=atol), key
         assert got["l_reg"] == pytest.approx(line["l_reg"], abs=10 * atol)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")

@@ -67,7 +67,7 @@ def test_keeps_dtype_tokenizer_and_generation_config(tiny_folder: Path, tmp_path
     adapter = save_adapter(base, tmp_path / "adapter")
     report = merge(find_source(adapter), tmp_path / "merged")
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert model.dtype == getattr(torch, dtype)
     assert report.dtype == dtype
@@ -128,7 +128,7 @@ def test_the_dtype_asked_for(tiny_folder: Path, tmp_path: Path) -> None:
     report = merge(find_source(adapter), tmp_path / "merged", dtype="bfloat16")
     assert report.dtype == "bfloat16"
     assert {tensor.dtype for tensor in load_file(tmp_path / "merged/model.safetensors").values()} == {torch.bfloat16}
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype == torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").dtype == torch.bfloat16
     with pytest.raises(SvdtuneError, match="dtype 'int8' is none to merge in: expected auto, float64, float32"):
         merge(find_source(adapter), tmp_path / "other", dtype="int8")
 
@@ -156,7 +156,7 @@ def test_conv1d_and_tied_embeddings(config, tmp_path: Path, tiny_tokenizer) -> N
     adapter = save_adapter(base, tmp_path / "adapter", config)
     report = merge(find_source(adapter), tmp_path / "merged", check=True)
     assert report.comparison.relative < 1e-4 * report.comparison.effect + 2e-6
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert torch.allclose(logits(merged), logits(open_source(find_source(adapter)).model), atol=1e-4)
     both = {"wte", "lm_head"} & {*(config.target_modules or ()), *(config.modules_to_save or ())}
     assert merged.config.tie_word_embeddings == (not both)

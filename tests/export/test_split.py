@@ -37,7 +37,7 @@ def move(model, size=0.1):
 def test_it_starts_as_the_model_that_was_split(tiny_folder, tmp_path, dtype):
     before = logits(load(tiny_folder, dtype=dtype).model)
     split = split_checkpoint(tiny_folder, tmp_path / "split", SorsaConfig(r=4), dtype=dtype)
-    residual = AutoModelForCausalLM.from_pretrained(split.residual)
+    residual = AutoModelForCausalLM.from_pretrained(split.residual, dtype="auto")
     alone = logits(residual)
     assert residual.dtype == getattr(torch, dtype)
     assert not torch.allclose(alone, before, atol=1e-2)
@@ -50,10 +50,14 @@ def test_it_starts_as_the_model_that_was_split(tiny_folder, tmp_path, dtype):
     with model.disable_adapter():  # the model before training, not the residual
         assert torch.allclose(logits(model), before, atol=tolerance)
     model.save_pretrained(tmp_path / "trained")
-    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(split.residual), tmp_path / "trained")
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(split.residual, dtype="auto"), tmp_path / "trained"
+    )
     assert torch.equal(logits(loaded), trained)
     export_lora(tmp_path / "trained", tmp_path / "lora")
-    lora = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(split.residual), tmp_path / "lora")
+    lora = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(split.residual, dtype="auto"), tmp_path / "lora"
+    )
     assert lora.peft_config["default"].r == 4  # the residual's own, not twice that
     assert torch.allclose(logits(lora), trained, atol=tolerance)
     model.merge_adapter()

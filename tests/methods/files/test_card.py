@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model
@@ -125,6 +126,8 @@ def test_push_to_hub_works_as_pefts(base, tmp_path, monkeypatch):
             raise EntryNotFoundError("there is no README.md")
         return original(where, *args, **kwargs)
 
+    if not hasattr(transformers.utils.hub, "hf_api"):
+        pytest.skip("this Transformers talks to the hub by other names")
     monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
     monkeypatch.setattr("transformers.utils.hub.ModelCard.load", load)
     model = adapted(base, SorsaConfig(r=4, task_type="CAUSAL_LM"))
