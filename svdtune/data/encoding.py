@@ -6,9 +6,10 @@ token does no harm. Prompt and completion are tokenized apart: generation then s
 prompt tokens that training saw.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -194,7 +195,9 @@ def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str)
     if template == CHAT or not isinstance(example.prompt, str):
         _check_chat_template(tokenizer, example.name)
         turns = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
-        return _Piece(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        assert isinstance(text, str)
+        return _Piece(text)
     form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
     if "{prompt}" not in form:
         raise SvdtuneError(
@@ -244,7 +247,7 @@ class Collator:
     pad_id: int
     multiple_of: int = field(default_factory=length_multiple)
 
-    def __call__(self, batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return int64 tensors of shape (batch, length): input_ids, attention_mask, labels."""
         longest = max(len(row["input_ids"]) for row in batch)
         length = -(-longest // self.multiple_of) * self.multiple_of

@@ -52,7 +52,8 @@ class SupervisedTrainer(RunTrainer, SFTTrainer):
     ) -> Any:
         """The mean negative log-likelihood of all labels of a step, as TRL takes it, without the
         metrics that would wait for the device."""
-        if return_outputs or self.args.loss_type != "nll" or self.aux_loss_enabled:
+        args: Any = self.args
+        if return_outputs or args.loss_type != "nll" or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.label_smoother is not None or not self._in_chunks(inputs["input_ids"]):
             return super(SFTTrainer, self).compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -64,7 +65,8 @@ class SupervisedTrainer(RunTrainer, SFTTrainer):
         return loss
 
     def _in_chunks(self, input_ids: Tensor) -> bool:
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        model: Any = self.model
+        vocabulary = int(model.config.get_text_config().vocab_size)
         return input_ids.device.type != "cpu" or input_ids.numel() * vocabulary > _WHOLE_LOGITS
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
