@@ -103,7 +103,8 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
 
     from svdtune.models.loading import locate
 
-    tokenizer = AutoTokenizer.from_pretrained(locate(arguments.tokenizer))
+    here = Path(arguments.tokenizer).is_dir()  # a tokenizer's files are enough
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer if here else locate(arguments.tokenizer))
     config = LlamaConfig(
         **SHAPES[arguments.shape],
         num_key_value_heads=KEY_VALUE_HEADS[arguments.shape],
