@@ -1,6 +1,7 @@
 """SARA, Mo-SARA and SORSA as PEFT methods; importing this package registers them with PEFT."""
 
 from svdtune.methods.closed import explain_refusals
+from svdtune.methods.filling import fill_through_peft, read_as_ours
 from svdtune.methods.mosara import MoSaraConfig, MoSaraModel
 from svdtune.methods.registration import register
 from svdtune.methods.sara import SaraConfig, SaraModel
@@ -12,3 +13,5 @@ register(SaraConfig, SaraModel)
 register(MoSaraConfig, MoSaraModel)
 register(SorsaConfig, SorsaModel)
 explain_refusals()
+fill_through_peft()
+read_as_ours()

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
@@ -50,7 +51,7 @@ class SvdTuner(BaseTuner):
     ) -> None:
         """As PEFT's, with every rank and factor settled first; see the head of this file."""
         config = _ours(self.peft_config[adapter_name])
-        self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
         self._resolution = Resolution(config, model, self.tuner_layer_cls, load_only)
         # PEFT takes the modules' names from the keys, and a slice is no module yet
@@ -63,14 +64,21 @@ class SvdTuner(BaseTuner):
                 # PEFT looks at modules alone; `check_patterns` at slices too
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            self._watch(model)
+            self._watch(model, trained_before)
             self._resolution.check_patterns()
             self._resolution.record()
+        except SvdtuneError:
+            if isinstance(model, PreTrainedModel):  # whose adapters the tuner took as its own
+                self.peft_config.pop(adapter_name, None)
+            raise
         finally:
             self._resolution.factors.clear()
 
-    def _watch(self, model: nn.Module) -> None:
-        self.together = self.together or Together()
+    def _watch(self, model: nn.Module, trained_before: list[nn.Parameter]) -> None:
+        # Transformers makes a tuner for each adapter
+        there = (layer.together for layer in self.adapted_layers() if layer.together is not None)
+        self.together = self.together or next(there, None) or Together()
+        self.together.trained_before = trained_before
         self.together.watch(model)
         for layer in self.adapted_layers():
             layer.together = self.together
@@ -298,21 +306,36 @@ class SvdTuner(BaseTuner):
             layer.before_load(adapter_name)
         return remapped
 
-    @staticmethod
-    def _take_back(model: Any, adapter_name: str) -> None:
+    @classmethod
+    def _take_back(cls, model: Any, adapter_name: str) -> None:
         """Remove an adapter that was put on a model in order to be loaded, so that the model is as
         it was."""
         tuner = getattr(model, "base_model", None)
-        if not isinstance(tuner, SvdTuner) or all(
-            adapter_name not in layer._awaited for layer in tuner.adapted_layers()
-        ):
+        if not isinstance(tuner, SvdTuner):
+            tuner = cls._over(model)
+        if not any(layer.awaits(adapter_name) for layer in tuner.adapted_layers()):
             return
+        assert tuner.together is not None  # since the adapter was put on
         if len(tuner.peft_config) > 1:
-            model.delete_adapter(adapter_name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", f"Adapter {adapter_name} was active which is now deleted")
+                (model if isinstance(model, PeftModel) else tuner).delete_adapter(adapter_name)
             return
+        trained_before = tuner.together.trained_before
         tuner.unload()
-        for parameter in tuner._trained_before:
+        for parameter in trained_before:
             parameter.requires_grad_(True)
+        if hasattr(model, "_hf_peft_config_loaded"):
+            model._hf_peft_config_loaded = False
+
+    @classmethod
+    def _over(cls, model: nn.Module) -> "SvdTuner":
+        """A tuner of a model that Transformers put adapters into, which keeps none."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        tuner.together = next((layer.together for layer in tuner.adapted_layers()), None)
+        return tuner
 
 
 def _ours(config: PeftConfig) -> SvdConfig:

@@ -106,10 +106,12 @@ class Together:
 
     Attributes:
         enabled: True or False; None for on with CUDA tensors alone.
+        trained_before: the parameters that were trained before the last adapter was put on.
     """
 
     def __init__(self) -> None:
         self.enabled: bool | None = None
+        self.trained_before: list[nn.Parameter] = []
         self._plan: list[Turn] = []
         self._followers: dict[nn.Module, list[Turn]] = {}
         self._apart: set[nn.Module] = set()

@@ -100,8 +100,11 @@ def restore(
 def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any]) -> dict[str, Tensor]:
     """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all
     of them."""
-    key = _ROOT + name.removeprefix(_ROOT)
-    taken = {part: state_dict.pop(f"{key}.{part}{PROBE}", None) for part in layer.frozen}
+    bare = name.removeprefix(_ROOT)  # as Transformers saves
+    taken = {
+        part: state_dict.pop(f"{_ROOT}{bare}.{part}{PROBE}", state_dict.pop(f"{bare}.{part}{PROBE}", None))
+        for part in layer.frozen
+    }
     probes = {part: value for part, value in taken.items() if value is not None}
     return probes if len(probes) == len(taken) else {}
 

@@ -1,0 +1,120 @@
+"""Transformers' own loaders fill an adapter through `load_state_dict`, as PEFT does.
+
+`model.load_adapter(folder)`, `AutoModelFor….from_pretrained(adapter_folder)` and
+`pipeline(model=adapter_folder)` end in one function of Transformers. From release 5 it puts a
+file's values into parameters by names, and finds only names that begin with the method's: it passes
+over frozen factors and probes of them, and over every check. So where an adapter of ours waits for
+its values, that function is given none, and the file goes the one way that all adapters of ours go.
+They also read configurations through `PeftConfig`, which passes over the checks of the files.
+"""
+
+import functools
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from svdtune.errors import SvdtuneError
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_weights_file
+from svdtune.methods.layers.base import SvdLayer
+
+_FILLS = "_load_pretrained_model"
+_ROOT = "base_model.model."
+
+
+def fill_through_peft() -> None:
+    """Wrap the function of Transformers 5 that fills parameters. Calling it twice does nothing.
+
+    Transformers 4 fills adapters through PEFT by itself.
+    """
+    original = getattr(PreTrainedModel, _FILLS)
+    if hasattr(original, "_through_peft") or not _is_of_transformers_5():
+        return
+
+    @functools.wraps(original)
+    def fill(
+        model: nn.Module,
+        state_dict: dict[str, Tensor] | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        adapter = _awaited(model)
+        if adapter is None:
+            return original(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
+        name, config = adapter
+        _fill(model, name, config, state_dict, checkpoint_files)
+        found = original(model, {}, None, load_config, *args, **kwargs)
+        report = found[0] if isinstance(found, tuple) else found
+        for keys in (report.missing_keys, report.unexpected_keys, report.mismatched_keys):
+            keys.clear()
+        return found
+
+    vars(fill)["_through_peft"] = True
+    setattr(PreTrainedModel, _FILLS, staticmethod(fill))
+
+
+def read_as_ours() -> None:
+    """Make `PeftConfig.from_pretrained` check an adapter of ours as its own class does. Calling it
+    twice does nothing."""
+    original: Any = PeftConfig.from_pretrained
+    if hasattr(original, "_as_ours"):
+        return
+
+    @functools.wraps(original.__func__)
+    def from_pretrained(cls: type[PeftConfig], *args: Any, **kwargs: Any) -> PeftConfig:
+        if issubclass(cls, SvdConfig):
+            return original.__func__(cls, *args, **kwargs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            config = original.__func__(cls, *args, **kwargs)
+        if isinstance(config, SvdConfig):
+            return type(config).from_pretrained(*args, **kwargs)
+        for warning in caught:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        return config
+
+    vars(from_pretrained)["_as_ours"] = True
+    type.__setattr__(PeftConfig, "from_pretrained", classmethod(from_pretrained))
+
+
+def _is_of_transformers_5() -> bool:
+    try:
+        import transformers.core_model_loading  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _awaited(model: nn.Module) -> tuple[str, SvdConfig] | None:
+    """The adapter that was put on last, if it is one of ours and waits for its values."""
+    configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
+    name = next(reversed(configs), "")
+    config = configs.get(name)
+    if not isinstance(config, SvdConfig):
+        return None
+    waits = any(isinstance(layer, SvdLayer) and layer.awaits(name) for layer in model.modules())
+    return (name, config) if waits else None
+
+
+def _fill(
+    model: nn.Module, name: str, config: SvdConfig, tensors: dict[str, Tensor] | None, files: list[str] | None
+) -> None:
+    if tensors is None:
+        folder = Path(files[0]).parent if files else Path()
+        try:
+            check_weights_file(folder, config.weights_sha256)  # downloaded ones too
+        except SvdtuneError:
+            cast(Any, PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)])._take_back(model, name)
+            raise
+        tensors = load_file(folder / ADAPTER_WEIGHTS)
+    tensors = {key.removeprefix(_ROOT): tensor for key, tensor in tensors.items()}
+    set_peft_model_state_dict(model, tensors, name)
