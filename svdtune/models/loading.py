@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from svdtune.checkpoint.shards import shard_names
 from svdtune.errors import SvdtuneError
@@ -17,6 +23,7 @@ from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
 from svdtune.system import is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
+_HEADS = ("score", "classifier")  # of a sequence classifier
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     end_token: str | None = None,
+    reward: bool = False,
     **model_kwargs: Any,
 ) -> LoadedModel:
     """Load a causal language model and its tokenizer.
@@ -53,6 +61,8 @@ def load(
         trust_remote_code: allow code from the model's repository to run.
         end_token: make this the end token of tokenizer and configs (see
             `svdtune.models.set_end_token`).
+        reward: load a sequence classifier with one output instead, a reward model; its head is at
+            random where the checkpoint has none.
         **model_kwargs: further arguments for `AutoModelForCausalLM.from_pretrained`, such as
             `quantization_config`.
 
@@ -65,22 +75,24 @@ def load(
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     if isinstance(path, Path) and path.suffix == ".gguf":
         loaded, tokenizer = read_gguf(path)
+        loaded = _with_reward(loaded) if reward else loaded
         loaded = loaded if dtype == "auto" else loaded.to(dtype)
     else:
         tokenizer = load_tokenizer(path, **shared)
         if attn_implementation is not None:
             model_kwargs["attn_implementation"] = attn_implementation
+        kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+        model_kwargs |= {"num_labels": 1} if reward else {}
         try:
-            both: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, output_loading_info=True, **shared, **model_kwargs
-            )
+            both: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **shared, **model_kwargs)
             loaded, found = both
         # a damaged config.json comes out as any of a dozen types, some of them nobody's
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, SvdtuneError):
                 raise
             raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
-        _check_complete(name, found["missing_keys"])
+        heads = _HEADS if reward else ()
+        _check_complete(name, [key for key in found["missing_keys"] if key.partition(".")[0] not in heads])
     if device is not None:
         loaded = loaded.to(device)
     if end_token is not None:
@@ -160,6 +172,18 @@ def _check_folder(path: Path) -> None:
     shard_names(path)
     if (decoding := path / "generation_config.json").is_file():
         read_json(decoding)  # Transformers would do without a damaged one, and end texts elsewhere
+
+
+def _with_reward(model: PreTrainedModel) -> PreTrainedModel:
+    """A language model's body with a reward model's head, which is at random."""
+    model.config.num_labels = 1
+    with torch.device("meta"):
+        found: Any = AutoModelForSequenceClassification.from_config(model.config)
+    setattr(found, found.base_model_prefix, model.base_model)
+    head = next(getattr(found, name) for name in _HEADS if hasattr(found, name))
+    head.to_empty(device=model.device)
+    torch.nn.init.normal_(head.weight, std=getattr(model.config, "initializer_range", 0.02))
+    return found.to(model.dtype)
 
 
 def _dtype(dtype: str | torch.dtype) -> str | torch.dtype:

@@ -15,7 +15,7 @@ from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.training.recipe import Recipe
 
-CONFIGURATIONS = {"sft": "SFTConfig"}
+CONFIGURATIONS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "reward": "RewardConfig"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -87,9 +87,10 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         **_renamed(t.gradient_checkpointing, t.group_by_length),
     }
+    # Rows come encoded, cut and packed.
+    decided["max_length"] = None
     if t.task == "sft":
-        # Rows come encoded, cut and packed.
-        decided |= {"label_names": ["labels"], "max_length": None, "packing": False, "padding_free": False}
+        decided |= {"label_names": ["labels"], "packing": False, "padding_free": False}
     return decided
 
 

@@ -3,6 +3,7 @@ resumed."""
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -16,13 +17,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from svdtune import processes
 from svdtune.system import replace_text
 
-# What a line of the log holds, where known; everything else in Trainer's logs is derived from
-# these.
+# What a line of the log holds first, where known; behind it, what a task's trainer measures.
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "l_reg", "tokens_per_second")
+# Of Trainer's logs: what the log says otherwise, and times, which no two runs share.
+_NOT_LOGGED = re.compile(r"(eval_)?(epoch|step|step_time|num_.*|total_flos|(.*_)?runtime|.*_per_second|.*_flos)")
 
 
 class JsonlLog(TrainerCallback):
-    """Appends a line to `train_log.jsonl` for each of Trainer's logs: step, epoch and `LOGGED`.
+    """Appends a line to `train_log.jsonl` for each of Trainer's logs: step, epoch, `LOGGED`, and
+    what the task's trainer measures (rewards, accuracy).
 
     On a resumed run, lines after the checkpoint are dropped first: those steps are taken again.
     """
@@ -40,7 +43,9 @@ class JsonlLog(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        record = {key: logs[key] for key in LOGGED if key in (logs or {})}
+        logs = logs or {}
+        measured = [key for key in logs if key not in LOGGED and not _NOT_LOGGED.fullmatch(key)]
+        record = {key: logs[key] for key in (*LOGGED, *measured) if key in logs}
         if state.is_world_process_zero and ("loss" in record or "eval_loss" in record):
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **record}
             with self.path.open("a", encoding="utf-8") as file:

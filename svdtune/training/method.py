@@ -6,13 +6,11 @@ takes this one path.
 """
 
 import difflib
-import json
 import typing
 from collections.abc import Iterator
 from typing import Any
 
 from peft import PeftConfig, PeftModel
-from pydantic import PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
@@ -21,7 +19,7 @@ from svdtune.methods.injection import check_targets, inject
 from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
 from svdtune.registry import lab_note
-from svdtune.training.problems import Problem, unknown
+from svdtune.training.problems import Problem, type_error, unknown
 
 FULL = "full"
 _ANY_STEPS = 10**9  # while a run's length is not known
@@ -48,7 +46,7 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
     known = [field.name for field in settings(cls)]
     good = {}
     for option, value in options.items():
-        message = _type_error(hints[option], value) if option in known else unknown(option, known)
+        message = type_error(hints[option], value) if option in known else unknown(option, known)
         if message:
             yield Problem(f"method.{option}", message)
         else:
@@ -67,13 +65,16 @@ def as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def build_config(name: str, options: dict[str, Any]) -> PeftConfig:
-    """The PEFT configuration of a method whose settings were checked."""
+def build_config(name: str, options: dict[str, Any], task: str = "sft") -> PeftConfig:
+    """The PEFT configuration of a method whose settings were checked; a `task` of "reward" is on a
+    classifier, whose head PEFT trains and saves beside the adapter."""
     cls = config_class(name)
     if cls is None:
         raise SvdtuneError(f"{name!r} is no PEFT method; there are {', '.join(method_names())}{lab_note()}")
     try:
-        return cls(**{"task_type": "CAUSAL_LM", **with_steps(name, options, _ANY_STEPS)})
+        return cls(
+            **{"task_type": "SEQ_CLS" if task == "reward" else "CAUSAL_LM", **with_steps(name, options, _ANY_STEPS)}
+        )
     except SvdtuneError:
         raise
     except (ValueError, TypeError) as error:
@@ -86,20 +87,21 @@ def with_steps(name: str, options: dict[str, Any], steps: int) -> dict[str, Any]
     return {"total_step": steps, **options} if name == "adalora" else options
 
 
-def adapt(model: PreTrainedModel, name: str, options: dict[str, Any]) -> PreTrainedModel | PeftModel:
+def adapt(model: PreTrainedModel, name: str, options: dict[str, Any], task: str = "sft") -> PreTrainedModel | PeftModel:
     """Put the method's adapter on the model; `full` trains the model itself.
 
     Args:
         model: the base model.
         name: the method.
         options: its settings.
+        task: as `training.task` of a recipe.
 
     Raises:
         SvdtuneError: if no module is adapted, or a target name matches only some of its like.
     """
     if name == FULL:
         return model.requires_grad_(True)
-    config = build_config(name, options)
+    config = build_config(name, options, task)
     check_targets(model, config)
     return inject(model, config)
 
@@ -107,20 +109,3 @@ def adapt(model: PreTrainedModel, name: str, options: dict[str, Any]) -> PreTrai
 def config_class(name: str) -> type[PeftConfig] | None:
     """The configuration class of a method of PEFT; None where there is no such method."""
     return registration.config_class(name.upper()) if name == name.lower() else None
-
-
-def _type_error(hint: Any, value: Any) -> str | None:
-    """What is wrong with a value, by a PEFT configuration's type hint; None also where the hint
-    cannot be checked."""
-    try:
-        adapter = TypeAdapter(hint)
-    except (PydanticSchemaGenerationError, PydanticUserError):
-        return None
-    try:
-        # From JSON, a list may become a tuple or a set, and a text an enum; otherwise types must
-        # match exactly.
-        adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        expected = dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in error.errors())
-        return f"expected {' or '.join(expected)}; got {value!r:.60}"
-    return None

@@ -2,6 +2,7 @@
 base model loaded."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from transformers import TrainingArguments
@@ -14,7 +15,7 @@ from svdtune.training.arguments import training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import DataSource, Recipe
 
-Rows = list[dict[str, list[int]]]
+Rows = list[dict[str, Any]]  # of SFT, lists of token ids; see `svdtune.data.preferences` for others
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Prepared:
     loaded: LoadedModel
     train_rows: Rows
     eval_rows: Rows | None
-    example: dict[str, list[int]]
+    example: dict[str, Any]
     args: TrainingArguments
 
 
@@ -40,7 +41,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     check_leaks(recipe, train_examples, eval_examples or [], console)
     if processes.under_deepspeed():
         early = training_arguments(recipe, len(train_examples))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
-    loaded = _load(recipe, chat=not isinstance(train_examples[0].prompt, str))
+    loaded = load_base(recipe, chat=not isinstance(train_examples[0].prompt, str))
     train_rows = _encode(recipe, train_examples, loaded, console)
     eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
     example = train_rows[0]
@@ -75,7 +76,13 @@ def _read(recipe: Recipe, source: DataSource) -> list[Example]:
     return to_examples(rows, data.prompt, data.completion, source=source.source)
 
 
-def _load(recipe: Recipe, *, chat: bool) -> LoadedModel:
+def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
+    """The base model of a recipe, with the end token checked; for a reward model, with a head that
+    gives one number.
+
+    Raises:
+        SvdtuneError: if it cannot be loaded, end tokens disagree, or its context is too short.
+    """
     section = recipe.model
     loaded = load(
         section.name,
@@ -84,6 +91,7 @@ def _load(recipe: Recipe, *, chat: bool) -> LoadedModel:
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
         end_token=section.end_token,
+        reward=recipe.training.task == "reward",
     )
     check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)

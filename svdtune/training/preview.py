@@ -3,6 +3,7 @@ mask visible."""
 
 from collections.abc import Sequence
 from itertools import groupby
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text
@@ -11,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.encoding import IGNORED
 from svdtune.methods.injection import by_kind
 from svdtune.methods.sites import Sites
+
+_STYLES = {"·": "dim", "▶": "bold green", "✗": "red"}
 
 
 def show_adapted(console: Console, found: Sites) -> None:
@@ -29,9 +32,26 @@ def show_example(console: Console, example: dict[str, list[int]], tokenizer: Pre
     """Print one example, decoded, a line for each run of tokens that are or are not trained on."""
     console.print("example   (first of the training data, decoded; trained on is what follows ▶)")
     for masked, text in masked_text(example, tokenizer):
-        mark, style = ("·", "dim") if masked else ("▶", "bold green")
-        for line in text.split("\n"):
-            console.print(Text(f"        {mark} {line}", style=style), soft_wrap=True)
+        _show(console, text, "·" if masked else "▶")
+
+
+def show_judged(console: Console, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print one pair or labelled answer, decoded: the prompt, and marked what is to become likelier
+    and what less likely."""
+    parts = [("prompt_ids", "·"), ("chosen_ids", "▶"), ("rejected_ids", "✗")]
+    if "label" in example:
+        parts = [("prompt_ids", "·"), ("completion_ids", "▶" if example["label"] else "✗")]
+        what = f"label: {str(example['label']).lower()}"
+    else:
+        what = "▶ chosen, ✗ rejected"
+    console.print(f"example   (first of the training data, decoded; {what})")
+    for name, mark in parts:
+        _show(console, str(tokenizer.decode(example[name], skip_special_tokens=False)), mark)
+
+
+def _show(console: Console, text: str, mark: str) -> None:
+    for line in text.split("\n"):
+        console.print(Text(f"        {mark} {line}", style=_STYLES[mark]), soft_wrap=True)
 
 
 def masked_text(example: dict[str, list[int]], tokenizer: PreTrainedTokenizerBase) -> Sequence[tuple[bool, str]]:

@@ -2,12 +2,13 @@
 right name."""
 
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
 
 from svdtune.errors import SvdtuneError
 
@@ -84,3 +85,20 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
     return sections[0] if sections else None
+
+
+def type_error(hint: Any, value: Any) -> str | None:
+    """What is wrong with a value, by a configuration's type hint; None also where the hint
+    cannot be checked."""
+    try:
+        adapter = TypeAdapter(hint)
+    except (PydanticSchemaGenerationError, PydanticUserError):
+        return None
+    try:
+        # From JSON, a list may become a tuple or a set, and a text an enum; otherwise types must
+        # match exactly.
+        adapter.validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        expected = dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in error.errors())
+        return f"expected {' or '.join(expected)}; got {value!r:.60}"
+    return None

@@ -99,7 +99,9 @@ class Training(_Section):
     """The optimization. Batch sizes are per process; one optimizer step sees batch_size ×
     gradient_accumulation rows."""
 
-    task: Literal["sft"] = Field("sft", description="What is learned, and so which of TRL's trainers is used.")
+    task: Literal["sft", "dpo", "kto", "reward"] = Field(
+        "sft", description="What is learned, and so which of TRL's trainers is used."
+    )
     epochs: float | None = Field(None, gt=0, description="Passes over the data; excludes max_steps. 1 by default.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps; excludes epochs.")
     batch_size: int = Field(8, ge=1)
@@ -232,6 +234,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
         SvdtuneError: with all problems, the method's own settings included.
     """
     from svdtune.training.method import as_stored, method_problems
+    from svdtune.training.trl_settings import trl_problems
 
     problems: list[Problem] = []
     recipe = None
@@ -246,6 +249,8 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
     problems += _exclusions(settings)
+    if recipe is not None:
+        problems += trl_problems(recipe.training.task, recipe.training.trl)
     refuse(problems, source)
     assert recipe is not None
     return recipe
@@ -298,6 +303,16 @@ def set_at(settings: dict[str, Any], dotted: str, value: Any) -> None:
     settings[name] = value
 
 
+# What other tasks have one way of: section, setting, value.
+_OF_SFT: tuple[tuple[str, str, Any], ...] = (
+    ("data", "loss_on", "response"),
+    ("training", "padding_free", False),
+    ("training", "packing", False),
+    ("training", "group_by_length", False),
+    ("training", "label_smoothing", 0),
+)
+
+
 def _exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
     """Settings that exclude or need each other; looked for even where other settings are wrong."""
 
@@ -312,3 +327,15 @@ def _exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
     full_fp16 = get("method", "name") == "full" and get("model", "dtype") == "float16"
     if full_fp16 and get("training", "precision") == "fp16":
         yield Problem("training.precision", "fp16 cannot train weights stored in float16; set model.dtype to float32")
+    task = get("training", "task")
+    if task in (None, "sft"):
+        return
+    for section, name, usual in _OF_SFT:
+        if get(section, name) not in (None, usual):
+            yield Problem(f"{section}.{name}", f"is for training.task: sft; {task} has it as {usual!r}: leave it out")
+    if task in ("dpo", "reward") and get("data", "completion") not in (None, "completion"):
+        yield Problem(
+            "data.completion", f"is for training.task: sft or kto; {task} reads the columns chosen and rejected"
+        )
+    if task == "kto" and get("training", "batch_size") == 1:
+        yield Problem("training.batch_size", "is 1; kto compares each answer with another of its batch: give 2 or more")

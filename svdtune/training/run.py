@@ -20,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
+from svdtune.data.preferences import tokens_of
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
@@ -37,11 +38,12 @@ from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, with_steps
 from svdtune.training.movement import SampleMovement
 from svdtune.training.packing import PackingCollator, keeps_rows_apart, padding_share
-from svdtune.training.preparation import Prepared, prepare
-from svdtune.training.preview import show_adapted, show_example
+from svdtune.training.preparation import Prepared
+from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
 from svdtune.training.sharded import is_spread, saved_state
+from svdtune.training.task_rows import prepare_task
 
 if TYPE_CHECKING:
     from svdtune.training.trainer import RunTrainer
@@ -114,7 +116,7 @@ def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
     parameters = prepared.loaded.model.named_parameters()
     facts = {
         "the recipe": recipe.model_dump(mode="json"),
-        "the training data": [prepared.train_rows[0], [len(row["input_ids"]) for row in prepared.train_rows]],
+        "the training data": [prepared.train_rows[0], [tokens_of(row) for row in prepared.train_rows]],
         "the base model": {name: [*p.shape, str(p.dtype)] for name, p in parameters},
     }
     processes.agree(facts, "Start every process with the same command, on the same files")
@@ -128,7 +130,7 @@ def _train(
     final_loss: bool,
 ) -> RunResult:
     folder = Path(recipe.output.dir)
-    prepared = processes.jointly(lambda: prepare(recipe, console))
+    prepared = processes.jointly(lambda: prepare_task(recipe, console))
     _check_agreement(recipe, prepared)
     loaded, train_rows = prepared.loaded, prepared.train_rows
     set_seed(recipe.training.seed)
@@ -136,15 +138,16 @@ def _train(
     _place(loaded.model, prepared.args)
     name, options = recipe.method.name, recipe.method.options
     options = with_steps(name, options, total_steps(recipe, len(train_rows)))
-    model = processes.jointly(lambda: adapt(loaded.model, name, options))
+    task = recipe.training.task
+    model = processes.jointly(lambda: adapt(loaded.model, name, options, task))
     init_seconds = time.monotonic() - started
     model.config.use_cache = False
     found = sites(model)
     show_adapted(console, found)
-    show_example(console, prepared.example, loaded.tokenizer)
-    collator = processes.jointly(lambda: _collator(model, prepared, recipe, console))
+    (show_example if task == "sft" else show_judged)(console, prepared.example, loaded.tokenizer)
+    collator = processes.jointly(lambda: _collator(model, prepared, recipe, console)) if task == "sft" else None
     if torch.cuda.is_available() and not recipe.training.compile:
-        tokens = sum(len(row["input_ids"]) for row in train_rows) / len(train_rows)
+        tokens = sum(map(tokens_of, train_rows)) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
     watching = [*callbacks]
@@ -230,7 +233,7 @@ def _fit(
     model: Any,
     checkpoint: Path | None,
     prepared: Prepared,
-    collator: PackingCollator | Collator,
+    collator: PackingCollator | Collator | None,
     watching: list[TrainerCallback],
     console: Console,
     recipe: Recipe,
@@ -239,6 +242,7 @@ def _fit(
     from svdtune.training.tasks import make_trainer
 
     folder = Path(recipe.output.dir)
+    fill = processes.count() > 1 and recipe.training.task == "sft"
     with StopOnInterrupt() as stop:
         progress = ShowProgress(console)
         trainer = make_trainer(
@@ -247,7 +251,7 @@ def _fit(
             keep_checkpoints=recipe.training.keep_checkpoints,
             model=model,
             args=prepared.args,
-            train_dataset=FilledRows(prepared.train_rows) if processes.count() > 1 else prepared.train_rows,
+            train_dataset=FilledRows(prepared.train_rows) if fill else prepared.train_rows,
             eval_dataset=prepared.eval_rows,
             data_collator=collator,
             processing_class=prepared.loaded.tokenizer,

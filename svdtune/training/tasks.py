@@ -1,17 +1,26 @@
-"""TRL's trainers as this project runs them: sealed checkpoints, exact resume, rows side by side,
-and no wait for the device at any step.
+"""TRL's trainers as this project runs them: sealed checkpoints, exact resume, rows that are encoded
+already, and a reference that is the base itself.
 
 TRL is imported here and nowhere else, and this module only where a run starts.
 """
 
+import sys
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
-from trl import SFTTrainer
+from transformers import Trainer
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
+from svdtune.errors import SvdtuneError
 from svdtune.training.trainer import RunTrainer
 
 # Logits of a batch above which they are formed in chunks on a CPU too: 1 GiB in float32. Below it a
@@ -19,17 +28,24 @@ from svdtune.training.trainer import RunTrainer
 _WHOLE_LOGITS = 1 << 28
 
 
-class SupervisedTrainer(RunTrainer, SFTTrainer):
-    """SFT on rows that are encoded already, with TRL's fused output head.
+def _as_it_is(self: Any, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of TRL's tokenization, for rows that are encoded."""
+    return dataset
+
+
+class TaskTrainer(RunTrainer):
+    """What all of TRL's trainers have in common here; mixed with one of them.
 
     Args:
-        rows: what is trained on, with `input_ids` and `labels`. TRL looks at a few of them; what
-            Trainer's loader takes rows from is `train_dataset`.
-        **kwargs: of `RunTrainer` and `trl.SFTTrainer`.
+        train_dataset: rows, encoded. TRL looks at the first; what Trainer's loader takes rows from
+            is `train_dataset` as it is given.
+        eval_dataset: likewise, or None.
+        **kwargs: of `RunTrainer` and TRL's trainer.
     """
 
     def __init__(self, *, train_dataset: Any, eval_dataset: Any = None, **kwargs: Any):
-        trained = {name: p.data for name, p in kwargs["model"].named_parameters() if p.requires_grad}
+        model = kwargs["model"]
+        trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         first = [dict(train_dataset[0])]
         super().__init__(
             train_dataset=Dataset.from_list(first),
@@ -39,9 +55,29 @@ class SupervisedTrainer(RunTrainer, SFTTrainer):
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         # TRL rounds what is trained on a quantized base to bfloat16, in which SORSA's and SARA's
         # small changes and the orthonormality of the factors are lost.
-        for name, parameter in kwargs["model"].named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.dtype != trained[name].dtype:
                 parameter.data = trained[name]
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's; TRL's would encode the rows again."""
+        return super(_of_trl(type(self)), self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's metrics too, but for its count of tokens, which starts anew on resuming."""
+        for metrics in getattr(self, "_metrics", {}).values():
+            metrics.pop("num_tokens", None)
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None: the adapter's card is written with the adapter."""
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+
+class SupervisedTrainer(TaskTrainer, SFTTrainer):
+    """SFT on rows with `input_ids` and `labels`, with TRL's fused output head."""
 
     def compute_loss(
         self,
@@ -69,32 +105,116 @@ class SupervisedTrainer(RunTrainer, SFTTrainer):
         vocabulary = int(model.config.get_text_config().vocab_size)
         return input_ids.device.type != "cpu" or input_ids.numel() * vocabulary > _WHOLE_LOGITS
 
-    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's; TRL's would encode the rows again."""
-        return super(SFTTrainer, self).evaluate(eval_dataset, *args, **kwargs)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None: the adapter's card is written with the adapter."""
+class ReferredTrainer(TaskTrainer):
+    """What trainers with a reference have in common: it is the base, the model without its adapter.
 
-    def _send_telemetry(self) -> None:
-        """Nothing is sent."""
+    Given a model with an adapter, TRL would put a second one on it as the reference, which
+    `add_adapter` starts at random where a method's parameters are not named as LoRA's; given an
+    adapter's configuration, it takes the base. So it is given both.
+    """
+
+    def __init__(self, *, model: Any, **kwargs: Any):
+        if not isinstance(model, PeftModel):
+            super().__init__(model=model, ref_model=deepcopy(model), **kwargs)
+            return
+        with patch.object(sys.modules[_of_trl(type(self)).__module__], "get_peft_model", lambda *_, **__: model):
+            config = model.peft_config[model.active_adapter]
+            super().__init__(model=model.get_base_model(), peft_config=config, **kwargs)
+
+    _prepare_dataset = _as_it_is
 
 
-TRAINERS: dict[str, type[RunTrainer]] = {"sft": SupervisedTrainer}
+class PreferenceTrainer(ReferredTrainer, DPOTrainer):
+    """DPO on rows with `prompt_ids`, `chosen_ids` and `rejected_ids`."""
+
+
+class LabelTrainer(ReferredTrainer, KTOTrainer):
+    """KTO on rows with `prompt_ids`, `completion_ids` and `label`."""
+
+    def __init__(self, *, args: Any, processing_class: Any, data_collator: Any = None, **kwargs: Any):
+        collator = LabelCollator(
+            processing_class.pad_token_id,
+            pad_to_multiple_of=args.pad_to_multiple_of,
+            mismatched=args.loss_type != "apo_zero_unpaired",
+        )
+        super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+
+
+class RewardModelTrainer(TaskTrainer, RewardTrainer):
+    """A reward model's head and adapter on rows with `prompt_ids`, `chosen_ids` and
+    `rejected_ids`."""
+
+    _prepare_dataset = _as_it_is
+
+    def __init__(self, *, args: Any, processing_class: Any, data_collator: Any = None, **kwargs: Any):
+        collator = RewardCollator(processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
+        super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+
+
+@dataclass
+class LabelCollator(DataCollatorForUnpairedPreference):
+    """TRL's, which also gives each prompt the answer of the row before it in the batch, from which
+    KTO estimates how far the model has moved; TRL pairs them once, before rows are shuffled.
+
+    Attributes:
+        mismatched: whether there are such pairs.
+    """
+
+    mismatched: bool = True
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tensors of a batch, as TRL names them."""
+        rows = [dict(row) for row in examples]
+        if self.mismatched:
+            for row, before in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+                row["KL_completion_ids"] = before["completion_ids"]
+        found: dict[str, Any] = super().torch_call(rows)
+        return found
+
+
+@dataclass
+class RewardCollator(DataCollatorForPreference):
+    """TRL's, on answers with their prompts before them."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Tensors of a batch, the chosen ones first."""
+        whole = [{name: row["prompt_ids"] + row[name] for name in ("chosen_ids", "rejected_ids")} for row in examples]
+        found: dict[str, Any] = super().torch_call(whole)
+        return found
+
+
+TRAINERS: dict[str, type[RunTrainer]] = {
+    "sft": SupervisedTrainer,
+    "dpo": PreferenceTrainer,
+    "kto": LabelTrainer,
+    "reward": RewardModelTrainer,
+}
 
 
 def make_trainer(task: str, *, model: Any, **kwargs: Any) -> RunTrainer:
     """The trainer of a task.
 
     An adapted output head rules out the fused one, which reads the head's weight alone; such a
-    model takes Trainer's own loss.
+    model takes Trainer's own loss in SFT.
 
     Args:
         task: as `training.task` of a recipe.
         model: with or without an adapter.
         **kwargs: of the trainer.
+
+    Raises:
+        SvdtuneError: if the trainer refuses its settings or the model.
     """
     cls = TRAINERS[task]
     if issubclass(cls, SupervisedTrainer) and isinstance(model.get_output_embeddings(), BaseTunerLayer):
         cls = RunTrainer
-    return cls(model=model, **kwargs)
+    try:
+        return cls(model=model, **kwargs)
+    except (ValueError, NotImplementedError) as error:
+        raise SvdtuneError(f"TRL's trainer for training.task: {task} refuses the run: {error}") from error
+
+
+def _of_trl(cls: type[TaskTrainer]) -> type[Trainer]:
+    """TRL's trainer among a trainer's bases."""
+    return next(base for base in cls.__mro__ if base.__module__.startswith("trl."))

@@ -1,0 +1,106 @@
+"""`training.trl`, held to the class that takes it: every name known, every type right, and nothing
+in it that the recipe's own settings decide."""
+
+import typing
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from svdtune.errors import SvdtuneError
+from svdtune.training.problems import Problem, type_error, unknown
+
+# Names of TRL's configurations that the recipe says in its own words. Those of None are svdtune's:
+# what it promises of its runs rests on them.
+DECIDED: dict[str, str | None] = {
+    "output_dir": "output.dir",
+    "run_name": "output.dir",
+    "num_train_epochs": "training.epochs",
+    "max_steps": "training.max_steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "per_device_eval_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation",
+    "learning_rate": "training.learning_rate",
+    "lr_scheduler_type": "training.schedule",
+    "warmup_steps": "training.warmup",
+    "warmup_ratio": "training.warmup",
+    "optim": "training.optimizer",
+    "weight_decay": "training.weight_decay",
+    "max_grad_norm": "training.max_grad_norm",
+    "label_smoothing_factor": "training.label_smoothing",
+    "tf32": "training.tf32",
+    "bf16": "training.precision",
+    "fp16": "training.precision",
+    "torch_compile": "training.compile",
+    "gradient_checkpointing": "training.gradient_checkpointing",
+    "gradient_checkpointing_kwargs": "training.gradient_checkpointing",
+    "activation_checkpointing": "training.gradient_checkpointing",
+    "activation_checkpointing_kwargs": "training.gradient_checkpointing",
+    "train_sampling_strategy": "training.group_by_length",
+    "group_by_length": "training.group_by_length",
+    "padding_free": "training.padding_free",
+    "packing": "training.packing",
+    "seed": "training.seed",
+    "logging_steps": "training.logging_steps",
+    "eval_strategy": "training.eval_steps",
+    "eval_steps": "training.eval_steps",
+    "save_strategy": "training.save_steps",
+    "save_steps": "training.save_steps",
+    "save_total_limit": "training.keep_checkpoints",
+    "report_to": "training.report_to",
+    "max_length": "data.max_length",
+    "truncation_mode": "data.overlong",
+    "assistant_only_loss": "data.loss_on",
+    "completion_only_loss": "data.loss_on",
+    "dataset_text_field": "data.prompt",
+    "eos_token": "model.end_token",
+    "model_init_kwargs": "model",
+    "trust_remote_code": "model.trust_remote_code",
+    "use_cpu": None,
+    "logging_first_step": None,
+    "logging_nan_inf_filter": None,
+    "disable_tqdm": None,
+    "remove_unused_columns": None,
+    "ddp_find_unused_parameters": None,
+    "dataloader_pin_memory": None,
+    "label_names": None,
+    "resume_from_checkpoint": None,
+    "pad_token": None,
+    "chat_template_path": None,
+    "dataset_kwargs": None,
+    "precompute_ref_log_probs": None,
+    "sync_ref_model": None,
+}
+
+
+def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
+    """Yield everything that is wrong with a recipe's `training.trl`.
+
+    Args:
+        task: of the recipe.
+        given: the section.
+    """
+    from svdtune.training.arguments import configuration_class
+
+    if not given:
+        return
+    try:
+        cls = configuration_class(task)
+    except SvdtuneError as error:
+        yield Problem("training.trl", str(error))
+        return
+    hints = typing.get_type_hints(cls)
+    known = [field.name for field in fields(cls) if field.init]
+    for name, value in given.items():
+        path = f"training.trl.{name}"
+        if name not in known:
+            yield Problem(path, unknown(name, [other for other in known if other not in DECIDED]))
+        elif name in DECIDED:
+            yield Problem(path, _decided(DECIDED[name]))
+        elif message := type_error(hints[name], value):
+            yield Problem(path, message)
+
+
+def _decided(setting: str | None) -> str:
+    if setting is None:
+        return "is not the recipe's to change: what svdtune promises of its runs rests on it; leave it out"
+    return f"is what {setting} of the recipe decides; set that instead"
