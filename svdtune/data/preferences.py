@@ -32,6 +32,7 @@ COLUMNS = {
     "kto": (PROMPT, COMPLETION, LABEL),
     "grpo": (PROMPT,),
 }
+_TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _FITS = "chosen and rejected are for dpo and reward, completion and label for kto, completion or messages alone for sft"
 _LABELS = {True: True, False: False, "true": True, "false": False}  # a CSV file has texts
 
@@ -156,7 +157,7 @@ def encode_labelled(
 
 def tokens_of(row: Row) -> int:
     """How many tokens a row of any task has."""
-    return sum(len(values) for name, values in row.items() if name.endswith("_ids"))
+    return sum(len(row[name]) for name in _TOKENS if name in row)
 
 
 def _tokens(

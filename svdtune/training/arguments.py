@@ -15,7 +15,14 @@ from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.training.recipe import Recipe
 
-CONFIGURATIONS = {"sft": "SFTConfig", "dpo": "DPOConfig", "kto": "KTOConfig", "reward": "RewardConfig"}
+CONFIGURATIONS = {
+    "sft": "SFTConfig",
+    "dpo": "DPOConfig",
+    "kto": "KTOConfig",
+    "reward": "RewardConfig",
+    "grpo": "GRPOConfig",
+}
+_ANSWERS = 8  # of GRPO to each prompt, unless the recipe says otherwise
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -87,6 +94,10 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
         "dataloader_pin_memory": torch.cuda.is_available(),
         **_renamed(t.gradient_checkpointing, t.group_by_length),
     }
+    if t.task == "grpo":
+        # an evaluation's batch holds all answers to a prompt
+        answers = t.trl.get("num_generations_eval") or t.trl.get("num_generations") or _ANSWERS
+        return decided | {"per_device_eval_batch_size": math.lcm(t.batch_size, answers)}
     # Rows come encoded, cut and packed.
     decided["max_length"] = None
     if t.task == "sft":

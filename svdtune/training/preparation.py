@@ -1,7 +1,8 @@
 """What a run needs before its model is adapted: rows read, checked for leaks and encoded, and the
 base model loaded."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -20,13 +21,15 @@ Rows = list[dict[str, Any]]  # of SFT, lists of token ids; see `svdtune.data.pre
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its model is adapted; `example` is the first row, before packing."""
+    """What a run needs before its model is adapted; `example` is the first row, before packing, and
+    `more` what the task's trainer takes besides."""
 
     loaded: LoadedModel
     train_rows: Rows
     eval_rows: Rows | None
     example: dict[str, Any]
     args: TrainingArguments
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:

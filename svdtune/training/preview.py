@@ -36,10 +36,12 @@ def show_example(console: Console, example: dict[str, list[int]], tokenizer: Pre
 
 
 def show_judged(console: Console, example: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Print one pair or labelled answer, decoded: the prompt, and marked what is to become likelier
-    and what less likely."""
+    """Print one pair, labelled answer or prompt, decoded, and marked what is to become likelier and
+    what less likely."""
     parts = [("prompt_ids", "·"), ("chosen_ids", "▶"), ("rejected_ids", "✗")]
-    if "label" in example:
+    if "prompt" in example:
+        parts, what = parts[:1], "the model answers"
+    elif "completion_ids" in example:
         parts = [("prompt_ids", "·"), ("completion_ids", "▶" if example["label"] else "✗")]
         what = f"label: {str(example['label']).lower()}"
     else:

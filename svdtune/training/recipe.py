@@ -99,7 +99,7 @@ class Training(_Section):
     """The optimization. Batch sizes are per process; one optimizer step sees batch_size ×
     gradient_accumulation rows."""
 
-    task: Literal["sft", "dpo", "kto", "reward"] = Field(
+    task: Literal["sft", "dpo", "kto", "reward", "grpo"] = Field(
         "sft", description="What is learned, and so which of TRL's trainers is used."
     )
     epochs: float | None = Field(None, gt=0, description="Passes over the data; excludes max_steps. 1 by default.")
@@ -128,6 +128,9 @@ class Training(_Section):
     save_steps: int | None = Field(500, ge=1, description="Checkpoint every so many steps; null: only on Ctrl-C.")
     keep_checkpoints: int = Field(1, ge=1, description="Older ones are deleted.")
     report_to: list[str] = Field(default_factory=list, description="Trackers: wandb, tensorboard, mlflow, ...")
+    rewards: list[str] = Field(
+        default_factory=list, description="Of grpo: graders by name (number), or functions (package.module:function)."
+    )
     trl: dict[str, Any] = Field(default_factory=dict, description="Any other setting of TRL's configuration.")
 
     @field_validator("warmup")
@@ -328,6 +331,13 @@ def _exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
     if full_fp16 and get("training", "precision") == "fp16":
         yield Problem("training.precision", "fp16 cannot train weights stored in float16; set model.dtype to float32")
     task = get("training", "task")
+    if task == "grpo":
+        if not get("training", "rewards"):
+            yield Problem("training.rewards", "is required: grpo learns from what its answers are worth")
+        if get("data", "overlong") == "cut":
+            yield Problem("data.overlong", "is cut, and a prompt that is cut asks something else; give drop or error")
+    elif get("training", "rewards"):
+        yield Problem("training.rewards", "is for training.task: grpo")
     if task in (None, "sft"):
         return
     for section, name, usual in _OF_SFT:

@@ -146,7 +146,7 @@ def _train(
     show_adapted(console, found)
     (show_example if task == "sft" else show_judged)(console, prepared.example, loaded.tokenizer)
     collator = processes.jointly(lambda: _collator(model, prepared, recipe, console)) if task == "sft" else None
-    if torch.cuda.is_available() and not recipe.training.compile:
+    if torch.cuda.is_available() and not recipe.training.compile and task != "grpo":
         tokens = sum(map(tokens_of, train_rows)) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
@@ -255,6 +255,7 @@ def _fit(
             eval_dataset=prepared.eval_rows,
             data_collator=collator,
             processing_class=prepared.loaded.tokenizer,
+            **prepared.more,
             callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, progress, stop],
         )
         if recipe.analysis is not None and (trainer.is_fsdp2 or trainer.is_deepspeed_enabled):

@@ -5,6 +5,7 @@ TRL is imported here and nowhere else, and this module only where a run starts.
 """
 
 import sys
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import Trainer
-from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.reward_trainer import DataCollatorForPreference
+from trl.trainer.utils import RepeatSampler
 
 from svdtune.errors import SvdtuneError
 from svdtune.training.trainer import RunTrainer
@@ -112,11 +114,16 @@ class ReferredTrainer(TaskTrainer):
     Given a model with an adapter, TRL would put a second one on it as the reference, which
     `add_adapter` starts at random where a method's parameters are not named as LoRA's; given an
     adapter's configuration, it takes the base. So it is given both.
+
+    Attributes:
+        copies: whether a model without an adapter is compared with a copy of its start.
     """
+
+    copies = True
 
     def __init__(self, *, model: Any, **kwargs: Any):
         if not isinstance(model, PeftModel):
-            super().__init__(model=model, ref_model=deepcopy(model), **kwargs)
+            super().__init__(model=model, **({"ref_model": deepcopy(model)} if self.copies else {}), **kwargs)
             return
         with patch.object(sys.modules[_of_trl(type(self)).__module__], "get_peft_model", lambda *_, **__: model):
             config = model.peft_config[model.active_adapter]
@@ -150,6 +157,60 @@ class RewardModelTrainer(TaskTrainer, RewardTrainer):
     def __init__(self, *, args: Any, processing_class: Any, data_collator: Any = None, **kwargs: Any):
         collator = RewardCollator(processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of)
         super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+
+
+class RolloutTrainer(ReferredTrainer, GRPOTrainer):
+    """GRPO on rows with `prompt`, and the columns that rewards look at; the model answers.
+
+    Args:
+        encode: a prompt's tokens, as SFT has them.
+        **kwargs: of `TaskTrainer`, and `reward_funcs`.
+    """
+
+    copies = False
+
+    def __init__(self, *, encode: Callable[[Any], list[int]], data_collator: Any = None, **kwargs: Any):
+        self._encode = encode
+        super().__init__(**kwargs)
+
+    def _get_train_sampler(self, dataset: Any = None) -> "PromptSampler":
+        args: Any = self.args
+        return PromptSampler(
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=self.num_generations,
+            batch_size=args.generation_batch_size // self.num_generations,
+            repeat_count=self.num_iterations * args.steps_per_generation,
+            seed=args.seed,
+        )
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        return [self._encode(prompt) for prompt in prompts], None, {}
+
+    def _prepare_inputs(self, inputs: Any) -> dict[str, Any]:
+        """TRL's: prompts with answers to them, and what those are worth."""
+        found: dict[str, Any] = super(RunTrainer, self)._prepare_inputs(inputs)
+        if self.model is not None and self.model.training:
+            self._tokens = self._tokens + found["prompt_mask"].sum() + found["completion_mask"].sum()
+        return found
+
+    def count(self, inputs: Any) -> None:
+        """Nothing yet: there is no answer to count."""
+
+
+class PromptSampler(RepeatSampler):
+    """TRL's, whose order depends on the epoch and not on how many were drawn before it in this
+    process, so that a resumed run sees the prompts that it would have seen."""
+
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that is drawn next; Accelerate says it."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        found: Iterator[int] = super().__iter__()
+        return found
 
 
 @dataclass
@@ -189,6 +250,7 @@ TRAINERS: dict[str, type[RunTrainer]] = {
     "dpo": PreferenceTrainer,
     "kto": LabelTrainer,
     "reward": RewardModelTrainer,
+    "grpo": RolloutTrainer,
 }
 
 

@@ -63,9 +63,13 @@ class RunTrainer(Trainer):
         return loader
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self.count(inputs)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def count(self, inputs: Any) -> None:
+        """Count the tokens of a batch that are no padding."""
         counted = inputs.get(TOKENS)
         self._tokens = self._tokens + (inputs["attention_mask"].sum() if counted is None else counted)
-        return super().training_step(model, inputs, num_items_in_batch)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return super()._prepare_inputs({name: value for name, value in inputs.items() if name != TOKENS})

@@ -69,6 +69,8 @@ DECIDED: dict[str, str | None] = {
     "dataset_kwargs": None,
     "precompute_ref_log_probs": None,
     "sync_ref_model": None,
+    "use_vllm": None,
+    "shuffle_dataset": None,
 }
 
 

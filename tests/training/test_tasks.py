@@ -163,11 +163,11 @@ def test_resume_goes_on_to_the_same_bits(
     assert one == other
 
 
-def test_the_regularizer_is_added_once_an_optimizer_step(
-    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One step of plain gradient descent: the factors move by the rate times the gradients of DPO,
+@pytest.mark.parametrize("task", TASKS)
+def test_the_regularizer_is_added_once_an_optimizer_step(recipe: dict[str, Any], tmp_path: Path, task: str) -> None:
+    """One step of plain gradient descent: the factors move by the rate times the task's gradients,
     which a run without the penalty gives, and γ/η times those of the penalty."""
+    of(recipe, task, tmp_path)
     recipe["training"] |= {"max_steps": 1, "optimizer": "sgd", "max_grad_norm": 0, "schedule": "constant"}
     moved = {}
     for gamma in (0.0, 0.5):
