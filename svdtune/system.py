@@ -94,17 +94,31 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file with one object.
+    """A JSON file with one object, in which no key stands twice.
 
     Raises:
         SvdtuneError: it holds something else.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError, RecursionError) as error:
         raise SvdtuneError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise SvdtuneError(f"{path} is damaged: expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `json.loads`: an object, of which Python would take the last of equal keys.
+
+    Raises:
+        ValueError: a key stands there twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r:.80} stands there twice; remove one of them")
+        found[key] = value
     return found
 
 
@@ -113,8 +127,13 @@ def replace_bytes(path: Path, data: bytes) -> None:
     never a part.
 
     It is on the disk when this returns. A kill leaves at most `NAME.new` behind, which the next
-    write takes over.
+    write takes over. A link stays one, and what is no file (a device, a pipe) is written into.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            stream.write(data)
+        return
     fresh = path.with_name(path.name + ".new")
     try:
         with fresh.open("wb") as file:

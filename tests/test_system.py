@@ -4,6 +4,7 @@ half-written."""
 import errno
 import os
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
-from svdtune.system import explain_write_errors, is_out_of_memory, new_folder, replace_text
+from svdtune.system import explain_write_errors, is_out_of_memory, new_folder, read_json, replace_text
 
 
 @pytest.mark.parametrize(
@@ -185,3 +186,39 @@ def test_a_folder_without_write_permission(tmp_path: Path) -> None:
     with pytest.raises(SvdtuneError, match="no permission"), new_folder(tmp_path / "result"):
         pass
     tmp_path.chmod(0o700)
+
+
+class TestWhatIsNoRegularFile:
+    def test_a_device_stays_one(self):
+        with pytest.raises(SvdtuneError, match="the disk is full"), explain_write_errors(Path("/dev/full")):
+            replace_text(Path("/dev/full"), "text" * 10_000)
+        assert Path("/dev/full").is_char_device()
+
+    def test_a_pipe_carries_it(self, tmp_path):
+        pipe = tmp_path / "pipe"
+        os.mkfifo(pipe)
+        read = threading.Thread(target=lambda: (tmp_path / "read").write_text(pipe.read_text()))
+        read.start()
+        replace_text(pipe, "text")
+        read.join(60)
+        assert (tmp_path / "read").read_text() == "text"
+        assert pipe.is_fifo()
+
+    def test_a_link_stays_one(self, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        link, file = tmp_path / "link", tmp_path / "elsewhere" / "file"
+        link.symlink_to(file)
+        for text in ("one", "two"):
+            replace_text(link, text)
+            assert file.read_text() == text
+        assert link.is_symlink()
+        assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("text", ['{"a": 1, "a": 2}', '{"b": [{"a": null, "c": 1, "a": null}]}'])
+def test_a_key_twice_in_json(tmp_path, text):
+    (tmp_path / "file.json").write_text(text)
+    with pytest.raises(
+        SvdtuneError, match=r"file\.json is damaged: the key 'a' stands there twice; remove one of them"
+    ):
+        read_json(tmp_path / "file.json")

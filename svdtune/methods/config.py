@@ -15,8 +15,16 @@ from torch import Tensor
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import write_card
-from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_weights_file, file_digest, holds
+from svdtune.methods.files.integrity import (
+    ADAPTER_WEIGHTS,
+    check_known_layers,
+    check_weights_file,
+    file_digest,
+    has_any,
+    holds,
+)
 from svdtune.methods.settings import written
+from svdtune.system import read_json
 
 
 def _help(text: str) -> dict[str, str]:
@@ -58,6 +66,8 @@ class SvdConfig(PeftConfig):
             loading onto another base is refused. {} does not look.
         weights_sha256: of the saved weights file. Written by svdtune; a file that was altered since
             is refused.
+        embeddings: whether the weights file holds embeddings that were resized, as PEFT saves them.
+            Written by svdtune.
         svdtune_version: that saved the adapter.
 
     Raises:
@@ -114,12 +124,16 @@ class SvdConfig(PeftConfig):
     weights_sha256: str | None = field(
         default=None, metadata=written("SHA-256 of the saved weights file; written by svdtune.")
     )
+    embeddings: bool | None = field(
+        default=None, metadata=written("Whether the weights file holds resized embeddings; written by svdtune.")
+    )
     svdtune_version: str | None = field(default=None, metadata=written("Version of svdtune that saved the adapter."))
 
     method: ClassVar[str]
     last_taken: ClassVar[
         Mapping[str, Tensor]
     ] = {}  # of an instance: some of the tensors that were last read to be saved
+    embedding_weights: ClassVar[Collection[str]] = ()  # of an instance: their names in the model last saved
     paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
 
     def __post_init__(self) -> None:
@@ -222,7 +236,13 @@ class SvdConfig(PeftConfig):
         # Transformers' own save_pretrained writes the configuration before the weights: then the
         # file there is an older one.
         digest = file_digest(weights) if weights.is_file() and holds(weights, self.last_taken) else None
-        saved = dataclasses.replace(self, initialized=True, weights_sha256=digest, svdtune_version=__version__)
+        saved = dataclasses.replace(
+            self,
+            initialized=True,
+            weights_sha256=digest,
+            embeddings=None if digest is None else has_any(weights, self.embedding_weights),
+            svdtune_version=__version__,
+        )
         saved._write(save_directory, **kwargs)
         if digest is not None:
             write_card(Path(save_directory), saved, weights)
@@ -248,9 +268,20 @@ class SvdConfig(PeftConfig):
                 )
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if isinstance(config, SvdConfig) and folder.is_dir():
-            check_weights_file(folder, config.weights_sha256)
+        if isinstance(config, SvdConfig):
+            check_known_layers(config.base_fingerprint, config.ranks)
+            if folder.is_dir():
+                check_weights_file(folder, config.weights_sha256)
         return config
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
+        """As PEFT's, which of a key that stands there twice takes the last.
+
+        Raises:
+            SvdtuneError: a key stands there twice, or the file is damaged.
+        """
+        return {key: value for key, value in read_json(Path(path_json_file)).items() if key != "runtime_config"}
 
     def _write(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

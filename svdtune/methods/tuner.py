@@ -8,12 +8,13 @@ see the whole job.
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -23,12 +24,20 @@ from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig, as_set
 from svdtune.methods.files.compact import leave_out, restore
-from svdtune.methods.files.integrity import check_base, check_same_layers, check_tensors
+from svdtune.methods.files.integrity import (
+    check_base,
+    check_finite,
+    check_names,
+    check_same_layers,
+    check_tensors,
+)
 from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.resolution import Resolution
 from svdtune.spectra import sharing
+
+_ROOT = "base_model.model."
 
 
 class SvdTuner(BaseTuner):
@@ -259,9 +268,11 @@ class SvdTuner(BaseTuner):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        check_finite(found, saving=True)
         ours = _ours(config)
         # a class variable, lest the dataclass take it for a setting
         ours.last_taken = cls._some_of(found, model, adapter_name)  # type: ignore[misc]
+        ours.embedding_weights = _embedding_weights(model)  # type: ignore[misc]
         if ours.compact:
             for name, layer in model.named_modules():
                 if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
@@ -298,13 +309,32 @@ class SvdTuner(BaseTuner):
         try:
             restore(remapped, given, adapter_name)
             for name, (layer, tensors) in given.items():
-                check_tensors(name.removeprefix("base_model.model."), layer.adapter_tensors(adapter_name), tensors)
+                check_tensors(name.removeprefix(_ROOT), layer.adapter_tensors(adapter_name), tensors)
+            bare = {key.removeprefix(_ROOT): tensor for key, tensor in remapped.items()}
+            check_names(cls._loadable(model, _ours(config), adapter_name), bare)
+            check_finite(bare, saving=False)
         except SvdtuneError:
             cls._take_back(model, adapter_name)
             raise
         for layer, _ in given.values():
             layer.before_load(adapter_name)
         return remapped
+
+    @classmethod
+    def _loadable(cls, model: nn.Module, config: SvdConfig, adapter: str) -> dict[str, Tensor]:
+        """The model's tensors that an adapter's file may fill, by name without PEFT's prefix."""
+        state = model.state_dict()
+        names = set(cls._get_learnable_bias_state_dict(model, state, config))
+        for name, module in model.named_modules():
+            if isinstance(module, cls.tuner_layer_cls):
+                names |= {f"{name}.{part}.{adapter}" for part in (*module.trained, *module.frozen)}
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                names |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter).values()}
+        found = {name.removeprefix(_ROOT): state[name] for name in names if name in state}
+        if config.embeddings is not False:
+            weights = _embedding_weights(model)
+            found |= {bare: state[name] for name in state if (bare := name.removeprefix(_ROOT)) in weights}
+        return found
 
     @classmethod
     def _take_back(cls, model: Any, adapter_name: str) -> None:
@@ -336,6 +366,17 @@ class SvdTuner(BaseTuner):
         tuner.model = model
         tuner.together = next((layer.together for layer in tuner.adapted_layers()), None)
         return tuner
+
+
+def _embedding_weights(model: Any) -> set[str]:
+    """The names of the weights that PEFT saves where the vocabulary was resized."""
+    found = []
+    for ask in ("get_input_embeddings", "get_output_embeddings"):
+        with suppress(AttributeError, NotImplementedError):  # not of a language model
+            found.append(getattr(model, ask)())
+    named = model.named_modules(remove_duplicate=False)
+    names = {name.removeprefix(_ROOT) for name, module in named if any(module is one for one in found)}
+    return {f"{name}{part}.weight" for name in names for part in ("", ".base_layer")}
 
 
 def _ours(config: PeftConfig) -> SvdConfig:

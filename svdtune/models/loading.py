@@ -24,6 +24,10 @@ from svdtune.system import is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _HEADS = ("score", "classifier")  # of a sequence classifier
+_BOTH = (
+    "{} holds a model and an adapter ({}), and Transformers would load both. Give the adapter's files a folder of "
+    "their own; train on both by merging them first, for instance with PEFT's merge_and_unload"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,9 @@ def load(
             raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
         heads = _HEADS if reward else ()
         _check_complete(name, [key for key in found["missing_keys"] if key.partition(".")[0] not in heads])
+        if getattr(loaded, "_hf_peft_config_loaded", False):  # of a hub model; a folder is looked at before
+            raise SvdtuneError(_BOTH.format(name, ADAPTER_CONFIG))
+        _check_numbers(name, loaded)
     if device is not None:
         loaded = loaded.to(device)
     if end_token is not None:
@@ -158,6 +165,18 @@ def _check_complete(name: str, missing: Collection[str]) -> None:
         )
 
 
+def _check_numbers(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights that are no numbers: every output would be none, whatever is trained."""
+    for where, weight in model.named_parameters():
+        # a sum is NaN where one of its terms is, and takes no memory
+        suspect = weight.is_floating_point() and weight.element_size() > 1 and not weight.is_meta
+        if suspect and weight.detach().sum(dtype=torch.float32).isnan() and weight.isnan().any():
+            raise SvdtuneError(
+                f"the model {name!r} holds NaN in {where!r}: its files are damaged, or its training diverged. Download it "
+                "again, or take another checkpoint"
+            )
+
+
 def _check_folder(path: Path) -> None:
     found = ", ".join(sorted(child.name for child in path.iterdir())[:8]) or "nothing"
     if not (path / "config.json").is_file():
@@ -165,6 +184,8 @@ def _check_folder(path: Path) -> None:
             base = read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
             raise SvdtuneError(f"{path} is an adapter, not a model; its base model is {base!r}")
         raise SvdtuneError(f"the model folder {path} has no config.json; it holds {found}")
+    if (path / ADAPTER_CONFIG).is_file():
+        raise SvdtuneError(_BOTH.format(path, ADAPTER_CONFIG))
     if not any(next(path.glob(pattern), None) for pattern in _WEIGHTS):
         raise SvdtuneError(
             f"the model folder {path} has no weights: expected model.safetensors or pytorch_model.bin, found {found}"

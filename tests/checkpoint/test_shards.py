@@ -2,6 +2,7 @@
 every reader."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdtune.checkpoint import open_checkpoint
-from svdtune.checkpoint.shards import INDEX, SINGLE, shard_names
+from svdtune.checkpoint.shards import INDEX, PICKLED_INDEX, SINGLE, shard_names
 from svdtune.errors import SvdtuneError
 from svdtune.models import load
 
@@ -73,3 +74,31 @@ def names_or_refusal(folder: Path) -> list[str]:
         return shard_names(folder) or []
     except SvdtuneError:
         return []
+
+
+@pytest.mark.parametrize(
+    "named", ["../elsewhere/model.safetensors.index.json", "/etc/weights.safetensors", "other.safetensors", 3]
+)
+def test_a_configuration_that_names_other_weights(tmp_path: Path, tiny_folder: Path, named: object) -> None:
+    """Transformers 5 would train on what lies there."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_weights": named}))
+    for read in (load, open_checkpoint, shard_names):
+        with pytest.raises(
+            SvdtuneError, match=r"names .* as its weights .*svdtune reads model\.safetensors and .* alone"
+        ):
+            read(folder)
+    (folder / "config.json").write_text(json.dumps(settings | {"transformers_weights": SINGLE}))
+    assert shard_names(folder) == [SINGLE]
+
+
+def test_a_pickled_index_is_read_with_the_same_eyes(tmp_path: Path) -> None:
+    (tmp_path / PICKLED_INDEX).write_text(json.dumps({"weight_map": {"a": "../elsewhere.bin"}}))
+    with pytest.raises(SvdtuneError, match="no file of its folder"):
+        shard_names(tmp_path)
+
+
+def test_a_key_that_stands_twice_in_an_index(tmp_path: Path) -> None:
+    with pytest.raises(SvdtuneError, match="the key 'a' stands there twice"):
+        shard_names(write(tmp_path, '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import load, load_tokenizer
+from svdtune.models.loading import locate
 
 
 def test_a_folder_loads_with_its_tokenizer(tiny_folder: Path) -> None:
@@ -107,4 +109,32 @@ def test_a_damaged_generation_config(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(SvdtuneError, match=r"generation_config\.json is damaged: Expecting"):
+        load(folder)
+
+
+def test_a_model_beside_an_adapter_is_refused(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers would load both, and say nothing."""
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    get_peft_model(load(folder).model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    for read in (load, locate):
+        with pytest.raises(
+            SvdtuneError, match=r"holds a model and an adapter \(adapter_config\.json\).*would load both"
+        ):
+            read(folder)
+    monkeypatch.setattr("svdtune.models.loading._check_folder", bool)  # as with a hub's name
+    with pytest.raises(SvdtuneError, match="holds a model and an adapter"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "where", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"]
+)
+def test_weights_that_are_no_numbers(tmp_path: Path, tiny_folder: Path, where: str) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors[where].view(-1)[-1] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SvdtuneError, match=f"holds NaN in '{where}'.*Download it again, or take another checkpoint"):
         load(folder)

@@ -44,6 +44,13 @@ def holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
         return False
 
 
+def has_any(path: Path, names: Collection[str]) -> bool:
+    """Whether a safetensors file has a tensor of one of these names; PEFT's prefix does not
+    count."""
+    with safe_open(path, framework="pt") as file:
+        return any(key.removeprefix(_ROOT) in names for key in file.keys())  # noqa: SIM118
+
+
 def check_weights_file(folder: Path, digest: str | None) -> None:
     """Make sure that an adapter's weights are the file that was saved, before anything is done to a
     model.
@@ -128,6 +135,67 @@ def check_same_layers(ranks: Mapping[str, int], targets: Collection[str]) -> Non
             f"the adapter was made for another model: this one has no layer {lacking[0]!r} to adapt ({len(lacking)} of the "
             f"adapter's {len(ranks)} layers are missing). Load it onto the model it was trained on"
         )
+
+
+def check_known_layers(fingerprints: Collection[str], ranks: Collection[str]) -> None:
+    """Refuse fingerprints of layers that an adapter does not have, which would check nothing.
+
+    Raises:
+        SvdtuneError: naming the first of them.
+    """
+    if unknown := sorted(set(fingerprints) - set(ranks)):
+        raise SvdtuneError(
+            f"base_fingerprint in {ADAPTER_CONFIG} names layer {unknown[0]!r}, which the adapter does not have: the file was "
+            "altered. Copy the adapter's folder again; to use another base model, give base_fingerprint={}"
+        )
+
+
+def check_names(allowed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that an adapter's configuration does not ask for: they would overwrite the
+    base model.
+
+    Args:
+        allowed: the model's tensors that may be loaded, by name.
+        given: what is to be loaded.
+
+    Raises:
+        SvdtuneError: naming the first tensor of another name, shape or kind.
+    """
+    for name, tensor in given.items():
+        if name not in allowed:
+            raise SvdtuneError(
+                f"the adapter's file holds {name!r}, which its configuration does not ask for and this model would take for "
+                "its own or has no place for: it was altered, or made for another model. Save the adapter again with "
+                "save_pretrained; what is trained beside it is named in modules_to_save or bias"
+            )
+        if tensor.shape != allowed[name].shape:
+            raise SvdtuneError(
+                f"the adapter's {name} is {list(tensor.shape)}, but this model needs {list(allowed[name].shape)}: it was made "
+                "for a model of another size, or its file was altered"
+            )
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise SvdtuneError(
+                f"the adapter's {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; expected float32, bfloat16, "
+                "float16 or float64. Save the adapter again with save_pretrained"
+            )
+
+
+def check_finite(tensors: Mapping[str, Tensor], saving: bool) -> None:
+    """Refuse an adapter that holds NaN or infinity. SVDTUNE_FINITE_CHECK=off lets it pass.
+
+    Raises:
+        SvdtuneError: naming the first such tensor.
+    """
+    if os.environ.get("SVDTUNE_FINITE_CHECK", "").strip().lower() == "off":
+        return
+    for name, tensor in tensors.items():
+        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            does = "is not saved" if saving else "is not loaded"
+            raise SvdtuneError(
+                f"the adapter {does}: its {name.removeprefix(_ROOT)} holds NaN or infinity, so every output would. Its "
+                "training diverged: train again with a lower learning rate. To have it all the same, set the environment variable "
+                "SVDTUNE_FINITE_CHECK=off"
+            )
 
 
 def check_tensors(layer: str, expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
