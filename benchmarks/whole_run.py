@@ -50,10 +50,11 @@ SVDTUNE: dict[str, dict[str, Any]] = {
     "svdtune-sorsa": {},
     "svdtune-sara": {},
     "svdtune-lora": {},
-    "svdtune-sorsa-padded": {"padding_free": False},
-    "svdtune-sorsa-liger": {"trl": {"use_liger_kernel": True}},
-    "svdtune-sara-liger": {"trl": {"use_liger_kernel": True}},
-    "svdtune-lora-liger": {"trl": {"use_liger_kernel": True}},
+    "svdtune-sorsa-packed": {"packing": True},
+    "svdtune-sara-packed": {"packing": True},
+    "svdtune-lora-packed": {"packing": True},
+    "svdtune-sorsa-packed-plain": {"packing": True, "liger": False},
+    "svdtune-sorsa-padded": {"padding_free": False, "liger": False},
 }
 
 
@@ -144,13 +145,14 @@ def run_svdtune(name: str, folder: Path, arguments: argparse.Namespace) -> dict[
 
     method = name.split("-")[1]
     alpha = {"lora_alpha": arguments.r} if method == "lora" else {}
+    size = arguments.rows_a_step
     settings = {
         "model": {"name": str(folder / "model"), "dtype": "bfloat16"},
         "method": {"name": method, "r": arguments.r, "target_modules": LINEAR, **alpha},
         "data": {"train": str(folder / "rows.jsonl"), "max_length": LENGTH, "overlong": "drop"},
         "training": {
             "max_steps": arguments.steps,
-            "batch_size": arguments.rows_a_step,
+            "batch_size": max(1, size // 4) if SVDTUNE[name].get("packing") else size,
             "learning_rate": 1e-4,
             "precision": "bf16",
             "logging_steps": EVERY,

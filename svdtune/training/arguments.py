@@ -1,6 +1,7 @@
 """What a recipe's training section is to the trainer of its task: TRL's configuration, every value
 of which a recipe decides."""
 
+import importlib.util
 import math
 from dataclasses import fields
 from pathlib import Path
@@ -92,6 +93,7 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_liger_kernel": _uses_liger(t.liger),
         **_renamed(t.gradient_checkpointing, t.group_by_length),
     }
     if t.task == "grpo":
@@ -103,6 +105,14 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
     if t.task == "sft":
         decided |= {"label_names": ["labels"], "packing": False, "padding_free": False}
     return decided
+
+
+def _uses_liger(wanted: bool | None) -> bool:
+    """Whether Liger's kernels take the place of the model's norms, rotations and activations."""
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if wanted and not installed:
+        raise SvdtuneError("training.liger: true needs Liger's kernels: pip install 'svdtune[liger]'")
+    return wanted if wanted is not None else installed and torch.cuda.is_available()
 
 
 def configuration_class(task: str) -> type[TrainingArguments]:

@@ -30,11 +30,14 @@ class PackingCollator:
         pad_id: fills `input_ids`; those places have the label -100.
         flat: make one sequence of them all, which is what flash attention takes.
         multiple_of: round the length up to a multiple of this, as `Collator` does.
+        length: of every sequence, where rows are packed already, one a sequence; all batches then
+            have one shape. `flat` does without it.
     """
 
     pad_id: int
     flat: bool = False
     multiple_of: int = field(default_factory=length_multiple)
+    length: int | None = None
 
     def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return int64 tensors of shape (sequences, length): input_ids, labels and position_ids;
@@ -45,11 +48,16 @@ class PackingCollator:
         """
         lengths = [len(row["input_ids"]) for row in batch]
         packed = any(ROW_LENGTHS in row for row in batch)
-        bins = [list(range(len(batch)))] if self.flat else best_fit(lengths, max(lengths))
+        if self.flat:
+            bins = [list(range(len(batch)))]
+        else:
+            bins = [[at] for at in range(len(batch))] if self.length else best_fit(lengths, max(lengths))
         if not packed and len(bins) == len(batch):
             return {**Collator(self.pad_id, self.multiple_of)(batch), TOKENS: torch.tensor(sum(lengths))}
         longest = max(sum(lengths[at] for at in members) for members in bins)
-        length = -(-longest // self.multiple_of) * self.multiple_of
+        length = (
+            -(-(longest if self.flat or self.length is None else self.length) // self.multiple_of) * self.multiple_of
+        )
         ids = torch.full((len(bins), length), self.pad_id)
         labels = torch.full((len(bins), length), IGNORED)
         positions = torch.zeros((len(bins), length), dtype=torch.long)  # padding: rows of one token

@@ -121,6 +121,7 @@ class Training(_Section):
         None, description="Rows of a batch side by side; null: wherever the model keeps them apart."
     )
     packing: bool = Field(False, description="Sequences of data.max_length tokens made of several rows, as TRL packs.")
+    liger: bool | None = Field(None, description="Liger's kernels; null: on a GPU, where they are installed.")
     group_by_length: bool = Field(False, description="Batches of similar length: less padding, other data order.")
     seed: int = Field(42, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)

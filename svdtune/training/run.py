@@ -212,7 +212,7 @@ def _collator(model: Any, prepared: Prepared, recipe: Recipe, console: Console) 
     spread = processes.under_deepspeed() or processes.under_fsdp()
     flat = "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None))
     if (wanted is None or must) and not spread and keeps_rows_apart(model, flat=flat):
-        return PackingCollator(pad, flat=flat)
+        return PackingCollator(pad, flat=flat, length=recipe.data.max_length if recipe.training.packing else None)
     if must:
         why = "under FSDP and DeepSpeed that cannot be tried" if spread else "this model does not keep them apart"
         name = "packing" if recipe.training.packing else "padding_free"

@@ -158,6 +158,7 @@ def test_rows_that_do_not_fit_together_are_padded() -> None:
 
 def test_packed_rows_keep_the_lengths_of_their_examples() -> None:
     one = rows(7)[0] | {ROW_LENGTHS: [3, 4]}
+    assert PackingCollator(0, multiple_of=1, length=9)([one, rows(2)[0] | {ROW_LENGTHS: [2]}])["labels"].shape == (2, 9)
     batch = PackingCollator(0, multiple_of=1)([one])
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2, 3]]
     assert batch["labels"][0, 3] == IGNORED
