@@ -11,7 +11,7 @@ from torch import Tensor
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.export.source import Source, base_folder, find_source, open_source
+from svdtune.export.source import Source, base_folder, find_source, is_reward, open_source
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed, observed_layers, trained_layers
 from svdtune.models import LoadedModel
@@ -94,4 +94,4 @@ def open_run(run: str | Path, wanted: Sequence[str] | None = None) -> Opened:
     source = find_source(run)
     if source.run is None:
         raise SvdtuneError(f"{run} is not a run of svdtune: analysis needs the folder that `svdtune train` left")
-    return Opened(source, open_source(source), wanted)
+    return Opened(source, open_source(source, reward=is_reward(source)), wanted)

@@ -29,7 +29,7 @@ from svdtune.checkpoint.writer import Computed, TensorWriter
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
 from svdtune.export.layerwise import LayerwiseAdapter
-from svdtune.export.source import Source, adapter_of, base_folder
+from svdtune.export.source import Source, adapter_of, base_folder, check_writes
 from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
@@ -92,6 +92,7 @@ def merge(
     """
     output = Path(output).expanduser()
     folder = adapter_of(source, "merge")
+    check_writes(source)
     if dtype != "auto" and dtype not in _words():
         raise SvdtuneError(f"dtype {dtype!r} is none to merge in: expected auto, {', '.join(_words())}")
     check_new_folder(output)

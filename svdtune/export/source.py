@@ -81,8 +81,11 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
             recipe's.
 
     Raises:
-        SvdtuneError: If a part is missing or the adapter was made for another model.
+        SvdtuneError: If a part is missing or the adapter was made for another model; if it is a
+            reward model's and `reward=True` does not ask for one.
     """
+    if not load_kwargs.get("reward"):
+        check_writes(source)
     how = source.recipe.model.model_dump(exclude={"name"}) if source.recipe else {}
     loaded = load(source.base, **how | load_kwargs)
     if source.adapter is None:
@@ -90,6 +93,26 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
     model = attach_adapter(loaded.model, source.adapter)
     # a PeftModel answers for its base model
     return LoadedModel(cast(PreTrainedModel, model), loaded.tokenizer, str(source.run or source.adapter))
+
+
+def is_reward(source: Source) -> bool:
+    """Whether it gives one number for a text instead of writing on."""
+    if source.adapter is not None:
+        return read_settings(source.adapter).get("task_type") == "SEQ_CLS"
+    return source.recipe is not None and source.recipe.training.task == "reward"
+
+
+def check_writes(source: Source) -> None:
+    """Refuse a reward model where text is to be written.
+
+    Raises:
+        SvdtuneError: it is one.
+    """
+    if is_reward(source):
+        raise SvdtuneError(
+            f"{source.run or source.adapter} is a reward model: it gives a number for a text and writes none. Load its base "
+            "with AutoModelForSequenceClassification (num_labels=1) and the adapter with PeftModel"
+        )
 
 
 def base_folder(source: Source) -> Path:

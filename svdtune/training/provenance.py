@@ -15,6 +15,7 @@ def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
     """
     settings = recipe.training
     rows = {
+        **({} if settings.task == "sft" else {"task": settings.task}),
         "data": f"{_named(recipe.data.train)}, {summary['rows']:,} rows",
         "held out": _named(recipe.data.eval) if recipe.data.eval else "nothing",
         "template": f"`{recipe.data.template}`, loss on {recipe.data.loss_on}",

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from tiny import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from svdtune.analysis import analyze
 from svdtune.errors import SvdtuneError
+from svdtune.export.merge_checkpoint import merge
+from svdtune.export.source import find_source, open_source
 from svdtune.methods.sorsa.regularizer import add_regularizer_gradients
 from svdtune.training import Interrupted, check_recipe, tasks, train
 from svdtune.training import run as run_module
@@ -198,6 +201,57 @@ def test_the_head_of_a_reward_model_is_trained_and_saved(recipe: dict[str, Any],
     again = recipe | {"output": {"dir": str(tmp_path / "again")}}
     other = load_file(go(again)[0] / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(saved[name], other[name]) for name in saved)  # the head's start is the recipe's seed
+
+
+def test_a_reward_model_is_analyzed_and_asked_for_no_text(recipe: dict[str, Any], tmp_path: Path) -> None:
+    folder, _ = go(of(recipe, "reward", tmp_path))
+    assert analyze(folder).after is not None
+    assert "| task | reward |" in (folder / "adapter" / "README.md").read_text()
+    source = find_source(folder)
+    for ask in (lambda: open_source(source), lambda: merge(source, tmp_path / "merged")):
+        with pytest.raises(SvdtuneError, match="is a reward model: it gives a number for a text and writes none"):
+            ask()
+
+
+@pytest.mark.parametrize("task", ["sft", *TASKS])
+def test_factors_keep_their_dtype_on_a_quantized_base(
+    recipe: dict[str, Any], tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL rounds what is trained on a base that calls itself quantized."""
+    make = tasks.make_trainer
+    rounded = []
+
+    def quantized(*args: Any, model: Any, **kwargs: Any) -> Any:
+        base = model.get_base_model()
+        base.is_loaded_in_4bit = True
+        trainer = make(*args, model=model, **kwargs)
+        del base.is_loaded_in_4bit
+        rounded.append({p.dtype for p in model.parameters() if p.requires_grad})
+        return trainer
+
+    monkeypatch.setattr(tasks, "make_trainer", quantized)
+    if task == "sft":
+        recipe["data"] |= {"completion": "chosen"}
+        recipe["training"]["task"] = "sft"
+    else:
+        of(recipe, task, tmp_path)
+    recipe["training"]["max_steps"] = 1
+    folder, _ = go(recipe)
+    assert rounded == [{torch.float32}]
+    saved = load_file(folder / "adapter" / "adapter_model.safetensors")
+    factors = [tensor for name, tensor in saved.items() if "sorsa_" in name]
+    assert factors
+    assert all(tensor.dtype == torch.float32 for tensor in factors)
+    assert not any(torch.equal(tensor, tensor.bfloat16().float()) for tensor in factors)
+
+
+def test_kto_pairs_each_prompt_with_the_answer_before_it() -> None:
+    rows = [{"prompt_ids": [at], "completion_ids": [10 + at] * at, "label": at % 2 == 0} for at in (1, 2, 3)]
+    batch = tasks.LabelCollator(pad_token_id=0)(rows)
+    assert batch["KL_input_ids"].tolist() == [[1, 13, 13, 13], [2, 11, 0, 0], [3, 12, 12, 0]]
+    assert batch["label"].tolist() == [False, True, False]
+    assert "KL_input_ids" not in tasks.LabelCollator(pad_token_id=0, mismatched=False)(rows)
+    assert "KL_completion_ids" not in rows[0]
 
 
 def test_the_preview_shows_the_prompt_and_both_answers(recipe: dict[str, Any], tmp_path: Path) -> None:
