@@ -49,6 +49,9 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
         args = configuration_class(t.task)(**_decided(recipe, rows), **t.trl)
     except (ValueError, ImportError) as error:
         raise SvdtuneError(f"the training section cannot be used here: {error}") from error
+    if t.task == "reward":
+        # Liger's would put a language model's forward in place of the classifier's.
+        args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
     if processes.under_deepspeed():
         _check_deepspeed(args)
     if args.n_gpu > 1:

@@ -37,6 +37,7 @@ DECIDED: dict[str, str | None] = {
     "activation_checkpointing_kwargs": "training.gradient_checkpointing",
     "train_sampling_strategy": "training.group_by_length",
     "group_by_length": "training.group_by_length",
+    "use_liger_kernel": "training.liger",
     "padding_free": "training.padding_free",
     "packing": "training.packing",
     "seed": "training.seed",

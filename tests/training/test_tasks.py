@@ -311,6 +311,10 @@ def test_every_argument_the_recipe_decides_is_refused_in_trl(recipe: dict[str, A
     recipe["training"]["task"] = task
     checked = check_recipe(recipe)
     assert set(_decided(checked, 10)) <= set(DECIDED)
+    if task == "reward":
+        recipe["training"]["trl"] = {"liger_kernel_config": {"rope": False, "fused_linear_cross_entropy": True}}
+        found = training_arguments(check_recipe(recipe), 10).liger_kernel_config
+        assert found == {"rope": False, "fused_linear_cross_entropy": False}
     if task == "dpo":
         recipe["training"]["trl"] = {"beta": 0.3, "loss_type": ["ipo"]}
         args: Any = training_arguments(check_recipe(recipe), 10)
