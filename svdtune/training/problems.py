@@ -53,8 +53,8 @@ def unknown(path: str, siblings: Sequence[str], everywhere: Sequence[str] = ()) 
     elsewhere."""
     name = path.rpartition(".")[2]
     near = difflib.get_close_matches(name, siblings, n=1)
-    # lr
-    near = near or [other for other in siblings if "".join(word[0] for word in other.split("_")) == name]
+    # lr; the first letter of one word says nothing
+    near = near or [other for other in siblings if "_" in other and "".join(w[0] for w in other.split("_")) == name]
     near = near or [other for other in everywhere if other.rpartition(".")[2] == name]
     if near:
         return f"unknown setting; did you mean {near[0]}?"
