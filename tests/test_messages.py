@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from typer.testing import CliRunner
 
 import svdtune
 from svdtune import SvdtuneError
-from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint import Checkpoint, gguf, open_checkpoint
 from svdtune.checkpoint.names import match_names
 from svdtune.checkpoint.tensors import Stored
 from svdtune.checkpoint.writer import TensorWriter
@@ -39,7 +40,7 @@ from svdtune.methods.files.adapter import read_adapter
 from svdtune.methods.start import disk
 from svdtune.planning import draw, plan
 from svdtune.spectra import base_weight, factors
-from svdtune.training import method
+from svdtune.training import arguments, method
 from svdtune.training.method import build_config
 from svdtune.training.recipe import load_recipe
 
@@ -255,6 +256,20 @@ def test_an_export_that_vllm_does_not_serve(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(vllm, "export_lora", lambda *_: SimpleNamespace(notes=["vLLM serves no biases"]))
     with pytest.raises(SvdtuneError, match="vLLM serves no biases; or evaluate the merged model: svdtune merge"):
         vllm._as_lora(adapter_folder(tmp_path), tmp_path / "lora")
+
+
+def test_gguf_with_older_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf.transformers, "__version__", "4.56.2")
+    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: object())
+    with pytest.raises(SvdtuneError, match=r"needs Transformers 5.0 or newer, and 4.56.2 is installed"):
+        gguf.check_gguf_support(tmp_path / "model.gguf")
+
+
+@pytest.mark.parametrize("section", ["bf16", "fp16"])
+def test_deepspeed_that_rounds_the_adapter(section: str) -> None:
+    args: Any = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config={section: {"enabled": True}}))
+    with pytest.raises(SvdtuneError, match=f"DeepSpeed's {section} section rounds the adapter itself to 16 bits"):
+        arguments._check_deepspeed(args)
 
 
 @pytest.mark.parametrize(
