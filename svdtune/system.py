@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,7 @@ _REASONS = {
     errno.ENOTEMPTY: "something of that name is in the way",
     errno.EIO: "the disk does not answer as it should (an input/output error)",
 }
+_TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of a line
 _READING = {errno.EACCES: "you have no permission to read it", errno.EPERM: "you have no permission to read it"}
 
 
@@ -67,9 +69,41 @@ def _write_reason(error: Exception, path: Path) -> str | None:
     return None
 
 
-def _free(path: Path) -> str:
+def free_bytes(path: Path) -> int:
+    """What is free on the disk that a path lies on, or would."""
     place = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    return f"{shutil.disk_usage(place).free / 1e6:,.0f} MB"
+    return shutil.disk_usage(place).free
+
+
+def check_free(path: Path, needed: int, what: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        path: what will be written.
+        needed: bytes.
+        what: that takes them, for the message.
+
+    Raises:
+        SvdtuneError: less is free.
+    """
+    if (free := free_bytes(path)) < needed:
+        raise SvdtuneError(
+            f"{path} needs {needed / 1e6:,.0f} MB for {what}, and {free / 1e6:,.0f} MB are free on that disk; free some, or "
+            "name another place (output.dir)"
+        )
+
+
+def _free(path: Path) -> str:
+    return f"{free_bytes(path) / 1e6:,.0f} MB"
+
+
+def printable(text: str) -> str:
+    """A text of somebody else's for a terminal: characters that steer one are spelled out."""
+    return "".join(character if _harmless(character) else f"\\x{ord(character):02x}" for character in text)
+
+
+def _harmless(character: str) -> bool:
+    return character in "\n\t" or not (unicodedata.category(character) == "Cc" or character in _TURNING)
 
 
 def explain_read_error(error: OSError) -> str:

@@ -14,7 +14,15 @@ from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
-from svdtune.system import explain_write_errors, is_out_of_memory, new_folder, read_json, replace_text
+from svdtune.system import (
+    check_free,
+    explain_write_errors,
+    is_out_of_memory,
+    new_folder,
+    printable,
+    read_json,
+    replace_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -222,3 +230,16 @@ def test_a_key_twice_in_json(tmp_path, text):
         SvdtuneError, match=r"file\.json is damaged: the key 'a' stands there twice; remove one of them"
     ):
         read_json(tmp_path / "file.json")
+
+
+def test_what_steers_a_terminal_is_spelled_out():
+    text = "a\x1b]0;title\x07b\x9b2Jc\u202ed\n\té\r"
+    assert printable(text) == "a\\x1b]0;title\\x07b\\x9b2Jc\\x202ed\n\té\\x0d"
+
+
+def test_room_on_the_disk(tmp_path):
+    check_free(tmp_path / "not" / "there", 1, "a byte")
+    with pytest.raises(
+        SvdtuneError, match=r"run needs .* MB for its result, and .* MB are free on that disk; free some"
+    ):
+        check_free(tmp_path / "run", 10**18, "its result")

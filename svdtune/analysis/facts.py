@@ -75,7 +75,7 @@ def read_facts(run: str | Path) -> Facts:
     missing: list[str] = []
     parts = {part: _json(folder / ANALYSIS / f"{part}.json", missing) for part in _PARTS}
     summary = _json(folder / SUMMARY, missing)
-    scores = _scores(folder, missing)
+    scores = _scores(folder, missing, (summary or {}).get("weights"))
     samples = _lines(folder / DURING, missing)
     facts = Facts(
         name=folder.resolve().name,
@@ -150,14 +150,19 @@ def _variant(config: Any) -> str | None:
     return "PiSSA" if isinstance(start, str) and start.startswith("pissa") else None
 
 
-def _scores(folder: Path, problems: list[str]) -> dict[str, RunScore]:
-    """The scores of every finished evaluation, and their average over sets where there are
-    several."""
+def _scores(folder: Path, problems: list[str], weights: str | None) -> dict[str, RunScore]:
+    """The scores of every finished evaluation of these weights, and their average over sets where
+    there are several."""
     found: dict[str, RunScore] = {}
     counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
     for path in sorted(folder.glob("evaluations/*/result.json")):
         name, result = path.parent.name, _json(path, problems)
         if not isinstance(result, dict) or "n" not in result:
+            continue
+        if weights is not None and result.get("weights", weights) != weights:
+            problems.append(
+                f"the scores in {path.parent.name}, which are of other weights: svdtune evaluate RUN --restart"
+            )
             continue
         for mode in counts:
             if score := result.get(mode):

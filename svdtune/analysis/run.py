@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation import to_items
 from svdtune.evaluation.questions import prepare, sets_to_ask
 from svdtune.system import explain_write_errors, replace_text
-from svdtune.training.folder import ANALYSIS
+from svdtune.training.folder import ANALYSIS, RECIPE
+from svdtune.training.lock import held
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ def analyze(
     """
     if items < 1:
         raise SvdtuneError(f"items is {items}; expected at least 1 item of each data set for the router")
+    with held(Path(run), "analyze") if Path(run, RECIPE).is_file() else nullcontext():
+        return _analyze(run, modules, data, items)
+
+
+def _analyze(run: str | Path, modules: Sequence[str] | None, data: Sequence[str] | None, items: int) -> RunAnalysis:
     opened = open_run(run, modules)
     assert opened.source.run is not None
     folder = opened.source.run / ANALYSIS

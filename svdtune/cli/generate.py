@@ -34,6 +34,7 @@ def generate(
     from svdtune.evaluation.items import Item, check_items
     from svdtune.export import find_source, open_source
     from svdtune.models.placement import placement
+    from svdtune.system import printable
 
     found = find_source(source, adapter)
     loaded = open_source(found, **placement(dtype, device))
@@ -41,5 +42,12 @@ def generate(
     tokens = prompt_ids(Example(prompt), loaded.tokenizer, template)
     check_items([Item("the prompt", prompt, tuple(tokens), "")], max_new_tokens, context_length(loaded.model))
     ends = end_token_ids(loaded.model, loaded.tokenizer)
-    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    class Safe(TextStreamer):
+        """Answers may hold what steers a terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(printable(text), stream_end)
+
+    streamer = Safe(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     complete_batch(loaded.model, [tokens], max_new_tokens, ends, ends[0], streamer)

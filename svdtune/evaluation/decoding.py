@@ -5,6 +5,7 @@ Greedy completions are generated in rounds. Between two rounds a batch lets go o
 that are finished, and keeps the keys and values of the others.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from transformers.generation.streamers import BaseStreamer
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.prompting import cache_where_peft_looks, is_prompted
 from svdtune.models.loading import input_device
+
+_SEEDS = 2**32  # every item's own seed is a multiple of it, in 64 bits
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,11 @@ class Decoding:
     stop_loops: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "length_penalty"):
+            if not math.isfinite(value := getattr(self, name)):
+                raise SvdtuneError(f"{name} is {value}; expected a finite number")
+        if self.seed >= _SEEDS:
+            raise SvdtuneError(f"the seed is {self.seed}; expected one from 0 to {_SEEDS - 1}")
         if min(self.samples, self.beams) < 1 or min(self.temperature, self.no_repeat_ngram_size, self.seed) < 0:
             raise SvdtuneError(f"expected samples and beams of at least 1 and nothing below 0, got {self}")
         if not 0 < self.top_p <= 1:

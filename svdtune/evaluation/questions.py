@@ -18,6 +18,7 @@ from svdtune.evaluation.items import to_items
 from svdtune.evaluation.scoring import Evaluation, evaluate
 from svdtune.evaluation.tasks import Task, get_task
 from svdtune.models import LoadedModel
+from svdtune.training.folder import EVALUATIONS
 from svdtune.training.recipe import DataSource, Recipe
 
 _FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz"}
@@ -92,6 +93,8 @@ def sets_to_ask(recipe: Recipe | None, data: str | None, task: str | None) -> li
     None stands for what `held_out` finds by itself.
     """
     if data is not None:
+        if not data.strip():
+            raise SvdtuneError("the data's name is empty; name a file, a generator or a data set, or leave it out")
         return [dataset.name for dataset in scored(data)] if data in GROUPS else [data]
     if recipe is None or recipe.evaluation is None or task is not None:
         return [None]
@@ -248,7 +251,7 @@ def output_folder(run: Path | None, source: str, data: str, task: str) -> Path:
     """In the run's own folder; for a model, whose folder is not ours to write to, below
     runs/evaluations."""
     name = f"{_short(data)}-{task}"
-    return run / "evaluations" / name if run else Path("runs", "evaluations", f"{_short(source)}-{name}")
+    return run / EVALUATIONS / name if run else Path("runs", "evaluations", f"{_short(source)}-{name}")
 
 
 def _short(name: str) -> str:

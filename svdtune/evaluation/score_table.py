@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.methods.files.card import add_section
+from svdtune.training.folder import trained_weights
 
 
 def add_scores(run: Path, adapter: Path) -> None:
@@ -15,6 +16,8 @@ def add_scores(run: Path, adapter: Path) -> None:
         adapter: folder of its adapter.
     """
     found = {path.parent.name: json.loads(path.read_text("utf-8")) for path in run.glob("evaluations/*/result.json")}
+    now = trained_weights(run)  # another run's that was overwritten say nothing of these
+    found = {name: result for name, result in found.items() if now is None or result.get("weights", now) == now}
     lines = [line for name in sorted(found) if "n" in found[name] for line in _lines(name, found[name])]
     if lines:
         head = "| evaluation | items | score | value | 95 % interval |\n|---|---:|---|---:|---:|\n"

@@ -19,7 +19,9 @@ from svdtune.evaluation.vllm import VllmEngine, open_vllm
 from svdtune.export import Source, open_source
 from svdtune.models import LoadedModel
 from svdtune.models.placement import placement
-from svdtune.system import write_json
+from svdtune.system import read_json, write_json
+from svdtune.training.folder import trained_weights
+from svdtune.training.lock import held
 
 ENGINES = ("transformers", "vllm")
 OnProgress = Callable[[int, int], None]
@@ -117,6 +119,9 @@ def evaluate_source(
             folder = own if output is None else output if len(asked) == 1 else output / own.name
             with watch(one.rows.source, folder) as on_progress:
                 results[one.rows.source] = ask(model, one, folder, batch_size, how, restart, on_progress)
+            if run is not None and (weights := trained_weights(run)):
+                path = folder / "result.json"
+                write_json(path, read_json(path) | {"weights": weights})
             on_result(one.rows.source, results[one.rows.source], len(asked))
     if run and adapter:
         add_scores(run, adapter)
@@ -148,9 +153,11 @@ def _opened(
                 "dtype and device, or give a folder"
             )
         yield source
-    elif engine == "transformers":
-        yield open_source(source, **placement(dtype, device))
-    else:
+        return
+    with nullcontext() if source.run is None else held(source.run, "evaluate"):
+        if engine == "transformers":
+            yield open_source(source, **placement(dtype, device))
+            return
         if device is not None:
             raise SvdtuneError("vLLM chooses its device itself; leave out --device, or hide GPUs from it")
         with open_vllm(source, dtype) as opened:

@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import CARD, TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
 from svdtune.system import check_new_folder, new_folder, read_json
+from svdtune.training.lock import held
 
 # What is copied of the base folder besides its weights: everything but weights in other formats,
 # its card, and the hidden.
@@ -98,7 +99,8 @@ def merge(
     check_new_folder(output)
     target = None if dtype == "auto" else _words()[dtype]
     config = read_config(folder)
-    with new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
+    kept = nullcontext() if source.run is None else held(source.run, "merge")
+    with kept, new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
         adapter = LayerwiseAdapter(folder, config, base.model)
         untied, dtypes = _write_weights(base, work, adapter, target)
         _copy_other_files(base, work, source)

@@ -6,9 +6,11 @@ RUN/checkpoint-N/    to resume from
 RUN/adapter/         the result (RUN/model/ for full fine-tuning)
 RUN/training.json    the run in numbers; its presence says that the run is finished
 RUN/analysis/        samples of the weights' movement, and what `svdtune analyze` finds
+RUN/evaluations/     predictions and results of `svdtune evaluate`
 RUN/report.html      the page of `svdtune report`
 """
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -19,13 +21,15 @@ from rich.console import Console
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
-from svdtune.system import replace_text
+from svdtune.methods.files.integrity import file_digest
+from svdtune.system import read_json, replace_text
 from svdtune.training.checkpoints import WrittenBy, keep_up_to, latest_checkpoint, step_of, written_by
 from svdtune.training.inheritance import read_text, read_yaml
+from svdtune.training.lock import is_empty
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 
 RECIPE, LOG, SUMMARY, REPORT = "recipe.yaml", "train_log.jsonl", "training.json", "report.html"
-ADAPTER, FULL_MODEL, ANALYSIS = "adapter", "model", "analysis"
+ADAPTER, FULL_MODEL, ANALYSIS, EVALUATIONS = "adapter", "model", "analysis", "evaluations"
 # Settings that do not change what is computed, and may differ when a run goes on.
 _FREE = {"logging_steps", "save_steps", "keep_checkpoints", "report_to", "eval_steps"}
 # Settings whose product with the number of processes must stay.
@@ -60,7 +64,7 @@ def check_run(recipe: Recipe, *, resume: bool, overwrite: bool) -> Path | None:
         _check_same_rows(recipe, by)
         _check_same_engine(checkpoint, by)
         return checkpoint
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not is_empty(folder):
         if not (folder / RECIPE).is_file():
             raise SvdtuneError(f"{folder} is not empty and not a run of svdtune; set output.dir to another folder")
         if not overwrite:
@@ -74,7 +78,9 @@ def start_run(recipe: Recipe) -> None:
     """Make the folder of a checked, fresh run: delete an earlier run's files, write the resolved
     recipe."""
     folder = Path(recipe.output.dir)
-    for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL, folder / ANALYSIS]:
+    for path in [*folder.glob("checkpoint-*"), folder / ADAPTER, folder / FULL_MODEL]:
+        shutil.rmtree(path, ignore_errors=True)
+    for path in (folder / ANALYSIS, folder / EVALUATIONS):  # of weights that are going
         shutil.rmtree(path, ignore_errors=True)
     for name in (SUMMARY, LOG, REPORT):
         (folder / name).unlink(missing_ok=True)
@@ -93,6 +99,19 @@ def take_up(checkpoint: Path, console: Console) -> None:
 def write_summary(folder: Path, summary: dict[str, Any]) -> None:
     """Write `training.json` in one step: it says that everything else is there."""
     replace_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+
+def digest_of(result: Path) -> str:
+    """64 hex digits that name the weights of a run's result."""
+    files = sorted(result.glob("*.safetensors"))
+    return hashlib.sha256("".join(file_digest(path) for path in files).encode()).hexdigest()
+
+
+def trained_weights(folder: Path) -> str | None:
+    """`digest_of` a finished run's result, as its summary has it; None of one that says nothing."""
+    path = folder / SUMMARY
+    found = read_json(path).get("weights") if path.is_file() else None
+    return found if isinstance(found, str) else None
 
 
 def read_run(folder: Path) -> Recipe:

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.encoding import IGNORED
 from svdtune.methods.injection import by_kind
 from svdtune.methods.sites import Sites
+from svdtune.system import printable
 
 _STYLES = {"·": "dim", "▶": "bold green", "✗": "red"}
 
@@ -52,7 +53,7 @@ def show_judged(console: Console, example: dict[str, Any], tokenizer: PreTrained
 
 
 def _show(console: Console, text: str, mark: str) -> None:
-    for line in text.split("\n"):
+    for line in printable(text).split("\n"):
         console.print(Text(f"        {mark} {line}", style=_STYLES[mark]), soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ token, the data.
 import datetime
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +33,9 @@ from svdtune.training.advice import launch_bound
 from svdtune.training.arguments import total_steps
 from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
-from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, start_run, take_up, write_summary
+from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, digest_of, start_run, take_up, write_summary
 from svdtune.training.health import WatchNumbers
+from svdtune.training.lock import held
 from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, with_steps
 from svdtune.training.movement import SampleMovement
@@ -42,6 +44,7 @@ from svdtune.training.preparation import Prepared
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
+from svdtune.training.room import check_room
 from svdtune.training.sharded import is_spread, saved_state
 from svdtune.training.task_rows import prepare_task
 
@@ -102,10 +105,15 @@ def train(
     if not main:
         disable_progress_bar()
     joined = processes.start(not torch.accelerator.is_available(), _PATIENCE)
-    with explain_out_of_memory(recipe), processes.explain_loss(_GO_ON):
-        checkpoint = processes.from_main(
-            processes.jointly(lambda: check_run(recipe, resume=resume, overwrite=overwrite) if main else None)
-        )
+    with explain_out_of_memory(recipe), processes.explain_loss(_GO_ON), ExitStack() as kept:
+
+        def begin() -> Path | None:
+            check_run(recipe, resume=resume, overwrite=overwrite)
+            kept.enter_context(held(Path(recipe.output.dir), "train"))
+            # another process may have ended there meanwhile
+            return check_run(recipe, resume=resume, overwrite=overwrite)
+
+        checkpoint = processes.from_main(processes.jointly(lambda: begin() if main else None))
         result = _train(recipe, checkpoint, console, callbacks, final_loss)
     if joined:
         processes.stop()
@@ -153,6 +161,8 @@ def _train(
     watching = [*callbacks]
     if recipe.analysis is not None and processes.is_main():
         watching.append(SampleMovement(model, folder, **recipe.analysis.model_dump()))
+    steps = total_steps(recipe, len(train_rows))
+    processes.jointly(lambda: check_room(recipe, model, found.count, steps) if processes.is_main() else None)
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
@@ -291,6 +301,7 @@ def _save(
     model.save_pretrained(result, **({} if state is None else {"state_dict": state}))
     loaded.tokenizer.save_pretrained(result)
     summary["saved_bytes"] = sum(path.stat().st_size for path in result.glob("*.safetensors"))
+    summary["weights"] = digest_of(result)
     if recipe.method.name != FULL:
         add_section(result, "Training", training_section(recipe, summary))
     write_summary(result.parent, summary)

@@ -91,3 +91,17 @@ def test_merge_refuses_a_folder_in_use_and_a_model_without_adapter(tiny_folder: 
     result = svdtune("merge", tiny_folder, "--output", tmp_path / "merged")
     assert result.exit_code == 2
     assert "nothing to merge" in result.stderr
+
+
+def test_an_answer_does_not_steer_the_terminal(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = load(tiny_folder).tokenizer.encode("a\x1b[2Jb")
+
+    def answer(model, prompts, max_new_tokens, ends, pad, streamer) -> None:
+        for token in [*prompts[0], *tokens]:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
+
+    monkeypatch.setattr("svdtune.evaluation.decoding.complete_batch", answer)
+    shown = svdtune("generate", tiny_folder, "q").stdout
+    assert "\x1b" not in shown
+    assert "a\\x1b[2Jb" in shown

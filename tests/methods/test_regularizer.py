@@ -269,3 +269,37 @@ def test_frozen_and_foreign_models_are_left_alone():
 def test_a_learning_rate_of_zero_is_refused():
     with pytest.raises(SvdtuneError, match=r"max_learning_rate must be positive.*got 0"):
         add_regularizer_gradients(adapted(), 0)
+
+
+def schedule(kind, optimizer):
+    if kind == "one cycle":
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    if kind == "cyclic":
+        return torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.004, max_lr=0.1, step_size_up=4)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 + step)
+
+
+def test_one_cycle_says_its_largest_rate():
+    model = adapted()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.004)
+    schedule("one cycle", optimizer)
+    assert regularize(optimizer, model).max_learning_rate == 0.1
+
+
+@pytest.mark.parametrize("kind", ["cyclic", "rising"])
+def test_a_rate_that_rises_above_its_start_is_refused(kind):
+    """It was silently too strong, by as much as the rate rose."""
+    for given, refused in ((None, True), (0.1, False)):
+        model = adapted()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.004)
+        scheduler = schedule(kind, optimizer)
+        regularize(optimizer, model, given)
+        optimizer.step()
+        scheduler.step()
+        if refused:
+            with pytest.raises(
+                SvdtuneError, match=r"SORSA's regularizer took 0\.004 for the largest.*max_learning_rate="
+            ):
+                optimizer.step()
+        else:
+            optimizer.step()

@@ -6,7 +6,6 @@ the runner, a second start finds the finished runs by their records, the unfinis
 checkpoints, and makes no run twice, not even where two studies ask for the same one.
 """
 
-import fcntl
 import heapq
 import json
 import os
@@ -21,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
@@ -322,15 +323,17 @@ def _only_runner(output: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system frees however a process ends."""
     with explain_write_errors(output):
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
-    with lock:
+        lock = FileLock(output / ".lock", blocking=False)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            lock.acquire()
+        except Timeout:
             raise SvdtuneError(
                 f"another svdtune study is at work in {output}; wait for it, or name another --output"
             ) from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def devices(per_gpu: int, gpus: int) -> tuple[int, tuple[str, ...]]:

@@ -5,7 +5,6 @@ is done.
 closes: a runner that is killed leaves no run behind that a second runner would meet.
 """
 
-import fcntl
 import gc
 import json
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback
@@ -58,8 +58,7 @@ def main(path: Path) -> int:
     place = Place(**{name: Path(folder) for name, folder in job.pop("place").items()})
     threading.Thread(target=_end_with_runner, daemon=True).start()
     place.run.parent.mkdir(parents=True, exist_ok=True)
-    with (place.run.parent / f".{place.run.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until a process of a killed runner is gone
+    with FileLock(place.run.parent / f".{place.run.name}.lock"):  # until a process of a killed runner is gone
         return _run(job, place)
 
 

@@ -192,9 +192,9 @@ def check_finite(tensors: Mapping[str, Tensor], saving: bool) -> None:
         if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             does = "is not saved" if saving else "is not loaded"
             raise SvdtuneError(
-                f"the adapter {does}: its {name.removeprefix(_ROOT)} holds NaN or infinity, so every output would. Its "
-                "training diverged: train again with a lower learning rate. To have it all the same, set the environment variable "
-                "SVDTUNE_FINITE_CHECK=off"
+                f"the adapter {does}: its {name.removeprefix(_ROOT)} holds NaN or infinity, as every output would. "
+                "Its training diverged: train again with a lower learning rate. To have it all the same, set the environment "
+                "variable SVDTUNE_FINITE_CHECK=off"
             )
 
 

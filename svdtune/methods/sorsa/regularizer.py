@@ -123,10 +123,13 @@ class RegularizerHook:
     def __init__(self, model: nn.Module, max_learning_rate: float):
         self.layers, self.max_learning_rate = sorsa_layers(model), max_learning_rate
         self.last: Tensor | None = None
+        self.watches_rate = False
         self._handle: RemovableHandle | None = None
         self._zero: ZeroFactors | None = None
 
     def __call__(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.watches_rate:
+            self._check_rate(optimizer)
         if self._zero is not None:
             self.last = self._zero.add_gradients(optimizer, self.max_learning_rate)
             return
@@ -136,6 +139,15 @@ class RegularizerHook:
         self.last = add_regularizer_gradients(
             self.layers, self.max_learning_rate, grad_scale=1.0 if scale is None else scale
         )
+
+    def _check_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        rate = max(float(group["lr"]) for group in optimizer.param_groups)
+        if rate > self.max_learning_rate * (1 + 1e-6):
+            raise SvdtuneError(
+                f"the learning rate is {rate:g} at this step, and SORSA's regularizer took {self.max_learning_rate:g} for the "
+                "largest, from the optimizer's groups: a scheduler that rises above its start, such as CyclicLR, does not say "
+                "how far, and the regularizer would be too strong. Give it: regularize(optimizer, model, max_learning_rate=...)"
+            )
 
     def attach(self, optimizer: Any) -> None:
         """Act at every step of an optimizer from now on.
@@ -166,13 +178,14 @@ def regularize(
     Args:
         optimizer: any torch optimizer, or the one that DeepSpeed's ZeRO made of it.
         model: the model with SORSA adapters; layers adapted later are not seen.
-        max_learning_rate: η_d. By default the largest `initial_lr` of the optimizer's groups, which
-            schedulers set to the rate they start from or rise to, or `lr` where there is no
-            scheduler yet.
+        max_learning_rate: η_d. By default the largest `max_lr` (OneCycleLR's) or else `initial_lr`
+            of the optimizer's groups, which other schedulers set to the rate they start from or
+            rise to, or `lr` where there is no scheduler yet. A step at a larger one is refused.
     """
-    if max_learning_rate is None:
-        max_learning_rate = largest_learning_rate(optimizer.param_groups)
-    hook = RegularizerHook(model, max_learning_rate)
+    known = max_learning_rate is not None
+    found = max_learning_rate if max_learning_rate is not None else largest_learning_rate(optimizer.param_groups)
+    hook = RegularizerHook(model, found)
+    hook.watches_rate = not known
     hook.attach(optimizer)
     return hook
 
@@ -180,7 +193,7 @@ def regularize(
 def largest_learning_rate(groups: Iterable[dict[str, Any]]) -> float:
     """The largest learning rate that an optimizer's groups reach under a schedule that ends at or
     below its start."""
-    return max(float(group.get("initial_lr", group["lr"])) for group in groups)
+    return max(float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in groups)
 
 
 class SorsaRegularizer(TrainerCallback):

@@ -1,0 +1,33 @@
+"""Whether the disk has room for a run, before it trains: its files' sizes are known by then."""
+
+from pathlib import Path
+
+from torch import nn
+
+from svdtune.methods.sites import Count
+from svdtune.system import check_free
+from svdtune.training.recipe import Recipe
+
+
+def check_room(recipe: Recipe, model: nn.Module, count: Count, steps: int) -> None:
+    """Refuse a run whose result and checkpoints the disk has no room for.
+
+    What is written is at least this: an optimizer's state is left out where it may be a small one.
+
+    Args:
+        recipe: of the run.
+        model: with its adapter.
+        count: its parameters.
+        steps: of the whole run.
+
+    Raises:
+        SvdtuneError: saying how much is needed, and for what.
+    """
+    size = next((p.element_size() for p in model.parameters() if p.requires_grad), 4)
+    settings = recipe.training
+    taken = 0 if settings.save_steps is None else steps // settings.save_steps
+    kept = min(taken, settings.keep_checkpoints + 1)  # one is written before the oldest is deleted
+    saved = size * (count.trained + count.frozen)
+    moments = 2 * size * count.trained if settings.optimizer in ("adamw", "adamw_torch", "adamw_torch_fused") else 0
+    what = "its result" if kept == 0 else f"its result and {kept} checkpoints"
+    check_free(Path(recipe.output.dir), saved * (1 + kept) + moments * kept, what)
