@@ -67,6 +67,11 @@ class Checkpoint:
                 "stores something else. Point svdtune at the unquantized checkpoint"
             )
         tensor = self.readers[parameter]()
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise SvdtuneError(
+                f"{parameter} is stored as {str(tensor.dtype).removeprefix('torch.')} in the checkpoint {self.name}: these are "
+                "codes, and their scales lie elsewhere. Point svdtune at the unquantized checkpoint, or dequantize this one"
+            )
         module = self.model.get_submodule(module_name)
         expected = module.weight
         assert isinstance(expected, Tensor)

@@ -7,13 +7,14 @@ and the disk cache and the progress bar see the whole job.
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.prune import BasePruningMethod
 from transformers.pytorch_utils import Conv1D
 
 from svdtune import spectra
@@ -29,6 +30,20 @@ from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import given_rank
 from svdtune.methods.start.memory import Work, check_agreement
 from svdtune.spectra import sharing
+
+_MAMBA, _MAMBA_2 = {"conv1d", "x_proj", "dt_proj", "out_proj"}, {"conv1d", "out_proj"}
+# Layers whose weights the module around them hands to a kernel, by that module's class.
+_READ = {
+    "MambaMixer": _MAMBA,
+    "FalconMambaMixer": _MAMBA,
+    "JambaMambaMixer": {"conv1d", "dt_proj"},
+    "Mamba2Mixer": _MAMBA_2,
+    "BambaMixer": _MAMBA_2,
+    "FalconH1Mixer": _MAMBA_2,
+    "NemotronHMamba2Mixer": _MAMBA_2,
+    "GraniteMoeHybridMambaLayer": _MAMBA_2,
+    "Zamba2MambaMixer": _MAMBA_2,
+}
 
 
 class Resolution:
@@ -193,12 +208,51 @@ def check_supported(name: str, module: nn.Module) -> None:
             f"target module {name!r} is the output projection of a torch.nn.MultiheadAttention, which reads its weight "
             "but never calls it, so an adapter there would do nothing. Name it in `exclude_modules`"
         )
+    if base.__class__.__name__.startswith("FP8") or _is_float8(base):
+        raise SvdtuneError(
+            f"the weight of {name!r} is stored in float8 with scales beside it ({type(base).__name__}), and its codes are no "
+            "matrix to decompose. Load the model dequantized (for Transformers, FineGrainedFP8Config(dequantize=True)), or "
+            "take its checkpoint in bf16"
+        )
+    if (hook := _recomputing_hook(base)) is not None:
+        raise SvdtuneError(
+            f"the weight of {name!r} is computed by a hook ({hook}) before every call, so what is merged into it would be "
+            "lost. Take the hook off first (torch.nn.utils.remove_weight_norm, remove_spectral_norm or prune.remove), or name "
+            "the layer in `exclude_modules`"
+        )
     if is_parametrized(base, "weight"):
         raise SvdtuneError(
             f"the weight of {name!r} is computed by a parametrization (such as weight_norm) at every use, so there is none to "
             "decompose or to merge into. Take it off with torch.nn.utils.parametrize.remove_parametrizations, or name the "
             "layer in `exclude_modules`"
         )
+
+
+def check_called(model: nn.Module, targets: Iterable[str]) -> None:
+    """Raise `SvdtuneError` for a layer that the module around it reads and does not call."""
+    for name in targets:
+        parent, _, own = name.rpartition(".")
+        kind = type(model.get_submodule(parent)).__name__
+        if own in _READ.get(kind, ()):
+            raise SvdtuneError(
+                f"target module {name!r} is read by the kernels of {kind} and not called, so an adapter there would do nothing "
+                f"or be lost. Name {own!r} in `exclude_modules`, or leave it out of `target_modules`"
+            )
+
+
+def _is_float8(base: nn.Module) -> bool:
+    weight = getattr(base, "weight", None)
+    return isinstance(weight, Tensor) and weight.is_floating_point() and weight.element_size() == 1
+
+
+def _recomputing_hook(base: nn.Module) -> str | None:
+    """The kind of a hook that computes the weight anew, None where there is none."""
+    for hook in base._forward_pre_hooks.values():
+        kind = type(hook)
+        known = kind.__module__.startswith(("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"))
+        if known or isinstance(hook, BasePruningMethod):
+            return kind.__name__
+    return None
 
 
 def check_one_method(name: str, module: nn.Module, method: type[SvdLayer[Any]]) -> None:

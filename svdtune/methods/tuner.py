@@ -34,7 +34,7 @@ from svdtune.methods.files.integrity import (
 from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
-from svdtune.methods.resolution import Resolution
+from svdtune.methods.resolution import Resolution, check_called
 from svdtune.spectra import sharing
 
 _ROOT = "base_model.model."
@@ -101,6 +101,7 @@ class SvdTuner(BaseTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
         config = self._named_layers(_ours(peft_config), model)
+        check_called(model, [name for name, _ in self._targets(config, model)])
         targets = dict(self._resolution.layers(dict(self._targets(config, model))))
         if config.initialized:
             check_same_layers(config.ranks, targets)
