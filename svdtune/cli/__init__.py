@@ -42,8 +42,10 @@ _OWN = (
     "combine",
     "report",
     "cache",
+    "with",
 )
-VERBS: Registry[str] = Registry("cli", {verb: f"svdtune.cli.{verb}" for verb in _OWN})
+_FILES = {"with": "with_"}  # a word of Python's own
+VERBS: Registry[str] = Registry("cli", {verb: f"svdtune.cli.{_FILES.get(verb, verb)}" for verb in _OWN})
 
 
 def verbs() -> list[str]:

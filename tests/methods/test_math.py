@@ -5,6 +5,7 @@ import pytest
 import torch
 from pairwise import all_pairs
 
+from svdtune.methods.compute.lowrank import LowRankLinear, Part
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import math as sara
@@ -259,3 +260,37 @@ def test_zero_columns_change_nothing(layout, monkeypatch):
             trained,
             torch.float64,
         )
+
+
+@pytest.mark.parametrize("makes", [(True, False), (False, True), (False, False, True), (True, True)])
+@pytest.mark.parametrize("second", [torch.float64, torch.float32])
+def test_adapters_of_different_make_in_one_node(makes, second):
+    """One with P₀ and V₀ beside one without: whichever comes first, in one dtype or two."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape, dtype=torch.float64):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = random(7, 6).requires_grad_()
+    parts, expected = [], []
+    for i, frozen in enumerate(makes):
+        dtype = second if i else torch.float64
+        W, U, s, V = (
+            random(5, 6),
+            random(5, 2 + i, dtype=dtype),
+            random(2 + i, dtype=dtype),
+            random(6, 2 + i, dtype=dtype),
+        )
+        P0, V0 = (random(5, 2 + i, dtype=dtype), random(6, 2 + i, dtype=dtype)) if frozen else (None, None)
+        for tensor in (U, s, V):
+            tensor.requires_grad_()
+        parts.append(Part(W, None, U, s, V, P0, V0))
+        change = (U * s) @ V.mT - (P0 @ V0.mT if frozen else 0)
+        expected.append(x @ (W + change.double()).mT)
+    outputs = LowRankLinear.apply(x, None, 0.0, *[tensor for part in parts for tensor in part])
+    trained = [x, *(tensor for part in parts for tensor in (part.U, part.s, part.V))]
+    sums = [sum((y * torch.linspace(0, 1, 5).to(y)).square().sum() for y in ys) for ys in (outputs, expected)]
+    found, wanted = (torch.autograd.grad(total, trained) for total in sums)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)

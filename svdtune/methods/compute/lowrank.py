@@ -247,10 +247,13 @@ def V_gradients(
     for part, q in zip(parts, apart(Q, Bs), strict=True):
         r = part.V.shape[1]
         halves.append(q if part.P0 is None else filled(q[:, :r] + q[:, r : 2 * r], pad))
-    Q, dtype = Q if parts[0].P0 is None else beside(halves), parts[0].V.dtype
+    Q = Q if all(part.P0 is None for part in parts) else beside(halves)
+    dtype = parts[0].V.dtype
+    for part in parts[1:]:  # adapters of different make may lie in one group
+        dtype = torch.promote_types(dtype, part.V.dtype)
     dV = tall_product(flat, Q, dtype) if seed is None else cast(kernels.dropout_mm_transposed(flat, Q, p, seed), dtype)
     return [
-        own if own.shape[1] == part.V.shape[1] else own[:, : part.V.shape[1]]
+        cast(own if own.shape[1] == part.V.shape[1] else own[:, : part.V.shape[1]], part.V.dtype)
         for part, own in zip(parts, apart(dV, halves), strict=True)
     ]
 
