@@ -35,6 +35,27 @@ def explain_refusals() -> None:
     _wrap(mixed, "_check_config_compatible", _ours, WAY_ROUND)
     _wrap(hotswap, "check_hotswap_configs_compatible", _ours, WAY_ROUND)
     _wrap(PreTrainedModel, "add_adapter", _of_this_peft, NOT_BY_TRANSFORMERS)
+    _refuse_pickles()
+
+
+def _refuse_pickles() -> None:
+    original = PeftModel.save_pretrained
+    if hasattr(original, "_explained"):
+        return
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PeftModel, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not safe_serialization and any(isinstance(config, SvdConfig) for config in self.peft_config.values()):
+            raise SvdtuneError(
+                "safe_serialization=False writes a pickle, which svdtune never loads, since it can run code; leave it out, and "
+                "the adapter is saved as safetensors"
+            )
+        return original(self, save_directory, safe_serialization, *args, **kwargs)
+
+    vars(save_pretrained)["_explained"] = True
+    type.__setattr__(PeftModel, "save_pretrained", save_pretrained)
 
 
 def refused_peft() -> str | None:

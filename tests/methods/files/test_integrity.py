@@ -163,8 +163,11 @@ class TestTheFile:
 
 def test_pickles_are_refused(tmp_path):
     model = save("sorsa", tmp_path)
+    with pytest.raises(SvdtuneError, match=r"writes a pickle, which svdtune never loads.*saved as safetensors"):
+        model.save_pretrained(tmp_path / "not", safe_serialization=False)
+    assert not (tmp_path / "not").exists()
+    torch.save(load_file(tmp_path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
     (tmp_path / "adapter_model.safetensors").unlink()
-    model.save_pretrained(tmp_path, safe_serialization=False)
     refused(base(), tmp_path, "is a pickle, which can run code")
 
 
