@@ -5,7 +5,7 @@ See `svdtune.spectra.sharing`.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -79,13 +79,13 @@ class Work:
     def _reads(self, name: str, among: sharing.Sharing) -> bool:
         return (0 if among.main_only else among.owner[name]) == processes.index()
 
-    def _of(self, names: list[str]) -> spectra.Weights:
+    def _of(self, names: list[str]) -> dict[str, Callable[[], Tensor]]:
         return {name: self.weights[name] for name in names}
 
     def _among(self, names: list[str]) -> sharing.Sharing:
         shapes = {name: self.shapes[name] for name in names}
         devices = {name: device_and_dtype(_base(self.targets[name]))[0] for name in names}
-        return sharing.Sharing(shapes, {name: self.weights[name] for name in names}, self.spread, self.present, devices)
+        return sharing.Sharing(shapes, self._of(names), self.spread, self.present, devices)
 
 
 def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present: bool) -> None:
