@@ -32,6 +32,7 @@ class Model(_Section):
     attn_implementation: str | None = Field(None, description="sdpa, eager, flash_attention_2, ...")
     revision: str | None = Field(None, description="Revision on the hub.")
     trust_remote_code: bool = Field(False, description="Allow code from the model's repository.")
+    chat_template: str | None = Field(None, description="A Jinja file in place of the tokenizer's chat template.")
     end_token: str | None = Field(None, description="Make this the end token everywhere, where they disagree.")
 
 

@@ -249,6 +249,49 @@ def test_held_out_loss_is_logged(recipe: dict[str, Any]) -> None:
     assert [line["step"] for line in lines][:2] == [2, 4]
 
 
+def test_all_turns_of_a_chat_are_trained_on(recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    asked, said = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "say"}
+    row = json.dumps({"messages": [asked, said, asked, {"role": "assistant", "content": "more"}]})
+    (tmp_path / "chats.jsonl").write_text(f"{row}\n{row}\n")
+    recipe["data"] = {"train": str(tmp_path / "chats.jsonl"), "max_length": 256}
+    recipe["model"]["chat_template"] = str(tmp_path / "chat.jinja")
+    recipe["training"]["max_steps"] = 1
+    _, shown = go(recipe)
+    assert [line.split("▶ ")[1] for line in shown.splitlines() if "▶ " in line] == ["say<|end|>", "more<|end|>"]
+    recipe["model"]["chat_template"] = str(tmp_path / "none.jinja")
+    with pytest.raises(SvdtuneError, match=r"model\.chat_template: cannot read .*none\.jinja.* expected a Jinja file"):
+        go(recipe, overwrite=True)
+
+
+@pytest.mark.parametrize("how", [{"packing": True}, {"padding_free": True}, {"padding_free": False}])
+def test_rows_side_by_side_train_as_rows_apart(recipe: dict[str, Any], tmp_path: Path, how: dict[str, bool]) -> None:
+    """With all rows in one step the losses are those of padded rows, however they lie."""
+    losses = []
+    for number, training in enumerate(({"padding_free": False}, how)):
+        recipe["data"]["train"]["limit"] = 6
+        recipe["training"] |= {"max_steps": 2, "batch_size": 6, "packing": False, "padding_free": None, **training}
+        recipe["output"]["dir"] = str(tmp_path / str(number))
+        losses.append([line["loss"] for line in log_of(go(recipe)[0]) if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_rows_are_not_laid_side_by_side_where_the_model_would_mix_them(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svdtune.training.run.keeps_rows_apart", lambda *_, **__: False)
+    monkeypatch.setattr("svdtune.training.run.padding_share", lambda *_: 0.3)
+    recipe["training"]["max_steps"] = 1
+    assert "30% of its work is padding; training.group_by_length: true makes it less" in go(recipe)[1]
+    for name in ("packing", "padding_free"):
+        recipe["training"] |= {"packing": False, "padding_free": None, name: True}
+        with pytest.raises(SvdtuneError, match=f"training.{name}: true needs rows that cannot see each other"):
+            go(recipe, overwrite=True)
+
+
 @pytest.mark.parametrize("final_loss", [True, False])
 def test_the_held_out_loss_at_the_end_can_be_left_out(recipe: dict[str, Any], final_loss: bool) -> None:
     recipe["data"]["eval"] = {"source": "arithmetic", "split": "test", "limit": 4}

@@ -1,0 +1,92 @@
+"""The loss mask of chats: all of the assistant's turns up to their end tokens, and nothing else."""
+
+import copy
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from svdtune.data import encode, encode_all, to_examples
+from svdtune.data.encoding import IGNORED
+from svdtune.errors import SvdtuneError
+
+TURNS = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "3 + 3?"},
+    {"role": "assistant", "content": "six"},
+]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + "{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As of models that think: what was thought in earlier turns is taken out.
+FORGETS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' and loop.last %}<think>{% endif %}{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    own = copy.deepcopy(tiny_tokenizer)
+    own.chat_template = CHATML
+    return own
+
+
+def learnt(tokenizer: PreTrainedTokenizerFast, row: dict[str, object]) -> str:
+    [example] = to_examples([row], "prompt", "completion")
+    encoded = encode(example, tokenizer, 1000)
+    return tokenizer.decode([token for token in encoded["labels"] if token != IGNORED], skip_special_tokens=False)
+
+
+def test_all_turns_are_trained_on_up_to_their_end_tokens(tokenizer: PreTrainedTokenizerFast) -> None:
+    end = tokenizer.eos_token
+    assert learnt(tokenizer, {"messages": TURNS}) == f"4{end}six{end}"
+    [example] = to_examples([{"messages": TURNS}], "prompt", "completion")
+    whole = tokenizer.decode(encode(example, tokenizer, 1000)["input_ids"], skip_special_tokens=False)
+    written = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    assert whole == written[: written.rindex(end) + len(end)]  # nothing behind the last end token
+
+
+def test_a_prompt_of_several_turns_is_not_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    more = [*TURNS[4:], TURNS[1], TURNS[2]]
+    assert (
+        learnt(tokenizer, {"prompt": TURNS[:4], "completion": more})
+        == f"six{tokenizer.eos_token}4{tokenizer.eos_token}"
+    )
+
+
+def test_one_answer_in_a_chat_is_encoded_as_a_prompt_and_a_completion(tokenizer: PreTrainedTokenizerFast) -> None:
+    [chat] = to_examples([{"messages": TURNS[:3]}], "prompt", "completion")
+    [pair] = to_examples([{"prompt": TURNS[:2], "completion": "4"}], "prompt", "completion")
+    assert encode(chat, tokenizer, 1000) == encode(pair, tokenizer, 1000)
+
+
+def test_a_template_that_takes_back_what_it_wrote_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = FORGETS
+    with pytest.raises(
+        SvdtuneError, match="the chat template writes what comes before the assistant's turn 5 different"
+    ):
+        learnt(tokenizer, {"messages": TURNS})
+
+
+def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
+    with pytest.raises(SvdtuneError, match="the chat template refuses its first 2 messages: roles must take turns"):
+        learnt(tokenizer, {"messages": TURNS})
+
+
+def test_a_turn_without_an_end_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = CHATML.replace("{{ eos_token }}", "")
+    with pytest.raises(
+        SvdtuneError, match=r"does not close an assistant's turn with the end token \d+.*model\.end_token"
+    ):
+        learnt(tokenizer, {"messages": TURNS})
+
+
+def test_many_at_once_are_what_each_is_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [{"messages": TURNS}, {"prompt": "ask", "completion": "say"}, {"text": "all"}, {"messages": TURNS[:3]}]
+    examples = [to_examples([row], "prompt", "completion")[0] for row in rows]
+    assert encode_all(examples, tokenizer, 1000)[0] == [encode(example, tokenizer, 1000) for example in examples]

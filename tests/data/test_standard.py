@@ -1,0 +1,83 @@
+"""Rows in the field's formats come to one form, and what is malformed is named."""
+
+from typing import Any
+
+import pytest
+
+from svdtune.data import Example, to_examples
+from svdtune.errors import SvdtuneError
+
+ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+
+
+def example(row: dict[str, Any]) -> Example:
+    [found] = to_examples([row], "prompt", "completion", source="rows.jsonl")
+    return found
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASK, SAY]},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {"conversations": [ASK, SAY]},
+        {"prompt": [ASK], "completion": [SAY]},
+        {"prompt": [ASK], "completion": "4"},
+        {"messages": [ASK | {"tool_calls": None}, SAY | {"tool_calls": None}]},
+    ],
+)
+def test_chats_of_one_answer(row: dict[str, Any]) -> None:
+    found = example(row)
+    assert (found.prompt, found.completion, found.chat) == ([ASK], "4", None)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "completion"),
+    [
+        ({"prompt": "2 + 2?", "completion": "4"}, "2 + 2?", "4"),
+        ({"instruction": "Add.", "input": "2, 2", "output": "4"}, "Add.\n\n2, 2", "4"),
+        ({"instruction": "Add 2 and 2.", "input": "", "output": "4"}, "Add 2 and 2.", "4"),
+        ({"instruction": "Add 2 and 2.", "output": "4"}, "Add 2 and 2.", "4"),
+        ({"text": "2 + 2 = 4"}, "", "2 + 2 = 4"),
+    ],
+)
+def test_texts(row: dict[str, Any], prompt: str, completion: str) -> None:
+    found = example(row)
+    assert (found.prompt, found.completion, found.chat) == (prompt, completion, None)
+
+
+def test_every_turn_of_the_assistants_is_kept_and_what_follows_the_last_is_not() -> None:
+    turns = [ASK, SAY, {"role": "user", "content": "3 + 3?"}, {"role": "assistant", "content": "6"}]
+    found = example({"messages": [*turns, {"role": "user", "content": "thanks"}]})
+    assert found.chat is not None
+    assert (found.chat.messages, found.chat.learn_from) == (turns, 0)
+    assert (found.prompt, found.completion) == (turns[:3], "6")
+
+
+def test_a_prompt_of_messages_is_not_learnt_where_the_completion_has_several() -> None:
+    more = [SAY, {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
+    found = example({"prompt": [ASK, SAY, ASK], "completion": more})
+    assert found.chat is not None
+    assert found.chat.learn_from == 3
+
+
+def test_tools_are_handed_on() -> None:
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+    found = example({"messages": [ASK, call], "tools": '[{"name": "add"}]'})
+    assert found.chat is not None
+    assert (found.chat.tools, found.completion) == ([{"name": "add"}], "")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "2 + 2?"}, r"row 1 has the columns 'question', which are those of no format .*data\.prompt"),
+        ({"messages": "hi"}, r"field 'messages' holds 'hi'; expected a list of messages"),
+        ({"messages": ["hi"]}, "message 1 is 'hi'; expected an object with role and content"),
+        ({"messages": [{"role": "user"}]}, r"message 1 has role = 'user'; expected a role and a content"),
+        ({"messages": [ASK]}, "no message is the assistant's, so that nothing can be learnt from it"),
+    ],
+)
+def test_what_is_malformed_is_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(SvdtuneError, match=message):
+        example(row)
