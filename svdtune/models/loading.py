@@ -20,7 +20,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
-from svdtune.system import is_out_of_memory, read_json
+from svdtune.system import explain_read_error, is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _HEADS = ("score", "classifier")  # of a sequence classifier
@@ -48,6 +48,7 @@ def load(
     attn_implementation: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    chat_template: str | Path | None = None,
     end_token: str | None = None,
     reward: bool = False,
     **model_kwargs: Any,
@@ -63,6 +64,7 @@ def load(
         attn_implementation: passed to Transformers ("sdpa", "eager", "flash_attention_2", ...).
         revision: the hub revision of both.
         trust_remote_code: allow code from the model's repository to run.
+        chat_template: a Jinja file whose text takes the place of the tokenizer's chat template.
         end_token: make this the end token of tokenizer and configs (see
             `svdtune.models.set_end_token`).
         reward: load a sequence classifier with one output instead, a reward model; its head is at
@@ -102,6 +104,8 @@ def load(
         _check_numbers(name, loaded)
     if device is not None:
         loaded = loaded.to(device)
+    if chat_template is not None:
+        tokenizer.chat_template = _read_template(Path(chat_template))
     if end_token is not None:
         set_end_token(loaded, tokenizer, end_token)
     _give_padding(tokenizer)
@@ -225,3 +229,13 @@ def _give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = explain_read_error(error) if isinstance(error, OSError) else "it is not UTF-8"
+        raise SvdtuneError(
+            f"model.chat_template: cannot read {path}: {reason}; expected a Jinja file, such as chat_template.jinja"
+        ) from error

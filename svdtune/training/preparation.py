@@ -3,7 +3,6 @@ base model loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +12,6 @@ from svdtune import processes
 from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
-from svdtune.system import explain_read_error
 from svdtune.training.arguments import training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import DataSource, Recipe
@@ -81,16 +79,6 @@ def _read(recipe: Recipe, source: DataSource) -> list[Example]:
     return to_examples(rows, data.prompt, data.completion, source=source.source)
 
 
-def _read_template(path: Path) -> str:
-    try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = explain_read_error(error) if isinstance(error, OSError) else "it is not UTF-8"
-        raise SvdtuneError(
-            f"model.chat_template: cannot read {path}: {reason}; expected a Jinja file, such as chat_template.jinja"
-        ) from error
-
-
 def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
     """The base model of a recipe, with the end token checked; for a reward model, with a head that
     gives one number.
@@ -105,11 +93,10 @@ def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
         attn_implementation=section.attn_implementation,
         revision=section.revision,
         trust_remote_code=section.trust_remote_code,
+        chat_template=section.chat_template,
         end_token=section.end_token,
         reward=recipe.training.task == "reward",
     )
-    if section.chat_template is not None:
-        loaded.tokenizer.chat_template = _read_template(Path(section.chat_template))
     check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and recipe.data.max_length > context:
