@@ -5,6 +5,7 @@ TRL is imported here and nowhere else, and this module only where a run starts.
 """
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
@@ -49,11 +50,14 @@ class TaskTrainer(RunTrainer):
         model = kwargs["model"]
         trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         first = [dict(train_dataset[0])]
-        super().__init__(
-            train_dataset=Dataset.from_list(first),
-            eval_dataset=None if eval_dataset is None else Dataset.from_list(first),
-            **kwargs,
-        )
+        with warnings.catch_warnings():
+            # What TRL will do without in its next version is for us to follow, not for the user.
+            warnings.filterwarnings("ignore", "`(use_liger_kernel|label_smoothing_factor)", FutureWarning)
+            super().__init__(
+                train_dataset=Dataset.from_list(first),
+                eval_dataset=None if eval_dataset is None else Dataset.from_list(first),
+                **kwargs,
+            )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         # TRL rounds what is trained on a quantized base to bfloat16, in which SORSA's and SARA's
         # small changes and the orthonormality of the factors are lost.
