@@ -326,6 +326,8 @@ class SvdTuner(BaseTuner):
         """The model's tensors that an adapter's file may fill, by name without PEFT's prefix."""
         state = model.state_dict()
         names = set(cls._get_learnable_bias_state_dict(model, state, config))
+        if config.svdtune_version is None:  # not of a file: a program may hand over its own biases
+            names |= {name for name in state if name.endswith(".bias")}
         for name, module in model.named_modules():
             if isinstance(module, cls.tuner_layer_cls):
                 names |= {f"{name}.{part}.{adapter}" for part in (*module.trained, *module.frozen)}

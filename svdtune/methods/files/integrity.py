@@ -173,7 +173,8 @@ def check_names(allowed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> N
                 f"the adapter's {name} is {list(tensor.shape)}, but this model needs {list(allowed[name].shape)}: it was made "
                 "for a model of another size, or its file was altered"
             )
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        counts = not allowed[name].is_floating_point() and tensor.dtype == allowed[name].dtype  # of a batch norm
+        if not counts and (not tensor.is_floating_point() or tensor.element_size() < 2):
             raise SvdtuneError(
                 f"the adapter's {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; expected float32, bfloat16, "
                 "float16 or float64. Save the adapter again with save_pretrained"
