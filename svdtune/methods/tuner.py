@@ -312,7 +312,10 @@ class SvdTuner(BaseTuner):
             for name, (layer, tensors) in given.items():
                 check_tensors(name.removeprefix(_ROOT), layer.adapter_tensors(adapter_name), tensors)
             bare = {key.removeprefix(_ROOT): tensor for key, tensor in remapped.items()}
-            check_names(cls._loadable(model, _ours(config), adapter_name), bare)
+            # A program may hand over its own biases; a file says in its configuration what it has.
+            of_file = _ours(config).svdtune_version is not None
+            named = {key: tensor for key, tensor in bare.items() if of_file or not key.endswith(".bias")}
+            check_names(cls._loadable(model, _ours(config), adapter_name), named)
             check_finite(bare, saving=False)
         except SvdtuneError:
             cls._take_back(model, adapter_name)
@@ -326,8 +329,6 @@ class SvdTuner(BaseTuner):
         """The model's tensors that an adapter's file may fill, by name without PEFT's prefix."""
         state = model.state_dict()
         names = set(cls._get_learnable_bias_state_dict(model, state, config))
-        if config.svdtune_version is None:  # not of a file: a program may hand over its own biases
-            names |= {name for name in state if name.endswith(".bias")}
         for name, module in model.named_modules():
             if isinstance(module, cls.tuner_layer_cls):
                 names |= {f"{name}.{part}.{adapter}" for part in (*module.trained, *module.frozen)}
