@@ -3,20 +3,21 @@ base model loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+import torch
 from rich.console import Console
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from svdtune import processes
-from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.training.arguments import training_arguments
 from svdtune.training.leaks import check_leaks
-from svdtune.training.recipe import DataSource, Recipe
-
-Rows = list[dict[str, Any]]  # of SFT, lists of token ids; see `svdtune.data.preferences` for others
+from svdtune.training.recipe import Recipe
+from svdtune.training.rewards import load_rewards
+from svdtune.training.task_rows import Rows, encode_prompt, encode_task, moved_at_start, read_task
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,36 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, console: Console) -> Prepared:
-    """Read, check and load what a recipe names.
+    """Read, check and load what a recipe of any task names.
 
     Raises:
         SvdtuneError: if a part is missing or does not fit the others, or if test questions are
             among the training rows.
     """
-    train_examples = _read(recipe, recipe.data.train)
-    eval_examples = _read(recipe, recipe.data.eval) if recipe.data.eval else None
-    check_leaks(recipe, train_examples, eval_examples or [], console)
+    train = read_task(recipe, recipe.data.train)
+    held_out = read_task(recipe, recipe.data.eval) if recipe.data.eval else None
+    check_leaks(recipe, [example for example, _ in train], [example for example, _ in held_out or []], console)
     if processes.under_deepspeed():
-        early = training_arguments(recipe, len(train_examples))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
-    loaded = load_base(recipe, chat=not isinstance(train_examples[0].prompt, str))
-    train_rows = _encode(recipe, train_examples, loaded, console)
-    eval_rows = _encode(recipe, eval_examples, loaded, console) if eval_examples else None
+        early = training_arguments(recipe, len(train))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
+    more: dict[str, Any] = {}
+    if recipe.training.task == "grpo":
+        more["reward_funcs"] = load_rewards(recipe.training.rewards, recipe.data.answer, [row for _, row in train])
+    set_seed(recipe.training.seed)  # a reward model's head starts at random
+    loaded = load_base(recipe, chat=not isinstance(train[0][0].prompt, str))
+    train_rows = encode_task(recipe, train, loaded.tokenizer, console)
+    eval_rows = encode_task(recipe, held_out, loaded.tokenizer, console) if held_out else None
     example = train_rows[0]
     if recipe.training.packing:
         train_rows = _pack(train_rows, recipe, console)
-    return Prepared(loaded, train_rows, eval_rows, example, training_arguments(recipe, len(train_rows)))
+    if recipe.training.task == "kto":
+        # its batches keep the order of the rows, which may be sorted by their labels
+        order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(recipe.training.seed))
+        train_rows = [train_rows[at] for at in order.tolist()]
+    if recipe.training.task == "grpo":
+        more["encode"] = partial(encode_prompt, tokenizer=loaded.tokenizer, template=recipe.data.template)
+    if note := moved_at_start(recipe):
+        console.print(f"reference {note}", highlight=False)
+    return Prepared(loaded, train_rows, eval_rows, example, training_arguments(recipe, len(train_rows)), more)
 
 
 def _pack(rows: Rows, recipe: Recipe, console: Console) -> Rows:
@@ -67,18 +80,6 @@ def _pack(rows: Rows, recipe: Recipe, console: Console) -> Rows:
     return packed
 
 
-def _read(recipe: Recipe, source: DataSource) -> list[Example]:
-    data = recipe.data
-    rows = read_rows(
-        source.source,
-        source.split,
-        config=source.config,
-        limit=source.limit,
-        seed=source.seed,
-    )
-    return to_examples(rows, data.prompt, data.completion, source=source.source)
-
-
 def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
     """The base model of a recipe, with the end token checked; for a reward model, with a head that
     gives one number.
@@ -87,16 +88,7 @@ def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
         SvdtuneError: if it cannot be loaded, end tokens disagree, or its context is too short.
     """
     section = recipe.model
-    loaded = load(
-        section.name,
-        dtype=section.dtype,
-        attn_implementation=section.attn_implementation,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        chat_template=section.chat_template,
-        end_token=section.end_token,
-        reward=recipe.training.task == "reward",
-    )
+    loaded = load(section.name, **section.model_dump(exclude={"name"}), reward=recipe.training.task == "reward")
     check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
     context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and recipe.data.max_length > context:
@@ -105,16 +97,3 @@ def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
             f"set data.max_length to at most that"
         )
     return loaded
-
-
-def _encode(recipe: Recipe, examples: list[Example], loaded: LoadedModel, console: Console) -> Rows:
-    data = recipe.data
-    rows, overlong = encode_all(
-        examples, loaded.tokenizer, data.max_length, data.loss_on, data.template, overlong=data.overlong
-    )
-    tokens = sum(len(row["input_ids"]) for row in rows)
-    how = "cut off at" if data.overlong == "cut" else "left out as longer than"
-    note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
-    source = examples[0].name.rpartition(" row ")[0]
-    console.print(f"data      {source}: {len(rows):,} examples, {tokens:,} tokens{note}", highlight=False)
-    return rows

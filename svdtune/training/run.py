@@ -40,13 +40,12 @@ from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, with_steps
 from svdtune.training.movement import SampleMovement
 from svdtune.training.packing import PackingCollator, keeps_rows_apart, padding_share
-from svdtune.training.preparation import Prepared
+from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
 from svdtune.training.room import check_room
 from svdtune.training.sharded import is_spread, saved_state
-from svdtune.training.task_rows import prepare_task
 
 if TYPE_CHECKING:
     from svdtune.training.trainer import RunTrainer
@@ -138,14 +137,15 @@ def _train(
     final_loss: bool,
 ) -> RunResult:
     folder = Path(recipe.output.dir)
-    prepared = processes.jointly(lambda: prepare_task(recipe, console))
+    prepared = processes.jointly(lambda: prepare(recipe, console))
     _check_agreement(recipe, prepared)
     loaded, train_rows = prepared.loaded, prepared.train_rows
     set_seed(recipe.training.seed)
     started = time.monotonic()
     _place(loaded.model, prepared.args)
     name, options = recipe.method.name, recipe.method.options
-    options = with_steps(name, options, total_steps(recipe, len(train_rows)))
+    steps = total_steps(recipe, len(train_rows))
+    options = with_steps(name, options, steps)
     task = recipe.training.task
     model = processes.jointly(lambda: adapt(loaded.model, name, options, task))
     init_seconds = time.monotonic() - started
@@ -161,7 +161,6 @@ def _train(
     watching = [*callbacks]
     if recipe.analysis is not None and processes.is_main():
         watching.append(SampleMovement(model, folder, **recipe.analysis.model_dump()))
-    steps = total_steps(recipe, len(train_rows))
     processes.jointly(lambda: check_room(recipe, model, found.count, steps) if processes.is_main() else None)
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with explain_write_errors(folder, _WRITING):

@@ -1,58 +1,19 @@
-"""What a run of any task needs before its model is adapted; of SFT it is `preparation.prepare`."""
+"""The rows of each task: read by its format, and made into tokens."""
 
-from functools import partial
 from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 
-from svdtune import processes
-from svdtune.data import Example, read_rows, to_examples
+from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.data.encoding import prompt_ids
 from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, tokens_of
 from svdtune.errors import SvdtuneError
-from svdtune.training.arguments import training_arguments
-from svdtune.training.leaks import check_leaks
-from svdtune.training.preparation import Prepared, Rows, load_base, prepare
 from svdtune.training.recipe import DataSource, Recipe
-from svdtune.training.rewards import load_rewards
 
 _REFERRED = ("dpo", "kto", "grpo")  # compared with the base while they are trained
-Judged = list[tuple[Example, Any]]
-
-
-def prepare_task(recipe: Recipe, console: Console) -> Prepared:
-    """Read, check and load what a recipe names.
-
-    Raises:
-        SvdtuneError: if a part is missing or does not fit the others, or if test questions are
-            among the training rows.
-    """
-    if recipe.training.task == "sft":
-        return prepare(recipe, console)
-    train = _read(recipe, recipe.data.train)
-    held_out = _read(recipe, recipe.data.eval) if recipe.data.eval else None
-    check_leaks(recipe, [example for example, _ in train], [example for example, _ in held_out or []], console)
-    if processes.under_deepspeed():
-        early = training_arguments(recipe, len(train))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
-    more: dict[str, Any] = {}
-    if recipe.training.task == "grpo":
-        more["reward_funcs"] = load_rewards(recipe.training.rewards, recipe.data.answer, [row for _, row in train])
-    set_seed(recipe.training.seed)  # a reward model's head starts at random
-    loaded = load_base(recipe, chat=not isinstance(train[0][0].prompt, str))
-    train_rows = _encode(recipe, train, loaded.tokenizer, console)
-    eval_rows = _encode(recipe, held_out, loaded.tokenizer, console) if held_out else None
-    example = train_rows[0]
-    if recipe.training.task == "kto":
-        # its batches keep the order of the rows, which may be sorted by their labels
-        order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(recipe.training.seed))
-        train_rows = [train_rows[at] for at in order.tolist()]
-    if recipe.training.task == "grpo":
-        more["encode"] = partial(_prompt_ids, tokenizer=loaded.tokenizer, template=recipe.data.template)
-    if note := moved_at_start(recipe):
-        console.print(f"reference {note}", highlight=False)
-    return Prepared(loaded, train_rows, eval_rows, example, training_arguments(recipe, len(train_rows)), more)
+Judged = list[tuple[Example, Any]]  # an example, and what the task has to it
+Rows = list[dict[str, Any]]  # of SFT, lists of token ids; see `svdtune.data.preferences` for others
 
 
 def moved_at_start(recipe: Recipe) -> str | None:
@@ -71,9 +32,17 @@ def moved_at_start(recipe: Recipe) -> str | None:
     )
 
 
-def _read(recipe: Recipe, source: DataSource) -> Judged:
+def read_task(recipe: Recipe, source: DataSource) -> Judged:
+    """The examples of a source, each with what the task has to it: the rejected answer, the label,
+    the row that rewards look at, or nothing.
+
+    Raises:
+        SvdtuneError: if the source or a row is malformed, or lacks what the task learns from.
+    """
     task, data = recipe.training.task, recipe.data
     rows = read_rows(source.source, source.split, config=source.config, limit=source.limit, seed=source.seed)
+    if task == "sft":
+        return [(example, None) for example in to_examples(rows, data.prompt, data.completion, source=source.source)]
     if task == "kto":
         return list(to_labelled(rows, data.prompt, data.completion or "completion", source=source.source))
     if task == "grpo":
@@ -82,10 +51,21 @@ def _read(recipe: Recipe, source: DataSource) -> Judged:
     return list(to_pairs(rows, data.prompt, task=task, source=source.source))
 
 
-def _encode(recipe: Recipe, judged: Judged, tokenizer: PreTrainedTokenizerBase, console: Console) -> Rows:
-    data = recipe.data
-    encode, what = _ENCODERS[recipe.training.task]
-    rows, overlong = encode(judged, tokenizer, data.max_length, data.template, overlong=data.overlong)
+def encode_task(recipe: Recipe, judged: Judged, tokenizer: PreTrainedTokenizerBase, console: Console) -> Rows:
+    """The tokens of a task's examples; a line says how many there are.
+
+    Raises:
+        SvdtuneError: if an example does not fit, or none is left.
+    """
+    task, data = recipe.training.task, recipe.data
+    if task == "sft":
+        examples = [example for example, _ in judged]
+        how_to = (data.max_length, data.loss_on, data.template)
+        rows, overlong = encode_all(examples, tokenizer, *how_to, overlong=data.overlong)
+        what = "examples"
+    else:
+        encode, what = _ENCODERS[task]
+        rows, overlong = encode(judged, tokenizer, data.max_length, data.template, overlong=data.overlong)
     how = "cut off at" if data.overlong == "cut" else "left out as longer than"
     note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
     source = judged[0][0].name.rpartition(" row ")[0]
@@ -112,11 +92,12 @@ def _encode_prompts(
     return rows, len(judged) - len(rows)
 
 
-def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
+    """Tokens of a prompt, text or messages, up to where the model has to go on."""
     return prompt_ids(Example(prompt), tokenizer, template)
 
 
-# How a task's rows become tokens, and what they are called.
+# How the rows of tasks besides SFT become tokens, and what they are called.
 _ENCODERS: dict[str, tuple[Any, str]] = {
     "dpo": (encode_pairs, "pairs"),
     "reward": (encode_pairs, "pairs"),
