@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import transformers
 from hypothesis import example, given
 from hypothesis import strategies as st
+from releases import TRANSFORMERS_4
 from tiny import tiny_llama
 
 from svdtune import SaraConfig
@@ -16,9 +16,7 @@ from svdtune.methods.sites import sites
 
 gguf = pytest.importorskip("gguf")
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="Transformers 4 reads no GGUF file of today's"
-)
+pytestmark = pytest.mark.skipif(TRANSFORMERS_4, reason="Transformers 4 reads no GGUF file of today's")
 
 NAMES = {
     "self_attn.q_proj": "attn_q",

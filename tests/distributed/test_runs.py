@@ -8,19 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import launching
 import new_process
 import programs
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import PeftModel
+from releases import TRANSFORMERS_4
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+from runs import log_of
 from svdtune.errors import SvdtuneError
 from svdtune.training import train
 from svdtune.training.checkpoints import discard, fault, sealed_checkpoints
@@ -75,15 +74,11 @@ def write(run: Recipe) -> Path:
     return path
 
 
-def log(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-
-
 def check_same_run(folder: Path, expected: Path, atol: float = 1e-5) -> None:
     """Compare logs and adapters of two finished runs."""
-    for got, line in zip(log(folder), log(expected), strict=True):
+    for got, line in zip(log_of(folder), log_of(expected), strict=True):
         # Transformers 4 counts an epoch by the batches of a process, filled up or not.
-        epoch = ("epoch",) if Version(transformers.__version__).major >= 5 else ()
+        epoch = () if TRANSFORMERS_4 else ("epoch",)
         for key in ("step", *epoch, "loss", "grad_norm", "learning_rate"):
             assert got[key] == pytest.approx(line[key], abs=atol), key
         assert got["l_reg"] == pytest.approx(line["l_reg"], abs=10 * atol)

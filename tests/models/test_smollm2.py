@@ -8,15 +8,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
+from releases import TRANSFORMERS_4
 from transformers import PreTrainedTokenizerFast
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import SMOLLM2, check_end_token, fetch_smollm2, load, smollm2
 
-pytestmark = pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="Transformers 4 reads no GGUF file of today's"
-)
+pytestmark = pytest.mark.skipif(TRANSFORMERS_4, reason="Transformers 4 reads no GGUF file of today's")
 
 HIDDEN, INNER, HEADS, KV_HEADS = 32, 64, 4, 2
 

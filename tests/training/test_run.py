@@ -1,20 +1,19 @@
 """A run, end to end on a tiny model: what it writes, how it goes on, and what it refuses."""
 
 import json
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import TrainerCallback
 
+from runs import go, log_of, timeless
 from svdtune.data import Collator, encode_all, read_rows, to_examples
 from svdtune.errors import SvdtuneError
 from svdtune.models import load
-from svdtune.training import Interrupted, Recipe, check_recipe, train
+from svdtune.training import Interrupted, check_recipe
 from svdtune.training import run as run_module
 from svdtune.training.callbacks import StopOnInterrupt
 from svdtune.training.folder import read_run
@@ -43,21 +42,6 @@ def recipe(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
         },
         "output": {"dir": str(tmp_path / "run")},
     }
-
-
-def go(recipe: dict[str, Any] | Recipe, **flags: Any) -> tuple[Path, str]:
-    text = StringIO()
-    checked = recipe if isinstance(recipe, Recipe) else check_recipe(recipe)
-    result = train(checked, console=Console(file=text, width=200), **flags)
-    return result.folder, text.getvalue()
-
-
-def log_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-
-
-def timeless(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key != "tokens_per_second"} for line in log]
 
 
 @pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "lora"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
+from releases import TRANSFORMERS_4
 from transformers import TrainerCallback
 from typer.testing import CliRunner, Result
 
@@ -100,9 +100,7 @@ def test_a_kill_while_a_checkpoint_is_written(
     assert weights(tmp_path / "run") == whole
 
 
-@pytest.mark.skipif(
-    int(transformers.__version__.split(".")[0]) < 5, reason="resumed after its last step, Trainer 4 takes one more"
-)
+@pytest.mark.skipif(TRANSFORMERS_4, reason="resumed after its last step, Trainer 4 takes one more")
 def test_a_kill_while_the_result_is_written(
     recipe: str, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
