@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft import PeftConfig
 from pydantic import BaseModel
@@ -63,7 +63,7 @@ class WantedAdapter:
         # a configuration is enough
         alone = not weights and Path(name, "config.json").is_file()
         revision = self.recipe.model.revision if self.recipe else None
-        place = name if alone else locate(self.model)  # type: ignore[arg-type]
+        place = name if alone else locate(cast(str | Path, self.model))  # what is no loaded model is a name
         return open_checkpoint(place, revision=revision, weights=weights)
 
 

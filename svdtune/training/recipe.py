@@ -20,11 +20,13 @@ from svdtune.training.inheritance import read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A strict part of a file: no unknown key, no wrong type, no infinity."""
+
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
-class Model(_Section):
+class Model(Section):
     """The base model; see `svdtune.models.load`."""
 
     name: str = Field(min_length=1, description="Hub name, local folder, .gguf file, or smollm2-135m.")
@@ -49,7 +51,7 @@ class MethodSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-class DataSource(_Section):
+class DataSource(Section):
     """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for
     `{source: text}`."""
 
@@ -65,7 +67,7 @@ class DataSource(_Section):
         return {"source": value} if isinstance(value, str) else value
 
 
-class Data(_Section):
+class Data(Section):
     """Data, and how rows become prompts and completions."""
 
     train: DataSource
@@ -96,7 +98,7 @@ def _check_template(template: str) -> str:
     return template
 
 
-class Training(_Section):
+class Training(Section):
     """The optimization. Batch sizes are per process; one optimizer step sees batch_size ×
     gradient_accumulation rows."""
 
@@ -143,7 +145,7 @@ class Training(_Section):
         return warmup
 
 
-class EvaluationSection(_Section):
+class EvaluationSection(Section):
     """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same
     questions."""
 
@@ -168,7 +170,7 @@ class EvaluationSection(_Section):
         return template and _check_template(template)
 
 
-class Analysis(_Section):
+class Analysis(Section):
     """Samples of how far the weights have moved, taken while the run trains; see
     `svdtune.training.movement`."""
 
@@ -180,13 +182,13 @@ class Analysis(_Section):
     max_share: float | None = Field(0.1, gt=0, description="Of the run's time, beyond which samples are left out.")
 
 
-class Output(_Section):
+class Output(Section):
     """The run folder."""
 
     dir: str = Field(min_length=1, description="In a recipe file, runs/ and the file's name by default.")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe."""
 
     model: Model

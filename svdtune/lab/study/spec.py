@@ -7,14 +7,14 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator
 
 from svdtune.data.catalogue import CATALOGUE, scored
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.training.inheritance import merge, read_settings, read_text, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
-from svdtune.training.recipe import DataSource, EvaluationSection, check_recipe, set_at
+from svdtune.training.recipe import DataSource, EvaluationSection, Section, check_recipe, set_at
 
 Settings = dict[str, Any]
 
@@ -34,11 +34,7 @@ def _values(values: list[Any]) -> list[Any]:
 Rates = Annotated[list[float], AfterValidator(_rates)]
 
 
-class _StudySection(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class ArmSection(_StudySection):
+class ArmSection(Section):
     """One contender: a method with its settings, and how it differs from the recipe otherwise."""
 
     method: Settings | None = Field(None, description="As in a recipe; none for the recipe's own.")
@@ -55,7 +51,7 @@ class ArmSection(_StudySection):
     untrained: bool = Field(False, description="Score the base model as it is.")
 
 
-class Tune(_StudySection):
+class Tune(Section):
     """How learning rates are found: the same small search for every arm, never on test data."""
 
     learning_rates: Rates = Field(description="Candidates.")
@@ -64,7 +60,7 @@ class Tune(_StudySection):
     extend: int = Field(0, ge=0, le=8, description="So many more candidates, where the best is the first or the last.")
 
 
-class Study(_StudySection):
+class Study(Section):
     """A study whose arms are expanded: every arm has one method and no grid."""
 
     title: str = Field(min_length=1)
