@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_same_layers
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, check_same_layers
 
-_ROOT = "base_model.model."
 # Settings that choose layers among many, or train something beside them: a model of one layer has
 # neither.
 _ONE_LAYER = {
@@ -64,7 +63,7 @@ class LayerwiseAdapter:
         self.replaced: dict[str, str] = {}
         modules = dict(base.named_modules())
         for key in self._tensors:
-            layer, rest = _split(key.removeprefix(_ROOT), modules)
+            layer, rest = _split(key.removeprefix(PEFT_ROOT), modules)
             if "weight" not in modules[layer]._parameters and rest not in modules[layer]._parameters:
                 raise SvdtuneError(
                     f"the adapter {folder} was made for another model: this one has no module for {key!r}. Name the base "

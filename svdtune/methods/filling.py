@@ -22,11 +22,10 @@ from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, check_weights_file
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, check_weights_file
 from svdtune.methods.layers.base import SvdLayer
 
 _FILLS = "_load_pretrained_model"
-_ROOT = "base_model.model."
 
 
 def fill_through_peft() -> None:
@@ -116,5 +115,5 @@ def _fill(
             cast(Any, PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)])._take_back(model, name)
             raise
         tensors = load_file(folder / ADAPTER_WEIGHTS)
-    tensors = {key.removeprefix(_ROOT): tensor for key, tensor in tensors.items()}
+    tensors = {key.removeprefix(PEFT_ROOT): tensor for key, tensor in tensors.items()}
     set_peft_model_state_dict(model, tensors, name)

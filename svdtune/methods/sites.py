@@ -21,14 +21,13 @@ from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.files.integrity import PEFT_ROOT
 from svdtune.methods.injection import inject, method_name
 from svdtune.methods.layers.rows import Rows
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import pattern_rank, with_rank, with_ranks
 
 Model = nn.Module | Checkpoint
-
-_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -271,7 +270,7 @@ def _owner(name: str, layers: Mapping[str, BaseTunerLayer]) -> str | None:
 
 
 def _site(name: str, layer: BaseTunerLayer, trained: int, frozen: int) -> Site:
-    name = name.removeprefix(_ROOT)
+    name = name.removeprefix(PEFT_ROOT)
     base = layer.get_base_layer()
     module, rows = (name.rpartition(".")[0], base.rows) if isinstance(base, RowSlice) else (name, None)
     ranks = getattr(layer, "r", None)

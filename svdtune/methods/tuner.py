@@ -25,6 +25,7 @@ from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig, as_set
 from svdtune.methods.files.compact import leave_out, restore
 from svdtune.methods.files.integrity import (
+    PEFT_ROOT,
     check_base,
     check_finite,
     check_names,
@@ -36,8 +37,6 @@ from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.resolution import Resolution, check_called
 from svdtune.spectra import sharing
-
-_ROOT = "base_model.model."
 
 
 class SvdTuner(BaseTuner):
@@ -310,8 +309,8 @@ class SvdTuner(BaseTuner):
         try:
             restore(remapped, given, adapter_name)
             for name, (layer, tensors) in given.items():
-                check_tensors(name.removeprefix(_ROOT), layer.adapter_tensors(adapter_name), tensors)
-            bare = {key.removeprefix(_ROOT): tensor for key, tensor in remapped.items()}
+                check_tensors(name.removeprefix(PEFT_ROOT), layer.adapter_tensors(adapter_name), tensors)
+            bare = {key.removeprefix(PEFT_ROOT): tensor for key, tensor in remapped.items()}
             # A program may hand over its own biases; a file says in its configuration what it has.
             of_file = _ours(config).svdtune_version is not None
             named = {key: tensor for key, tensor in bare.items() if of_file or not key.endswith(".bias")}
@@ -334,10 +333,10 @@ class SvdTuner(BaseTuner):
                 names |= {f"{name}.{part}.{adapter}" for part in (*module.trained, *module.frozen)}
             elif isinstance(module, AuxiliaryTrainingWrapper):
                 names |= {f"{name}.{key}" for key in module.adapter_state_dict_load_map(adapter).values()}
-        found = {name.removeprefix(_ROOT): state[name] for name in names if name in state}
+        found = {name.removeprefix(PEFT_ROOT): state[name] for name in names if name in state}
         if config.embeddings is not False:
             weights = _embedding_weights(model)
-            found |= {bare: state[name] for name in state if (bare := name.removeprefix(_ROOT)) in weights}
+            found |= {bare: state[name] for name in state if (bare := name.removeprefix(PEFT_ROOT)) in weights}
         return found
 
     @classmethod
@@ -379,7 +378,7 @@ def _embedding_weights(model: Any) -> set[str]:
         with suppress(AttributeError, NotImplementedError):  # not of a language model
             found.append(getattr(model, ask)())
     named = model.named_modules(remove_duplicate=False)
-    names = {name.removeprefix(_ROOT) for name, module in named if any(module is one for one in found)}
+    names = {name.removeprefix(PEFT_ROOT) for name, module in named if any(module is one for one in found)}
     return {f"{name}{part}.weight" for name in names for part in ("", ".base_layer")}
 
 

@@ -15,13 +15,12 @@ from torch import Tensor
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE
-from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.registration import config_class
 from svdtune.registry import lab_note
 from svdtune.system import read_json
 
-_ROOT = "base_model.model."
 # What PEFT says of a damaged configuration, in whichever of these types.
 _PEFTS_OWN = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError)
 
@@ -65,7 +64,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     layers: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in tensors.items():
-        layer, _, part = key.removeprefix(_ROOT).rpartition(".")
+        layer, _, part = key.removeprefix(PEFT_ROOT).rpartition(".")
         if part.removesuffix(PROBE) in (*cls.trained, *cls.frozen):
             layers.setdefault(layer, {})[part] = tensor
         else:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
+from svdtune.methods.files.integrity import PEFT_ROOT
 from svdtune.methods.layers.base import SvdLayer
 
 PROBE = "_probe"
@@ -24,7 +25,6 @@ PROBE = "_probe"
 # some 1e-7; a base in another dtype turns a column by 1e-3 or more.
 TOLERANCE = 1e-5
 _PROBES = 4
-_ROOT = "base_model.model."
 
 
 def probe(factor: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def restore(
             found[name] = given[name][0].frozen_from(factors)
             given[name][0].recomputable.add(adapter)
     for name, frozen in found.items():
-        check_probes(name.removeprefix(_ROOT), frozen, probes[name])
+        check_probes(name.removeprefix(PEFT_ROOT), frozen, probes[name])
         given[name][1].update(frozen)
         state_dict |= {f"{name}.{part}.{adapter}": tensor for part, tensor in frozen.items()}
 
@@ -100,9 +100,9 @@ def restore(
 def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any]) -> dict[str, Tensor]:
     """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all
     of them."""
-    bare = name.removeprefix(_ROOT)  # as Transformers saves
+    bare = name.removeprefix(PEFT_ROOT)  # as Transformers saves
     taken = {
-        part: state_dict.pop(f"{_ROOT}{bare}.{part}{PROBE}", state_dict.pop(f"{bare}.{part}{PROBE}", None))
+        part: state_dict.pop(f"{PEFT_ROOT}{bare}.{part}{PROBE}", state_dict.pop(f"{bare}.{part}{PROBE}", None))
         for part in layer.frozen
     }
     probes = {part: value for part, value in taken.items() if value is not None}

@@ -22,7 +22,8 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (
     "adapter_model.bin",
 )
 
-_ROOT = "base_model.model."
+# What PEFT writes before the name of every tensor in an adapter's file.
+PEFT_ROOT = "base_model.model."
 
 
 def file_digest(path: Path) -> str:
@@ -35,8 +36,8 @@ def holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
     """Whether a safetensors file has these tensors, bit for bit; PEFT's prefix does not count."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys = {key.removeprefix(_ROOT): key for key in file.keys()}  # noqa: SIM118
-            found = {name: keys.get(name.removeprefix(_ROOT)) for name in tensors}
+            keys = {key.removeprefix(PEFT_ROOT): key for key in file.keys()}  # noqa: SIM118
+            found = {name: keys.get(name.removeprefix(PEFT_ROOT)) for name in tensors}
             return all(
                 key is not None and torch.equal(file.get_tensor(key), tensors[name]) for name, key in found.items()
             )
@@ -48,7 +49,7 @@ def has_any(path: Path, names: Collection[str]) -> bool:
     """Whether a safetensors file has a tensor of one of these names; PEFT's prefix does not
     count."""
     with safe_open(path, framework="pt") as file:
-        return any(key.removeprefix(_ROOT) in names for key in file.keys())  # noqa: SIM118
+        return any(key.removeprefix(PEFT_ROOT) in names for key in file.keys())  # noqa: SIM118
 
 
 def check_weights_file(folder: Path, digest: str | None) -> None:
@@ -193,7 +194,7 @@ def check_finite(tensors: Mapping[str, Tensor], saving: bool) -> None:
         if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             does = "is not saved" if saving else "is not loaded"
             raise SvdtuneError(
-                f"the adapter {does}: its {name.removeprefix(_ROOT)} holds NaN or infinity, as every output would. "
+                f"the adapter {does}: its {name.removeprefix(PEFT_ROOT)} holds NaN or infinity, as every output would. "
                 "Its training diverged: train again with a lower learning rate. To have it all the same, set the environment "
                 "variable SVDTUNE_FINITE_CHECK=off"
             )

@@ -23,13 +23,11 @@ from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE, probe
-from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, weight_fingerprint
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, weight_fingerprint
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.ranks import pattern_rank, with_rank
 from svdtune.methods.sites import Site, sites, skeleton
 from svdtune.system import check_new_folder, new_folder
-
-_ROOT = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def start(
     counts = {"trained": 0, "frozen": 0}
     disable = None if progress is None else not progress
     with new_folder(output) as work, _seeded(seed, device):
-        names = [f"{_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
+        names = [f"{PEFT_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
         with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
             for site, layer in tqdm(planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=disable):
                 rank, mark, tensors = _tensors(checkpoint, config, site, layer, planned.given.get(site.name), device)
@@ -93,7 +91,7 @@ def start(
                     frozen = part in layer.frozen
                     counts["frozen" if frozen else "trained"] += tensor.numel()
                     compact = frozen and config.compact
-                    name = f"{_ROOT}{site.name}.{part}{PROBE if compact else ''}"
+                    name = f"{PEFT_ROOT}{site.name}.{part}{PROBE if compact else ''}"
                     file.write(name, probe(tensor) if compact else tensor)
                 del tensors, tensor  # before the next weight is read
         config.ranks, config.base_fingerprint = _sorted(config.ranks), _sorted(config.base_fingerprint)
