@@ -11,13 +11,13 @@ import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
-from tiny import save_tiny_llama
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from torch_state import kept_torch_state
 from transformers import PreTrainedTokenizerFast
 
 from svdtune.methods.closed import refused_peft
+from tiny import save_tiny_llama
+from torch_state import kept_torch_state
 
 # One thread, here and in the processes that tests start: tests run side by side, and give the same
 # on any number of cores.

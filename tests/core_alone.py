@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import tiny_llama
 from typer.testing import CliRunner
+
+from tiny import tiny_llama
 
 MISSING = "; those of the papers belong to svdtune.lab, which is not installed"
 ROWS = [{"question": f"{i} + 1?", "solution": f"#### {i + 1}", "answer": str(i + 1)} for i in range(8)]

@@ -3,6 +3,7 @@
 from itertools import chain, combinations, product
 
 import pytest
+
 from pairwise import all_pairs, shared_out
 
 GRIDS = [("ab", "cde", "fg"), (range(4), range(6), range(3)), (range(4), "ab", "cd", "ef"), (range(10), "ab", "cd")]

@@ -3,6 +3,7 @@ it promises."""
 
 import pytest
 import torch
+
 from torch_state import allow_tf32, kept_torch_state
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from new_process import loaded_by, start
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import svdtune
+from new_process import loaded_by, start
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.api.runs import DecodingOptions
 from svdtune.checkpoint import open_checkpoint
 from svdtune.evaluation import Decoding
 from svdtune.models import load
 from svdtune.training import load_recipe
+from tiny import tiny_llama
 
 FUNCTIONS = [
     name

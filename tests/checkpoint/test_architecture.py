@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 import transformers as tf
-from tiny import LLAMA, tiny_llama
 from transformers import dynamic_module_utils
 
 from svdtune.checkpoint import open_checkpoint
 from svdtune.checkpoint.architecture import build_model
 from svdtune.errors import SvdtuneError
+from tiny import LLAMA, tiny_llama
 
 CODE = """
 from transformers import LlamaConfig, LlamaForCausalLM

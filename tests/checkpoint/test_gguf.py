@@ -5,14 +5,14 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from releases import TRANSFORMERS_4
-from tiny import tiny_llama
 
+from releases import TRANSFORMERS_4
 from svdtune import SaraConfig
 from svdtune.checkpoint import open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold
 from svdtune.methods.sites import sites
+from tiny import tiny_llama
 
 gguf = pytest.importorskip("gguf")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
-from tiny import tiny_gpt2, tiny_llama
 
 from svdtune.checkpoint import open_checkpoint
+from tiny import tiny_gpt2, tiny_llama
 
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 _TEXT = tf.LlamaConfig(**_SIZES, vocab_size=60)

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from peft import LoraConfig
-from tiny import tiny_llama
 from typer.testing import CliRunner
 
 from svdtune.cli import app
@@ -13,6 +12,7 @@ from svdtune.methods.sites import count
 from svdtune.models import load
 from svdtune.training.method import adapt
 from svdtune.training.recipe import MethodSection, load_recipe
+from tiny import tiny_llama
 
 
 @pytest.fixture

@@ -3,11 +3,12 @@ refused."""
 
 from typing import Any
 
-import new_process
 import pytest
 import torch
 from tiny_processes import regularizer_gradients, run, started
 from tiny_steps import METHODS, train
+
+import new_process
 
 STEPS = {2: 20, 4: 4}
 

@@ -10,15 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import launching
-import new_process
 import programs
 import pytest
 import torch
 from peft import PeftModel
-from releases import TRANSFORMERS_4
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
+import new_process
+from releases import TRANSFORMERS_4
 from runs import log_of
 from svdtune.errors import SvdtuneError
 from svdtune.training import train

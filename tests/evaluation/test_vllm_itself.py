@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import save_tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from svdtune import SorsaConfig
@@ -15,6 +14,7 @@ from svdtune.evaluation.decoding import complete_batch
 from svdtune.evaluation.vllm import open_vllm
 from svdtune.export import find_source, open_source
 from svdtune.models import load
+from tiny import save_tiny_llama
 
 PROMPTS = [[70, 71, 72], [80], [90, 91]]
 

@@ -11,12 +11,12 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from tiny import tiny_llama
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
 from svdtune.export.source import attach_adapter, find_source
 from svdtune.methods.files.adapter import read_adapter
+from tiny import tiny_llama
 
 CONFIGS = {"sara": SaraConfig(r=2), "mosara": MoSaraConfig(r=2), "sorsa": SorsaConfig(r=2)}
 WORDS = [

@@ -6,10 +6,10 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from pairwise import all_pairs
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.lora import combine, export_lora

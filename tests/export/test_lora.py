@@ -4,16 +4,16 @@ svdtune."""
 import copy
 import json
 
-import new_process
 import pytest
 import stock_peft
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_gpt2, tiny_llama
 
+import new_process
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.lora import VLLM_RANKS, combine, export_lora, truncated
+from tiny import tiny_gpt2, tiny_llama
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 EXACT = {

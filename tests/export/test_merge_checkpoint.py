@@ -10,7 +10,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_gpt2
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -28,6 +27,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.export import Source, find_source, merge, open_source
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.models import load
+from tiny import tiny_gpt2
 
 IDS = torch.tensor([[5, 60, 7, 200, 11]])
 

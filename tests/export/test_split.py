@@ -6,7 +6,6 @@ import dataclasses
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from tiny import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +14,7 @@ from svdtune.export.lora import export_lora
 from svdtune.export.split import split_checkpoint
 from svdtune.methods.layers.matrices import observed_layers
 from svdtune.models import load
+from tiny import tiny_gpt2, tiny_llama
 
 TOKENS = torch.arange(2, 26).view(2, 12)
 

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
-from new_process import FORKED
 
+from new_process import FORKED
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.lab.sandbox import Limits, Verdict, check_function, missing_protections, supervise
 

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from pairwise import all_pairs
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
+from pairwise import all_pairs
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import factors as module
 from svdtune.linalg import factors_at_threshold, orthonormality_error, settled_spectrum, top_factors

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from torch_state import allow_tf32, forbid_tf32
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from svdtune.linalg import orthonormality_error, rank_at_threshold, safe_rank, spectrum, top_factors
+from torch_state import allow_tf32, forbid_tf32
 
 pytestmark = [
     pytest.mark.gpu,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pairwise import all_pairs
 from weights_with_known_spectra import spectra, weight_with
 
+from pairwise import all_pairs
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Spectrum, rank_at_threshold, safe_rank, settled_spectrum, spectrum
 

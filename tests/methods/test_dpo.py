@@ -4,10 +4,10 @@ with the adapter disabled."""
 import pytest
 import torch
 from peft import get_peft_model
-from tiny import tiny_llama
 from torch.nn import functional as F
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from tiny import tiny_llama
 
 CONFIGS = {
     "sara": (SaraConfig, {"threshold": 0.2}),

@@ -4,10 +4,10 @@ fp32."""
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from tiny import tiny_llama
 
 CONFIGS = {
     "sara": (SaraConfig, {}),

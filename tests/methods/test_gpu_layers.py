@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from pairwise import all_pairs
 from test_convolutions import adapted as convolution
 from test_convolutions import data
 from test_peft_verbs import CONFIGS, TOKENS
 from test_slices import adapted as fused
+
+from pairwise import all_pairs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

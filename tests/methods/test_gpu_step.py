@@ -8,11 +8,11 @@ import torch
 from peft import get_peft_model
 from test_peft_verbs import CONFIGS, config_of, layers, move
 from test_training_step import literal
-from tiny import tiny_llama
 
 from svdtune import regularize
 from svdtune.methods.compute import kernels
 from svdtune.methods.compute.lowrank import low_rank_linear
+from tiny import tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

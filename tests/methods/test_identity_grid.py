@@ -3,7 +3,6 @@ bit."""
 
 import pytest
 import torch
-from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from test_model_families import FAMILIES, model_of, output
 from test_peft_verbs import CONFIGS, UNCHANGED_AT_START, move
@@ -11,6 +10,8 @@ from test_slices import MODELS as FUSED_MODELS
 from test_slices import fused_name
 from test_slices import model_of as fused_model_of
 from torch import nn
+
+from pairwise import all_pairs
 
 METHODS = ["sara", "mosara", "sorsa"]
 VARIANTS = ["sara-spectral", "mosara-one-head", "mosara-front"]

@@ -3,8 +3,8 @@ dtypes and settings."""
 
 import pytest
 import torch
-from pairwise import all_pairs
 
+from pairwise import all_pairs
 from svdtune.methods.compute.lowrank import LowRankLinear, Part
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference

@@ -3,13 +3,13 @@ method."""
 
 from pathlib import Path
 
-import new_process
 import torch
 from peft import PeftModel, get_peft_model
-from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
+import new_process
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from tiny import tiny_llama
 
 CONFIGS = {
     "sara": SaraConfig(threshold=0.2),

@@ -13,10 +13,10 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
-from tiny import tiny_gpt2, tiny_llama
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from tiny import tiny_gpt2, tiny_llama
 
 CONFIGS = {
     "sara": (SaraConfig, {"threshold": 0.2}),

@@ -6,10 +6,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.hotswap import hotswap_adapter
-from tiny import tiny_llama as base
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.lora import export_lora
+from tiny import tiny_llama as base
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 WAY_ROUND = r"Export each adapter to LoRA \(`svdtune export ADAPTER --to lora --output FOLDER`\)"

@@ -15,7 +15,6 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-from tiny import tiny_gpt2, tiny_llama
 from transformers import AutoModelForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, SvdtuneWarning
@@ -27,6 +26,7 @@ from svdtune.methods.sites import count, sites
 from svdtune.methods.sorsa import reference as sorsa
 from svdtune.methods.start.disk import start
 from svdtune.planning import plan
+from tiny import tiny_gpt2, tiny_llama
 
 METHODS = (SaraConfig, MoSaraConfig, SorsaConfig)
 QV = ["q_proj", "v_proj"]

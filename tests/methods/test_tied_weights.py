@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import CONFIGS, MERGEABLE, logits, move
+
 from tiny import tiny_gpt2, tiny_llama
 
 pytestmark = [

@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from releases import TRANSFORMERS_4
 from transformers import PreTrainedTokenizerFast
 
+from releases import TRANSFORMERS_4
 from svdtune.errors import SvdtuneError
 from svdtune.models import SMOLLM2, check_end_token, fetch_smollm2, load, smollm2
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from pairwise import all_pairs
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pairwise import all_pairs
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import SHAPES, Checkpoint, open_shape
 from svdtune.errors import SvdtuneError

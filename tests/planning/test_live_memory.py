@@ -5,12 +5,12 @@ import weakref
 
 import pytest
 import torch
-from pairwise import all_pairs
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pairwise import all_pairs
 from svdtune import SorsaConfig
 from svdtune.checkpoint import Checkpoint
 from svdtune.planning import Setting, anatomy, estimate, plan

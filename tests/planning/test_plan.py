@@ -8,7 +8,6 @@ import pytest
 import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import LLAMA, tiny_gpt2, tiny_llama
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -28,6 +27,7 @@ from svdtune.linalg import rank_at_threshold, spectrum
 from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.planning import Setting, anatomy, by_depth, draw, estimate, plan
 from svdtune.planning.rank_table import RankTable
+from tiny import LLAMA, tiny_gpt2, tiny_llama
 
 QV = ["q_proj", "v_proj"]
 CONFIGS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig, "lora": LoraConfig}

@@ -6,10 +6,10 @@ import os
 import tempfile
 import time
 
-import new_process
 import pytest
 import torch
 
+import new_process
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold, top_factors
 from svdtune.spectra import decompose, factors, ranked_factors, ranks, spectra, store

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
@@ -18,6 +17,7 @@ from svdtune.linalg.deviation import compared_factors, deviation
 from svdtune.methods.layers.matrices import observed_layers
 from svdtune.training import check_recipe, train
 from svdtune.training.movement import SampleMovement, movement, read_samples, sampled_steps, side_by_side, start_of
+from tiny import tiny_llama
 
 TARGETS = ["q_proj", "v_proj"]
 CONFIGS = {

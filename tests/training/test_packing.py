@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PrefixTuningConfig, TaskType, get_peft_model
-from tiny import tiny_gpt2, tiny_llama
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoModelForCausalLM,
@@ -23,6 +22,7 @@ from transformers import (
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.data.encoding import IGNORED, Collator
 from svdtune.training.packing import ROW_LENGTHS, TOKENS, PackingCollator, best_fit, keeps_rows_apart
+from tiny import tiny_gpt2, tiny_llama
 
 SMALL = {
     "hidden_size": 32,

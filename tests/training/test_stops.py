@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from releases import TRANSFORMERS_4
 from transformers import TrainerCallback
 from typer.testing import CliRunner, Result
 
+from releases import TRANSFORMERS_4
 from svdtune.cli import app
 from svdtune.training import check_recipe, run, tasks, trainer
 from svdtune.training.checkpoints import latest_checkpoint

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import save_tiny_llama
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from runs import go, log_of, timeless
@@ -25,6 +24,7 @@ from svdtune.training.callbacks import StopOnInterrupt
 from svdtune.training.method import build_config
 from svdtune.training.task_rows import moved_at_start
 from svdtune.training.trl_settings import DECIDED
+from tiny import save_tiny_llama
 
 TASKS = ["dpo", "kto", "reward"]
 METHODS = ["sorsa", "sara", "mosara"]

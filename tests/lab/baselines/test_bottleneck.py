@@ -3,16 +3,16 @@ what is refused."""
 
 import pytest
 import torch
-from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
-from tiny import tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from pairwise import all_pairs
 from svdtune.errors import SvdtuneError
 from svdtune.lab.baselines import BottleneckConfig, reference
+from tiny import tiny_llama
 
 PLACEMENTS = ["series", "parallel"]
 IDS = torch.arange(12).reshape(2, 6)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import save_tiny_llama
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
@@ -22,6 +21,7 @@ from svdtune.evaluation.decoding import complete_batch
 from svdtune.models import load
 from svdtune.training import check_recipe, train
 from svdtune.training.method import adapt
+from tiny import save_tiny_llama
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 METHODS = {

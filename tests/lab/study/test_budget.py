@@ -6,13 +6,13 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.budget import fit
 from svdtune.methods import injection
 from svdtune.training.method import adapt, method_problems
+from tiny import tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed"),

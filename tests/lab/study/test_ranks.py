@@ -6,12 +6,12 @@ from functools import cache
 
 import pytest
 import torch
-from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from svdtune.lab.study.budget import fit
 from svdtune.linalg import rank_at_threshold
 from svdtune.training.method import adapt, method_problems
+from tiny import tiny_llama
 
 ALL = {"target_modules": "all-linear"}
 SECTIONS = {

@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 
-import new_process
 import numpy
 import pytest
 import torch
-from pairwise import all_pairs
 
+import new_process
+from pairwise import all_pairs
 from svdtune.methods.compute import kernels
 from svdtune.methods.compute.kernels.mask import mixed
 from svdtune.methods.compute.lowrank import stacked

@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 import torch
-from pairwise import all_pairs
 from test_peft_verbs import TOKENS, adapted, layers, logits, move
 from test_training_step import LABELS, assert_same, gradients
 from transformers import DynamicCache, LlamaForCausalLM
 
+from pairwise import all_pairs
 from svdtune.methods.compute.changes import changes_at_once
 from svdtune.methods.compute.lowrank import LowRankLinear, Part, stacked
 from svdtune.methods.compute.together import Together

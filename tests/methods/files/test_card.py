@@ -10,11 +10,11 @@ import transformers.utils.hub
 from huggingface_hub import ModelCard, RepoUrl
 from huggingface_hub.errors import EntryNotFoundError
 from peft import PeftModel, get_peft_model
-from tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.methods.files.card import add_section, with_section
+from tiny import tiny_llama
 
 CONFIGS = {
     "sara": SaraConfig(threshold=0.3, task_type="CAUSAL_LM"),

@@ -1,19 +1,19 @@
 """compact=True leaves the frozen factors out of the file; loading recomputes them, checks them, and
 gives the same outputs."""
 
-import new_process
 import pytest
 import torch
-from pairwise import all_pairs
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
+import new_process
+from pairwise import all_pairs
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.linalg import top_factors
 from svdtune.methods.files.compact import check_probes, probe
+from tiny import tiny_gpt2, tiny_llama
 
 CONFIGS = {
     "sara": (SaraConfig, {"r": 3}),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama as base
 from transformers import AutoModelForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from tiny import tiny_llama as base
 
 TARGETS = {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
 CONFIGS = [SaraConfig(r=3, **TARGETS), MoSaraConfig(r=3, **TARGETS), SorsaConfig(r=3, bias="sorsa_only", **TARGETS)]

@@ -10,10 +10,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, pipeline
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from tiny import tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
 

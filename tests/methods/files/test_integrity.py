@@ -9,10 +9,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama as base
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from tiny import tiny_llama as base
 
 CONFIGS = {
     "sara": (SaraConfig, {"threshold": 0.2}),

@@ -14,7 +14,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_gpt2, tiny_llama
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.lora import combine, export_lora
@@ -23,6 +22,7 @@ from svdtune.export.source import find_source
 from svdtune.linalg import top_factors
 from svdtune.methods.files.compact import probe
 from svdtune.methods.files.integrity import weight_fingerprint
+from tiny import tiny_gpt2, tiny_llama
 
 SAYS = r"layout='residual', which svdtune 0\.1 wrote, is read as layout='delta'"
 TOKENS = torch.arange(1, 25).view(2, 12)

@@ -5,11 +5,11 @@ import copy
 
 import pytest
 import torch
-from pairwise import shared_out
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import CONFIGS, MERGEABLE, UNCHANGED_AT_START, layers, move
 from torch import nn
 
+from pairwise import shared_out
 from svdtune import SvdtuneError
 from svdtune.methods.mosara import reference as mosara
 from svdtune.spectra import as_stored, base_weight, matrix_shape

@@ -4,12 +4,12 @@ the layers' outputs."""
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
-from tiny import tiny_gpt2, tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.methods.layers.matrices import observed_layers
+from tiny import tiny_gpt2, tiny_llama
 
 TARGETS = ["q_proj", "v_proj"]
 METHODS = {

@@ -12,13 +12,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from test_peft_verbs import MERGEABLE, TOKENS, UNCHANGED_AT_START, config_of, layers, move
-from tiny import tiny_llama
 
 from svdtune import SorsaConfig, SvdtuneError
 from svdtune.export import split
 from svdtune.methods.layers.quantized import is_quantized
 from svdtune.models import LoadedModel
 from svdtune.spectra import base_weight
+from tiny import tiny_llama
 
 DEVICE = os.environ.get("SVDTUNE_TEST_DEVICE", "cpu")
 KINDS = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}

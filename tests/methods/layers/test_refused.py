@@ -5,7 +5,6 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_llama
 from torch import nn
 from torch.nn.utils import prune
 from transformers import (
@@ -19,6 +18,7 @@ from transformers import (
 
 import svdtune
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from tiny import tiny_llama
 
 METHODS = [SaraConfig, MoSaraConfig, SorsaConfig]
 SMALL = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}

@@ -6,11 +6,11 @@ import copy
 import pytest
 import torch
 import transformers as tf
-from pairwise import shared_out
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from test_peft_verbs import CONFIGS, MERGEABLE, TOKENS, UNCHANGED_AT_START, layers, logits, move
 from torch import nn
 
+from pairwise import shared_out
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, SvdtuneWarning
 from svdtune.methods.layers.rows import Rows, in_a_row, known_parts
 from svdtune.methods.layers.slices import FusedLinear, whole_pairs

@@ -7,13 +7,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from tiny import tiny_gpt2, tiny_llama
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.methods.start.disk import start
+from tiny import tiny_gpt2, tiny_llama
 
 QV = ["q_proj", "v_proj"]
 WRITTEN_BY_PEFT = ("base_model_name_or_path", "weights_sha256")
