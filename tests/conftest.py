@@ -2,6 +2,7 @@
 sets if there is one."""
 
 import os
+import signal
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -23,6 +24,10 @@ from torch_state import kept_torch_state
 # on any number of cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# A runner that was started in the background ignores Ctrl-C, and what it starts does likewise; some
+# tests send it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples every time; `--hypothesis-profile=fuzz` draws other ones, and many more.
 settings.register_profile(

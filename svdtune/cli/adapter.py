@@ -4,7 +4,6 @@ words."""
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
@@ -39,15 +38,15 @@ def asked(
     Raises:
         SvdtuneError: with everything that is wrong.
     """
-    from svdtune.api.inputs import of_recipe, of_section
+    from svdtune.api.inputs import is_recipe, of_recipe, of_section
     from svdtune.training.problems import refuse
     from svdtune.training.recipe import load_recipe, parse_overrides, set_at
 
     words = [*_as_words(method, settings), *words]
     changes = list(parse_overrides(words))
-    is_recipe = Path(what).suffix in (".yaml", ".yml")
-    refuse(list(_unknown(changes, is_recipe, options)), verb)
-    if is_recipe:
+    recipe = is_recipe(what)
+    refuse(list(_unknown(changes, recipe, options)), verb)
+    if recipe:
         return of_recipe(verb, load_recipe(what, words))
     given: dict[str, Any] = {"method": {"name": default}}
     for dotted, value in changes:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svdtune.data.encoding import IGNORED, Collator, length_multiple
+from svdtune.errors import SvdtuneError
 
 ROW_LENGTHS = "seq_lengths"  # TRL's column of a packed row: how long each of its examples is
 TOKENS = "tokens"  # how many tokens of a batch are no padding
@@ -28,10 +29,11 @@ class PackingCollator:
 
     Attributes:
         pad_id: fills `input_ids`; those places have the label -100.
-        flat: make one sequence of them all, which is what flash attention takes.
+        flat: make one sequence of them all, and tell where its rows begin, which is what flash
+            attention and `attention_by_rows` take.
         multiple_of: round the length up to a multiple of this, as `Collator` does.
-        length: of every sequence, where rows are packed already, one a sequence; all batches then
-            have one shape. `flat` does without it.
+        length: of every sequence, where rows are packed already, one a sequence; all full batches
+            then have one shape.
     """
 
     pad_id: int
@@ -41,7 +43,8 @@ class PackingCollator:
 
     def __call__(self, batch: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return int64 tensors of shape (sequences, length): input_ids, labels and position_ids;
-        that no cache is used; and the number of tokens.
+        that no cache is used; the number of tokens; and with `flat`, by the names of Transformers,
+        int32 (rows + 1), where rows begin, and the length of the longest.
 
         A batch that fills as many sequences as it has rows comes out as from `Collator`: with an
         attention mask and no position ids, for which attention is fastest.
@@ -55,12 +58,12 @@ class PackingCollator:
         if not packed and len(bins) == len(batch):
             return {**Collator(self.pad_id, self.multiple_of)(batch), TOKENS: torch.tensor(sum(lengths))}
         longest = max(sum(lengths[at] for at in members) for members in bins)
-        length = (
-            -(-(longest if self.flat or self.length is None else self.length) // self.multiple_of) * self.multiple_of
-        )
+        wanted = longest if self.length is None else self.length * (len(batch) if self.flat else 1)
+        length = -(-wanted // self.multiple_of) * self.multiple_of
         ids = torch.full((len(bins), length), self.pad_id)
         labels = torch.full((len(bins), length), IGNORED)
         positions = torch.zeros((len(bins), length), dtype=torch.long)  # padding: rows of one token
+        starts: list[int] = []
         for line, members in enumerate(bins):
             start = 0
             for at in members:
@@ -70,11 +73,21 @@ class PackingCollator:
                 for size in row.get(ROW_LENGTHS) or [lengths[at]]:
                     positions[line, start : start + size] = torch.arange(size)
                     labels[line, start] = IGNORED  # nothing before it could predict it
+                    starts.append(start)
                     start += size
                 assert start == end
         # With a cache, Transformers takes a line for one row.
-        apart = {"position_ids": positions, "use_cache": False}
+        apart: dict[str, Any] = {"position_ids": positions, "use_cache": False}
+        if self.flat:
+            apart |= _row_bounds(starts, sum(lengths), length)
         return {"input_ids": ids, "labels": labels, **apart, TOKENS: torch.tensor(sum(lengths))}
+
+
+def _row_bounds(starts: Sequence[int], tokens: int, length: int) -> dict[str, Any]:
+    """Where rows of one sequence begin, as Transformers hands it to attention; padding is a row."""
+    bounds = torch.tensor([*starts, *{tokens, length}], dtype=torch.int32).sort().values
+    longest = int(bounds.diff().max())
+    return {f"cu_seq_lens_{side}": bounds for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -134,7 +147,7 @@ def keeps_rows_apart(model: Any, *, flat: bool = False) -> bool:
             del batch[TOKENS], batch["labels"]
             inputs = {name: x.to(words.device) if isinstance(x, Tensor) else x for name, x in batch.items()}
             results.append(model(**inputs).logits.reshape(-1, alone.shape[-1])[23:].float())
-    except (TypeError, ValueError):  # it takes no position ids, or none without a mask
+    except (TypeError, ValueError, SvdtuneError):  # it takes no position ids, or none without a mask
         return False
     finally:
         model.train(training)

@@ -22,7 +22,6 @@ from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
 from svdtune.data.preferences import tokens_of
-from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
@@ -33,13 +32,14 @@ from svdtune.training.advice import launch_bound
 from svdtune.training.arguments import total_steps
 from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
+from svdtune.training.collators import make_collator
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, digest_of, start_run, take_up, write_summary
 from svdtune.training.health import WatchNumbers
 from svdtune.training.lock import held
 from svdtune.training.memory import explain_out_of_memory
 from svdtune.training.method import FULL, adapt, with_steps
 from svdtune.training.movement import SampleMovement
-from svdtune.training.packing import PackingCollator, keeps_rows_apart, padding_share
+from svdtune.training.packing import PackingCollator
 from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
@@ -153,7 +153,10 @@ def _train(
     found = sites(model)
     show_adapted(console, found)
     (show_example if task == "sft" else show_judged)(console, prepared.example, loaded.tokenizer)
-    collator = processes.jointly(lambda: _collator(model, prepared, recipe, console)) if task == "sft" else None
+    attending = ExitStack()
+    collator = None
+    if task == "sft":
+        collator = processes.jointly(lambda: make_collator(model, prepared, recipe, console, attending))
     if torch.cuda.is_available() and not recipe.training.compile and task != "grpo":
         tokens = sum(map(tokens_of, train_rows)) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
@@ -163,7 +166,7 @@ def _train(
         watching.append(SampleMovement(model, folder, **recipe.analysis.model_dump()))
     processes.jointly(lambda: check_room(recipe, model, found.count, steps) if processes.is_main() else None)
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
-    with explain_write_errors(folder, _WRITING):
+    with attending, explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
         if final_loss and prepared.eval_rows is not None:
             trainer.evaluate()
@@ -206,36 +209,6 @@ def _place(model: Any, args: TrainingArguments) -> None:
     whole = not processes.under_deepspeed() and not processes.under_fsdp()
     if torch.accelerator.is_available() and whole and not getattr(model, "is_quantized", False):
         model.to(args.device)
-
-
-def _collator(model: Any, prepared: Prepared, recipe: Recipe, console: Console) -> PackingCollator | Collator:
-    """How rows become a batch: side by side where the model keeps them apart and nothing forbids
-    it.
-
-    Raises:
-        SvdtuneError: if rows are to lie side by side in a model that does not keep them apart.
-    """
-    wanted, pad = recipe.training.padding_free, prepared.loaded.tokenizer.pad_token_id
-    must = wanted or recipe.training.packing
-    # no process has a whole model to try
-    spread = processes.under_deepspeed() or processes.under_fsdp()
-    flat = "flash" in str(getattr(model.config.get_text_config(), "_attn_implementation", None))
-    if (wanted is None or must) and not spread and keeps_rows_apart(model, flat=flat):
-        return PackingCollator(pad, flat=flat, length=recipe.data.max_length if recipe.training.packing else None)
-    if must:
-        why = "under FSDP and DeepSpeed that cannot be tried" if spread else "this model does not keep them apart"
-        name = "packing" if recipe.training.packing else "padding_free"
-        raise SvdtuneError(
-            f"training.{name}: true needs rows that cannot see each other, and {why}; leave it out, and rows are padded"
-        )
-    if wanted is None and (share := padding_share(prepared.train_rows, recipe.training.batch_size)) > 0.1:
-        advice = "" if recipe.training.group_by_length else "; training.group_by_length: true makes it less"
-        console.print(
-            f"padding   this model does not keep rows apart that lie side by side: {share:.0%} of its work is "
-            f"padding{advice}",
-            highlight=False,
-        )
-    return Collator(pad)
 
 
 def _fit(

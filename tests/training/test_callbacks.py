@@ -14,7 +14,6 @@ from svdtune.training.callbacks import ShowProgress, StopOnInterrupt
 
 
 def test_the_first_interrupt_asks_for_a_checkpoint_and_the_second_interrupts() -> None:
-    before = signal.getsignal(signal.SIGINT)
     with StopOnInterrupt() as stop:
         control = TrainerControl()
         stop.on_step_end(None, None, control)
@@ -25,7 +24,18 @@ def test_the_first_interrupt_asks_for_a_checkpoint_and_the_second_interrupts() -
         assert control.should_save
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopOnInterrupt() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not stop.stopped
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def state(step: int) -> SimpleNamespace:
