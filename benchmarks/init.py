@@ -197,6 +197,10 @@ def bench_whole_model(bench: Bench, n: int, wide: int, layers: int, r: int, top:
 
     _, measured = bench.time(lambda: drain(all_linear, r), repeat=1)
     bench.report(what="model", method=f"SORSA r = {r}, {len(all_linear)} linears", **measured)
+    copies = {id(weight): weight.cpu() for weight in (*square, *up, *down)}
+    on_cpu = {name: copies[id(weight)] for name, weight in all_linear.items()}
+    _, measured = bench.time(lambda: drain(on_cpu, r), repeat=1)
+    bench.report(what="model", method=f"SORSA r = {r}, {len(all_linear)} linears, weights on the CPU", **measured)
     for threshold in THRESHOLDS[:2]:
         found, measured = bench.time(lambda t=threshold: ranks(q_and_v, t, progress=False), repeat=1)
         equal = all(k == rank_at_threshold(exact[i % 4], threshold) for i, k in enumerate(found.values()))
@@ -253,6 +257,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--no-peers", action="store_true", help="only svdtune's own routines")
+    parser.add_argument("--whole-model", action="store_true", help="only the whole models, on a GPU")
     parser.add_argument("--model", type=Path, default=None, help="a folder with safetensors: measure it instead")
     parser.add_argument("--out", type=Path, default=None, help="append the JSON lines here")
     arguments = parser.parse_args()
@@ -268,6 +273,8 @@ def main() -> None:
     wide = n * 43 // 16
     if arguments.device == "cuda":
         bench_whole_model(bench, n, wide, arguments.layers, r, top)
+    if arguments.whole_model:
+        return
     for kind in ("llama", "outlier"):
         bench_ranks(bench, kind, n, peers and kind == "llama")
         bench_factors(bench, kind, n, n, r, peers and kind == "llama")

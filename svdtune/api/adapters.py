@@ -10,7 +10,8 @@ from svdtune.api.inputs import ModelLike, asked, source_of
 from svdtune.errors import SvdtuneError
 from svdtune.methods import sites as places
 from svdtune.methods.config import SvdConfig
-from svdtune.models.placement import check_device, placement
+from svdtune.models.placement import placement
+from svdtune.spectra.devices import check_device
 
 if TYPE_CHECKING:
     from svdtune.export import MergeReport
@@ -27,7 +28,7 @@ def sites(
     model: "ModelLike | Recipe | Mapping[str, Any]",
     config: ConfigLike | None = None,
     *,
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool | None = None,
 ) -> "Sites":
     """Where an adapter goes on a model, with the rank and the numbers that it has there.
@@ -42,7 +43,7 @@ def sites(
         config: of any PEFT method, or a recipe's `method` section, {"name": "sorsa", "r": 64}. None
             with a recipe; with a loaded model, describes the adapter that is on it, or the bare
             model; with a run or adapter folder in the model's place, the adapter there.
-        device: where weights are decomposed.
+        device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
     Returns:
@@ -83,7 +84,7 @@ def plan(
     threshold: float | None = None,
     budget: str | int | None = None,
     match_lora: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool | None = None,
 ) -> "Plan":
     """Ranks and trained parameters of an adapter before anything trains: what `get_peft_model`
@@ -101,7 +102,7 @@ def plan(
         budget: parameters to train at most: a count (500_000, "500k", "1.5M") or a share of all the
             adapted model's ("0.1%").
         match_lora: train at most as many parameters as a LoRA of this rank on the same modules.
-        device: where weights are decomposed.
+        device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
     Returns:
@@ -142,7 +143,7 @@ def start(
     output: str | Path,
     *,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool | None = None,
 ) -> "Started":
     """Write a new adapter for a model that need not fit into memory, one weight at a time.
@@ -156,7 +157,7 @@ def start(
         config: of a new SARA, Mo-SARA or SORSA adapter; None with a recipe.
         output: folder to create.
         seed: of what starts at random; torch's own state stays as it is.
-        device: where weights are decomposed.
+        device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
     Returns:

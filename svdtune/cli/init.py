@@ -27,7 +27,9 @@ def init(
         bool, typer.Option(help="Leave frozen factors out of the file; loading recomputes them.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of what starts at random.")] = 0,
-    device: Annotated[str, typer.Option(help="Where weights are decomposed: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
+    ] = None,
 ) -> None:
     """Write a new adapter, reading one weight at a time and never building the model.
 
@@ -49,7 +51,7 @@ def init(
     from svdtune.methods.config import SvdConfig
     from svdtune.methods.injection import method_name
     from svdtune.methods.start.disk import start
-    from svdtune.models.placement import check_device
+    from svdtune.spectra.devices import check_device
 
     check_device(device)
     if plan is not None:

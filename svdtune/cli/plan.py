@@ -52,7 +52,9 @@ def plan(
         float | None, typer.Option(help="GiB of one device: whether it fits, and the cheapest setting that does.")
     ] = None,
     link: Annotated[float | None, typer.Option(help="GB/s that a device receives from others (200).")] = None,
-    device: Annotated[str, typer.Option(help="Where weights are decomposed: cpu or cuda.")] = "cpu",
+    device: Annotated[
+        str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw rank by layer here (.svg, .png or .pdf).")] = None,
 ) -> None:
@@ -81,8 +83,8 @@ def plan(
     """
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import Fitting, setting_of
-    from svdtune.models.placement import check_device
     from svdtune.planning import plan as make_plan
+    from svdtune.spectra.devices import check_device
 
     check_device(device)
     sizes = {"threshold": threshold, "budget": budget, "match_lora": match_lora}

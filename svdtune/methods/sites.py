@@ -115,7 +115,7 @@ class Sites(Sequence[Site]):
 
 
 def sites(
-    model: Model, config: PeftConfig | None = None, *, device: str = "cpu", progress: bool | None = None
+    model: Model, config: PeftConfig | None = None, *, device: str | None = None, progress: bool | None = None
 ) -> Sites:
     """Where an adapter goes on a model, with ranks and numbers.
 
@@ -123,7 +123,7 @@ def sites(
         model: a checkpoint, or a model with weights or without; it stays as it is.
         config: of any PEFT method. With a threshold, weights are read for the ranks, one at a time.
             None describes the adapter that is on the model already, or the bare model.
-        device: where weights are decomposed.
+        device: where weights on the CPU are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
     Raises:
@@ -143,7 +143,7 @@ def count(model: Model, config: PeftConfig | None = None) -> Count:
 
 
 def at_threshold(
-    model: Model, config: PeftConfig, threshold: float, *, device: str = "cpu", progress: bool | None = None
+    model: Model, config: PeftConfig, threshold: float, *, device: str | None = None, progress: bool | None = None
 ) -> PeftConfig:
     """The configuration with a rank for every site in `rank_pattern`, in place of a threshold.
 
@@ -162,12 +162,12 @@ def at_threshold(
     """
     found = _read(skeleton(model, with_rank(config, 1)))
     open_ = [site for site in found if pattern_rank(config, site.name, site.module) is None]
-    weights = readers(model, open_, device)
-    return with_ranks(config, found.ranks | spectra.ranks(weights, threshold, progress=progress))
+    weights = readers(model, open_)
+    return with_ranks(config, found.ranks | spectra.ranks(weights, threshold, device=device, progress=progress))
 
 
-def readers(model: Model, places: Sequence[Site], device: str = "cpu") -> spectra.Weights:
-    """By site, a function that reads its matrix [out, in] onto a device.
+def readers(model: Model, places: Sequence[Site]) -> spectra.Weights:
+    """By site, a function that reads its matrix [out, in].
 
     Raises:
         SvdtuneError: the checkpoint is a shape without weights.
@@ -176,11 +176,7 @@ def readers(model: Model, places: Sequence[Site], device: str = "cpu") -> spectr
         raise SvdtuneError(
             f"{model.name} is a shape without weights, and a threshold, a budget or match_lora take them; give r instead"
         )
-    return {site.name: partial(_weight, site, model, device) for site in places}
-
-
-def _weight(site: Site, model: Model, device: str) -> Tensor:
-    return site.weight(model).to(device)
+    return {site.name: partial(site.weight, model) for site in places}
 
 
 def skeleton(model: Model, config: PeftConfig) -> PeftModel:

@@ -52,7 +52,7 @@ class Costs:
         least = self.least.count
         return Count(least.trained + trained, least.frozen + frozen, least.total + trained + frozen)
 
-    def table(self, model: Model, *, device: str = "cpu", progress: bool | None = None) -> RankTable:
+    def table(self, model: Model, *, device: str | None = None, progress: bool | None = None) -> RankTable:
         """The ranks of the sites by threshold. Each weight is read once.
 
         Args:
@@ -62,7 +62,7 @@ class Costs:
         Raises:
             SvdtuneError: a weight is not there.
         """
-        return RankTable(dict(spectra.spectra(readers(model, self.least, device), progress=progress)))
+        return RankTable(dict(spectra.spectra(readers(model, self.least), device=device, progress=progress)))
 
 
 def check_ranked(config: PeftConfig) -> None:

@@ -111,7 +111,7 @@ def plan(
     threshold: float | None = None,
     budget: str | int | None = None,
     match_lora: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool | None = None,
 ) -> Plan:
     """Plan the adapter of a configuration: what `get_peft_model` would put on the loaded model.
@@ -125,7 +125,7 @@ def plan(
         threshold: θ in (0, 1], for a method that takes ranks by layer.
         budget: parameters to train at most: a count (500_000, "500k") or a share of all ("0.1%").
         match_lora: train at most as many as a LoRA of this rank on the same modules.
-        device: where weights are decomposed.
+        device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
     Raises:

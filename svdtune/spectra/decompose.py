@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +18,12 @@ from svdtune.linalg import Factors, Spectrum, factors_at_threshold, settled_spec
 from svdtune.linalg import spectrum as decompose
 from svdtune.spectra import store
 from svdtune.spectra.content import content_key
+from svdtune.spectra.devices import CPU, devices_for_work, on_device
 
 Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 Result = TypeVar("Result")
-# Weights of a GPU in work at once.
+Compute = Callable[[str, Tensor, torch.device], Result]  # of a weight's name, itself, and where to work on it
+# Weights in work at once on each GPU.
 _AT_ONCE = 4
 # Up to this short side a weight keeps one core of a CPU busy, and threads inside a decomposition
 # mostly wait for each other.
@@ -29,30 +32,36 @@ _ONE_CORE = 1024
 _thread = threading.local()
 
 
-def spectra(weights: Weights, *, progress: bool | None = None) -> Iterator[tuple[str, Spectrum]]:
+def spectra(
+    weights: Weights, *, device: str | None = None, progress: bool | None = None
+) -> Iterator[tuple[str, Spectrum]]:
     """Yield (name, whole float64 spectrum) of each weight, in order.
 
     Args:
         weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
             few where they are small or on a GPU.
+        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
+            `svdtune.spectra.devices`). Results lie where their weights do.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
         SvdtuneError: a weight is not a finite matrix; the message names it.
     """
 
-    def one(name: str, weight: Tensor) -> Spectrum:
+    def one(name: str, weight: Tensor, where: torch.device) -> Spectrum:
         key = _key(weight)
         found = _load_spectrum(key)
         if found is None or not found.exact or len(found.values) < min(weight.shape):
-            found = _named(name, lambda: decompose(weight))
+            found = _named(name, lambda: on_device(decompose, weight, where))
             _store_spectrum(key, found)
         return found
 
-    return _each(weights, one, "spectra", progress)
+    return _each(weights, one, "spectra", device, progress)
 
 
-def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -> dict[str, int]:
+def ranks(
+    weights: Weights, threshold: float, *, device: str | None = None, progress: bool | None = None
+) -> dict[str, int]:
     """The rank at `threshold` of each weight (SARA Algorithm 1), by name, equal to what its float64
     SVD gives.
 
@@ -60,6 +69,8 @@ def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -
         weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
             few where they are small or on a GPU.
         threshold: θ in (0, 1].
+        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
+            `svdtune.spectra.devices`). Results lie where their weights do.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
@@ -67,11 +78,11 @@ def ranks(weights: Weights, threshold: float, *, progress: bool | None = None) -
             names it.
     """
 
-    return dict(_each(weights, _settling(settled_spectrum, threshold), "ranks", progress))
+    return dict(_each(weights, _settling(settled_spectrum, threshold), "ranks", device, progress))
 
 
 def ranked_factors(
-    weights: Weights, threshold: float, *, progress: bool | None = None
+    weights: Weights, threshold: float, *, device: str | None = None, progress: bool | None = None
 ) -> Iterator[tuple[str, Factors]]:
     """Yield (name, leading factors) of each weight, as many as its rank at `threshold`.
 
@@ -79,6 +90,8 @@ def ranked_factors(
         weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
             few where they are small or on a GPU.
         threshold: θ in (0, 1].
+        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
+            `svdtune.spectra.devices`). Results lie where their weights do.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
@@ -86,19 +99,18 @@ def ranked_factors(
             names it.
     """
 
-    return _each(weights, _settling(factors_at_threshold, threshold), "factors", progress)
+    return _each(weights, _settling(factors_at_threshold, threshold), "factors", device, progress)
 
 
 def _settling(
     settle: Callable[[Tensor, float, Spectrum | None], tuple[Spectrum, Result]], threshold: float
-) -> Callable[[str, Tensor], Result]:
-    """(name, weight) → what `settle` gives beside a spectrum, which is looked up before and kept
-    afterwards."""
+) -> Compute[Result]:
+    """What `settle` gives beside a spectrum, which is looked up before and kept afterwards."""
 
-    def one(name: str, weight: Tensor) -> Result:
+    def one(name: str, weight: Tensor, where: torch.device) -> Result:
         key = _key(weight)
         known = _load_spectrum(key)
-        used, result = _named(name, lambda: settle(weight, threshold, known))
+        used, result = _named(name, lambda: on_device(lambda there: settle(there, threshold, known), weight, where))
         if used is not known:
             _store_spectrum(key, used)
         return result
@@ -112,6 +124,7 @@ def factors(
     *,
     exact: bool = False,
     remember: bool = False,
+    device: str | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[str, Factors]]:
     """Yield (name, leading factors) of each weight in `ranks`, in the order of `ranks`.
@@ -123,6 +136,8 @@ def factors(
         exact: in float64, so that they come out the same on every machine; see
             `svdtune.linalg.top_factors`.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
+        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
+            `svdtune.spectra.devices`). Results lie where their weights do.
         progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
@@ -133,48 +148,55 @@ def factors(
     if missing:
         raise SvdtuneError(f"ranks name weights that were not given: {', '.join(missing)}")
 
-    def one(name: str, weight: Tensor) -> Factors:
+    def one(name: str, weight: Tensor, where: torch.device) -> Factors:
         r = ranks[name]
+
+        def found_anew() -> Factors:
+            return _named(name, lambda: on_device(lambda there: top_factors(there, r, exact=exact), weight, where))
+
         if not remember or store.cache_dir() is None:
-            return _named(name, lambda: top_factors(weight, r, exact=exact))
+            return found_anew()
         key = f"{content_key(weight)}-{r}{'-exact' if exact else ''}"
         found = store.load("factors", key)
         if found is not None:
             return Factors(*(found[0][part].to(weight.device) for part in Factors._fields))
-        result = _named(name, lambda: top_factors(weight, r, exact=exact))
+        result = found_anew()
         store.store("factors", key, result._asdict(), {})
         return result
 
-    return _each({name: weights[name] for name in ranks}, one, "factors", progress)
+    return _each({name: weights[name] for name in ranks}, one, "factors", device, progress)
 
 
 def _each(
-    weights: Weights, compute: Callable[[str, Tensor], Result], what: str, progress: bool | None
+    weights: Weights, compute: Compute[Result], what: str, device: str | None, progress: bool | None
 ) -> Iterator[tuple[str, Result]]:
-    """Yield (name, compute(name, weight)) in order, reading one weight after the other; trim the
-    cache at the end.
+    """Yield (name, compute(name, weight, where)) in order, reading one weight after the other; trim
+    the cache at the end.
 
     A few weights are worked on at once, each on a thread of its own. On a GPU also on a stream of
     its own: the small steps of one (launches, eigenvalues on a few multiprocessors, hashing on the
-    host) hide behind another's. On a CPU small weights take one core each, and large ones all
-    cores, one after the other. It changes no result.
+    host) hide behind another's. Weights on the CPU go to the GPUs in turn. Where there is none,
+    small weights take one core each, and large ones all cores, one after the other. It changes no
+    result.
     """
     # None leaves it to tqdm, which looks whether stderr is a terminal: of several processes that
     # share it, the main one's.
     disable = (None if processes.is_main() else True) if progress is None else not progress
-    crew = _Crew()
+    devices = devices_for_work(device)
+    crew, turns = _Crew(_AT_ONCE * len(devices)), cycle(devices)
     try:
         for name, weight in tqdm(weights.items(), desc=f"svdtune {what}", unit="weight", delay=1.0, disable=disable):
             matrix = weight if isinstance(weight, Tensor) else _named(name, weight)
-            if matrix.is_cuda or min(matrix.shape, default=0) <= _ONE_CORE:
-                crew.begin(name, compute, matrix)
+            where = next(turns) if matrix.device == CPU else matrix.device
+            if where.type == "cuda" or min(matrix.shape, default=0) <= _ONE_CORE:
+                crew.begin(name, compute, matrix, where)
                 while crew.is_full:
                     yield crew.next()
                 continue
             while crew.waiting:
                 yield crew.next()
             crew.dismiss()
-            yield name, compute(name, matrix)
+            yield name, compute(name, matrix, where)
         while crew.waiting:
             yield crew.next()
     finally:
@@ -184,34 +206,42 @@ def _each(
 
 class _Crew:
     """Threads that work on a few weights at once and give the results in the order in which the
-    weights came."""
+    weights came.
 
-    def __init__(self) -> None:
+    Args:
+        on_gpus: how many weights may be in work at once where the first is worked on by a GPU.
+    """
+
+    def __init__(self, on_gpus: int) -> None:
         self.waiting: deque[tuple[str, Future[Any]]] = deque()
+        self._on_gpus = on_gpus
         self._pool: ThreadPoolExecutor | None = None
-        self._size, self._threads, self._streams = 0, 0, False
+        self._size, self._threads = 0, 0
+        self._gpus: set[torch.device] = set()
 
     @property
     def is_full(self) -> bool:
         """Whether a result should be taken before the next weight is read."""
         return len(self.waiting) > self._size
 
-    def begin(self, name: str, compute: Callable[[str, Tensor], Result], matrix: Tensor) -> None:
-        """Have compute(name, matrix) done."""
+    def begin(self, name: str, compute: Compute[Result], matrix: Tensor, where: torch.device) -> None:
+        """Have compute(name, matrix, where) done."""
+        on_gpu = where.type == "cuda"
+        if on_gpu and where not in self._gpus:
+            # torch loads its solver at the first call, which no two threads may do at once.
+            torch.linalg.eigh(torch.eye(2, device=where))
+            self._gpus.add(where)
         if self._pool is None:
-            self._streams = matrix.is_cuda
-            if matrix.is_cuda:
-                # torch loads its solver at the first call, which no two threads may do at once.
-                torch.linalg.eigh(torch.eye(2, device=matrix.device))
-                self._size = _AT_ONCE
+            if on_gpu:
+                self._size = self._on_gpus
             else:
                 self._size = self._threads = torch.get_num_threads()
                 torch.set_num_threads(1)
             self._pool = ThreadPoolExecutor(self._size)
-        if matrix.is_cuda:
-            future = self._pool.submit(_on_own_stream, compute, name, matrix, torch.cuda.current_stream())
+        if on_gpu:
+            future = self._pool.submit(_on_own_stream, compute, name, matrix, where, torch.cuda.current_stream(where))
         else:
-            future = self._pool.submit(compute, name, matrix)
+            future = self._pool.submit(compute, name, matrix, where)
         self.waiting.append((name, future))
 
     def next(self) -> tuple[str, Result]:
@@ -228,29 +258,30 @@ class _Crew:
         if self._threads:
             torch.set_num_threads(self._threads)
             self._threads = 0
-        if self._streams:
+        if self._gpus:
             # cuBLAS keeps some 32 MiB of workspace for each stream that it ever ran on; ours are
             # done.
             torch._C._cuda_clearCublasWorkspaces()
-            self._streams = False
+            self._gpus.clear()
 
 
 def _on_own_stream(
-    compute: Callable[[str, Tensor], Result], name: str, weight: Tensor, caller: torch.cuda.Stream
+    compute: Compute[Result], name: str, weight: Tensor, where: torch.device, caller: torch.cuda.Stream
 ) -> Result:
-    """compute(name, weight) on this thread's stream, started after what `caller` has queued and
-    finished on return."""
+    """compute(name, weight, where) on this thread's stream, started after what `caller` has queued
+    and finished on return."""
     streams = _thread.__dict__.setdefault("streams", {})
-    if weight.device not in streams:
-        streams[weight.device] = torch.cuda.Stream(weight.device)
-    stream = streams[weight.device]
+    if where not in streams:
+        streams[where] = torch.cuda.Stream(where)
+    stream = streams[where]
     stream.wait_stream(caller)
-    with torch.cuda.device(weight.device), torch.cuda.stream(stream):
-        result = compute(name, weight)
+    with torch.cuda.device(where), torch.cuda.stream(stream):
+        result = compute(name, weight, where)
         stream.synchronize()
     for part in result if isinstance(result, Factors) else ():
-        # the allocator must not hand its memory out while the caller still reads it
-        part.record_stream(caller)
+        if part.is_cuda:
+            # the allocator must not hand its memory out while the caller still reads it
+            part.record_stream(caller)
     return result
 
 

@@ -43,3 +43,13 @@ def test_errors_come_out_of_the_threads(weights):
     with pytest.raises(SvdtuneError, match=r"7: .*NaN"):
         ranks(weights, 0.1)
     assert ranks({"0": weights["0"]}, 0.1)
+
+
+def test_weights_on_the_cpu_are_decomposed_on_the_gpu_and_come_back(weights):
+    on_cpu = {name: weight.cpu() for name, weight in weights.items()}
+    there, here = (dict(factors(some, dict.fromkeys(some, 16))) for some in (weights, on_cpu))
+    for name, found in here.items():
+        for a, b in zip(found, there[name], strict=True):
+            assert a.device.type == "cpu"
+            torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-5)
+    assert ranks(on_cpu, 0.05) == ranks(on_cpu, 0.05, device="cpu")

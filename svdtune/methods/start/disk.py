@@ -1,9 +1,9 @@
 """Start an adapter from a checkpoint layer by layer: the model is never built, and one weight is in
 memory at a time.
 
-The result is what `get_peft_model(model, config).save_pretrained(folder)` writes, bit for bit on
-the same device: names, ranks and checks come from PEFT on the model without weights, tensors from
-the same functions, random ones in the same order.
+The result is what `get_peft_model(model, config).save_pretrained(folder)` writes for a model on the
+CPU, bit for bit where the same device decomposes: names, ranks and checks come from PEFT on the
+model without weights, tensors from the same functions, random ones in the same order.
 """
 
 from collections.abc import Iterator
@@ -52,7 +52,7 @@ def start(
     output: str | Path,
     *,
     seed: int | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     progress: bool | None = None,
 ) -> Started:
     """Write a new adapter for a checkpoint, ready for
@@ -67,7 +67,7 @@ def start(
         output: folder to create.
         seed: of what starts at random, which leaves torch's global state as it is. None draws from
             that state, as `get_peft_model` does.
-        device: where weights are decomposed.
+        device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
     Raises:
@@ -81,7 +81,7 @@ def start(
     config = planned.config
     counts = {"trained": 0, "frozen": 0}
     disable = None if progress is None else not progress
-    with new_folder(output) as work, _seeded(seed, device):
+    with new_folder(output) as work, _seeded(seed):
         names = [f"{PEFT_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
         with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
             for site, layer in tqdm(planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=disable):
@@ -100,12 +100,12 @@ def start(
 
 
 @contextmanager
-def _seeded(seed: int | None, device: str) -> Iterator[None]:
+def _seeded(seed: int | None) -> Iterator[None]:
     """Draw from a seed inside, and from where torch was afterwards."""
     if seed is None:
         yield
         return
-    with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         yield
 
@@ -156,30 +156,33 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
 
 
 def _tensors(
-    checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer[Any], rank: int | None, device: str
+    checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer[Any], rank: int | None, device: str | None
 ) -> tuple[int, str, dict[str, Tensor]]:
     """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone
     afterwards."""
-    weight = site.weight(checkpoint).to(device)
-    factors, rank = _decompose(site.name, weight, config, rank)
+    weight = site.weight(checkpoint)
+    factors, rank = _decompose(site.name, weight, config, rank, device)
     tensors = layer.new_tensors(rank, config, factors)
     return rank, weight_fingerprint(weight), {part: t for part, t in tensors.items() if t is not None}
 
 
-def _decompose(name: str, weight: Tensor, config: SvdConfig, rank: int | None) -> tuple[Factors | None, int]:
+def _decompose(
+    name: str, weight: Tensor, config: SvdConfig, rank: int | None, device: str | None
+) -> tuple[Factors | None, int]:
     """What an adapter's layer starts from, and its rank, by the ways that `get_peft_model` takes.
 
     `rank` is None where the spectrum decides.
     """
     threshold = cast(float, config.threshold)  # where it is None, the rank is not
+    how: Any = {"device": device, "progress": False}
     if rank is None and config.needs_factors and not config.compact:
-        factors = dict(spectra.ranked_factors({name: weight}, threshold, progress=False))[name]
+        factors = dict(spectra.ranked_factors({name: weight}, threshold, **how))[name]
         return factors, len(factors.s)
     if rank is None:
-        rank = spectra.ranks({name: weight}, threshold, progress=False)[name]
+        rank = spectra.ranks({name: weight}, threshold, **how)[name]
     if not config.needs_factors:
         return None, rank
-    return dict(spectra.factors({name: weight}, {name: rank}, exact=config.compact, progress=False))[name], rank
+    return dict(spectra.factors({name: weight}, {name: rank}, exact=config.compact, **how))[name], rank
 
 
 def _sorted(by_layer: dict[str, Any]) -> dict[str, Any]:
