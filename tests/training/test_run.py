@@ -17,6 +17,7 @@ from svdtune.training import Interrupted, check_recipe
 from svdtune.training import run as run_module
 from svdtune.training.callbacks import StopOnInterrupt
 from svdtune.training.folder import read_run
+from svdtune.training.row_attention import NAME
 
 
 @pytest.fixture
@@ -251,9 +252,14 @@ def test_all_turns_of_a_chat_are_trained_on(recipe: dict[str, Any], tmp_path: Pa
         go(recipe, overwrite=True)
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("how", [{"packing": True}, {"padding_free": True}, {"padding_free": False}])
-def test_rows_side_by_side_train_as_rows_apart(recipe: dict[str, Any], tmp_path: Path, how: dict[str, bool]) -> None:
-    """With all rows in one step the losses are those of padded rows, however they lie."""
+def test_rows_side_by_side_train_as_rows_apart(
+    recipe: dict[str, Any], tmp_path: Path, how: dict[str, bool], by_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all rows in one step the losses are those of padded rows, however they lie and are
+    attended to."""
+    monkeypatch.setattr("svdtune.training.collators.kernel_fits", lambda *_: by_rows)
     losses = []
     for number, training in enumerate(({"padding_free": False}, how)):
         recipe["data"]["train"]["limit"] = 6
@@ -263,11 +269,20 @@ def test_rows_side_by_side_train_as_rows_apart(recipe: dict[str, Any], tmp_path:
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_a_model_is_saved_without_the_attention_that_trained_it(
+    recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svdtune.training.collators.kernel_fits", lambda *_: True)
+    recipe["method"] = {"name": "full"}
+    recipe["training"]["max_steps"] = 1
+    assert NAME not in (go(recipe)[0] / "model" / "config.json").read_text()
+
+
 def test_rows_are_not_laid_side_by_side_where_the_model_would_mix_them(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("svdtune.training.run.keeps_rows_apart", lambda *_, **__: False)
-    monkeypatch.setattr("svdtune.training.run.padding_share", lambda *_: 0.3)
+    monkeypatch.setattr("svdtune.training.collators.keeps_rows_apart", lambda *_, **__: False)
+    monkeypatch.setattr("svdtune.training.collators.padding_share", lambda *_: 0.3)
     recipe["training"]["max_steps"] = 1
     assert "30% of its work is padding; training.group_by_length: true makes it less" in go(recipe)[1]
     for name in ("packing", "padding_free"):
