@@ -32,6 +32,7 @@ from svdtune.methods.files.integrity import (
     check_same_layers,
     check_tensors,
 )
+from svdtune.methods.firstuse import forget_first_use, watch_first_use
 from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
@@ -88,13 +89,16 @@ class SvdTuner(BaseTuner):
         self.together = self.together or next(there, None) or Together()
         self.together.trained_before = trained_before
         self.together.watch(model)
-        for layer in self.adapted_layers():
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, self.tuner_layer_cls)}
+        for layer in layers.values():
             layer.together = self.together
+        watch_first_use(model, layers)
 
     # PEFT's is annotated with None, and returns the model
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         assert self.together is not None  # since the first adapter was put on
         self.together.leave(self.model)
+        forget_first_use(self.model)
         return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ method's prefix, by which PEFT's tools know what is trained.
 """
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -39,6 +39,7 @@ class SvdLayer(Merging, Generic[Config]):
         recomputable: adapters whose frozen tensors come out the same when they are computed from
             the base weight again.
         together: what the layers of a model share during a forward pass; the tuner sets it.
+        called: whether `forward` ever ran, outside of compiled code.
         in_features, out_features: of the base layer's matrix [out, in]; of a convolution, in /
             groups · k ... and out.
     """
@@ -48,6 +49,7 @@ class SvdLayer(Merging, Generic[Config]):
     frozen: ClassVar[tuple[str, ...]]
     draws_masks: ClassVar[bool] = False
     together: Together | None = None
+    called: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -202,6 +204,18 @@ class SvdLayer(Merging, Generic[Config]):
         found = {name: self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen)}
         return {name: tensor.detach() for name, tensor in found.items() if tensor is not None}
 
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is being trained of its adapters, by name and adapter: "sorsa_U.default"."""
+        for name in self.trained:
+            for adapter, tensor in getattr(self, name).items():
+                if tensor.requires_grad:
+                    yield f"{name}.{adapter}", tensor
+
+    def lacks_regularizer(self) -> bool:
+        """Whether an adapter is being trained whose configuration asks for a regularizer that never
+        acted."""
+        return False
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
@@ -257,6 +271,8 @@ class SvdLayer(Merging, Generic[Config]):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output with every active adapter's addition."""
+        if not torch.compiler.is_compiling() and not self.called:
+            self.called = True
         sole = None if args or kwargs else self.sole_adapter()
         if sole is not None:
             p = self.dropout_p(sole)

@@ -30,6 +30,7 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
     method = "sorsa"
     trained = ("sorsa_U", "sorsa_s", "sorsa_V")
     frozen = ("frozen_P0", "frozen_V0")
+    regularized: bool = False  # whether the regularizer ever acted on it
     sorsa_s: nn.ParameterDict
     frozen_P0: nn.ParameterDict
     frozen_V0: nn.ParameterDict
@@ -42,6 +43,10 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
             U, s, V = kaiming_factors(self.out_features, self.in_features, r)
             frozen = {"frozen_P0": torch.zeros_like(U), "frozen_V0": torch.zeros_like(V)}
         return {"sorsa_U": U, "sorsa_s": s, "sorsa_V": V, **frozen}
+
+    def lacks_regularizer(self) -> bool:
+        trained = {name.rpartition(".")[2] for name, _ in self.trained_parameters()}
+        return not self.regularized and any(self.configs[adapter].gamma > 0 for adapter in trained)
 
     @staticmethod
     def frozen_from(factors: Factors) -> dict[str, Tensor]:

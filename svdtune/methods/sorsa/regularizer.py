@@ -77,7 +77,11 @@ def add_regularizer_gradients(
     """
     if not max_learning_rate > 0:
         raise SvdtuneError(f"max_learning_rate must be positive, the largest of the schedule; got {max_learning_rate}")
-    factors = list(trained_factors(model))
+    layers = sorsa_layers(model) if isinstance(model, nn.Module) else model
+    for layer in layers:
+        if not layer.regularized:
+            layer.regularized = True
+    factors = list(trained_factors(layers))
     if not factors:
         return None
     grams = summed_grams(factor for factor, _ in factors)

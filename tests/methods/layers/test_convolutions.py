@@ -72,7 +72,7 @@ class Literal(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.layer = layer
+        self.layer, layer.called = layer, True
 
     def forward(self, x):
         layer, conv = self.layer, self.layer.get_base_layer()
