@@ -285,3 +285,14 @@ def shared_weights(model: nn.Module) -> set[int]:
         shared |= seen & ids
         seen |= ids
     return shared
+
+
+def shared_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Where the modules stand that are a child of several modules, or by several names: (parent,
+    name)."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((parent, name))
+    return {child: found for child, found in places.items() if len(found) > 1}
