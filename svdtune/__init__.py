@@ -10,7 +10,8 @@ them:
 
 The functions beside them do what the command line does: `plan`, `start`, `train`, `evaluate`,
 `analyze`, `report`, `merge`, `export_lora`, `combine`; `sites` and `count` say where an adapter
-goes and how many numbers it has. What stands in `__all__` is stable; docs/api.md is about all of
+goes and how many numbers it has. Inside `with fast_starts():` PEFT starts PiSSA, OLoRA and their
+like with svdtune's decompositions. What stands in `__all__` is stable; docs/api.md is about all of
 it.
 """
 
@@ -25,6 +26,7 @@ from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_
 if TYPE_CHECKING:
     from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites, start
     from svdtune.api.runs import analyze, evaluate, report, train
+    from svdtune.starts import fast_starts
 
 __all__ = [
     "MoSaraConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "count",
     "evaluate",
     "export_lora",
+    "fast_starts",
     "merge",
     "plan",
     "regularize",
@@ -56,6 +59,8 @@ __all__ = [
 # does not wait for it.
 _LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites", "start"), "svdtune.api.adapters")
 _LATER |= dict.fromkeys(("analyze", "evaluate", "report", "train"), "svdtune.api.runs")
+
+_LATER["fast_starts"] = "svdtune.starts"
 
 
 def __getattr__(name: str) -> Any:

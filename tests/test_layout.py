@@ -18,6 +18,7 @@ ORDER = [
     "spectra",
     "checkpoint",
     "methods",
+    "starts",
     "planning",
     "models",
     "data",

@@ -1,12 +1,14 @@
-"""Spectra, ranks and leading singular factors of a weight, with torch alone."""
+"""Spectra, ranks and singular factors of a weight, with torch alone."""
 
-from svdtune.linalg.factors import Factors, factors_at_threshold, top_factors
+from svdtune.linalg.factors import Factors, band_factors, band_of, factors_at_threshold, top_factors
 from svdtune.linalg.orthonormal import orthonormality_error
 from svdtune.linalg.spectrum import Spectrum, rank_at_threshold, safe_rank, settled_spectrum, spectrum
 
 __all__ = [
     "Factors",
     "Spectrum",
+    "band_factors",
+    "band_of",
     "factors_at_threshold",
     "orthonormality_error",
     "rank_at_threshold",

@@ -1,10 +1,11 @@
-"""The leading singular factors of a weight."""
+"""The singular factors of a weight: the leading ones, or those of any band of its spectrum."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from svdtune.errors import SvdtuneError
 from svdtune.linalg.gram import gram, noise
 from svdtune.linalg.krylov import BlockKrylov
 from svdtune.linalg.matrix import (
@@ -66,17 +67,47 @@ def top_factors(weight: Tensor, r: int, *, exact: bool = False) -> Factors:
     """
     largest = largest_entry(weight)
     check_rank(r, weight.shape)
-    scale = power_of_two(largest)
-    with full_precision(weight.device):
-        found = None
-        if largest > 0:
-            if not exact:
-                try:
-                    found = _by_krylov(weight, r, scale, torch.float32)
-                except _TooCoarse:
-                    found = _by_krylov(weight, r, scale, torch.float64)
-            found = found or _by_gram(weight, r, scale, _EXACT if exact else _ACCURACY)
-        return _signed(weight, found or _by_lapack(weight, r, scale), scale)
+    return _decompose(weight, largest, 0, r, exact)
+
+
+def band_factors(weight: Tensor, start: int, stop: int, *, exact: bool = False) -> Factors:
+    """The singular triplets number `start` to `stop` − 1 of a weight [out, in], counted from 0 at
+    the largest, by the routes of `top_factors` and with their errors.
+
+    Route 1 finds the triplets before the band too, so it is taken for bands near the top alone.
+
+    Args:
+        weight: a matrix [out, in].
+        start, stop: 0 <= start < stop <= min(out, in).
+        exact: as in `top_factors`.
+
+    Returns:
+        U [out, stop − start], s [stop − start] descending, Vh [stop − start, in].
+
+    Raises:
+        SvdtuneError: the band is empty or outside the spectrum, or `weight` is not a finite matrix.
+    """
+    largest = largest_entry(weight)
+    if not 0 <= start < stop <= min(weight.shape):
+        raise SvdtuneError(
+            f"the band ({start}, {stop}) lies outside the spectrum of a weight {tuple(weight.shape)}; expected "
+            f"0 <= start < stop <= {min(weight.shape)}"
+        )
+    return _decompose(weight, largest, start, stop, exact)
+
+
+def band_of(components: str | tuple[int, int], r: int, n: int) -> tuple[int, int]:
+    """(start, stop) of the r triplets that `components` names among n.
+
+    Args:
+        components: "first", "middle", "last", or the band itself.
+        r: how many; of a band, its length.
+        n: how many there are.
+    """
+    if not isinstance(components, str):
+        return components[0], components[1]
+    start = {"first": 0, "middle": (n - r) // 2, "last": n - r}[components]
+    return start, start + r
 
 
 def factors_at_threshold(weight: Tensor, threshold: float, known: Spectrum | None = None) -> tuple[Spectrum, Factors]:
@@ -102,12 +133,30 @@ def factors_at_threshold(weight: Tensor, threshold: float, known: Spectrum | Non
             squared, V = torch.linalg.eigh(gram(weight, scale, torch.float64))
             found = from_eigenvalues(squared, scale)
             k, settled = found.locate(threshold)
-            triplets = _from_eigenvectors(weight, squared, V, k, scale, _ACCURACY) if settled and k else None
+            triplets = _from_eigenvectors(weight, squared, V, 0, k, scale, _ACCURACY) if settled and k else None
             if triplets is not None:
                 return found, _signed(weight, triplets, scale)
             known = found
     found, k = settled_spectrum(weight, threshold, known)
     return found, top_factors(weight, k)
+
+
+def _decompose(weight: Tensor, largest: float, start: int, stop: int, exact: bool) -> Factors:
+    """The triplets of a band of a finite weight whose largest entry is given."""
+    scale = power_of_two(largest)
+    with full_precision(weight.device):
+        found = None
+        if largest > 0:
+            if not exact:
+                try:
+                    found = _by_krylov(weight, stop, scale, torch.float32)
+                except _TooCoarse:
+                    found = _by_krylov(weight, stop, scale, torch.float64)
+                if found is not None:
+                    U, s, V = found
+                    found = U[:, start:], s[start:], V[:, start:]
+            found = found or _by_gram(weight, start, stop, scale, _EXACT if exact else _ACCURACY)
+        return _signed(weight, found or _by_lapack(weight, start, stop, scale), scale)
 
 
 Triplets = tuple[Tensor, Tensor, Tensor]  # U [m, r], s [r], V [n, r] in float64, m >= n
@@ -177,19 +226,20 @@ def _triplets(W: Tensor, V: Tensor) -> Triplets:
     return polish(US @ Y / s), s, V @ Y
 
 
-def _by_gram(weight: Tensor, r: int, scale: float, accuracy: float) -> Triplets | None:
-    """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where σ_r
-    is too small."""
+def _by_gram(weight: Tensor, start: int, stop: int, scale: float, accuracy: float) -> Triplets | None:
+    """Triplets of tall(weight) / scale from the eigenvectors of its Gram matrix, or None where the
+    smallest is too small."""
     squared, V = torch.linalg.eigh(gram(weight, scale, torch.float64))
-    return _from_eigenvectors(weight, squared, V, r, scale, accuracy)
+    return _from_eigenvectors(weight, squared, V, start, stop, scale, accuracy)
 
 
 def _from_eigenvectors(
-    weight: Tensor, squared: Tensor, V: Tensor, r: int, scale: float, accuracy: float
+    weight: Tensor, squared: Tensor, V: Tensor, start: int, stop: int, scale: float, accuracy: float
 ) -> Triplets | None:
     """The same from all eigenvalues, ascending, and eigenvectors."""
-    squared, V = squared[-r:].flip(0), V[:, -r:].flip(1)
-    if not noise(float(squared[0]), len(V), torch.float64) <= accuracy * float(squared[-1]):
+    n, largest = len(V), float(squared[-1])
+    squared, V = squared[n - stop : n - start].flip(0), V[:, n - stop : n - start].flip(1)
+    if not noise(largest, n, torch.float64) <= accuracy * float(squared[-1]):
         return None
     US = tall(working_copy(weight, scale, torch.float64)) @ V
     s = torch.linalg.vector_norm(US, dim=0)
@@ -197,7 +247,7 @@ def _from_eigenvectors(
     return polish(US[:, order] / s), s, V[:, order]
 
 
-def _by_lapack(weight: Tensor, r: int, scale: float) -> Triplets:
+def _by_lapack(weight: Tensor, start: int, stop: int, scale: float) -> Triplets:
     """Triplets of tall(weight) / scale by a dense SVD."""
     U, s, Vh = torch.linalg.svd(tall(working_copy(weight.cpu(), scale, torch.float64)), full_matrices=False)
-    return U[:, :r], s[:r], Vh[:r].mT
+    return U[:, start:stop], s[start:stop], Vh[start:stop].mT

@@ -9,8 +9,15 @@ from weights_with_known_spectra import llama_like, spectra, weight_with
 
 from pairwise import all_pairs
 from svdtune.errors import SvdtuneError
+from svdtune.linalg import (
+    band_factors,
+    band_of,
+    factors_at_threshold,
+    orthonormality_error,
+    settled_spectrum,
+    top_factors,
+)
 from svdtune.linalg import factors as module
-from svdtune.linalg import factors_at_threshold, orthonormality_error, settled_spectrum, top_factors
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +183,35 @@ def test_one_gram_matrix_serves_the_rank_and_the_factors(monkeypatch):
     _, found = factors_at_threshold(weight_with(llama_like(200), 200, 300).float(), 0.5)
     assert len(formed) == 1
     assert len(found.s) > 20
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("components", ["first", "middle", "last", (3, 9)], ids=str)
+@pytest.mark.parametrize(("shape", "kind"), all_pairs([*SHAPES, (700, 640)], spectra(8)), ids=str)
+def test_a_band_is_that_of_a_float64_svd(shape, kind, components, exact):
+    """Values, orthonormal vectors and the product, which single vectors of close values do not
+    settle."""
+    n = min(shape)
+    weight = weight_with(spectra(n)[kind], *shape).float()
+    start, stop = band_of(components, 6, n)
+    found = band_factors(weight, start, stop, exact=exact)
+    U, s, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    largest = float(s[0])
+    torch.testing.assert_close(found.s.double(), s[start:stop], rtol=1e-5, atol=2e-7 * largest)
+    assert orthonormality_error(found.U.double()) < 1e-6
+    assert orthonormality_error(found.Vh.mT.double()) < 1e-6
+    assert (found.s.diff() <= 0).all()
+    got = (found.U * found.s).double() @ found.Vh.double()
+    torch.testing.assert_close(
+        weight.double() @ found.Vh.mT.double(), (found.U * found.s).double(), atol=1e-6 * largest, rtol=0
+    )
+    apart = [i for i in (start, stop) if 0 < i < n]
+    if all(float(s[i - 1] - s[i]) > 1e-3 * largest for i in apart):  # else any basis is right
+        expected = (U[:, start:stop] * s[start:stop]) @ Vh[start:stop]
+        torch.testing.assert_close(got, expected, atol=1e-4 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("band", [(-1, 2), (2, 2), (3, 2), (0, 9)])
+def test_a_band_outside_the_spectrum_is_refused(band):
+    with pytest.raises(SvdtuneError, match=r"lies outside the spectrum of a weight \(8, 10\)"):
+        band_factors(torch.ones(8, 10), *band)

@@ -1,0 +1,211 @@
+"""`fast_starts`: PEFT's own call, with svdtune's decompositions inside.
+
+PEFT starts LoRA layer by layer, each by a method or function of its own. `PLACES` names those that
+wait for a decomposition; while a block is entered, a function stands there that asks whether the
+caller is inside a block, and else calls PEFT's. What the engine does not take (quantized, sharded
+and meta weights, ranks that the weight does not have) goes to PEFT's too, errors included.
+"""
+
+import inspect
+import re
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import loftq_utils
+from torch import Tensor, nn
+
+from svdtune.errors import SvdtuneWarning
+from svdtune.linalg import top_factors
+from svdtune.starts.pairs import LoraPair, from_factors, from_last_left, from_qr, residual
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_PISSA = re.compile(r"pissa(_niter_\d+)?")
+# Whether the calling thread is inside a block.
+_entered: ContextVar[bool] = ContextVar("svdtune.fast_starts", default=False)
+
+
+class PeftPlace(NamedTuple):
+    """Where PEFT decomposes a weight.
+
+    Attributes:
+        owner: the class or module.
+        name: of the function there.
+        parameters: its parameters as this code knows them.
+        ours: takes the same arguments; NotImplemented where PEFT's own is to be called.
+    """
+
+    owner: Any
+    name: str
+    parameters: tuple[str, ...]
+    ours: Callable[..., Any]
+
+
+@contextmanager
+def fast_starts() -> Iterator[None]:
+    """Inside the block, PEFT takes the starts of LoRA that need a decomposition from svdtune.
+
+        with svdtune.fast_starts():
+            model = get_peft_model(model, LoraConfig(init_lora_weights="pissa"))
+
+    The starts are "pissa", "pissa_niter_N" (exact too: nothing is drawn at random), "olora",
+    "mica", and the decomposition in "loftq". They equal PEFT's own exact ones to rounding; singular
+    vectors may differ in sign. What PEFT refuses is refused by PEFT.
+
+    The block is the calling thread's; other threads and what follows the block, in whichever way it
+    is left, have PEFT as it was. Where a release of PEFT has other signatures than svdtune knows,
+    a warning says so and PEFT's own start runs.
+    """
+    token = _entered.set(True)
+    _Patches.enter()
+    try:
+        yield
+    finally:
+        _Patches.leave()
+        _entered.reset(token)
+
+
+class _Patches:
+    """Holds the functions in their places while any thread is inside; the last to leave takes them
+    out."""
+
+    lock = threading.Lock()
+    inside = 0
+    put: tuple[tuple[PeftPlace, Any, Any], ...] = ()
+    warned = False
+
+    @classmethod
+    def enter(cls) -> None:
+        with cls.lock:
+            cls.inside += 1
+            if cls.inside == 1:
+                known = [place for place in PLACES if _is_known(place)]
+                cls.put = tuple((place, own := getattr(place.owner, place.name), _door(place, own)) for place in known)
+                for place, _, door in cls.put:
+                    setattr(place.owner, place.name, door)
+                changed = [place.name for place in PLACES if place not in known]
+                warn, cls.warned = bool(changed) and not cls.warned, cls.warned or bool(changed)
+            else:
+                warn = False
+        if warn:
+            warnings.warn(
+                f"this release of PEFT has another {', '.join(changed)} than svdtune knows, so PEFT's own start runs there; "
+                "upgrade svdtune to have it fast",
+                SvdtuneWarning,
+                stacklevel=4,
+            )
+
+    @classmethod
+    def leave(cls) -> None:
+        with cls.lock:
+            cls.inside -= 1
+            if cls.inside == 0:
+                for place, own, door in cls.put:
+                    # whoever has put another function there since keeps it
+                    if getattr(place.owner, place.name) is door:
+                        setattr(place.owner, place.name, own)
+                cls.put = ()
+
+
+def _is_known(place: PeftPlace) -> bool:
+    own = getattr(place.owner, place.name, None)
+    return callable(own) and tuple(inspect.signature(own).parameters) == place.parameters
+
+
+def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
+    """What stands in a place: svdtune's inside a block, PEFT's otherwise."""
+
+    @wraps(own)
+    def door(*args: Any, **kwargs: Any) -> Any:
+        if _entered.get():
+            done = place.ours(*args, **kwargs)
+            if done is not NotImplemented:
+                return done
+        return own(*args, **kwargs)
+
+    return door
+
+
+def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> Any:
+    weight = _weight(self, adapter_name)
+    if weight is None or not _PISSA.fullmatch(init_lora_weights):
+        return NotImplemented
+    r, scaling = self.r[adapter_name], self.scaling[adapter_name]
+    pair = from_factors(top_factors(weight, r), scaling)
+    _start(self, adapter_name, pair)
+    _take_off(self, weight, pair, scaling)
+    return None
+
+
+def _olora_init(self: LoraLayer, adapter_name: str) -> Any:
+    weight = _weight(self, adapter_name)
+    if weight is None or _is_transposed(self):  # PEFT factorises the weight as it is stored
+        return NotImplemented
+    pair = from_qr(weight, self.r[adapter_name])
+    _start(self, adapter_name, pair)
+    _take_off(self, weight, pair, self.scaling[adapter_name])
+    return None
+
+
+def _mica_init(self: LoraLayer, adapter_name: str) -> Any:
+    weight = _weight(self, adapter_name)
+    if weight is None or self.lora_B[adapter_name].weight.is_meta:
+        return NotImplemented
+    _start(
+        self, adapter_name, LoraPair(*(part.to(weight.dtype) for part in from_last_left(weight, self.r[adapter_name])))
+    )
+    return None
+
+
+def _low_rank_decomposition(weight: Tensor, reduced_rank: int = 32) -> Any:
+    if not _is_plain(weight) or reduced_rank > min(weight.shape):
+        return NotImplemented
+    factors = top_factors(weight, reduced_rank)
+    pair = from_factors(factors, 1.0)
+    return {"L": pair.B, "R": pair.A, "U": factors.U, "S": factors.s, "Vh": factors.Vh, "reduced_rank": reduced_rank}
+
+
+PLACES = (
+    PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init),
+    PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
+    PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
+    PeftPlace(loftq_utils, "_low_rank_decomposition", ("weight", "reduced_rank"), _low_rank_decomposition),
+)
+
+
+def _weight(layer: LoraLayer, adapter: str) -> Tensor | None:
+    """The base weight as a matrix [out, in]; None where it is PEFT's to decompose or to refuse."""
+    stored: Any = getattr(layer.get_base_layer(), "weight", None)
+    if not isinstance(stored, nn.Parameter) or not _is_plain(stored.data):
+        return None
+    weight = stored.data.mT if _is_transposed(layer) else stored.data
+    # PEFT cuts a larger rank short, where the engine would refuse it
+    return weight if layer.r[adapter] <= min(weight.shape) else None
+
+
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is a matrix of finite numbers in one piece."""
+    plain = type(weight) is Tensor and weight.ndim == 2 and weight.dtype in _DTYPES and not weight.is_meta
+    return plain and bool(torch.isfinite(weight).all())
+
+
+def _is_transposed(layer: LoraLayer) -> bool:
+    return bool(getattr(layer, "fan_in_fan_out", False))
+
+
+def _start(layer: LoraLayer, adapter: str, pair: LoraPair) -> None:
+    layer.lora_A[adapter].weight.data = pair.A
+    layer.lora_B[adapter].weight.data = pair.B
+
+
+def _take_off(layer: LoraLayer, weight: Tensor, pair: LoraPair, scaling: float) -> None:
+    """Take scaling · B A off the base weight, which keeps its dtype and layout."""
+    base: Any = layer.get_base_layer()
+    left = residual(weight, pair, scaling)
+    base.weight.data = left.mT.contiguous() if _is_transposed(layer) else left

@@ -1,0 +1,67 @@
+"""The pairs A [r, in], B [out, r] that LoRA starts from, as PEFT's `tuners/lora/layer.py` has them.
+
+LoRA adds c · B A to the weight, c = alpha / r (or alpha / √r). A start that is not zero is taken
+off the weight, so that the model begins as it was: W ← W − c · B A.
+
+    pissa   B = U √(S/c), A = √(S/c) Vᵀ of the r first triplets  Meng et al., arXiv:2404.02948
+            of the r last ones: MiLoRA                           Wang et al., arXiv:2406.09044
+    olora   B = Q_r, A = R_r of W = Q R                          Büyükakyüz, arXiv:2406.01775
+    mica    B = U of the r last triplets, A = 0                  arXiv:2604.01694
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from svdtune.linalg import Factors, band_factors
+from svdtune.linalg.matrix import check_rank, largest_entry
+from svdtune.linalg.precision import full_precision
+
+
+class LoraPair(NamedTuple):
+    """lora_A [r, in] and lora_B [out, r] in fp32."""
+
+    A: Tensor
+    B: Tensor
+
+
+def from_factors(factors: Factors, scaling: float) -> LoraPair:
+    """PiSSA's pair from singular triplets: scaling · B A = U diag(s) Vᵀ, evenly split."""
+    root = (factors.s / scaling).sqrt()
+    return LoraPair(root[:, None] * factors.Vh, factors.U * root)
+
+
+def from_qr(weight: Tensor, r: int) -> LoraPair:
+    """OLoRA's pair of a weight [out, in]: the r first columns of Q and rows of R.
+
+    Householder's columns of Q follow from as many columns of the weight alone, so the others are
+    never factorised: R_r = Q_rᵀ W.
+
+    Raises:
+        SvdtuneError: r outside 1 … min(out, in), or `weight` is not a finite matrix.
+    """
+    largest_entry(weight)
+    check_rank(r, weight.shape)
+    with full_precision(weight.device):
+        wide = weight.detach().float()
+        Q, R = torch.linalg.qr(wide[:, :r])
+        return LoraPair(torch.cat([R, Q.mT @ wide[:, r:]], 1), Q)
+
+
+def from_last_left(weight: Tensor, r: int) -> LoraPair:
+    """MiCA's pair of a weight [out, in]: the left vectors of its r least singular values, and zero.
+
+    Raises:
+        SvdtuneError: r outside 1 … min(out, in), or `weight` is not a finite matrix.
+    """
+    check_rank(r, weight.shape)
+    n = min(weight.shape)
+    U = band_factors(weight, n - r, n).U
+    return LoraPair(U.new_zeros(r, weight.shape[1]), U)
+
+
+def residual(weight: Tensor, pair: LoraPair, scaling: float) -> Tensor:
+    """W − scaling · B A in the weight's dtype, subtracted in fp32."""
+    with full_precision(weight.device):
+        return torch.addmm(weight.detach().float(), pair.B, pair.A, alpha=-scaling).to(weight.dtype)

@@ -1,0 +1,226 @@
+"""Inside `fast_starts`, PEFT's own call gives PEFT's own exact starts; outside it, PEFT is as it
+was."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import loftq_utils
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pairwise import all_pairs
+from svdtune import SvdtuneWarning, fast_starts
+from svdtune.starts import inside_peft
+from tiny import tiny_gpt2, tiny_llama
+
+SHAPES = {"square": (40, 40), "wide": (24, 56), "tall": (56, 24), "deficient": (40, 40), "Conv1D": (24, 56)}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# What PEFT's own start is, exactly, for each that svdtune takes.
+EXACT = {"pissa": "pissa", "pissa_niter_4": "pissa", "olora": "olora", "mica": "mica"}
+R, ALPHA = 6, 9
+
+
+def one_layer(shape: str, dtype: torch.dtype) -> nn.Module:
+    out, inside = SHAPES[shape]
+    torch.manual_seed(1)
+    layer = Conv1D(out, inside) if shape == "Conv1D" else nn.Linear(inside, out)
+    rows, columns = layer.weight.shape
+    n = min(rows, columns)
+    values = 4 * 0.9 ** torch.arange(n)  # apart, so that the first and last triplets are settled
+    if shape == "deficient":
+        values[4:] = 0
+    U, V = (torch.linalg.qr(torch.randn(size, n)).Q for size in (rows, columns))
+    layer.weight = nn.Parameter((U * values) @ V.mT)
+    return nn.Sequential(layer).to(dtype)
+
+
+def started(model: nn.Module, init: str, **settings: Any) -> Any:
+    config = {"r": R, "lora_alpha": ALPHA, "target_modules": ["0"], **settings}
+    return get_peft_model(model, LoraConfig(init_lora_weights=init, **config))
+
+
+def parts(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, LoraLayer]:
+    """scaling · B A [out, in], B and the base weight [out, in] of the one layer, in fp64."""
+    layer = model.base_model.model[0]
+    A, B = (getattr(layer, f"lora_{part}")["default"].weight.detach().double() for part in "AB")
+    base = layer.get_base_layer().weight.detach().double()
+    return layer.scaling["default"] * B @ A, B, base.mT if layer.fan_in_fan_out else base, layer
+
+
+@pytest.mark.parametrize(("init", "shape", "dtype"), all_pairs(list(EXACT), list(SHAPES), DTYPES), ids=str)
+def test_the_start_is_pefts_own(init, shape, dtype):
+    if init == "olora" and shape in ("Conv1D", "deficient"):
+        pytest.skip("PEFT factorises Conv1D as it is stored; a deficient weight has many Q")
+    conv = {"fan_in_fan_out": True} if shape == "Conv1D" else {}
+    theirs = started(one_layer(shape, dtype), EXACT[init], **conv)
+    with fast_starts():
+        ours = started(one_layer(shape, dtype), init, **conv)
+    (product, B, base, layer), (expected, B0, base0, layer0) = parts(ours), parts(theirs)
+    for name in ("lora_A", "lora_B"):
+        got, stock = (getattr(each, name)["default"].weight for each in (layer, layer0))
+        assert (got.shape, got.dtype, got.requires_grad) == (stock.shape, stock.dtype, stock.requires_grad)
+    own, stock = layer.get_base_layer().weight, layer0.get_base_layer().weight
+    assert (own.dtype, own.shape, own.stride()) == (stock.dtype, stock.shape, stock.stride())
+    # PEFT rounds A, B and what is left of the weight to the weight's dtype
+    rounding = 2 * torch.finfo(dtype).eps * float(base0.abs().max() + expected.abs().max())
+    torch.testing.assert_close(base, base0, rtol=0, atol=rounding + 5e-6)
+    torch.testing.assert_close(product, expected, rtol=0, atol=rounding + 5e-6)
+    if init == "mica":
+        if shape == "deficient":  # of the null space any basis is right
+            return
+        torch.testing.assert_close(B @ B.mT, B0 @ B0.mT, rtol=0, atol=max(1e-4, 4 * torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_model_begins_as_it_was(init):
+    tokens = torch.arange(1, 25).view(2, 12)
+    for make, targets in ((tiny_llama, ["q_proj", "down_proj"]), (tiny_gpt2, ["c_attn", "c_proj"])):
+        if make is tiny_gpt2 and init == "olora":
+            continue
+        before = make()(input_ids=tokens).logits
+        with fast_starts():
+            model = started(make(), init, target_modules=targets, fan_in_fan_out=make is tiny_gpt2)
+        torch.testing.assert_close(model(input_ids=tokens).logits, before, rtol=0, atol=2e-5)
+
+
+def test_dora_on_pissa_takes_its_magnitude_from_what_is_left():
+    theirs = started(one_layer("wide", torch.float32), "pissa", use_dora=True)
+    with fast_starts():
+        ours = started(one_layer("wide", torch.float32), "pissa", use_dora=True)
+    magnitudes = [parts(each)[3].lora_magnitude_vector["default"].weight for each in (ours, theirs)]
+    torch.testing.assert_close(*magnitudes, rtol=1e-5, atol=1e-5)
+
+
+def test_loftqs_decomposition():
+    weight = torch.randn(30, 20, generator=torch.Generator().manual_seed(0))
+    theirs = loftq_utils._low_rank_decomposition(weight, reduced_rank=5)
+    with fast_starts():
+        ours = loftq_utils._low_rank_decomposition(weight, reduced_rank=5)
+    assert ours.keys() == theirs.keys()
+    assert [ours[part].shape for part in "LR"] == [theirs[part].shape for part in "LR"] == [(30, 5), (5, 20)]
+    torch.testing.assert_close(ours["L"] @ ours["R"], theirs["L"] @ theirs["R"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours["S"], theirs["S"][:5])
+
+
+def functions() -> list[Any]:
+    return [getattr(place.owner, place.name) for place in inside_peft.PLACES]
+
+
+@pytest.fixture
+def decomposed(monkeypatch) -> list[int]:
+    """The ranks that svdtune's engine was asked for."""
+    asked: list[int] = []
+    engine = inside_peft.top_factors
+    monkeypatch.setattr(inside_peft, "top_factors", lambda weight, r: asked.append(r) or engine(weight, r))
+    return asked
+
+
+def test_nothing_is_changed_outside_the_block(decomposed):
+    own = functions()
+    with fast_starts():
+        assert all(door is not before for door, before in zip(functions(), own, strict=True))
+        with fast_starts():
+            started(one_layer("wide", torch.float32), "pissa")
+        started(one_layer("wide", torch.float32), "pissa")
+    assert functions() == own
+    with pytest.raises(ZeroDivisionError), fast_starts():
+        raise ZeroDivisionError
+    assert functions() == own
+    started(one_layer("wide", torch.float32), "pissa")
+    assert decomposed == [R, R]
+
+
+def test_other_threads_keep_pefts_own(decomposed):
+    """A thread that enters no block has PEFT's own start while another is inside; one that leaves
+    takes nothing from one that stays."""
+    own, inside, leave = functions(), threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with fast_starts():
+            inside.set()
+            leave.wait(60)
+            started(one_layer("wide", torch.float32), "pissa")
+
+    thread = threading.Thread(target=stay)
+    thread.start()
+    assert inside.wait(60)
+    started(one_layer("wide", torch.float32), "pissa")
+    assert decomposed == []
+    with fast_starts():
+        pass
+    leave.set()
+    thread.join()
+    assert decomposed == [R]
+    assert functions() == own
+
+
+def test_what_stands_there_since_stays(monkeypatch, decomposed):
+    """Somebody else's function, put into the place inside the block, outlives it."""
+    monkeypatch.setattr(LoraLayer, "pissa_init", LoraLayer.pissa_init)  # put back after the test
+    with fast_starts():
+        door = LoraLayer.pissa_init
+        LoraLayer.pissa_init = lambda *args: door(*args)
+        theirs = LoraLayer.pissa_init
+    assert LoraLayer.pissa_init is theirs
+    model = started(one_layer("wide", torch.float32), "pissa")  # by way of ours to PEFT's
+    assert parts(model)[3].lora_A["default"].weight.shape == (R, 56)
+    assert decomposed == []
+
+
+def test_another_signature_of_pefts_runs_pefts_own_and_says_so_once(monkeypatch, decomposed):
+    own = LoraLayer.pissa_init
+
+    def changed(self: Any, adapter_name: str, init_lora_weights: str, more: int = 0) -> None:
+        own(self, adapter_name, init_lora_weights)
+
+    monkeypatch.setattr(LoraLayer, "pissa_init", changed)
+    monkeypatch.setattr(inside_peft._Patches, "warned", False)
+    block = fast_starts()
+    with pytest.warns(SvdtuneWarning, match="another pissa_init than svdtune knows, so PEFT's own start runs"):
+        block.__enter__()
+    assert LoraLayer.pissa_init is changed
+    started(one_layer("wide", torch.float32), "pissa")
+    block.__exit__(None, None, None)
+    with fast_starts():  # a second warning would be an error
+        started(one_layer("wide", torch.float32), "olora")
+    assert decomposed == []
+
+
+@pytest.mark.parametrize(
+    ("init", "settings", "dtype"),
+    [
+        ("pissa", {}, torch.float64),
+        ("pissa_niter_x", {}, torch.float32),
+        ("mica", {"r": 99}, torch.float32),
+        ("olora", {}, torch.float64),
+    ],
+)
+def test_what_peft_refuses_is_refused_by_peft(init, settings, dtype):
+    with pytest.raises((TypeError, ValueError)) as theirs:
+        started(one_layer("wide", dtype), init, **settings)
+    with pytest.raises((TypeError, ValueError)) as ours, fast_starts():
+        started(one_layer("wide", dtype), init, **settings)
+    assert (str(ours.value), type(ours.value)) == (str(theirs.value), type(theirs.value))
+
+
+def test_a_rank_beyond_the_weights_is_cut_short_as_peft_does(decomposed):
+    with fast_starts():
+        model = started(one_layer("wide", torch.float32), "pissa", r=50)
+    assert parts(model)[3].lora_A["default"].weight.shape == (24, 56)
+    assert decomposed == []
+
+
+def test_no_random_number_is_drawn():
+    torch.manual_seed(3)
+    layer = one_layer("wide", torch.float32)
+    peft_draws = started(one_layer("wide", torch.float32), "pissa")  # lora_A's own, before the start
+    del peft_draws
+    after_exact = torch.rand(1)
+    with fast_starts():
+        started(one_layer("wide", torch.float32), "pissa_niter_4")
+    assert torch.equal(torch.rand(1), after_exact)
+    assert layer[0].weight.requires_grad
