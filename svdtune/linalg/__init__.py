@@ -1,10 +1,12 @@
 """Spectra, ranks and singular factors of a weight, with torch alone."""
 
-from svdtune.linalg.factors import Factors, band_factors, band_of, factors_at_threshold, top_factors
+from svdtune.linalg.factors import BANDS, Components, Factors, band_factors, band_of, factors_at_threshold, top_factors
 from svdtune.linalg.orthonormal import orthonormality_error
 from svdtune.linalg.spectrum import Spectrum, rank_at_threshold, safe_rank, settled_spectrum, spectrum
 
 __all__ = [
+    "BANDS",
+    "Components",
     "Factors",
     "Spectrum",
     "band_factors",

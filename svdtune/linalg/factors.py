@@ -1,5 +1,6 @@
 """The singular factors of a weight: the leading ones, or those of any band of its spectrum."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,11 @@ _RESIDUAL = 5e-4
 _EXACT = 1e-9
 # The share of a spectrum's sum above which the rank is likely too large for the Krylov route.
 _MANY = 0.2
+
+
+# Which triplets of a spectrum: "first", "middle", "last", or from one number up to another.
+Components = str | Sequence[int]
+BANDS = ("first", "middle", "last")
 
 
 class Factors(NamedTuple):
@@ -96,7 +102,7 @@ def band_factors(weight: Tensor, start: int, stop: int, *, exact: bool = False) 
     return _decompose(weight, largest, start, stop, exact)
 
 
-def band_of(components: str | tuple[int, int], r: int, n: int) -> tuple[int, int]:
+def band_of(components: Components, r: int, n: int) -> tuple[int, int]:
     """(start, stop) of the r triplets that `components` names among n.
 
     Args:
@@ -104,10 +110,11 @@ def band_of(components: str | tuple[int, int], r: int, n: int) -> tuple[int, int
         r: how many; of a band, its length.
         n: how many there are.
     """
-    if not isinstance(components, str):
-        return components[0], components[1]
-    start = {"first": 0, "middle": (n - r) // 2, "last": n - r}[components]
-    return start, start + r
+    if isinstance(components, str):
+        start = {"first": 0, "middle": (n - r) // 2, "last": n - r}[components]
+        return start, start + r
+    start, stop = components
+    return start, stop
 
 
 def factors_at_threshold(weight: Tensor, threshold: float, known: Spectrum | None = None) -> tuple[Spectrum, Factors]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
+from svdtune.linalg import Components
 from svdtune.methods.files.card import write_card
 from svdtune.methods.files.integrity import (
     ADAPTER_WEIGHTS,
@@ -226,6 +227,11 @@ class SvdConfig(PeftConfig):
         """Whether the start of an adapter takes the singular vectors of the weights, not only their
         number."""
         return self.init_weights
+
+    @property
+    def triplets(self) -> Components:
+        """Which singular triplets those are."""
+        return "first"
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write adapter_config.json beside the weights, and the model card.

@@ -133,7 +133,7 @@ class Resolution:
             self._check_readable(measured)
         work = Work(targets, together=not self.load_only, present=self.present)
         takes_factors = config.needs_factors and not self.load_only
-        if measured and takes_factors and not config.compact:
+        if measured and takes_factors and config.triplets == "first" and not config.compact:
             ranks, factors = work.ranked_factors(measured, threshold)
             given |= ranks
             self.factors |= factors
@@ -146,8 +146,8 @@ class Resolution:
         if not config.initialized:
             self.fingerprints |= work.fingerprints()
         if takes_factors:
-            rest = {name: rank for name, rank in given.items() if config.compact or name not in measured}
-            self.factors |= work.factors(rest, exact=config.compact)
+            rest = {name: rank for name, rank in given.items() if name not in self.factors}
+            self.factors |= work.factors(rest, config.triplets, exact=config.compact)
 
     def _given_rank(self, name: str) -> int | None:
         """The rank of one layer as the configuration gives it, None where its spectrum decides."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import Factors, Spectrum, factors_at_threshold, settled_spectrum, top_factors
+from svdtune.linalg import Components, Factors, Spectrum, band_factors, band_of, factors_at_threshold, settled_spectrum
 from svdtune.linalg import spectrum as decompose
 from svdtune.spectra import store
 from svdtune.spectra.content import content_key
@@ -122,17 +122,20 @@ def factors(
     weights: Weights,
     ranks: Mapping[str, int],
     *,
+    components: Components = "first",
     exact: bool = False,
     remember: bool = False,
     device: str | None = None,
     progress: bool | None = None,
 ) -> Iterator[tuple[str, Factors]]:
-    """Yield (name, leading factors) of each weight in `ranks`, in the order of `ranks`.
+    """Yield (name, factors) of each weight in `ranks`, in the order of `ranks`: the leading ones,
+    or those of another band.
 
     Args:
         weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
             few where they are small or on a GPU.
         ranks: how many triplets, by name.
+        components: which: "first", "middle", "last", or a band (start, stop) of that many.
         exact: in float64, so that they come out the same on every machine; see
             `svdtune.linalg.top_factors`.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
@@ -149,14 +152,17 @@ def factors(
         raise SvdtuneError(f"ranks name weights that were not given: {', '.join(missing)}")
 
     def one(name: str, weight: Tensor, where: torch.device) -> Factors:
-        r = ranks[name]
+        start, stop = band_of(components, ranks[name], min(weight.shape, default=0))
 
         def found_anew() -> Factors:
-            return _named(name, lambda: on_device(lambda there: top_factors(there, r, exact=exact), weight, where))
+            return _named(
+                name, lambda: on_device(lambda there: band_factors(there, start, stop, exact=exact), weight, where)
+            )
 
         if not remember or store.cache_dir() is None:
             return found_anew()
-        key = f"{content_key(weight)}-{r}{'-exact' if exact else ''}"
+        band = str(stop) if start == 0 else f"{start}-{stop}"
+        key = f"{content_key(weight)}-{band}{'-exact' if exact else ''}"
         found = store.load("factors", key)
         if found is not None:
             return Factors(*(found[0][part].to(weight.device) for part in Factors._fields))

@@ -81,7 +81,7 @@ def started(method: str, model: nn.Module | None = None) -> dict[str, Any]:
     it."""
     model = model or tiny()
     counts = {
-        name: Counted(getattr(decompose, name)) for name in ("top_factors", "factors_at_threshold", "settled_spectrum")
+        name: Counted(getattr(decompose, name)) for name in ("band_factors", "factors_at_threshold", "settled_spectrum")
     }
     for name, counted in counts.items():
         setattr(decompose, name, counted)
@@ -157,8 +157,8 @@ def undecomposable(index: int, failing: int) -> tuple[str, bool]:
             raise RuntimeError("no room")
         return original(*args, **kwargs)
 
-    original = decompose.top_factors
-    with mock.patch.object(decompose, "top_factors", decompose_or_fail):
+    original = decompose.band_factors
+    with mock.patch.object(decompose, "band_factors", decompose_or_fail):
         return failure(lambda: main_alone("sorsa", index))
 
 

@@ -53,6 +53,7 @@ VALUES = {
     "v_position": ["front"],
     "init_weights": [False],
     "layout": [],
+    "components": ["middle", "last", [1, 4]],
 }
 WITHOUT_SHAPES = {"task_type", "dropout", "gamma", "reduction", "smooth_eps"}
 # What another setting needs, and what a start from disk refuses.
@@ -88,7 +89,7 @@ def test_all_answers_agree(folders, tmp_path, cls, options):
     """Names, ranks and numbers, for every method and each of its settings."""
     (name,) = options
     kind, targets = ("gpt2", ["c_attn", "c_proj"]) if name == "fused_slices" else ("llama", QV)
-    size = {} if name in ("r", "threshold") else {"threshold": 0.25}
+    size = {} if name in ("r", "threshold") or isinstance(options.get("components"), list) else {"threshold": 0.25}
     config = cls(**{"target_modules": targets, **size, **WITH.get(name, {}), **options})
     folder = folders / kind
     model = AutoModelForCausalLM.from_pretrained(folder)

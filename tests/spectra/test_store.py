@@ -32,7 +32,7 @@ def nothing_decomposes(monkeypatch):
     """Call it, and from then on every decomposition fails the test."""
 
     def forbid():
-        for name in ("settled_spectrum", "decompose", "top_factors"):
+        for name in ("settled_spectrum", "decompose", "band_factors"):
             original = getattr(decompose, name)
             monkeypatch.setattr(
                 decompose, name, lambda *a, name=name, original=original: _only_known(name, original, *a)

@@ -88,7 +88,8 @@ def restore(
     if lacking:
         weights = {name: partial(spectra.base_weight, given[name][0]) for name in lacking}
         ranks = {name: given[name][0].r[adapter] for name in lacking}
-        for name, factors in spectra.factors(weights, ranks, exact=True):
+        triplets = given[lacking[0]][0].configs[adapter].triplets
+        for name, factors in spectra.factors(weights, ranks, components=triplets, exact=True):
             found[name] = given[name][0].frozen_from(factors)
             given[name][0].recomputable.add(adapter)
     for name, frozen in found.items():

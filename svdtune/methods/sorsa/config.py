@@ -2,12 +2,14 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from svdtune.errors import SvdtuneError
+from svdtune.linalg import BANDS, Components
 from svdtune.methods.config import SvdConfig, is_number_in, one_of
+from svdtune.spectra import matrix_shape
 
 DEFAULT_R = 64
 
@@ -29,6 +31,9 @@ class SorsaConfig(SvdConfig):
         gamma: strength γ of the orthonormal regularizer (Eq. 6), 0 turns it off.
         reduction: "mean" of the penalty over all factor matrices (the authors' code) or their "sum"
             (Eq. 4).
+        components: which singular triplets are trained: the "first" r (the paper's), the "middle"
+            or the "last" ones, or those from number start up to stop, (start, stop), counted from 0
+            at the largest; then r = stop − start.
         smooth_eps: ε of the smooth penalty gradient E / √(‖E‖² + ε²); 0 is Eq. 4, whose gradient
             jumps at 0.
         See `svdtune.methods.config.SvdConfig` for r, threshold, rank_pattern and the rest.
@@ -39,13 +44,18 @@ class SorsaConfig(SvdConfig):
     layout: str = field(
         default="delta", metadata={"help": "delta adds to the whole weight, split to a residual checkpoint."}
     )
+    components: str | list[int] | tuple[int, int] = field(
+        default="first", metadata={"help": "Which singular triplets: first, middle, last, or [start, stop]."}
+    )
     gamma: float = field(default=4e-4, metadata={"help": "Strength of the orthonormal regularizer."})
     reduction: str = field(default="mean", metadata={"help": "mean (authors' code) or sum (Eq. 4) over factors."})
     smooth_eps: float = field(default=0.0, metadata={"help": "ε that smooths the penalty's gradient at 0."})
 
     def __post_init__(self) -> None:
+        if not isinstance(self.components, str) and _is_band(self.components):
+            self.components = list(self.components)
         if self.r is None and self.threshold is None:
-            self.r = DEFAULT_R
+            self.r = DEFAULT_R if isinstance(self.components, str) else _length(self.components)
         if self.initialized:
             self.layout = stored_layout(self.layout)
         super().__post_init__()
@@ -65,20 +75,56 @@ class SorsaConfig(SvdConfig):
             )
         else:
             yield from one_of("layout", self.layout, ("delta", "split"))
+        yield from self._problems_with_components()
         yield from one_of("reduction", self.reduction, ("mean", "sum"))
         for name in ("gamma", "smooth_eps"):
             if not is_number_in(getattr(self, name), 0, math.inf):
                 yield f"`{name}` must be a number of at least 0; got {getattr(self, name)!r}"
 
+    def _problems_with_components(self) -> Iterator[str]:
+        given = self.components
+        if isinstance(given, str):
+            yield from one_of("components", given, BANDS)
+        elif not _is_band(given):
+            yield (
+                f"`components` must be one of {', '.join(map(repr, BANDS))} or whole numbers (start, stop), "
+                f"0 <= start < stop; got {given!r:.60}"
+            )
+        elif any(rank != _length(given) for rank in (self.r, *self.rank_pattern.values())):
+            yield (
+                f"`components` ({given[0]}, {given[1]}) is {_length(given)} triplets in every layer, so no threshold, budget "
+                "or other rank fits it; leave `r`, `threshold` and `rank_pattern` out, or name a part of the spectrum: "
+                f"{', '.join(map(repr, BANDS))}"
+            )
+
+    @property
+    def triplets(self) -> Components:
+        return self.components
+
     def check_layer(self, name: str, layer: Any) -> None:
-        """An adapter in the split layout stands alone: another one would be added to a weight that
-        lacks its principal part."""
+        """A layer must have the triplets that are asked for. An adapter in the split layout stands
+        alone: another one would be added to a weight that lacks its principal part."""
+        least = min(matrix_shape(layer))
+        if not isinstance(self.components, str) and self.components[1] > least:
+            raise SvdtuneError(
+                f"layer {name!r} has {least} singular triplets, and `components` {tuple(self.components)} goes beyond "
+                "them. Take an earlier band, or name the layer in `exclude_modules`"
+            )
         layouts = [config.layout for config in getattr(layer, "configs", {}).values()]
         if layouts and "split" in (self.layout, *layouts):
             raise SvdtuneError(
                 f"the weight of {name!r} was stored without its principal part (layout='split'), which one adapter adds, so "
                 "no second adapter can stand on that layer. Load each adapter onto a model of its own"
             )
+
+
+def _is_band(given: Any) -> bool:
+    numbers = isinstance(given, list | tuple) and len(given) == 2 and all(type(number) is int for number in given)
+    return numbers and 0 <= given[0] < given[1]
+
+
+def _length(band: Sequence[int]) -> int:
+    return band[1] - band[0] if _is_band(band) else DEFAULT_R
 
 
 def stored_layout(layout: Any) -> Any:

@@ -18,9 +18,9 @@ from svdtune.methods.sorsa.math import add_sorsa, principal_part, sorsa_linear, 
 class SorsaLinear(LowRankLayer[SorsaConfig]):
     """A layer with SORSA adapters.
 
-    Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from the weight's r leading
-    singular triplets. Frozen: frozen_P0 = U₀ diag(s₀) [out, r] and frozen_V0 [in, r], the principal
-    part at the start.
+    Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from r singular triplets of the
+    weight, the leading ones unless `components` says otherwise. Frozen: frozen_P0 = U₀ diag(s₀)
+    [out, r] and frozen_V0 [in, r], those triplets at the start.
 
     In the split layout the base weight was stored without P₀ V₀ᵀ. There the adapter adds W_p alone,
     and while it does not act the layer adds P₀ V₀ᵀ, so that disabling it gives the model from

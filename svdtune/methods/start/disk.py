@@ -175,14 +175,15 @@ def _decompose(
     """
     threshold = cast(float, config.threshold)  # where it is None, the rank is not
     how: Any = {"device": device, "progress": False}
-    if rank is None and config.needs_factors and not config.compact:
+    if rank is None and config.needs_factors and config.triplets == "first" and not config.compact:
         factors = dict(spectra.ranked_factors({name: weight}, threshold, **how))[name]
         return factors, len(factors.s)
     if rank is None:
         rank = spectra.ranks({name: weight}, threshold, **how)[name]
     if not config.needs_factors:
         return None, rank
-    return dict(spectra.factors({name: weight}, {name: rank}, exact=config.compact, **how))[name], rank
+    band: Any = {"components": config.triplets, "exact": config.compact}
+    return dict(spectra.factors({name: weight}, {name: rank}, **band, **how))[name], rank
 
 
 def _sorted(by_layer: dict[str, Any]) -> dict[str, Any]:

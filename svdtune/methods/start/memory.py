@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from svdtune import processes, spectra
-from svdtune.linalg import Factors
+from svdtune.linalg import Components, Factors
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.integrity import fingerprint
 from svdtune.methods.layers.quantized import device_and_dtype
@@ -53,11 +53,13 @@ class Work:
         """The same with the leading factors, which a process without the weights does not get."""
         return self._factors(names, lambda weights: spectra.ranked_factors(weights, threshold))
 
-    def factors(self, ranks: Mapping[str, int], *, exact: bool) -> dict[str, Factors]:
-        """The leading factors of each layer in `ranks`, as many as it says."""
+    def factors(self, ranks: Mapping[str, int], components: Components, *, exact: bool) -> dict[str, Factors]:
+        """The factors of each layer in `ranks`, as many as it says: those that `components`
+        names."""
 
         def compute(weights: spectra.Weights) -> Iterator[tuple[str, Factors]]:
-            return spectra.factors(weights, {name: ranks[name] for name in weights}, exact=exact)
+            wanted = {name: ranks[name] for name in weights}
+            return spectra.factors(weights, wanted, components=components, exact=exact)
 
         return self._factors(list(ranks), compute)[1]
 

@@ -37,6 +37,9 @@ CASES = {
     "some layers": lambda: SorsaConfig(r=4, target_modules=QV, layers_to_transform=[0, 2]),
     "compact": lambda: SorsaConfig(r=5, compact=True, target_modules=QV),
     "compact by threshold": lambda: MoSaraConfig(threshold=0.5, compact=True, target_modules=QV),
+    "last by threshold": lambda: SorsaConfig(threshold=0.3, components="last", target_modules=QV),
+    "a band": lambda: SorsaConfig(components=(2, 6), target_modules=QV),
+    "compact in the middle": lambda: SorsaConfig(r=4, components="middle", compact=True, target_modules=QV),
     "at random": lambda: SorsaConfig(r=3, init_weights=False, target_modules=QV),
 }
 
