@@ -32,7 +32,7 @@ def by_definition(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, sca
 def gradients(attention: Callable[..., Tensor], inputs: list[Tensor], *more: Any) -> list[Tensor]:
     inputs = [x.detach().requires_grad_() for x in inputs]
     found = attention(*inputs, *more)
-    weight = torch.linspace(-1, 1, found.numel(), device=found.device, dtype=found.dtype).view_as(found)
+    weight = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).to(found).view_as(found)
     return [found.detach(), *torch.autograd.grad((found * weight).sum(), inputs)]
 
 
