@@ -20,17 +20,26 @@ sys.exit(int(sys.argv[-1]))
 SAID = "['--its', 'options', '3'] __main__ ['MOSARA', 'SARA', 'SORSA']"
 
 
-def svdtune(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "svdtune", "with", "--", *words], cwd=cwd, capture_output=True, text=True
-    )
+def write_program(folder: Path) -> None:
+    (folder / "program.py").write_text(PROGRAM)
+    (folder / "program").write_text(f"#!{sys.executable}\n{PROGRAM}")
 
 
 @pytest.mark.parametrize("way", [["program.py"], ["python", "program.py"], ["python", "-m", "program"], ["./program"]])
-def test_a_program_knows_the_methods(tmp_path: Path, way: list[str]) -> None:
-    (tmp_path / "program.py").write_text(PROGRAM)
-    (tmp_path / "program").write_text(f"#!{sys.executable}\n{PROGRAM}")
-    found = svdtune(*way, "--its", "options", "3", cwd=tmp_path)
+def test_a_program_is_run_as_python_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: list[str]) -> None:
+    write_program(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", [*sys.argv])
+    found = CliRunner().invoke(app, ["with", "--", *way, "--its", "options", "3"])
+    assert found.stdout.strip() == SAID
+    assert found.exit_code == 3, found.stderr
+
+
+def test_a_program_in_a_new_process_knows_the_methods(tmp_path: Path) -> None:
+    write_program(tmp_path)
+    command = [sys.executable, "-m", "svdtune", "with", "--", "program.py", "--its", "options", "3"]
+    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert found.stdout.strip() == SAID
     assert found.returncode == 3, found.stderr
 
