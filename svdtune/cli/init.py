@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from svdtune.linalg import Components
+
 
 app = typer.Typer()
 
@@ -17,7 +21,7 @@ def init(
     ],
     output: Annotated[Path, typer.Option(help="Adapter folder to create.")],
     plan: Annotated[Path | None, typer.Option(help="What `svdtune plan --json` wrote; instead of the rest.")] = None,
-    method: Annotated[str | None, typer.Option(help="sorsa (where no recipe says), sara or mosara.")] = None,
+    method: Annotated[str | None, typer.Option(help="sorsa (where no recipe says), sara, mosara or lora.")] = None,
     r: Annotated[int | None, typer.Option(help="One rank for every module.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Share of the singular values' sum that sets ranks.")] = None,
     target_modules: Annotated[
@@ -26,6 +30,9 @@ def init(
     compact: Annotated[
         bool, typer.Option(help="Leave frozen factors out of the file; loading recomputes them.")
     ] = False,
+    components: Annotated[
+        str, typer.Option(help="Which triplets LoRA's pissa starts from: first, middle, last (MiLoRA), or 64:128.")
+    ] = "first",
     seed: Annotated[int, typer.Option(help="Of what starts at random.")] = 0,
     device: Annotated[
         str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
@@ -41,16 +48,13 @@ def init(
     \b
     svdtune init smollm2-135m --r 32 --target-modules all-linear --output adapter
     svdtune init my-model --method sara --method.init spectral --output adapter
+    svdtune init my-model --method lora --method.init_lora_weights pissa --r 32 --output start
     svdtune plan my-model --budget 0.1% --json plan.json
     svdtune init my-model --plan plan.json --output adapter
     """
-    from svdtune.checkpoint import Checkpoint
+    from svdtune.api.adapters import begin
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import size_text
-    from svdtune.errors import SvdtuneError
-    from svdtune.methods.config import SvdConfig
-    from svdtune.methods.injection import method_name
-    from svdtune.methods.start.disk import start
     from svdtune.spectra.devices import check_device
 
     check_device(device)
@@ -58,17 +62,20 @@ def init(
         method = json.dumps(_section(plan))
     settings = {"r": r, "threshold": threshold, "target_modules": names(target_modules), "compact": compact or None}
     wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx))
-    assert wanted.config is not None
-    if not isinstance(wanted.config, SvdConfig):
-        raise SvdtuneError(f"svdtune init starts sara, mosara and sorsa; got {method_name(wanted.config)!r}")
-    checkpoint = wanted.open()
-    assert isinstance(checkpoint, Checkpoint)  # the command line names one
-    made = start(checkpoint, wanted.config, output, seed=seed, device=device)
+    made = begin("svdtune init", wanted, output, _band(components), seed, device)
     size = sum(file.stat().st_size for file in made.adapter.iterdir())
     typer.echo(
         f"wrote {made.adapter}: {len(made.ranks)} layers, {made.trained:,} trained and {made.frozen:,} frozen numbers, "
         f"{size_text(size)}"
     )
+    if made.residual is not None:
+        typer.echo(f"wrote {made.residual}: the model without what the adapter starts with; load the adapter on it")
+
+
+def _band(text: str) -> "Components":
+    """A word, or "64:128" as (64, 128)."""
+    start, colon, stop = text.partition(":")
+    return (int(start), int(stop)) if colon and start.isdigit() and stop.isdigit() else text
 
 
 def _section(plan: Path) -> dict[str, Any]:

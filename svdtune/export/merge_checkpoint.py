@@ -7,7 +7,6 @@ follows where the model fits into memory.
 """
 
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,23 +22,19 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
-from svdtune.checkpoint.shards import INDEX, SINGLE, shard_names
+from svdtune.checkpoint.rewrite import CARD, copy_other_files, floating, folder_of, write_weights
+from svdtune.checkpoint.shards import shard_names
 from svdtune.checkpoint.tensors import FLOATING, Stored
-from svdtune.checkpoint.writer import Computed, TensorWriter
+from svdtune.checkpoint.writer import Computed
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.source import Source, adapter_of, base_folder, check_writes
 from svdtune.methods.files.adapter import read_config
-from svdtune.methods.files.card import CARD, TITLES, front, table
+from svdtune.methods.files.card import TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
 from svdtune.system import check_new_folder, new_folder, read_json
 from svdtune.training.lock import held
-
-# What is copied of the base folder besides its weights: everything but weights in other formats,
-# its card, and the hidden.
-_LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
-_FOLDERS = ("additional_chat_templates",)
 
 
 @dataclass(frozen=True)
@@ -142,12 +137,6 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
         yield open_checkpoint(converted, **how)
 
 
-def folder_of(base: Checkpoint) -> Path:
-    """The folder of a base as `_base_of` opens it, which is one of safetensors."""
-    assert base.folder is not None
-    return base.folder
-
-
 def _write_weights(
     base: Checkpoint, work: Path, adapter: LayerwiseAdapter, target: torch.dtype | None
 ) -> tuple[bool, set[torch.dtype]]:
@@ -155,25 +144,11 @@ def _write_weights(
     changed."""
     with tqdm(desc="svdtune merge", unit="weight", delay=1.0) as bar:
         new, added, untied = _plan(base, adapter, target, bar)
-        weight_map: dict[str, str] = {}
-        total = 0
-        for shard in base.shards:
-            written: dict[str, Stored | Computed] = {}
-            for name, stored in shard.tensors.items():
-                written[name] = new.get(name) or _cast(stored, target)
-                written |= added.get(name, {})
-            (work / shard.name).parent.mkdir(parents=True, exist_ok=True)
-            with TensorWriter(work / shard.name, written, shard.metadata) as file:
-                for name, tensor in written.items():
-                    file.write(name, tensor)
-            weight_map |= dict.fromkeys(written, shard.name)
-            total += sum(tensor.nbytes for tensor in written.values())
-    if SINGLE not in weight_map.values():
-        index = read_json(folder_of(base) / INDEX)
-        metadata = index.get("metadata")
-        index["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total}
-        index["weight_map"] = dict(sorted(weight_map.items()))
-        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+        def replacement(name: str, stored: Stored) -> dict[str, Stored | Computed]:
+            return {name: new.get(name) or _cast(stored, target)} | added.get(name, {})
+
+        write_weights(base, work, replacement)
     changed = [*new.values(), *(tensor for group in added.values() for tensor in group.values())]
     return untied, {tensor.dtype for tensor in changed if isinstance(tensor, Computed)}
 
@@ -196,7 +171,7 @@ def _plan(
     untied = False
     for parameter, compute in changed.items():
         place = _place(base, parameter)
-        dtype = target or _floating(tensors[place])
+        dtype = target or floating(tensors[place])
         shape = tensors[place].shape
         tensor = Computed(dtype, shape, partial(_rounded, parameter, compute, dtype, shape, bar))
         if parameter in own:
@@ -259,15 +234,6 @@ def _rounded(
     return found
 
 
-def _floating(stored: Stored) -> torch.dtype:
-    if stored.dtype not in FLOATING:
-        raise SvdtuneError(
-            f"the base stores {stored.name} as {stored.dtype}: a quantized checkpoint takes no merged weight. Name the "
-            "full-precision checkpoint that it was made from"
-        )
-    return FLOATING[stored.dtype]
-
-
 def _cast(stored: Stored, target: torch.dtype | None) -> Stored | Computed:
     if target is None or stored.dtype not in FLOATING or FLOATING[stored.dtype] == target:
         return stored
@@ -278,12 +244,7 @@ def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
     """Tokenizer, configurations and whatever else stands in the base folder; with the run's end
     token where it set one."""
     folder, model = folder_of(base), base.model
-    for path in sorted(folder.iterdir()):
-        weights = path.suffix in _LEFT_OUT or path.name.endswith(".index.json")
-        if path.is_file() and not weights and path.name != CARD and not path.name.startswith("."):
-            shutil.copyfile(path, work / path.name)
-        elif path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, work / path.name)
+    copy_other_files(base, work)
     end_token = source.recipe.model.end_token if source.recipe else None
     if end_token is not None:
         tokenizer = load_tokenizer(folder)

@@ -68,7 +68,7 @@ class TestThePackage:
     def test_every_name_is_there_and_listed(self) -> None:
         assert set(svdtune.__all__) <= set(dir(svdtune))
         assert all(hasattr(svdtune, name) for name in svdtune.__all__)
-        assert len(FUNCTIONS) == 11
+        assert len(FUNCTIONS) == 12
 
     def test_no_function_has_the_name_of_a_room(self) -> None:
         rooms = {path.stem for path in Path(svdtune.__file__).parent.iterdir()}
@@ -248,7 +248,7 @@ class TestAfterTraining:
         ),
         (
             lambda: svdtune.start("llama-7b", None, "out"),
-            "start takes a SaraConfig, MoSaraConfig or SorsaConfig of a new",
+            "start takes a SaraConfig, MoSaraConfig, SorsaConfig or LoraConfig of a new",
         ),
         (
             lambda: svdtune.start(tiny_llama(), SaraConfig(r=2), "out"),

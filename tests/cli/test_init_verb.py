@@ -61,7 +61,7 @@ def test_a_recipes_adapter_can_be_started(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--method", "lora", "--r", "2"], "starts sara, mosara and sorsa; got 'lora'"),
+        (["--method", "lora", "--r", "2"], "init_lora_weights='pissa', 'olora' or 'mica'; got True"),
         (["--r", "0"], "must be a whole number"),
         (["--r", "2", "--threshold", "0.5"], "both set the ranks"),
         (["--plan", "nowhere.json"], "nowhere.json is no plan"),

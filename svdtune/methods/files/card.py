@@ -15,12 +15,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from safetensors import safe_open
 
 from svdtune._version import __version__
+from svdtune.checkpoint.rewrite import CARD
 from svdtune.methods.settings import chosen
 
 if TYPE_CHECKING:
     from svdtune.methods.config import SvdConfig
 
-CARD = "README.md"
 TITLES = {"sara": "SARA", "mosara": "Mo-SARA", "sorsa": "SORSA"}
 _VERSIONS = "### Framework versions"
 _AUTO = {

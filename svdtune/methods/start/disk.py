@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,12 +39,15 @@ class Started:
         adapter: its folder.
         ranks: by layer.
         trained, frozen: numbers in its factors.
+        residual: folder of the checkpoint that it belongs on; None for the one that it was started
+            from.
     """
 
     adapter: Path
     ranks: dict[str, int]
     trained: int
     frozen: int
+    residual: Path | None = None
 
 
 def start(
@@ -95,8 +99,8 @@ def start(
                     file.write(name, probe(tensor) if compact else tensor)
                 del tensors, tensor  # before the next weight is read
         config.ranks, config.base_fingerprint = _sorted(config.ranks), _sorted(config.base_fingerprint)
-        config.save_pretrained(str(work), auto_mapping_dict=_auto_mapping(checkpoint, config))
-    return Started(output, dict(config.ranks), **counts)
+        config.save_pretrained(str(work), auto_mapping_dict=auto_mapping(checkpoint, config))
+    return Started(output, dict(config.ranks), counts["trained"], counts["frozen"])
 
 
 @contextmanager
@@ -194,7 +198,7 @@ def _parts(layer: SvdLayer[Any]) -> tuple[str, ...]:
     return (*layer.trained, *layer.frozen)
 
 
-def _auto_mapping(checkpoint: Checkpoint, config: SvdConfig) -> dict[str, str] | None:
+def auto_mapping(checkpoint: Checkpoint, config: PeftConfig) -> dict[str, str] | None:
     """What PEFT writes for an adapter without a task: the class that it was made for."""
     if config.task_type is not None:
         return None

@@ -18,7 +18,8 @@ class Absent:
 
 
 def save_logits(folder: Path) -> None:
-    """Write lora.pt beside every `lora` folder: its logits over the base model in `base`."""
+    """Write lora.pt beside every `lora` folder: its logits over the base model in `base`, or over
+    the `residual` that lies in it beside the `adapter`."""
     sys.meta_path.insert(0, Absent())
     # what PEFT says of weights that are missing or left over
     warnings.simplefilter("error", UserWarning)
@@ -26,8 +27,9 @@ def save_logits(folder: Path) -> None:
     warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")
     tokens = torch.arange(1, 25).view(2, 12)
     for lora in sorted(folder.glob("*/lora")):
-        base = AutoModelForCausalLM.from_pretrained(folder / "base")
-        model = PeftModel.from_pretrained(base, lora).eval()
+        apart = (lora / "residual").is_dir()
+        base = AutoModelForCausalLM.from_pretrained(lora / "residual" if apart else folder / "base")
+        model = PeftModel.from_pretrained(base, lora / "adapter" if apart else lora).eval()
         with torch.no_grad():
             torch.save(model(input_ids=tokens).logits, lora.parent / "lora.pt")
     assert "svdtune" not in sys.modules
