@@ -64,6 +64,8 @@ class LayerwiseAdapter:
         modules = dict(base.named_modules())
         for key in self._tensors:
             layer, rest = _split(key.removeprefix(PEFT_ROOT), modules)
+            if self._is_of_wrapper(layer, rest, modules):
+                continue
             if "weight" not in modules[layer]._parameters and rest not in modules[layer]._parameters:
                 raise SvdtuneError(
                     f"the adapter {folder} was made for another model: this one has no module for {key!r}. Name the base "
@@ -81,6 +83,16 @@ class LayerwiseAdapter:
                 {self.config.module_of(name): rank for name, rank in self.config.ranks.items()}, self.layers
             )
         self._modules = {layer: modules[layer] for layer in self.layers}
+
+    def _is_of_wrapper(self, layer: str, rest: str, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether a tensor is one that PEFT saves beside the weight of resized embeddings that are
+        trained whole: the same again, or what it was before."""
+        wrapped, _, name = rest.partition(".")
+        return (
+            wrapped in ("modules_to_save", "original_module")
+            and wrapped not in modules[layer]._modules
+            and any(f"{root}{layer}.{name}" in self._tensors for root in ("", PEFT_ROOT))
+        )
 
     def read(self, parameter: str) -> Tensor:
         """The tensor that takes the place of one of `replaced`."""

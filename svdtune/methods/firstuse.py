@@ -48,7 +48,11 @@ def after_pass(model: nn.Module, *_: Any) -> None:
     modules = dict(model.named_modules())
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules.values()):
         return  # compiled layers do not note that they are called
-    layers = {name: module for name, module in modules.items() if isinstance(module, SvdLayer)}
+    # of a module that is trained whole, one of two copies is used
+    copied = re.compile(r"\.(original_module|modules_to_save)\.")
+    layers = {
+        name: module for name, module in modules.items() if isinstance(module, SvdLayer) and not copied.search(name)
+    }
     called = {name for name, layer in layers.items() if layer.called or layer.is_silent()}
     if passed_over := _but_experts(layers, called):
         warnings.warn(

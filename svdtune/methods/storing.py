@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
@@ -78,6 +79,7 @@ class StoringTuner(BaseTuner):
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _leave_out_twice_saved(remapped, model, adapter_name)
         given: dict[str, tuple[SvdLayer[Any], dict[str, Tensor]]] = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter_name in layer.r:
@@ -156,6 +158,17 @@ class StoringTuner(BaseTuner):
         return tuner
 
 
+def _leave_out_twice_saved(tensors: dict[str, Tensor], model: nn.Module, adapter: str) -> None:
+    """Take out what PEFT saves a second time of resized embeddings that are trained whole, under a
+    name without the adapter's."""
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for key, own in module.adapter_state_dict_load_map(adapter).items():
+                again, first = f"{name}.modules_to_save.{key}", tensors.get(f"{name}.{own}")
+                if first is not None and again in tensors and torch.equal(first, tensors[again]):
+                    del tensors[again]
+
+
 def embedding_weights(model: Any) -> set[str]:
     """The names of the weights that PEFT saves where the vocabulary was resized."""
     found = []
@@ -164,7 +177,7 @@ def embedding_weights(model: Any) -> set[str]:
             found.append(getattr(model, ask)())
     named = model.named_modules(remove_duplicate=False)
     names = {name.removeprefix(PEFT_ROOT) for name, module in named if any(module is one for one in found)}
-    return {f"{name}{part}.weight" for name in names for part in ("", ".base_layer")}
+    return {f"{name}{part}.weight" for name in names for part in ("", ".base_layer", ".original_module")}
 
 
 def ours(config: PeftConfig) -> SvdConfig:

@@ -14,6 +14,7 @@ from typing import Any, cast
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -39,6 +40,7 @@ class SvdTuner(StoringTuner):
     """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and
     `PeftModel.from_pretrained`."""
 
+    _places: dict[nn.Module, list[tuple[nn.Module, str]]]
     target_module_mapping: dict[str, list[str]] = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     # Before injection: which layers, which ranks, which factors
@@ -94,6 +96,11 @@ class SvdTuner(StoringTuner):
         self.together.leave(self.model)
         forget_first_use(self.model)
         self._places = shared_places(self.model)
+        # A whole module in modules_to_save comes back at once, with the adapted layers inside it.
+        for wrapper in [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+            inside = cast(SvdTuner, self._over(wrapper))
+            inside._places, inside.peft_config = self._places, self.peft_config
+            super(SvdTuner, inside)._unload_and_optionally_merge(*args, **kwargs)
         return cast(nn.Module, super()._unload_and_optionally_merge(*args, **kwargs))
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
@@ -203,12 +210,13 @@ class SvdTuner(StoringTuner):
         alone."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which on unloading expects every layer to have a weight (HQQ's have none), and
-        which leaves a module that stands elsewhere too in its other places."""
-        if hasattr(new_module, "W_q"):
-            setattr(parent, child_name, new_module)
-        else:
+        """As PEFT's, which leaves a module that stands elsewhere too in its other places, and on
+        unloading writes `weight` to whatever comes back: HQQ's layers have none, nor has a head of
+        several layers in modules_to_save."""
+        if isinstance(new_module, BaseTunerLayer):
             super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
         for other_parent, name in self._places.get(child, ()):
             setattr(other_parent, name, new_module)
 
