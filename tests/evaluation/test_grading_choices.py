@@ -15,7 +15,7 @@ from svdtune.evaluation import get_task
         ("Compute it. The answer is D", "D", True, False),  # the C of Compute
         ("Answer: B", "B", True, False),  # the A of Answer
         ("so \\boxed{C}", "C", True, True),
-        ("\\boxed{\\text{C}}", "C", False, True),
+        ("\\boxed{\\text{C}}", "C", True, True),
         ("d", "D", True, False),
         ("D) 5 km", "D", True, True),
         ("the correct option is (B)", "B", True, True),

@@ -3,20 +3,33 @@ sets).
 
 paper   the first capital A to E anywhere, so that "A train ..." answers A; the first choice named
         anywhere
-strict  the letter or choice that the text marks as its answer; without a mark, the only one it
-        names
+strict  the letter or choice that the text marks as its answer; without a mark, the one that it
+        calls right, concludes with or gives reasons for, else the only one it names
 """
 
 import re
+from collections.abc import Callable
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.tasks.answers import boxed, stated
+from svdtune.evaluation.tasks.answers import marked_answers, plain_words, without_denied
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
 
 _LETTER = re.compile(r"[A-E]")
 # "(D)", "D)", "D.", "D:" or "D" alone: a letter that stands for a choice, and not the article "A".
-_STANDING = re.compile(r"\(([A-E])\)|(?<![\w'])([A-E])(?=[).:,]|\s*$)")
-_OPENING = re.compile(r"(?:option|choice)?\s*\(?([A-E])(?![\w'])", re.IGNORECASE)
+_STANDING = re.compile(r"\(([A-E])\)|(?<![\w'])([A-E])(?=[).:,;]|\s*$|\s+(?:and|or|because|since)\b)")
+_OPENING = re.compile(r"(?:option|choice|letter|answer)?\s*\(?([A-E])(?![\w'])", re.IGNORECASE)
+_LATEX = re.compile(
+    r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{\s*([^{}]*?)\s*\}|\\[()\[\]]|[$*`\"{}]"
+)
+_LINKS = re.compile(r"(?:[\s,;:]|but\b|rather\b|instead\b|it\s+is\b|it's\b)+", re.IGNORECASE)
+_WRONG = r"\s+(?:is|are|was|were|seems?|must\s+be)\s+(?:not|wrong|incorrect|impossible|excluded|eliminated|ruled\s+out|too)\b"
+_RIGHT = r"\s+(?:is|must\s+be|seems)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|better)\b"
+_CHOSEN = (
+    r"(?:(?:correct|right|best)\s+(?:option|choice|solution|ending|one|letter)\s+(?:is|would\s+be|must\s+be)"
+    r"|\b(?:choose|pick|select|choice\s+is|option\s+is|go(?:ing)?\s+with)|\b(?:therefore|thus|hence|so)(?:\s+it\s+is|\s+it's)?)"
+    r"\s*[:,]?\s*(?:the\s+)?(?:option\s+|choice\s+|answer\s+)?"
+)
+_REASON = r"\s*(?:,|;|\.|:|-|–|—|because\b|since\b|as\b|for\b|\bwould\b|$)"
 
 # What LLM-Adapters looks for in each data set, by the kind of its answers.
 _FAMILIES = {
@@ -43,19 +56,48 @@ def letter_strict(completion: str, reference: Reference) -> Grade:
 def answer_letter(text: str) -> str | None:
     """The letter A to E that a text gives as its answer, None where it gives none or more than
     one."""
-    for marked in (boxed(text), stated(text)):
-        if marked is not None:
-            opening = _OPENING.match(marked.lstrip("$*\\{ "))
-            # "The answer is a number": a small letter is meant as a choice only where nothing
-            # follows it.
-            if opening and (opening[1].isupper() or opening.end() == len(marked)):
-                return None if _others(marked, opening[1].upper()) else opening[1].upper()
-            letters = _standing(marked)
+    text = plain_words(text)
+    for marked in marked_answers(text):
+        clause = _links_left(without_denied(_without_latex(marked), r"\(?[A-E]\)?(?![\w'])"))
+        opening = _OPENING.match(clause)
+        # "The answer is a number": a small letter is meant as a choice only where nothing follows
+        if opening and (opening[1].isupper() or opening.end() == len(clause.rstrip(" ).:"))):
+            return None if _others(clause, opening[1].upper()) else opening[1].upper()
+        if letters := _standing(clause):
             return letters.pop() if len(letters) == 1 else None
-    if alone := re.fullmatch(r"\s*\(?([A-Ea-e])\)?[.:]?\s*", text):
+    text = _without_latex(text)
+    if alone := re.fullmatch(r"\s*(?:option|choice)?\s*\(?([A-Ea-e])\)?[.:!]?\s*", text, re.IGNORECASE):
         return alone[1].upper()
-    letters = _standing(text)
-    return letters.pop() if len(letters) == 1 else None
+    return _chosen(text, r"(?-i:[A-E])", _standing)
+
+
+def _without_latex(text: str) -> str:
+    return _LATEX.sub(lambda found: found[1] or "", text).strip()
+
+
+def _links_left(clause: str) -> str:
+    """A clause without the words that link it to what was denied before: "not A but C"."""
+    found = _LINKS.match(clause)
+    return clause[found.end() :] if found else clause
+
+
+def _chosen(text: str, item: str, named: Callable[[str], set[str]]) -> str | None:
+    """The item that a text without a mark chooses: the one that it calls right, that it concludes
+    with, that it opens with and gives reasons for, or the only one that it names and does not call
+    wrong."""
+    bracketed = rf"\(?(?<![\w'])({item})(?![\w'])\)?"
+    loose = rf"\(?(?<![\w'])(?:{item})(?![\w'])\)?"
+    kept = without_denied(text, loose)
+    kept = re.sub(
+        rf"(?:options?\s+|choices?\s+)?{loose}(?:\s*(?:,|and|or)\s*{loose})*{_WRONG}", " ", kept, flags=re.IGNORECASE
+    )
+    for pattern in (rf"{bracketed}{_RIGHT}", rf"{_CHOSEN}{bracketed}(?={_REASON})(?!\s*(?:and|or)\b)"):
+        if found := re.findall(pattern, kept, re.IGNORECASE):
+            return str(found[-1])
+    if opening := re.match(rf"\s*{bracketed}(?=\s*[.):,;]?\s*(?:because|since|as|for|–|—)\b)", kept, re.IGNORECASE):
+        return opening[1]
+    left = named(kept)
+    return left.pop() if len(left) == 1 else None
 
 
 def _standing(text: str) -> set[str]:
@@ -83,11 +125,30 @@ def choice_paper(completion: str, reference: Reference) -> Grade:
 
 def choice_strict(completion: str, reference: Reference) -> Grade:
     """Compare the choice that the text gives as its answer."""
-    named = re.compile(rf"\b(?:{'|'.join(_family(reference))})\b", re.IGNORECASE)
-    marked = stated(completion)
-    choices = {choice.lower() for choice in named.findall(completion if marked is None else marked)}
-    answer = choices.pop() if len(choices) == 1 else None
+    answer = _answer_choice(completion, _family(reference))
     return Grade(answer, answer is not None and answer == str(reference).strip())
+
+
+def _answer_choice(text: str, family: tuple[str, ...]) -> str | None:
+    choice = "|".join(re.sub(r"(?<=[a-z])(?=\d)", r"\\s?", name) for name in family)
+    pattern = re.compile(rf"(?<![\w'])(?:{choice})(?![\w'])", re.IGNORECASE)
+
+    def named(part: str) -> set[str]:
+        return {found.lower().replace(" ", "") for found in pattern.findall(part)}
+
+    text = plain_words(text)
+    for marked in marked_answers(text):
+        clause = _links_left(without_denied(_without_latex(marked), rf"(?:{choice})\b"))
+        if opening := re.match(
+            rf"(?:(?:the|option|choice)\s+)*({choice})(?![\w'])(?!\s*(?:,|/|and|or|&)\s*(?:{choice})\b)",
+            clause,
+            re.IGNORECASE,
+        ):
+            return opening[1].lower().replace(" ", "")
+        if choices := named(clause):
+            return choices.pop() if len(choices) == 1 else None
+    found = _chosen(_without_latex(text), choice, named)
+    return None if found is None else found.lower().replace(" ", "")
 
 
 def check_choice(reference: Reference) -> None:

@@ -33,17 +33,49 @@ _NAMES = (
     "exp",
     "Abs",
 )
+_RELATION = re.compile(r"[<>]|\\(?:le|ge|lt|gt|in)(?![a-zA-Z])")
 _MEMORY = 4 << 30
 
 
 def same_by_math_verify(answer: str, expected: str) -> bool:
-    """Whether two LaTeX formulas are equal, by math-verify."""
-    from math_verify import LatexExtractionConfig, parse, verify
+    """Whether two LaTeX formulas are equal, by math-verify; an inequality in one letter is the set
+    of its solutions."""
+    from math_verify import verify
 
-    rules = [LatexExtractionConfig()]
-    gold = parse(f"${expected}$", rules, parsing_timeout=None)
-    mine = parse(f"${answer}$", rules, parsing_timeout=None)
+    if _RELATION.search(answer + expected):
+        sets = [_solutions(side) for side in (expected, answer)]
+        if None not in sets:
+            return bool(sets[0] == sets[1])
+    gold, mine = _parsed(expected), _parsed(answer)
     return bool(gold and mine) and verify(gold, mine, timeout_seconds=None)
+
+
+def _parsed(formula: str) -> list[Any]:
+    from math_verify import LatexExtractionConfig, parse
+    from sympy import Basic, I
+
+    def complex_unit(one: Any) -> Any:
+        return one.subs({name: I for name in one.free_symbols if name.name == "i"}) if isinstance(one, Basic) else one
+
+    return [complex_unit(one) for one in parse(f"${formula}$", [LatexExtractionConfig()], parsing_timeout=None)]
+
+
+def _solutions(formula: str) -> Any:
+    """The set of numbers that an inequality, an interval or a union of them names; None for
+    anything else."""
+    from sympy import Interval, S, Union
+    from sympy.logic.boolalg import Boolean
+
+    sets = []
+    for part in re.split(r"\\text\s*\{\s*or\s*\}|\\(?:cup|vee|lor)(?![a-zA-Z])", formula):
+        found = _parsed(re.sub(r"^[a-z]\s*\\in(?![a-zA-Z])", "", part.strip().strip(",")))
+        one = found[0] if found else None
+        if isinstance(one, Boolean) and len(one.free_symbols) == 1:
+            one = one.as_set()
+        if not isinstance(one, (Interval, Union)):
+            return None
+        sets.append(one)
+    return Union(*sets) if sets else S.EmptySet
 
 
 def same_by_sympy(answer: str, expected: str) -> bool:
