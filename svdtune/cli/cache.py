@@ -1,4 +1,4 @@
-"""`svdtune cache`: what the cache of spectra and factors holds, and clearing it."""
+"""`svdtune cache`: what the cache of spectra, factors and encoded rows holds, and clearing it."""
 
 from datetime import datetime
 from typing import Annotated
@@ -7,7 +7,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(name="cache", help="List or clear the cache of spectra and factors.", no_args_is_help=True)
+app = typer.Typer(
+    name="cache", help="List or clear the cache of spectra, factors and encoded rows.", no_args_is_help=True
+)
 
 
 @app.command("list")
@@ -42,7 +44,7 @@ def show() -> None:
 def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove every cached spectrum and factor; they are computed again when they are next needed.
+    """Remove all that is cached; it is computed again when it is next needed.
 
     Example:
 

@@ -8,13 +8,15 @@ prompt tokens that training saw.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.chats import chat_pieces
+from svdtune.data.columns import Columns
+from svdtune.data.cores import in_chunks
 from svdtune.data.examples import Example
 from svdtune.data.prompts import TEMPLATES, template_names
 from svdtune.errors import SvdtuneError
@@ -23,7 +25,6 @@ from svdtune.registry import lab_note
 IGNORED = -100  # the label that torch's cross entropy leaves out
 PLAIN, CHAT = "plain", "chat"
 Encoded = dict[str, list[int]]
-_AT_ONCE = 1000  # texts that a fast tokenizer is given together
 
 
 @dataclass(frozen=True)
@@ -88,43 +89,55 @@ def encode(
 
 
 def encode_all(
-    examples: Iterable[Example],
+    examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     loss_on: str = "response",
     template: str = PLAIN,
     *,
     overlong: str = "error",
-) -> tuple[list[Encoded], int]:
-    """Encode many examples, as `encode` does each; return them and the number of those that were
-    too long.
+) -> tuple[Columns, int]:
+    """Encode many examples on all cores, as `encode` does each; return them and the number of those
+    that were too long.
 
     Args:
         examples: what to encode.
-        tokenizer: as in `encode`, like `max_length`, `loss_on` and `template`. One of the fast ones
-            takes many texts at once, on all cores.
+        tokenizer: as in `encode`, like `max_length`, `loss_on` and `template`.
         overlong: "error" refuses an example that does not fit, "drop" leaves it out, and "cut" cuts
             it off, end token included, as the papers' code does: it then teaches no end.
 
     Raises:
         SvdtuneError: as `encode`; with "drop" and "cut" only if no example is left.
     """
-    encoded, overlong_count, queue = [], 0, iter(examples)
-    while batch := list(islice(queue, _AT_ONCE)):
-        for example, row in zip(batch, _rows(batch, tokenizer, loss_on, template), strict=True):
-            if overlong == "error":
-                _check_length(row, example, max_length)
-            if len(row["input_ids"]) > max_length:
-                overlong_count += 1
-                row = {key: values[:max_length] for key, values in row.items()}
-                # What is left must hold something to learn; where only the prompt fits, it does
-                # not.
-                if overlong == "drop" or all(label == IGNORED for label in row["labels"]):
-                    continue
-            encoded.append(row)
+    work = partial(_encode_some, tokenizer, max_length, loss_on, template, overlong)
+    parts = list(in_chunks(work, examples))
+    overlong_count = sum(count for _, count in parts)
+    encoded = Columns.join(rows for rows, _ in parts)
     if not encoded:
         raise SvdtuneError(f"no example is left: all {overlong_count} are longer than max_length = {max_length} tokens")
     return encoded, overlong_count
+
+
+def _encode_some(
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    loss_on: str,
+    template: str,
+    overlong: str,
+    examples: Sequence[Example],
+) -> tuple[Columns, int]:
+    encoded, overlong_count = [], 0
+    for example, row in zip(examples, _rows(examples, tokenizer, loss_on, template), strict=True):
+        if overlong == "error":
+            _check_length(row, example, max_length)
+        if len(row["input_ids"]) > max_length:
+            overlong_count += 1
+            row = {key: values[:max_length] for key, values in row.items()}
+            # What is left must hold something to learn; where only the prompt fits, it does not.
+            if overlong == "drop" or all(label == IGNORED for label in row["labels"]):
+                continue
+        encoded.append(row)
+    return Columns.of(encoded), overlong_count
 
 
 def _rows(

@@ -19,7 +19,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from svdtune.data.encoding import IGNORED, PLAIN, Encoded, encode_all
+from svdtune.data.columns import Columns
+from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
 from svdtune.data.standard import messages_of
 from svdtune.errors import SvdtuneError
@@ -97,7 +98,7 @@ def encode_pairs(
     template: str = PLAIN,
     *,
     overlong: str = "error",
-) -> tuple[list[Encoded], int]:
+) -> tuple[Columns, int]:
     """Encode pairs as `encode` does each answer; return rows of `prompt_ids`, `chosen_ids` and
     `rejected_ids`, and how many pairs were too long.
 
@@ -129,7 +130,7 @@ def encode_pairs(
             {"prompt_ids": ids[:size], "chosen_ids": ids[size:max_length], "rejected_ids": others[size:max_length]}
         )
     _check_any(rows, overlong_count, max_length)
-    return rows, overlong_count
+    return Columns.of(rows), overlong_count
 
 
 def encode_labelled(
@@ -139,7 +140,7 @@ def encode_labelled(
     template: str = PLAIN,
     *,
     overlong: str = "error",
-) -> tuple[list[dict[str, Any]], int]:
+) -> tuple[Columns, int]:
     """Encode labelled answers; return rows of `prompt_ids`, `completion_ids` and `label`, and how
     many were too long. Arguments and errors as for `encode_pairs`."""
     encoded = _tokens([example for example, _ in labelled], tokenizer, max_length, template, overlong)
@@ -152,23 +153,26 @@ def encode_labelled(
                 continue
         rows.append({"prompt_ids": ids[:size], "completion_ids": ids[size:max_length], "label": label})
     _check_any(rows, overlong_count, max_length)
-    return rows, overlong_count
+    return Columns.of(rows), overlong_count
 
 
-def tokens_of(row: Row) -> int:
-    """How many tokens a row of any task has."""
-    return sum(len(row[name]) for name in _TOKENS if name in row)
+def token_counts(rows: Sequence[Row]) -> list[int]:
+    """How many tokens each row has, of any task."""
+    if isinstance(rows, Columns):
+        counts: list[int] = rows.sizes().tolist()
+        return counts
+    return [sum(len(row[name]) for name in _TOKENS if name in row) for row in rows]
 
 
 def _tokens(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, template: str, overlong: str
-) -> list[Encoded]:
+) -> Columns:
     """The rows of all examples; one that is too long is refused if it is to be, and else whole."""
     limit = max_length if overlong == "error" else sys.maxsize
     return encode_all(examples, tokenizer, limit, template=template)[0]
 
 
-def _prompt_size(row: Encoded) -> int:
+def _prompt_size(row: Row) -> int:
     return next((at for at, label in enumerate(row["labels"]) if label != IGNORED), 0)
 
 

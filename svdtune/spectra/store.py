@@ -29,15 +29,15 @@ log = logging.getLogger(__name__)
 # changes.
 VERSION = "1"
 # The subfolders; others may lie beside them.
-KINDS = ("spectrum", "factors")
+KINDS = ("spectrum", "factors", "questions", "rows")
 _SUFFIX = ".safetensors"
 _DEFAULT_LIMIT_GB = 10.0
 _UNITS = 1_000_000_000
 
 
 class Entry(NamedTuple):
-    """One cached file: its kind ("spectrum" or "factors"), key, size in bytes and time of last use
-    in seconds."""
+    """One cached file: its kind (of `KINDS`), key, size in bytes and time of last use in
+    seconds."""
 
     kind: str
     key: str

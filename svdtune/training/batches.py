@@ -6,7 +6,7 @@ once more. Here an empty row fills them up instead, one without labels: it adds 
 and is counted by nobody.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from svdtune.data.encoding import IGNORED
 
-Row = dict[str, list[int]]
+Row = dict[str, Any]
 
 
 class FilledRows(Dataset[Row]):
     """Rows, and behind the last of them one that is empty."""
 
-    def __init__(self, rows: list[Row]):
+    def __init__(self, rows: Sequence[Row]):
         self.rows = rows
         self.empty: Row = {"input_ids": rows[0]["input_ids"][:1], "labels": [IGNORED]}
 

@@ -1,26 +1,24 @@
 """Refuse to train on what the run is scored on: the rows of data.eval, and the data sets of the
 evaluation section."""
 
-from collections.abc import Sequence
-
 from rich.console import Console
 
-from svdtune.data import Example, read_rows, to_examples
+from svdtune.data import read_rows, to_examples
 from svdtune.data.catalogue import scored
-from svdtune.data.leaks import leaks, question_text, questions, refuse_leaks
+from svdtune.data.leaks import Questions, leaks, question_text, refuse_leaks
 from svdtune.errors import SvdtuneError
 from svdtune.training.recipe import Recipe
 
 
 def check_leaks(
-    recipe: Recipe, train: Sequence[Example], held_out: Sequence[Example], console: Console | None = None
+    recipe: Recipe, train: Questions, held_out: Questions | None, console: Console | None = None
 ) -> dict[str, int]:
     """Look for test questions among the training questions.
 
     Args:
         recipe: its `data.allow_leaks` names the sets that may leak.
         train: what is trained on.
-        held_out: the rows of data.eval.
+        held_out: what the rows of data.eval ask.
         console: where to say what is allowed, and which sets are not at hand.
 
     Returns:
@@ -30,7 +28,6 @@ def check_leaks(
         SvdtuneError: naming the rows, if another set leaks; or if a set is allowed that is not
             scored.
     """
-    trained = [questions(example.prompt) for example in train]
     asked = _questions(recipe, held_out, console)
     for name in recipe.data.allow_leaks:
         if name not in asked:
@@ -40,9 +37,9 @@ def check_leaks(
     allowed = {}
     for name, test in asked.items():
         if name not in recipe.data.allow_leaks:
-            refuse_leaks(test, trained, name, recipe.data.train.source)
+            refuse_leaks(test, train, name, recipe.data.train.source)
             continue
-        allowed[name] = len(leaks(test, trained))
+        allowed[name] = len(leaks(test, train))
         if console is not None:
             console.print(
                 f"leak      {allowed[name]} of the {len(test)} questions of {name} are trained on, as allowed",
@@ -51,16 +48,16 @@ def check_leaks(
     return allowed
 
 
-def _questions(recipe: Recipe, held_out: Sequence[Example], console: Console | None) -> dict[str, list[str]]:
+def _questions(recipe: Recipe, held_out: Questions | None, console: Console | None) -> dict[str, Questions]:
     """The questions of every set the run is scored on, by the set's name."""
-    asked: dict[str, list[str]] = {}
-    if recipe.data.eval is not None:
-        asked[recipe.data.eval.source] = [question_text(example.prompt) for example in held_out]
+    asked: dict[str, Questions] = {}
+    if recipe.data.eval is not None and held_out is not None:
+        asked[recipe.data.eval.source] = held_out.first()
     section = recipe.evaluation
     for dataset in (found for name in (section.data if section else []) for found in scored(name)):
         if all(dataset.find(split) is None for split in dataset.files):
             # Asking the hub for a whole test set before training would be too much.
-            asked[dataset.name] = []
+            asked[dataset.name] = Questions.of([])
             if console is not None:
                 console.print(
                     f"leak      {dataset.name} is not in the data folder, so it is not compared", highlight=False
@@ -68,5 +65,5 @@ def _questions(recipe: Recipe, held_out: Sequence[Example], console: Console | N
             continue
         split = (section and section.split) or dataset.test
         examples = to_examples(read_rows(dataset.name, split), dataset.prompt, source=dataset.name)
-        asked[dataset.name] = [question_text(example.prompt) for example in examples]
+        asked[dataset.name] = Questions.of([question_text(example.prompt) for example in examples])
     return asked

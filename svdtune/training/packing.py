@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svdtune.data.encoding import IGNORED, Collator, length_multiple
+from svdtune.data.preferences import token_counts
 from svdtune.errors import SvdtuneError
 
 ROW_LENGTHS = "seq_lengths"  # TRL's column of a packed row: how long each of its examples is
@@ -113,7 +114,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 def padding_share(rows: Sequence[Mapping[str, Any]], batch_size: int) -> float:
     """The share of padding in batches of rows in their order, each as long as its longest row."""
-    lengths = [len(row["input_ids"]) for row in rows]
+    lengths = token_counts(rows)
     batches = [lengths[at : at + batch_size] for at in range(0, len(lengths), batch_size)]
     return 1 - sum(lengths) / sum(len(batch) * max(batch) for batch in batches)
 

@@ -11,13 +11,14 @@ from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
 from svdtune import processes
+from svdtune.data.columns import Columns
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.training.arguments import training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import Recipe
 from svdtune.training.rewards import load_rewards
-from svdtune.training.task_rows import Rows, encode_prompt, encode_task, moved_at_start, read_task
+from svdtune.training.task_rows import Rows, TaskRows, encode_prompt, moved_at_start
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,29 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         SvdtuneError: if a part is missing or does not fit the others, or if test questions are
             among the training rows.
     """
-    train = read_task(recipe, recipe.data.train)
-    held_out = read_task(recipe, recipe.data.eval) if recipe.data.eval else None
-    check_leaks(recipe, [example for example, _ in train], [example for example, _ in held_out or []], console)
+    train = TaskRows(recipe, recipe.data.train)
+    held_out = TaskRows(recipe, recipe.data.eval) if recipe.data.eval else None
+    check_leaks(recipe, train.questions, held_out.questions if held_out else None, console)
     if processes.under_deepspeed():
-        early = training_arguments(recipe, len(train))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
+        early = training_arguments(recipe, len(train.questions))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
     more: dict[str, Any] = {}
     if recipe.training.task == "grpo":
-        more["reward_funcs"] = load_rewards(recipe.training.rewards, recipe.data.answer, [row for _, row in train])
+        more["reward_funcs"] = load_rewards(
+            recipe.training.rewards, recipe.data.answer, [row for _, row in train.judged]
+        )
     set_seed(recipe.training.seed)  # a reward model's head starts at random
-    loaded = load_base(recipe, chat=not isinstance(train[0][0].prompt, str))
-    train_rows = encode_task(recipe, train, loaded.tokenizer, console)
-    eval_rows = encode_task(recipe, held_out, loaded.tokenizer, console) if held_out else None
+    loaded = load_base(recipe, chat=train.is_chat)
+    train_rows = train.encode(loaded.tokenizer, console)
+    eval_rows = held_out.encode(loaded.tokenizer, console) if held_out else None
     example = train_rows[0]
     if recipe.training.packing:
+        assert isinstance(train_rows, Columns)
         train_rows = _pack(train_rows, recipe, console)
     if recipe.training.task == "kto":
         # its batches keep the order of the rows, which may be sorted by their labels
         order = torch.randperm(len(train_rows), generator=torch.Generator().manual_seed(recipe.training.seed))
-        train_rows = [train_rows[at] for at in order.tolist()]
+        assert isinstance(train_rows, Columns)
+        train_rows = train_rows.take(order.tolist())
     if recipe.training.task == "grpo":
         more["encode"] = partial(encode_prompt, tokenizer=loaded.tokenizer, template=recipe.data.template)
     if note := moved_at_start(recipe):
@@ -66,14 +71,14 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     return Prepared(loaded, train_rows, eval_rows, example, training_arguments(recipe, len(train_rows)), more)
 
 
-def _pack(rows: Rows, recipe: Recipe, console: Console) -> Rows:
+def _pack(rows: Columns, recipe: Recipe, console: Console) -> Columns:
     """TRL's packing, by best fit: no row is cut, since none is longer than data.max_length."""
     from datasets import Dataset, disable_progress_bars
     from trl import pack_dataset
 
     disable_progress_bars()
-    packed = pack_dataset(Dataset.from_list(rows), recipe.data.max_length, "bfd").to_list()
-    full = sum(len(row["input_ids"]) for row in packed) / (len(packed) * recipe.data.max_length)
+    packed = Columns.of_arrow(pack_dataset(Dataset(rows.to_arrow()), recipe.data.max_length, "bfd").data)
+    full = len(packed.arrays["input_ids"]) / (len(packed) * recipe.data.max_length)
     console.print(
         f"packing   {len(packed):,} sequences of {recipe.data.max_length} tokens, {full:.0%} full", highlight=False
     )

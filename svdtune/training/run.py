@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
-from svdtune.data.preferences import tokens_of
+from svdtune.data.preferences import token_counts
 from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
@@ -123,7 +123,7 @@ def _check_agreement(recipe: Recipe, prepared: Prepared) -> None:
     parameters = prepared.loaded.model.named_parameters()
     facts = {
         "the recipe": recipe.model_dump(mode="json"),
-        "the training data": [prepared.train_rows[0], [tokens_of(row) for row in prepared.train_rows]],
+        "the training data": [prepared.train_rows[0], token_counts(prepared.train_rows)],
         "the base model": {name: [*p.shape, str(p.dtype)] for name, p in parameters},
     }
     processes.agree(facts, "Start every process with the same command, on the same files")
@@ -158,7 +158,7 @@ def _train(
     if task == "sft":
         collator = processes.jointly(lambda: make_collator(model, prepared, recipe, console, attending))
     if torch.cuda.is_available() and not recipe.training.compile and task != "grpo":
-        tokens = sum(map(tokens_of, train_rows)) / len(train_rows)
+        tokens = sum(token_counts(train_rows)) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
     watching = [*callbacks]

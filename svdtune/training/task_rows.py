@@ -1,19 +1,30 @@
 """The rows of each task: read by its format, and made into tokens."""
 
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
+import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data import Example, encode_all, read_rows, to_examples
+from svdtune.data.cache import content_of, key_of, tokenizer_facts
+from svdtune.data.columns import Columns
+from svdtune.data.cores import in_chunks
 from svdtune.data.encoding import prompt_ids
-from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, tokens_of
+from svdtune.data.leaks import Questions, questions
+from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, token_counts
 from svdtune.errors import SvdtuneError
+from svdtune.spectra import store
 from svdtune.training.recipe import DataSource, Recipe
 
 _REFERRED = ("dpo", "kto", "grpo")  # compared with the base while they are trained
 Judged = list[tuple[Example, Any]]  # an example, and what the task has to it
-Rows = list[dict[str, Any]]  # of SFT, lists of token ids; see `svdtune.data.preferences` for others
+Rows = Sequence[dict[str, Any]]  # of SFT, lists of token ids; see `svdtune.data.preferences` for others
+Made = tuple[dict[str, Tensor], dict[str, Any]]  # what the cache keeps: tensors and facts
+Entry = tuple[dict[str, Tensor], dict[str, Any], bool]  # and whether it was there
 
 
 def moved_at_start(recipe: Recipe) -> str | None:
@@ -51,33 +62,131 @@ def read_task(recipe: Recipe, source: DataSource) -> Judged:
     return list(to_pairs(rows, data.prompt, task=task, source=source.source))
 
 
-def encode_task(recipe: Recipe, judged: Judged, tokenizer: PreTrainedTokenizerBase, console: Console) -> Rows:
-    """The tokens of a task's examples; a line says how many there are.
+class TaskRows:
+    """The rows of a source for a task. They are read only where the cache lacks what is asked of
+    them.
 
-    Raises:
-        SvdtuneError: if an example does not fit, or none is left.
+    Everything that has to read them raises SvdtuneError as `read_task` does.
+
+    Args:
+        recipe: says what the rows are for.
+        source: where they come from.
     """
-    task, data = recipe.training.task, recipe.data
-    if task == "sft":
-        examples = [example for example, _ in judged]
-        how_to = (data.max_length, data.loss_on, data.template)
-        rows, overlong = encode_all(examples, tokenizer, *how_to, overlong=data.overlong)
-        what = "examples"
-    else:
-        encode, what = _ENCODERS[task]
-        rows, overlong = encode(judged, tokenizer, data.max_length, data.template, overlong=data.overlong)
-    how = "cut off at" if data.overlong == "cut" else "left out as longer than"
-    note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
-    source = judged[0][0].name.rpartition(" row ")[0]
-    tokens = sum(tokens_of(row) for row in rows)
-    console.print(f"data      {source}: {len(rows):,} {what}, {tokens:,} tokens{note}", highlight=False)
-    return list(rows)
+
+    def __init__(self, recipe: Recipe, source: DataSource):
+        self.recipe, self.source = recipe, source
+        self._file = content_of(source.source, None)
+
+    @cached_property
+    def judged(self) -> Judged:
+        """The examples, read."""
+        return read_task(self.recipe, self.source)
+
+    @property
+    def questions(self) -> Questions:
+        """What the rows ask; of a chat, also what each of the user's turns does."""
+        tensors = self._asked[0]
+        return Questions(tensors["digests"].numpy(), tensors["rows"].numpy())
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the first prompt is messages."""
+        return bool(self._asked[1]["chat"])
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, console: Console) -> Rows:
+        """The tokens of the examples; a line says how many there are.
+
+        Raises:
+            SvdtuneError: if an example does not fit, or none is left.
+        """
+        data, task = self.recipe.data, self.recipe.training.task
+        if task == "grpo":  # whose rewards look at the rows themselves
+            rows, overlong = _encode_prompts(
+                self.judged, tokenizer, data.max_length, data.template, overlong=data.overlong
+            )
+            self._say(console, len(rows), sum(token_counts(rows)), overlong)
+            return rows
+        known = tokenizer_facts(tokenizer, data.template)
+        how = known and [*known, data.template, data.max_length, data.loss_on, data.overlong]
+        tensors, facts, cached = self._remembered("rows", how, lambda: self._encoded(tokenizer))
+        columns = Columns.of_tensors(tensors)
+        self._say(console, len(columns), sum(token_counts(columns)), facts["overlong"], " (cached)" if cached else "")
+        return columns
+
+    @cached_property
+    def _asked(self) -> Entry:
+        def ask() -> Made:
+            found = Questions.join(in_chunks(_ask, self.judged))
+            tensors = {"digests": torch.from_numpy(found.digests), "rows": torch.from_numpy(found.rows)}
+            return tensors, {"chat": not isinstance(self.judged[0][0].prompt, str)}
+
+        return self._remembered("questions", [], ask)
+
+    def _encoded(self, tokenizer: PreTrainedTokenizerBase) -> Made:
+        data, task = self.recipe.data, self.recipe.training.task
+        if task == "sft":
+            examples = [example for example, _ in self.judged]
+            how_to = (data.max_length, data.loss_on, data.template)
+            columns, overlong = encode_all(examples, tokenizer, *how_to, overlong=data.overlong)
+        else:
+            encode = encode_labelled if task == "kto" else encode_pairs
+            columns, overlong = encode(self.judged, tokenizer, data.max_length, data.template, overlong=data.overlong)
+        return columns.to_tensors(), {"overlong": overlong}
+
+    def _remembered(self, kind: str, how: list[Any] | None, make: Callable[[], Made]) -> Entry:
+        """What the cache has of these rows, else what `make` gives.
+
+        Args:
+            kind: of the cache's kinds.
+            how: all that decides it besides the rows, None where that cannot be told.
+            make: gives tensors and facts.
+        """
+        key = None if how is None or self._file is None else self._key(kind, self._file, how)
+        if key is not None and (found := store.load(kind, key)) is not None:
+            return *found, True
+        if self._file is None and how is not None:  # the rows themselves are the key, once they are read
+            content = content_of("", [example.row for example, _ in self.judged])
+            key = None if content is None else self._key(kind, content, how)
+            if key is not None and (found := store.load(kind, key)) is not None:
+                return *found, True
+        made = make()
+        if key is not None and self._file == content_of(self.source.source, None):  # as it was when it was read
+            store.store(kind, key, *made)
+            store.trim()
+        return *made, False
+
+    def _key(self, kind: str, content: str, how: list[Any]) -> str:
+        data, limit = self.recipe.data, self.source.limit
+        return key_of(
+            kind=kind,
+            content=content,
+            how=how,
+            read=[
+                self.recipe.training.task,
+                data.prompt,
+                data.completion,
+                self.source.split,
+                self.source.config,
+                limit,
+            ],
+        )
+
+    def _say(self, console: Console, count: int, tokens: int, overlong: int, cached: str = "") -> None:
+        data = self.recipe.data
+        how = "cut off at" if data.overlong == "cut" else "left out as longer than"
+        note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
+        what = f"{count:,} {_CALLED[self.recipe.training.task]}, {tokens:,} tokens"
+        console.print(f"data      {self.source.source}: {what}{note}{cached}", highlight=False)
+
+
+def _ask(judged: Sequence[tuple[Example, Any]]) -> Questions:
+    return Questions.of([questions(example.prompt) for example, _ in judged])
 
 
 def _encode_prompts(
     judged: Judged, tokenizer: PreTrainedTokenizerBase, max_length: int, template: str, *, overlong: str
 ) -> tuple[Rows, int]:
-    rows: Rows = []
+    rows: list[dict[str, Any]] = []
     for example, row in judged:
         ids = prompt_ids(example, tokenizer, template)
         if len(ids) <= max_length:
@@ -97,10 +206,4 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str
     return prompt_ids(Example(prompt), tokenizer, template)
 
 
-# How the rows of tasks besides SFT become tokens, and what they are called.
-_ENCODERS: dict[str, tuple[Any, str]] = {
-    "dpo": (encode_pairs, "pairs"),
-    "reward": (encode_pairs, "pairs"),
-    "kto": (encode_labelled, "labelled answers"),
-    "grpo": (_encode_prompts, "prompts"),
-}
+_CALLED = {"sft": "examples", "dpo": "pairs", "reward": "pairs", "kto": "labelled answers", "grpo": "prompts"}

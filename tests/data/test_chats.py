@@ -89,4 +89,4 @@ def test_a_turn_without_an_end_token_is_refused(tokenizer: PreTrainedTokenizerFa
 def test_many_at_once_are_what_each_is_alone(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = [{"messages": TURNS}, {"prompt": "ask", "completion": "say"}, {"text": "all"}, {"messages": TURNS[:3]}]
     examples = [to_examples([row], "prompt", "completion")[0] for row in rows]
-    assert encode_all(examples, tokenizer, 1000)[0] == [encode(example, tokenizer, 1000) for example in examples]
+    assert list(encode_all(examples, tokenizer, 1000)[0]) == [encode(example, tokenizer, 1000) for example in examples]

@@ -71,7 +71,7 @@ def test_an_example_that_does_not_fit_is_refused_or_dropped_but_never_cut(tokeni
         encode(EXAMPLE, tokenizer, 8)
     short = Example("a", "b")
     encoded, dropped = encode_all([EXAMPLE, short], tokenizer, 8, overlong="drop")
-    assert (encoded, dropped) == ([encode(short, tokenizer, 8)], 1)
+    assert (list(encoded), dropped) == ([encode(short, tokenizer, 8)], 1)
     with pytest.raises(SvdtuneError, match="no example is left: all 1 are longer than max_length = 8"):
         encode_all([EXAMPLE], tokenizer, 8, overlong="drop")
 
@@ -113,7 +113,8 @@ def test_cutting_ends_an_example_without_an_end_token(tokenizer: PreTrainedToken
     assert cut == 1
     assert encoded[0] == {key: values[:7] for key, values in whole.items()}
     assert encoded[1] == encode(Example("a", "b"), tokenizer, 7)
-    assert encode_all([EXAMPLE, Example("a", "b")], tokenizer, 5, overlong="cut") == ([encoded[1]], 1)
+    left, cut = encode_all([EXAMPLE, Example("a", "b")], tokenizer, 5, overlong="cut")
+    assert (list(left), cut) == ([encoded[1]], 1)
 
 
 def test_prompts_of_the_papers_by_name(tokenizer: PreTrainedTokenizerFast) -> None:

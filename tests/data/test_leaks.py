@@ -2,7 +2,7 @@
 
 import pytest
 
-from svdtune.data.leaks import leaks, normalise, refuse_leaks
+from svdtune.data.leaks import Questions, leaks, normalise, refuse_leaks
 from svdtune.errors import SvdtuneError
 
 
@@ -25,11 +25,18 @@ def test_same_question(one: str, other: str, same: bool) -> None:
 
 
 def test_rows_are_named_with_the_first_training_row() -> None:
-    assert leaks(["a b", "c"], ["x", "C!", "c", "c"]) == [(1, 1)]
-    refuse_leaks(["a"], ["b"], "svamp", "train.json")
+    def asked(*texts: str | list[str]) -> Questions:
+        return Questions.of(texts)
+
+    assert leaks(asked("a b", "c"), asked("x", "C!", "c", "c")) == [(1, 1)]
+    # of several questions of one row, and behind rows of another part
+    assert leaks(asked("c"), Questions.join([asked("x", ["y", "z"]), asked(["b", "c"])])) == [(0, 2)]
+    assert leaks(asked(["b", "c"]).first(), asked("c")) == []
+    assert leaks(asked("a"), asked()) == leaks(asked(), asked("a")) == []
+    refuse_leaks(asked("a"), asked("b"), "svamp", "train.json")
     with pytest.raises(
         SvdtuneError, match=r"6 of the 7 questions of svamp are also in t\.json.*: row 2 \(training row 1\)"
     ) as e:
-        refuse_leaks(["b", *"aaaaaa"], ["A."], "svamp", "t.json")
+        refuse_leaks(asked("b", *"aaaaaa"), asked("A."), "svamp", "t.json")
     assert "row 6 (training row 1) and 1 more. Take them out" in str(e.value)
     assert "data.allow_leaks: [svamp]" in str(e.value)

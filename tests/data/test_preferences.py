@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from svdtune.data import encode
 from svdtune.data.examples import Example
-from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, tokens_of
+from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, token_counts
 from svdtune.errors import SvdtuneError
 
 USER, GOOD, BAD = (
@@ -50,7 +50,7 @@ def test_chats_of_every_form_are_the_same_pair(row: dict[str, Any], chat_tokeniz
         "chosen_ids": "Hello<|end|>",
         "rejected_ids": "Go<|end|>",
     }
-    assert tokens_of(pair) == sum(map(len, pair.values()))
+    assert token_counts([pair]) == [sum(map(len, pair.values()))]
 
 
 def test_text_is_encoded_as_sft_encodes_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from svdtune.data.catalogue import CATALOGUE, DataSet, Rows
-from svdtune.data.leaks import leaks
+from svdtune.data.leaks import Questions, leaks
 from svdtune.lab.data import e2e
 
 _LLM_ADAPTERS = "git clone https://github.com/AGI-Edgerunners/LLM-Adapters (math_data.json: at 816657208a)"
@@ -28,8 +28,8 @@ def _heldout(dataset: DataSet) -> Rows:
 def _unseen(dataset: DataSet) -> Rows:
     """The held-out rows whose question is not in the training file in other punctuation either."""
     rows = _heldout(dataset)
-    trained = [row["instruction"] for row in CATALOGUE["sara_math"].read("train") or []]
-    leaked = {at for at, _ in leaks([row["instruction"] for row in rows], trained)}
+    trained = Questions.of([row["instruction"] for row in CATALOGUE["sara_math"].read("train") or []])
+    leaked = {at for at, _ in leaks(Questions.of([row["instruction"] for row in rows]), trained)}
     return [row for at, row in enumerate(rows) if at not in leaked]
 
 
@@ -62,8 +62,8 @@ def _mixed(names: Sequence[str]) -> Rows:
     """The training rows of several sets that none of their test sets asks, shuffled the same way
     every time."""
     rows = [row for name in names for row in CATALOGUE[name].read("train") or []]
-    tested = [row["instruction"] for name in names for row in CATALOGUE[name].read("test") or []]
-    leaked = {at for at, _ in leaks([row["instruction"] for row in rows], tested)}
+    tested = Questions.of([row["instruction"] for name in names for row in CATALOGUE[name].read("test") or []])
+    leaked = {at for at, _ in leaks(Questions.of([row["instruction"] for row in rows]), tested)}
     rows = [row for at, row in enumerate(rows) if at not in leaked]
     random.Random(0).shuffle(rows)  # noqa: S311  an order, not a key
     return rows

@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 
 from svdtune.data import read_rows
 from svdtune.data.examples import fields_of
-from svdtune.data.leaks import leaks
+from svdtune.data.leaks import Questions, leaks
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
 from svdtune.evaluation.questions import BatchedEngine, ask, decoding_of, output_folder, prepare, sets_to_ask
@@ -149,7 +149,7 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
     kept, out = [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
     asked = fields_of(prompt)
     texts = [[json.dumps([row.get(name) for name in asked], sort_keys=True) for row in part] for part in (kept, out)]
-    leaked = {at for at, _ in leaks(texts[1], texts[0])}
+    leaked = {at for at, _ in leaks(Questions.of(texts[1]), Questions.of(texts[0]))}
     out = [row for at, row in enumerate(out) if at not in leaked]
     if not out or not kept:
         raise SvdtuneError(
