@@ -30,6 +30,7 @@ from svdtune.system import last_resort
 # In the order of use, which is the order in the help.
 _OWN = (
     "demo",
+    "new",
     "plan",
     "init",
     "data",

@@ -1,0 +1,49 @@
+"""`svdtune new`: a model and a file become a recipe."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def new(
+    model: Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, or smollm2-135m.")],
+    data: Annotated[str, typer.Argument(help="File (.jsonl, .json, .csv, .parquet, .txt) or hub name.")],
+    output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    method: Annotated[str, typer.Option(help="sorsa, sara, mosara, lora, any PEFT method, or full.")] = "sorsa",
+    task: Annotated[str | None, typer.Option(help="sft, dpo, kto or reward; told by the columns.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Column of the prompt, or a text with {columns}.")] = None,
+    completion: Annotated[str | None, typer.Option(help="Column of the answer, likewise.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
+) -> None:
+    """Look at data, and write a recipe for it.
+
+    It says what the rows are, how long they are, shows one with what is trained on, and reads no
+    weight. `svdtune train` takes the recipe.
+
+    Examples:
+
+    svdtune new smollm2-135m chats.jsonl
+
+    svdtune new smollm2-135m questions.csv --prompt question --completion answer --method sara
+    """
+    from rich.console import Console
+
+    from svdtune.errors import SvdtuneError
+    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.training.draft import draft
+
+    if output.exists() and not overwrite:
+        raise SvdtuneError(f"{output} is there already; name another --output, or give --overwrite")
+    console = Console(stderr=True)
+    made = draft(model, data, method=method, task=task, prompt=prompt, completion=completion, console=console)
+    typer.echo(f"format    {made.format}")
+    typer.echo(f"rows      {made.rows:,}, {made.tokens:,} tokens, the longest {made.longest:,}")
+    counts = [f"{count:,} at {length:,}" for length, count in sorted(made.overlong.items()) if count]
+    typer.echo(f"overlong  {', '.join(counts) or 'none at 128 tokens'} (rows left out at that data.max_length)")
+    with explain_write_errors(output):
+        replace_text(output, made.text)
+    typer.echo(f"written   {output}; train it with: svdtune train {output}")

@@ -1,0 +1,203 @@
+"""A first recipe for a user's own data: what the rows are, how long they are, and settings that fit
+them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from svdtune._version import __version__
+from svdtune.data import read_rows
+from svdtune.data.preferences import token_counts
+from svdtune.errors import SvdtuneError
+from svdtune.models import load_tokenizer
+from svdtune.models.loading import locate
+from svdtune.training.preview import show_example, show_judged
+from svdtune.training.recipe import Recipe, check_recipe
+from svdtune.training.task_rows import TaskRows
+
+# Where docs/guide.md says to start a search, for an adapter of rank 32 or so on a small model.
+RATES = {"sara": "1e-2", "mosara": "3e-2", "sorsa": "1e-4", "full": "1e-4"}
+_OTHER_RATE = "1e-3"  # LoRA's and its relatives'
+_GENTLER = 0.1  # of the rate, for tasks that move a model a little from a reference
+_NO_RANK = ("full", "mosara")
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
+_ROWS_A_STEP = 32
+_ANY_LENGTH = 10**9
+# By the columns that tell them; SFT is what is left.
+_TASKS = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
+# How a format is told to the user, by the columns that tell it.
+_FORMATS = {
+    ("chosen", "rejected"): "preferences: the answer that is chosen, and the one that is rejected",
+    ("completion", "label"): "labelled answers",
+    ("messages",): "chats (messages); every turn of the assistant's is trained on",
+    ("conversations",): "chats (ShareGPT's conversations); every turn of the assistant's is trained on",
+    ("instruction", "output"): "Alpaca's instruction, input and output",
+    ("prompt", "completion"): "prompts and completions",
+    ("text",): "plain text, all of which is trained on",
+}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe for some data, and what was seen of the data.
+
+    Attributes:
+        text: the recipe, YAML with comments.
+        recipe: the same, checked.
+        format: what the rows are, in words.
+        rows: how many there are.
+        tokens: of all rows.
+        longest: tokens of the longest row.
+        overlong: by length in tokens, how many rows are longer.
+    """
+
+    text: str
+    recipe: Recipe
+    format: str
+    rows: int
+    tokens: int
+    longest: int
+    overlong: dict[int, int]
+
+
+def draft(
+    model: str,
+    data: str,
+    *,
+    method: str = "sorsa",
+    task: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
+    console: Console,
+) -> Draft:
+    """Look at rows, and write a recipe for them.
+
+    Args:
+        model: hub name, local folder, .gguf file, or smollm2-135m; its tokenizer and configuration
+            are read, no weight.
+        data: as `data.train` of a recipe.
+        method: as `method.name` of a recipe.
+        task: as `training.task`; by default told by the columns.
+        prompt: field of the prompt, or a text with fields in braces, where the columns are those of
+            no format.
+        completion: likewise.
+        console: where the first example is shown.
+
+    Raises:
+        SvdtuneError: the rows are of no format that is known, an option is not one, or the model
+            has no tokenizer.
+    """
+    columns = sorted({name for row in read_rows(data, limit=100) for name in row})
+    task = task or next((name for name, told in _TASKS.items() if {*told} <= {*columns}), "sft")
+    found = _format_of(columns, prompt, completion)
+    tokenizer = load_tokenizer(model)
+    settings = _settings(model, data, method, task, _template(tokenizer, columns, prompt), prompt, completion)
+    seen = check_recipe(settings | {"data": settings["data"] | {"max_length": _ANY_LENGTH}}, "the recipe")
+    rows = TaskRows(seen, seen.data.train).encode(tokenizer, Console(quiet=True))
+    lengths = token_counts(rows)
+    (show_example if task == "sft" else show_judged)(console, rows[0], tokenizer)
+    settings["data"]["max_length"] = longest = _length_for(lengths, _context(model))
+    settings["training"] |= _amount(len(rows))
+    if longest < max(lengths):
+        settings["data"]["overlong"] = "drop"
+    text = _written(settings, lengths)
+    overlong = {length: sum(one > length for one in lengths) for length in (*_LENGTHS, longest)}
+    return Draft(text, check_recipe(settings), found, len(rows), sum(lengths), max(lengths), overlong)
+
+
+def _format_of(columns: Sequence[str], prompt: str | None, completion: str | None) -> str:
+    if prompt is not None:
+        return f"rows with {prompt} and {completion or 'completion'}"
+    for told, words in _FORMATS.items():
+        if {*told} <= {*columns}:
+            return words
+    raise SvdtuneError(
+        f"the columns {', '.join(columns)} are those of no format (messages, conversations, prompt and completion, "
+        "instruction and output, text, chosen and rejected, completion and label). Say which hold what is asked and "
+        "answered: --prompt question --completion answer, or texts with fields in braces"
+    )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], prompt: str | None) -> str:
+    """The chat template where the tokenizer has one, and the rows ask something."""
+    asks = prompt is not None or not {"text"} & {*columns} or {"prompt", "instruction"} & {*columns}
+    return "chat" if asks and tokenizer.chat_template else "plain"
+
+
+def _settings(
+    model: str, data: str, method: str, task: str, template: str, prompt: str | None, completion: str | None
+) -> dict[str, Any]:
+    rate = RATES.get(method, _OTHER_RATE)
+    if task != "sft":
+        rate = f"{float(rate) * _GENTLER:.0e}".replace("e-0", "e-")
+    fields = {"prompt": prompt, "completion": completion}
+    return {
+        "model": {"name": model},
+        "method": {"name": method} | ({} if method in _NO_RANK else {"r": 32}),
+        "data": {"train": data, "template": template} | {name: value for name, value in fields.items() if value},
+        "training": {"task": task, "learning_rate": float(rate)},
+        "output": {"dir": "runs/new"},
+    }
+
+
+def _context(model: str) -> int | None:
+    """How many tokens a model can see, None where that is not said."""
+    path = locate(model)
+    if str(path).endswith(".gguf"):
+        return None
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    found: int | None = getattr(config, "max_position_embeddings", None)
+    return found
+
+
+def _length_for(lengths: Sequence[int], context: int | None) -> int:
+    """The least usual length that holds every row, else the context, at most 8,192 tokens."""
+    most = min(context or _LENGTHS[-1], _LENGTHS[-1])
+    return next((length for length in _LENGTHS if max(lengths) <= length <= most), most)
+
+
+def _amount(rows: int) -> dict[str, Any]:
+    """Batches and epochs for so many rows: steps of 32 rows, fewer where an epoch has few steps."""
+    batch_size = min(8, rows)
+    accumulation = max(1, min(_ROWS_A_STEP, rows // 10) // batch_size)
+    return {"batch_size": batch_size, "gradient_accumulation": accumulation, "epochs": 3 if rows < 10_000 else 1}
+
+
+def _written(settings: dict[str, Any], lengths: Sequence[int]) -> str:
+    """The settings as YAML that says what they are for."""
+    model, method, data, training = (settings[name] for name in ("model", "method", "data", "training"))
+    rank = f"\n  r: {method['r']}" if "r" in method else ""
+    fields = "".join(f"\n  {name}: {json.dumps(data[name])}" for name in ("prompt", "completion") if name in data)
+    overlong = data.get("overlong", "error")
+    gpu = torch.cuda.is_available()
+    return f"""\
+# Written by svdtune {__version__} for {len(lengths):,} rows of {sum(lengths):,} tokens, the longest of {max(lengths):,}.
+# Every setting can be changed for one run: svdtune train FILE --method.r 64
+model:
+  name: {json.dumps(model["name"])}
+  dtype: {"bfloat16" if gpu else "float32"}
+
+method:
+  name: {method["name"]}  # sara, mosara, sorsa, lora, or any other PEFT method; full trains everything{rank}
+
+data:
+  train: {json.dumps(data["train"])}{fields}
+  template: {data["template"]}  # plain, chat (the tokenizer's), or a text with {{prompt}}
+  max_length: {data["max_length"]}
+  overlong: {overlong}  # rows that are longer: error, drop or cut
+
+training:
+  task: {training["task"]}
+  learning_rate: {training["learning_rate"]:g}  # the setting that matters most: try three times more and less
+  epochs: {training["epochs"]}
+  batch_size: {training["batch_size"]}
+  gradient_accumulation: {training["gradient_accumulation"]}  # an optimizer step sees batch_size times this many rows
+  schedule: cosine
+  warmup: 0.03  # of all steps
+  precision: {"bf16" if gpu else "fp32"}
+"""

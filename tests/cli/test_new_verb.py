@@ -1,0 +1,130 @@
+"""`svdtune new`: rows of every format become a recipe that trains."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from svdtune.cli import app
+from svdtune.training.recipe import load_recipe
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+ASKED, SAID = {"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}
+ROWS: dict[str, dict[str, Any]] = {
+    "chats (messages)": {"messages": [ASKED, SAID]},
+    "chats (ShareGPT": {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
+    "Alpaca": {"instruction": "Add.", "input": "2 2", "output": "4"},
+    "prompts and completions": {"prompt": "2 + 2", "completion": "4"},
+    "plain text": {"text": "four is two and two"},
+    "preferences": {"prompt": "2 + 2", "chosen": "4", "rejected": "5"},
+    "labelled": {"prompt": "2 + 2", "completion": "4", "label": True},
+}
+
+
+def new(*words: str) -> Result:
+    return CliRunner().invoke(app, ["new", *words])
+
+
+def write(folder: Path, rows: list[dict[str, Any]]) -> str:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_every_format_is_told_and_its_recipe_trains(format: str, tiny_folder: Path, tmp_path: Path) -> None:
+    rows = [ROWS[format]] * 4 if format != "labelled" else [{**ROWS[format], "label": at % 2 == 0} for at in range(4)]
+    model = str(tiny_folder)
+    if format.startswith("chats"):
+        model = str(with_template(tmp_path, tiny_folder))
+    found = new(model, write(tmp_path, rows), "--method", "lora")
+    assert found.exit_code == 0, found.output
+    assert f"format    {format}" in found.stdout
+    assert "rows      4, " in found.stdout
+    assert "▶" in found.stderr
+    recipe = load_recipe("recipe.yaml")
+    assert recipe.training.task == {"preferences": "dpo", "labelled": "kto"}.get(format, "sft")
+    assert recipe.data.template == ("chat" if format.startswith("chats") else "plain")
+    trained = CliRunner().invoke(app, ["train", "recipe.yaml", "--training.epochs", "1", "--method.r", "2"])
+    assert trained.exit_code == 0, trained.output
+    assert "trained 1 steps" in trained.stdout
+
+
+def with_template(folder: Path, model: Path) -> Path:
+    """The model with a chat template."""
+    own = folder / "with-template"
+    own.mkdir()
+    for file in model.iterdir():
+        (own / file.name).symlink_to(file)
+    (own / "chat_template.jinja").write_text(TEMPLATE)
+    return own
+
+
+def test_columns_of_no_format_are_named_and_can_be_said(tiny_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path, [{"question": "2 + 2", "result": "4"}])
+    found = new(str(tiny_folder), data)
+    assert found.exit_code == 2
+    assert "the columns question, result are those of no format" in found.stderr
+    assert "--prompt question --completion answer" in found.stderr
+    found = new(str(tiny_folder), data, "--prompt", "Q: {question}", "--completion", "result", "--method", "sara")
+    assert found.exit_code == 0, found.output
+    assert "Q: 2 + 2" in found.stderr
+    recipe = load_recipe("recipe.yaml")
+    assert (recipe.data.prompt, recipe.data.completion, recipe.method.name) == ("Q: {question}", "result", "sara")
+
+
+@pytest.mark.parametrize(
+    ("longest", "length", "overlong"), [(20, 128, "error"), (200, 256, "error"), (700, 512, "drop")]
+)
+def test_the_length_holds_all_rows_or_what_the_context_does(
+    longest: int, length: int, overlong: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    found = new(str(tiny_folder), write(tmp_path, [{"text": "a" * size} for size in (9, longest)]))
+    assert found.exit_code == 0, found.output
+    data = load_recipe("recipe.yaml").data
+    assert (data.max_length, data.overlong) == (length, overlong)
+    assert f"the longest {longest + 1:,}" in found.stdout
+    assert ("1 at 128" in found.stdout) == (longest > 128)
+
+
+@pytest.mark.parametrize(("rows", "batch", "accumulation"), [(3, 3, 1), (100, 8, 1), (1000, 8, 4)])
+def test_steps_fit_the_number_of_rows(
+    rows: int, batch: int, accumulation: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    assert new(str(tiny_folder), write(tmp_path, [{"text": "abc"}] * rows)).exit_code == 0
+    training = load_recipe("recipe.yaml").training
+    assert (training.batch_size, training.gradient_accumulation, training.epochs) == (batch, accumulation, 3)
+
+
+def test_a_recipe_is_replaced_when_asked_to(tiny_folder: Path, tmp_path: Path) -> None:
+    Path("recipe.yaml").write_text("mine")
+    words = [str(tiny_folder), write(tmp_path, [{"text": "abc"}])]
+    found = new(*words)
+    assert found.exit_code == 2
+    assert "recipe.yaml is there already; name another --output, or give --overwrite" in found.stderr
+    assert Path("recipe.yaml").read_text() == "mine"
+    assert new(*words, "--overwrite").exit_code == 0
+    assert load_recipe("recipe.yaml").data.train.source == words[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "sorsaa"], "did you mean sorsa"),
+        (["--task", "sftt"], "training.task"),
+        (["--task", "dpo"], "chosen"),
+        (["--output", "no/folder/recipe.yaml"], "no/folder"),
+    ],
+)
+def test_what_cannot_be_is_one_message(words: list[str], message: str, tiny_folder: Path, tmp_path: Path) -> None:
+    found = new(str(tiny_folder), write(tmp_path, [{"text": "abc"}]), *words)
+    assert found.exit_code == 2
+    assert message in found.stderr
+    assert not Path("recipe.yaml").exists()
