@@ -20,8 +20,13 @@ from svdtune.training.movement import side_by_side
 KEPT = 32
 
 
-def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
+def after(run: Opened, progress: bool | None = None, k: int | None = None) -> dict[str, Any]:
     """Compare every layer whose change is a matrix with the base model's own weight.
+
+    Args:
+        run: the finished run.
+        progress: show a bar; None: where it takes long.
+        k: compare a sample of so many leading singular triplets; by default all of them.
 
     Returns:
         {"layers": {name: {…}}} with what `svdtune.training.movement.Movement` holds, and
@@ -35,7 +40,7 @@ def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
     with tqdm(total=len(run.matrices), desc="svdtune changes", unit="layer", delay=1.0, disable=disable) as bar:
 
         def compared(layer: Observed) -> dict[str, Any]:
-            found = _compared(run, layer)
+            found = _compared(run, layer, k)
             bar.update()
             return found
 
@@ -43,9 +48,9 @@ def after(run: Opened, progress: bool | None = None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _compared(run: Opened, layer: Observed) -> dict[str, Any]:
+def _compared(run: Opened, layer: Observed, k: int | None) -> dict[str, Any]:
     base, weight = run.start(layer), layer.weight()
-    start = compared_factors(base)
+    start = compared_factors(base, k)
     delta, values = _delta(layer, base, weight, float(start.s[0]))
     trained = layer.trained_pair()
     condition = math.inf if trained is None else condition_number(product_values(*trained))
@@ -53,7 +58,7 @@ def _compared(run: Opened, layer: Observed) -> dict[str, Any]:
     return {
         "out": base.shape[0],
         "in": base.shape[1],
-        **deviation(start, compared_factors(weight))._asdict(),
+        **deviation(start, compared_factors(weight, k))._asdict(),
         "relative_change": change / norm if norm else 0.0,
         "condition": condition if math.isfinite(condition) else None,
         "orthonormality": layer.orthonormality(),

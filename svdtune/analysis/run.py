@@ -46,6 +46,7 @@ def analyze(
     modules: Sequence[str] | None = None,
     data: Sequence[str] | None = None,
     items: int = 8,
+    k: int | None = None,
 ) -> RunAnalysis:
     """Compute spectra and ranks, the trained change, and routing of a finished run, and write them
     into RUN/analysis, where the report finds them.
@@ -56,24 +57,30 @@ def analyze(
             default.
         data: what Mo-SARA's router is asked; the run's own held-out data by default.
         items: so many items of each data set for the router.
+        k: compare a sample of so many leading singular triplets of each layer; by default all of
+            them, as the paper has it.
 
     Raises:
         SvdtuneError: there is no finished run, no layer of these names, or no such data.
     """
     if items < 1:
         raise SvdtuneError(f"items is {items}; expected at least 1 item of each data set for the router")
+    if k is not None and k < 1:
+        raise SvdtuneError(f"k is {k}; expected at least 1 singular triplet, or none for all")
     with held(Path(run), "analyze") if Path(run, RECIPE).is_file() else nullcontext():
-        return _analyze(run, modules, data, items)
+        return _analyze(run, modules, data, items, k)
 
 
-def _analyze(run: str | Path, modules: Sequence[str] | None, data: Sequence[str] | None, items: int) -> RunAnalysis:
+def _analyze(
+    run: str | Path, modules: Sequence[str] | None, data: Sequence[str] | None, items: int, k: int | None
+) -> RunAnalysis:
     opened = open_run(run, modules)
     assert opened.source.run is not None
     folder = opened.source.run / ANALYSIS
     found: dict[str, Any] = {"before": before(opened)}
     _write(folder / "before.json", found["before"])
     if opened.matrices:
-        found["after"] = after(opened)
+        found["after"] = after(opened, k=k)
         _write(folder / "after.json", found["after"])
     if len(opened.matrices) < len(opened.layers):
         try:

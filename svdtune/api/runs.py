@@ -167,6 +167,7 @@ def analyze(
     modules: Sequence[str] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     items: int = 8,
+    k: int | None = None,
 ) -> "RunAnalysis":
     """Find out what happened in a finished run: spectra and ranks, the trained change, and routing,
     written into RUN/analysis, where `report` finds them.
@@ -177,6 +178,8 @@ def analyze(
             default.
         data: what Mo-SARA's router is asked; the run's own held-out data by default.
         items: so many items of each data set for the router.
+        k: compare a sample of so many leading singular triplets of each layer; by default all of
+            them, as SORSA's Eq. 7–10 have it.
 
     Returns:
         `folder`; `before`, spectra and ranks; `after`, by layer the relative change, ΔΣ, ΔD, the
@@ -188,7 +191,7 @@ def analyze(
     from svdtune.analysis import analyze as find_out
 
     given = [data] if isinstance(data, str | Path) else data or ()
-    return find_out(run, modules=modules, data=[str(each) for each in given] or None, items=items)
+    return find_out(run, modules=modules, data=[str(each) for each in given] or None, items=items, k=k)
 
 
 def report(

@@ -21,6 +21,12 @@ def analyze(
         list[str] | None,
         typer.Option(help="What Mo-SARA's router is asked, as in evaluate; the run's own by default. Repeatable."),
     ] = None,
+    k: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Compare a sample of so many leading singular triplets; all by default, as SORSA has it."
+        ),
+    ] = None,
     items: Annotated[int, typer.Option(min=1, help="So many items of each data set for the router.")] = 8,
 ) -> None:
     """Compute spectra and ranks, the trained change, and routing of finished runs.
@@ -35,12 +41,14 @@ def analyze(
 
     svdtune analyze runs/sara runs/lora --modules q_proj --modules v_proj
 
+    svdtune analyze runs/sorsa --k 64
+
     svdtune analyze runs/mosara --data sara_math --items 4
     """
     from svdtune.api.runs import analyze as find_out
 
     for run in runs:
-        typer.echo("\n".join(_lines(find_out(run, modules=modules, data=data, items=items))))
+        typer.echo("\n".join(_lines(find_out(run, modules=modules, data=data, items=items, k=k))))
 
 
 def _lines(found: "RunAnalysis") -> Iterator[str]:

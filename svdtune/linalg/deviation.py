@@ -16,10 +16,8 @@ from torch import Tensor
 from svdtune.linalg.factors import Factors, top_factors
 from svdtune.linalg.matrix import largest_entry
 
-# Up to this short side all singular vectors are compared, as the paper has it; beyond it the
-# leading ones.
-FULL = 1024
-LEADING = 64
+# Up to this short side a sample is cut out of the whole decomposition.
+_WHOLE = 1024
 # The subspace whose angle is measured has at most so many dimensions, and at least half as many.
 SUBSPACE = 16
 
@@ -47,16 +45,18 @@ def compared_factors(weight: Tensor, k: int | None = None) -> Factors:
     """The singular triplets of a weight [out, in] that a deviation compares, in fp32 on the CPU.
 
     Args:
-        weight: on any device.
-        k: how many leading ones; by default all min(out, in) of them (the papers' k) where that is
-            at most 1024, else 64.
+        weight: on any device; all of its triplets are found on the CPU, as the paper has it.
+        k: how many leading ones, a sample where it is less than min(out, in); by default all of
+            them, the paper's k. The sample of a side above 1024 is found on the weight's device. It
+            says less than the paper's ΔD: a change of low rank turns the vectors of small values
+            most.
 
     Raises:
         SvdtuneError: `weight` is not a finite matrix.
     """
     n = min(weight.shape, default=0)
-    k = min(k or (n if n <= FULL else LEADING), n)
-    if n > FULL:
+    k = min(k or n, n)
+    if k < n and n > _WHOLE:
         return Factors(*(factor.cpu() for factor in top_factors(weight, k)))
     largest_entry(weight)
     U, s, Vh = torch.linalg.svd(weight.detach().cpu().float(), full_matrices=False)

@@ -53,9 +53,13 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
         SvdtuneError: naming the first of them, and what the model has that is near.
     """
     targets = _as_given(getattr(config, "target_modules", None))
-    if not isinstance(targets, list):
-        return
-    chosen = any(getattr(config, key, None) for key in ("layers_to_transform", "exclude_modules"))
+    if isinstance(targets, list):
+        chosen = any(getattr(config, key, None) for key in ("layers_to_transform", "exclude_modules"))
+        check_names(model, targets, chosen)
+
+
+def check_names(model: nn.Module, targets: list[str], chosen: bool = False) -> None:
+    """As `check_targets`, for the names alone; `chosen` where another setting picks layers."""
     everything = [name for name, _ in model.named_modules() if name]
     for target in targets:
         matched = [name for name in everything if name == target or name.endswith(f".{target}")]

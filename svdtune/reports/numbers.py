@@ -137,6 +137,14 @@ def _during(data: dict[str, Any]) -> Iterator[Numbers]:
         for name, found in sampled
     ]
     yield from _lines("delta", "ΔD against ΔΣ (SORSA, Figure 2)", "ΔΣ", "ΔD", paths)
+    for name, found in sampled:
+        by_layer = [zip(*found["values"][measure], strict=True) for measure in ("delta_sigma", "delta_d")]
+        paths = [
+            _line(layer, list(zip(sigma, turn, strict=True)))
+            for layer, sigma, turn in zip(found["layers"], *by_layer, strict=True)
+        ]
+        title = f"{name}: ΔD against ΔΣ of each layer (SORSA, Figure 2)"
+        yield from _lines(f"delta-layers-{name}", title, "ΔΣ", "ΔD", paths)
 
 
 def _after(data: dict[str, Any]) -> Iterator[Numbers]:

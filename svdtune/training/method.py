@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods import registration
-from svdtune.methods.injection import check_targets, inject
+from svdtune.methods.injection import check_names, check_targets, inject
 from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
 from svdtune.registry import lab_note
 from svdtune.training.problems import Problem, type_error, unknown
 
 FULL = "full"
+TARGETS = "target_modules"  # the one setting of full fine-tuning: the layers that are trained
 _ANY_STEPS = 10**9  # while a run's length is not known
 
 
@@ -33,8 +34,13 @@ def method_names() -> list[str]:
 def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
     """Yield everything that is wrong with a method's settings."""
     if name == FULL:
-        for option in options:
-            yield Problem(f"method.{option}", "full fine-tuning has no settings of its own")
+        for option, value in options.items():
+            if option != TARGETS:
+                yield Problem(f"method.{option}", f"full fine-tuning has no setting but {TARGETS}")
+            elif not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+                yield Problem(
+                    f"method.{option}", f"expected a list of module names, such as [q_proj, v_proj]; got {value!r}"
+                )
         return
     cls = config_class(name)
     if cls is None:
@@ -88,7 +94,8 @@ def with_steps(name: str, options: dict[str, Any], steps: int) -> dict[str, Any]
 
 
 def adapt(model: PreTrainedModel, name: str, options: dict[str, Any], task: str = "sft") -> PreTrainedModel | PeftModel:
-    """Put the method's adapter on the model; `full` trains the model itself.
+    """Put the method's adapter on the model; `full` trains the model itself, or the layers that its
+    `target_modules` name (SORSA, Appendix B.1).
 
     Args:
         model: the base model.
@@ -100,10 +107,21 @@ def adapt(model: PreTrainedModel, name: str, options: dict[str, Any], task: str 
         SvdtuneError: if no module is adapted, or a target name matches only some of its like.
     """
     if name == FULL:
-        return model.requires_grad_(True)
+        return _trained(model, options.get(TARGETS))
     config = build_config(name, options, task)
     check_targets(model, config)
     return inject(model, config)
+
+
+def _trained(model: PreTrainedModel, targets: list[str] | None) -> PreTrainedModel:
+    if targets is None:
+        return model.requires_grad_(True)
+    check_names(model, targets)
+    model.requires_grad_(False)
+    for name, module in model.named_modules():
+        if any(name == target or name.endswith(f".{target}") for target in targets):
+            module.requires_grad_(True)
+    return model
 
 
 def config_class(name: str) -> type[PeftConfig] | None:

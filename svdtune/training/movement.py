@@ -21,7 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
-from svdtune.linalg.deviation import FULL, compared_factors, condition_number, deviation, product_values
+from svdtune.linalg.deviation import compared_factors, condition_number, deviation, product_values
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed, Pair, observed_layers
 from svdtune.spectra import matrix_shape
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 DURING = "analysis/during.jsonl"
+# Up to this short side an SVD gains nothing from a second core.
+_ONE_CORE = 1024
 # Layers in work at once, each with a copy of its weight.
 _WORKERS = 8
 
@@ -74,18 +76,19 @@ class SampleMovement(TrainerCallback):
     """Samples at `samples` evenly spread steps, the start and the end among them, on the training
     thread.
 
-    A sample costs one SVD on the CPU for each layer whose short side is at most 1024 (576×576: 0.07
-    s on one core), and for larger ones the leading triplets, found on the weight's device. k(out +
-    in) fp32 numbers a layer wait in the host's memory, and under full fine-tuning its first weight.
-    A sample between start and end is left out where sampling has taken more than `max_share` of the
-    run's time, so a run never gets slower than that by much.
+    A sample costs one whole SVD of each layer on the CPU (576×576: 0.07 s on one core), or with `k`
+    the leading triplets of layers above 1024, found on the weight's device. k(out + in) fp32
+    numbers a layer wait in the host's memory, and under full fine-tuning its first weight. A sample
+    between start and end is left out where sampling has taken more than `max_share` of the run's
+    time, so a run never gets slower than that by much.
 
     Args:
         model: with its adapter, before the first step and before a checkpoint is loaded into it.
         folder: the run folder.
         samples: how many samples.
         modules: name patterns of the layers to look at ("*.q_proj"); all adapted ones by default.
-        k: how many singular triplets are compared; see `compared_factors`.
+        k: how many leading singular triplets are compared; all by default, as the paper has it; see
+            `compared_factors`.
         max_share: of the run's time; None for no limit.
 
     Raises:
@@ -148,7 +151,7 @@ def side_by_side(compute: Callable[[Observed], Found], layers: Sequence[Observed
     """compute(layer) of each layer, by name: small ones on a core each, since their SVDs gain
     nothing from more."""
     threads = torch.get_num_threads()
-    small = [layer for layer in layers if min(matrix_shape(layer.module)) <= FULL]
+    small = [layer for layer in layers if min(matrix_shape(layer.module)) <= _ONE_CORE]
     found: dict[str, Found] = {}
     if threads > 1 and len(small) > 1:
         torch.set_num_threads(1)

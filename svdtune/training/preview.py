@@ -24,7 +24,8 @@ def show_adapted(console: Console, found: Sites) -> None:
     if found:
         console.print(f"adapted   {len(found)} modules: {kinds}")
     else:
-        what = "the whole model is trained" if found.config is None else "virtual tokens are trained"
+        whole = "the whole model is trained" if trained == total else "some of the model's own weights are trained"
+        what = whole if found.config is None else "virtual tokens are trained"
         console.print(f"adapted   none: {what}")
     console.print(f"trained   {trained:,} of {total:,} parameters ({trained / total:.3%})", highlight=False)
 

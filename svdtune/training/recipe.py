@@ -177,7 +177,7 @@ class Analysis(Section):
     samples: int = Field(20, ge=2, description="How many, spread evenly, the start and the end among them.")
     modules: list[str] | None = Field(None, description="Names or patterns of the layers; null: all adapted ones.")
     k: int | None = Field(
-        None, ge=1, description="Singular triplets compared; null: all up to 1024, else the leading 64."
+        None, ge=1, description="A sample of so many leading singular triplets; null: all, as the paper has it."
     )
     max_share: float | None = Field(0.1, gt=0, description="Of the run's time, beyond which samples are left out.")
 

@@ -91,6 +91,23 @@ def test_leading_triplets_of_a_large_weight() -> None:
     assert found.U.shape == (1100, 3)
 
 
+def test_all_triplets_of_a_wide_weight_are_compared_and_a_sample_says_less() -> None:
+    torch.manual_seed(0)
+    # σ_i = 10/i: the first values lie far apart, the others crowd as those of real weights do
+    U, V = (torch.linalg.qr(torch.randn(1040, 1040)).Q for _ in range(2))
+    first = U * (10 / torch.arange(1, 1041)) @ V.mT
+    second = first + 1e-4 * torch.randn(1040, 8) @ torch.randn(8, 1040)
+    U0, _, V0 = torch.linalg.svd(first, full_matrices=False)
+    Ut, _, Vt = torch.linalg.svd(second, full_matrices=False)
+    turned = 1 - float(((Ut * U0).sum(0).abs() + (Vt * V0).sum(1).abs()).mean()) / 2  # Eq. 8-10
+    found = deviation(compared_factors(first), compared_factors(second))
+    assert found.k == 1040
+    assert found.delta_d == pytest.approx(turned, abs=1e-3)
+    sampled = deviation(compared_factors(first, 64), compared_factors(second, 64))
+    assert sampled.k == 64
+    assert (found.delta_d, sampled.delta_d) == pytest.approx((0.81, 0.01), abs=0.01)
+
+
 def test_values_of_a_product_without_forming_it() -> None:
     A, B = torch.randn(30, 5), torch.randn(20, 5)
     expected = torch.linalg.svdvals((B @ A.mT).double())[:5]

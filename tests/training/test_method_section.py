@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from svdtune.checkpoint import open_checkpoint
 from svdtune.errors import SvdtuneError
+from svdtune.lab.study.counting import count as study_count
 from svdtune.methods.injection import by_kind
+from svdtune.methods.layers.matrices import trained_layers
 from svdtune.methods.sites import count, sites
 from svdtune.models import load
 from svdtune.training.method import adapt
@@ -39,12 +42,28 @@ def test_full_fine_tuning_trains_everything(tiny_folder: Path) -> None:
     assert trained == total
 
 
+def test_full_fine_tuning_of_some_layers_leaves_the_others_alone(tiny_folder: Path) -> None:
+    model = put(tiny_folder, "full", target_modules=["q_proj", "v_proj"])
+    trained = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    kinds = by_kind([name.removesuffix(".weight") for name in trained])
+    assert kinds == {"self_attn.q_proj": 2, "self_attn.v_proj": 2}
+    assert count(model).trained == sum(model.get_parameter(name).numel() for name in trained)
+    assert [layer.name for layer in trained_layers(model)] == [
+        name.removesuffix(".weight") for name, _ in model.named_parameters() if name in trained
+    ]
+    method = {"name": "full", "target_modules": ["q_proj", "v_proj"]}
+    assert study_count(open_checkpoint(tiny_folder), method) == count(model).trained
+    with pytest.raises(SvdtuneError, match="no module is named 'wq'"):
+        put(tiny_folder, "full", target_modules=["wq"])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "shown"),
     [
         ("sorsa", {"r": 2, "target_modules": ["q_proj"]}, "adapted   2 modules: self_attn.q_proj ×2"),
         ("prompt_tuning", {"num_virtual_tokens": 3}, "adapted   none: virtual tokens are trained"),
         ("full", {}, "adapted   none: the whole model is trained"),
+        ("full", {"target_modules": ["q_proj"]}, "adapted   none: some of the model's own weights are trained"),
     ],
 )
 def test_what_is_shown_before_training(tiny_folder: Path, name: str, options: Any, shown: str) -> None:

@@ -74,7 +74,7 @@ def test_every_row_of_the_tables_that_peft_can_train_has_a_recipe() -> None:
     models = ("llama2-7b", "rwkv6-7b", "mistral-7b", "gemma-7b")
     methods = ("lora", "pissa", "adalora", "sorsa", "full")
     table_1 = {f"{model}-{task}-{m}" for model in models for m in methods for task in ("math", "code")}
-    analysis = {f"llama2-7b-analysis-{m}" for m in ("lora", "sorsa", "sorsa-without-regularizer")}
+    analysis = {f"llama2-7b-analysis-{m}" for m in ("full", "lora", "sorsa", "sorsa-without-regularizer")}
     assert names("sorsa") == (table_1 - {"rwkv6-7b-math-full", "rwkv6-7b-code-full"}) | analysis
 
 

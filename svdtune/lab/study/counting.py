@@ -8,10 +8,10 @@ from peft import PeftConfig
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.methods.injection import check_targets
+from svdtune.methods.injection import check_names, check_targets
 from svdtune.methods.sites import Sites, sites
 from svdtune.models.loading import locate
-from svdtune.training.method import FULL, build_config
+from svdtune.training.method import FULL, TARGETS, build_config
 
 
 @lru_cache(maxsize=4)
@@ -45,6 +45,14 @@ def sites_of(checkpoint: Checkpoint, method: Mapping[str, Any]) -> Sites:
 
 def count(checkpoint: Checkpoint, method: Mapping[str, Any]) -> int:
     """Parameters that a method section trains on a model; errors as in `sites_of`."""
+    targets = method.get(TARGETS)
+    if method["name"] == FULL and targets:
+        check_names(checkpoint.model, targets)
+        return sum(
+            tensor.numel()
+            for name, tensor in checkpoint.model.named_parameters()
+            if any(f".{target}." in f".{name}" for target in targets)
+        )
     return sites_of(checkpoint, method).count.trained
 
 

@@ -120,17 +120,19 @@ def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda nam
 def trained_layers(model: nn.Module) -> list[Observed]:
     """The layers of a model that are trained, in its order.
 
-    Under an adapter those that carry it, without embeddings; without one all linear layers but the
-    output head.
+    Under an adapter those that carry it, without embeddings; without one the linear layers but the
+    output head, of them those that are not frozen where a part is.
     """
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     get_head: Any = getattr(model, "get_output_embeddings", None)
     head = None if adapted or get_head is None else get_head()
-    return [
+    found = [
         Observed(re.sub(r"^base_model\.model\.", "", name), module)
         for name, module in model.named_modules()
         if (_carries(module) if adapted else _is_linear(module) and module is not head)
     ]
+    unfrozen = [layer for layer in found if any(tensor.requires_grad for tensor in layer.module.parameters())]
+    return found if adapted else unfrozen or found
 
 
 def _carries(module: nn.Module) -> bool:
