@@ -263,35 +263,59 @@ def export_lora(
     output: str | Path,
     *,
     rank: int | None = None,
+    error: float | None = None,
     uniform: bool = False,
     base: str | Path | None = None,
+    start: str | Path | None = None,
 ) -> "LoraReport":
-    """Write a SARA, Mo-SARA or SORSA adapter as the LoRA that does the same, which PEFT, vLLM and
-    llama.cpp load without svdtune.
+    """Write an adapter as the LoRA that does the same, which PEFT, vLLM and llama.cpp load without
+    svdtune; or the difference of two models.
 
     SARA gives a LoRA of its own ranks, SORSA one of twice its rank, Mo-SARA with one head one of
-    its own, all without loss.
+    its own, LoRA itself, all without loss unless they are cut. A PiSSA or OLoRA adapter less its
+    `start` gives one of twice its rank for the model from before. A fully tuned model is cut.
 
     Args:
-        source: a run or adapter folder.
+        source: a run or adapter folder, of SARA, Mo-SARA, SORSA or LoRA; or a tuned model.
         output: folder to create.
         rank: cut every layer to this rank, and state the error. None: no loss.
+        error: cut every layer to the smallest rank with ‖ΔW_lora − ΔW‖ <= error · ‖ΔW‖ (Frobenius).
         uniform: pad all layers to one rank, as llama.cpp needs.
-        base: a model; given, the logits of both adapters on it are compared.
+        base: a model; given, the logits of both adapters on it are compared. For a tuned model, the
+            one that it was tuned from (a run's own by default); with `start`, the untouched one.
+        start: the adapter as `svdtune.start` wrote it, where it took its start off the weights.
 
     Returns:
         `output`; `ranks` by layer; `errors`, ‖ΔW_lora − ΔW‖ / ‖ΔW‖ (Frobenius) of the layers that
         were cut; `notes` on tools that would not take it; `difference` of the logits (`relative`,
-        `effect`), None without `base`.
+        `effect`), None without `base` or where there is no adapter to compare.
 
     Raises:
         SvdtuneError: there is no adapter, it is damaged, another method's or has several heads, or
             `output` exists or cannot be written.
     """
-    from svdtune.export.lora import export_source
+    from svdtune.export import Source
+    from svdtune.export.lora import Cut, export_source
+    from svdtune.export.lora import export_lora as write
+    from svdtune.methods.files.integrity import ADAPTER_CONFIG
 
+    cut, name = Cut(rank, error), None if base is None else str(base)
+    begun = None if start is None else Path(start)
+    folder = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if folder is not None and (folder / ADAPTER_CONFIG).is_file() and (name is None or begun is not None):
+        # the base that the adapter itself names need not be there
+        base_named = None if name is None else Source(name, folder)
+        return write(folder, Path(output), cut=cut, uniform=uniform, base=base_named, start=begun)
     found = source_of("export_lora", source, instead="Save the adapter first: model.save_pretrained(folder)")
-    return export_source(found, Path(output), rank=rank, uniform=uniform, base=None if base is None else str(base))
+    if found.adapter is None and (name or found.recipe):
+        from svdtune.checkpoint import open_checkpoint
+        from svdtune.export.difference import export_difference
+        from svdtune.models.loading import locate
+
+        before = name or (found.recipe.model.name if found.recipe else "")
+        tuned, untuned = (open_checkpoint(locate(each)) for each in (found.base, before))
+        return export_difference(tuned, untuned, Path(output), cut, uniform=uniform)
+    return export_source(found, Path(output), cut=cut, uniform=uniform, base=name, start=begun)
 
 
 def combine(
@@ -299,17 +323,18 @@ def combine(
     output: str | Path,
     *,
     rank: int | None = None,
+    error: float | None = None,
     uniform: bool = False,
 ) -> "LoraReport":
     """Write a weighted sum of adapters on one base model, Σ w ΔW, as one LoRA. The methods may
-    differ.
+    differ, LoRA among them.
 
     Exact by stacking: a layer's rank is the sum of the adapters' ranks there.
 
     Args:
         weights: run or adapter folder → its weight, which may be negative.
         output: folder to create.
-        rank, uniform: as for `export_lora`.
+        rank, error, uniform: as for `export_lora`.
 
     Returns:
         As `export_lora`.
@@ -318,6 +343,7 @@ def combine(
         SvdtuneError: as `export_lora`; also where one adapter is named twice, or the adapters were
             made from different bases or train whole modules or biases.
     """
+    from svdtune.export.lora import Cut
     from svdtune.export.lora import combine as write
 
     if not isinstance(weights, Mapping):
@@ -325,4 +351,4 @@ def combine(
             f"combine takes the weight of each folder, such as {{'runs/a': 0.7, 'runs/b': 0.3}}; got a "
             f"{type(weights).__name__}"
         )
-    return write(weights, Path(output), rank=rank, uniform=uniform)
+    return write(weights, Path(output), cut=Cut(rank, error), uniform=uniform)

@@ -16,6 +16,9 @@ def combine(
     ],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     rank: Annotated[int | None, typer.Option(help="Cut to this rank and state the error. Default: no loss.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Cut every layer to the smallest rank within this relative error.")
+    ] = None,
     uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
 ) -> None:
     """Write the weighted sum of adapters on one base model as one LoRA.
@@ -38,7 +41,7 @@ def combine(
         if name in weights:
             raise SvdtuneError(f"{name} is named twice; give it one weight")
         weights[name] = weight
-    typer.echo(summary(write(weights, output, rank=rank, uniform=uniform)))
+    typer.echo(summary(write(weights, output, rank=rank, error=error, uniform=uniform)))
 
 
 def weight_of(given: str) -> tuple[str, float]:

@@ -20,27 +20,37 @@ class ExportFormat(StrEnum):
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder.")],
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder, or a tuned model.")],
     output: Annotated[Path, typer.Option(help="Folder to create.")],
     to: Annotated[ExportFormat, typer.Option(help="The format.")] = ExportFormat.LORA,
     rank: Annotated[int | None, typer.Option(help="Cut to this rank and state the error. Default: no loss.")] = None,
+    error: Annotated[
+        float | None, typer.Option(help="Cut every layer to the smallest rank within this relative error.")
+    ] = None,
     uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
     base: Annotated[
         str | None, typer.Option(help="Base model; given, the outputs of both adapters are compared.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option(help="The adapter before training, of PiSSA or OLoRA: a LoRA for --base itself.")
     ] = None,
 ) -> None:
     """Write an adapter as LoRA, which PEFT, vLLM and llama.cpp load without svdtune.
 
     SARA gives a LoRA of its own ranks, SORSA one of twice its rank, Mo-SARA with one head one of
-    its own, all without loss. Mo-SARA with several heads depends on the token and is no LoRA.
+    its own, all without loss. Mo-SARA with several heads depends on the token and is no LoRA. A
+    stock LoRA can be cut, to a rank or to an error; a fully tuned model becomes a LoRA on --base.
 
     \b
     svdtune export runs/sorsa --to lora --output lora
     svdtune export my-adapter --to lora --output lora --rank 64 --base my-model
+    svdtune export my-lora --output smaller --error 1e-2
+    svdtune export tuned-model --base my-model --output lora --rank 16
+    svdtune export trained --start start/adapter --base my-model --output lora
     """
     from svdtune.api.adapters import export_lora
 
-    report = export_lora(source, output, rank=rank, uniform=uniform, base=base)
+    report = export_lora(source, output, rank=rank, error=error, uniform=uniform, base=base, start=start)
     typer.echo(summary(report))
     if report.difference is not None:
         relative, effect = report.difference

@@ -12,31 +12,62 @@ compact=True alone: what its file leaves out follows from the base's weights.
 
 import dataclasses
 import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from svdtune.errors import SvdtuneError
+from svdtune.export.change import SavedChange, read_change, since
 from svdtune.export.comparison import probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
 from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, find_source, open_source
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter
-from svdtune.methods.files.card import TITLES, front, ranks_in_words
+from svdtune.methods.files.card import front, ranks_in_words
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
-from svdtune.methods.layers.slices import whole_pairs
+from svdtune.methods.injection import method_name
 from svdtune.system import check_new_folder, new_folder
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How far every layer is cut: to the best approximation of ΔW that there is.
+
+    Attributes:
+        rank: to at most this rank. None: not by a rank.
+        error: to the smallest rank with ‖ΔW_lora − ΔW‖_F <= error · ‖ΔW‖_F. None: not by an error.
+
+    Raises:
+        SvdtuneError: both are given, or a value outside its range.
+    """
+
+    rank: int | None = None
+    error: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.error is not None:
+            raise SvdtuneError("rank and error each say how far to cut; give one of them")
+        if self.rank is not None and self.rank < 1:
+            raise SvdtuneError(f"the rank to export to must be at least 1; got {self.rank}")
+        if self.error is not None and not 0 < self.error < 1:
+            raise SvdtuneError(f"the error allowed to each layer must lie between 0 and 1; got {self.error}")
+
+    def rank_of(self, values: Tensor) -> int:
+        """The rank for a ΔW with these singular values, descending [n]; at least 1."""
+        if self.error is None:
+            return len(values) if self.rank is None else min(self.rank, len(values))
+        # what is left beyond each rank, summed from the smallest on
+        rest = values.double().square().flip(0).cumsum(0).flip(0).sqrt()
+        return max(1, int((rest > self.error * rest[0]).sum()))
 
 
 class LogitDifference(NamedTuple):
@@ -75,25 +106,27 @@ def export_source(
     source: Source,
     output: Path,
     *,
-    rank: int | None = None,
+    cut: Cut = Cut(),
     uniform: bool = False,
     base: str | None = None,
+    start: Path | None = None,
 ) -> LoraReport:
     """Write the adapter of a run, or one in a folder, as a LoRA adapter.
 
     Args:
         source: a run or an adapter.
         output: folder to create.
-        rank, uniform: as for `export_lora`.
-        base: a model; given, the outputs of both adapters on it are compared.
+        cut, uniform, start: as for `export_lora`.
+        base: a model; given, the outputs of both adapters on it are compared. With `start` it is
+            the untouched model, which the LoRA is then for.
 
     Raises:
         SvdtuneError: there is no adapter, or as `export_lora`.
     """
     adapter = adapter_of(source, "export")
     opened = source if base is None else dataclasses.replace(source, base=base)
-    report = export_lora(adapter, output, rank=rank, uniform=uniform, base=opened)
-    if base is None:
+    report = export_lora(adapter, output, cut=cut, uniform=uniform, base=opened, start=start)
+    if base is None or start is not None:
         return report
     return dataclasses.replace(report, difference=compare(base, adapter, report.output))
 
@@ -102,48 +135,57 @@ def export_lora(
     adapter: Path,
     output: Path,
     *,
-    rank: int | None = None,
+    cut: Cut = Cut(),
     uniform: bool = False,
     base: Source | None = None,
+    start: Path | None = None,
 ) -> LoraReport:
     """Write the adapter in a folder as a LoRA adapter.
 
     Args:
-        adapter: folder of a saved SARA, Mo-SARA or SORSA adapter.
+        adapter: folder of a saved SARA, Mo-SARA, SORSA or LoRA adapter.
         output: folder to create.
-        rank: cut every layer to this rank, the best approximation of ΔW there is, and state the
-            error. None: no loss.
+        cut: how far every layer is cut; its error is stated. By default nothing is lost.
         uniform: pad every layer with zeros to the largest rank, for llama.cpp, which knows one
             alpha for all layers.
         base: for a compact adapter, how to open its base model; as its configuration says if None.
+        start: the adapter as it was before training, where that was taken off the base's weights
+            (PiSSA, OLoRA). The LoRA is then for the untouched model.
 
     Raises:
         SvdtuneError: the adapter is damaged or another method's, has several heads, or `output`
             cannot be written.
     """
     check_new_folder(output.expanduser())
-    saved = _read_whole(adapter, base)
-    return _write(saved.config, _pairs(saved), saved.others, output, rank, uniform)
+    change = read_change(adapter, base)
+    if start is not None:
+        if base is None or base.base == change.config.base_model_name_or_path:
+            raise SvdtuneError(
+                "an adapter less its start is for the model from before the start was taken off; name that model as base"
+            )
+        change = since(change, read_change(start))
+        change.config.base_model_name_or_path = base.base
+    return write_lora(change, output, cut, uniform)
 
 
 def combine(
     weights: Mapping[str, float] | Mapping[Path, float] | Mapping[str | Path, float],
     output: Path,
     *,
-    rank: int | None = None,
+    cut: Cut = Cut(),
     uniform: bool = False,
 ) -> LoraReport:
     """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of
     the methods alone can be.
 
-    Exact by stacking, so the rank of a layer is the sum of the adapters' ranks there; or cut to
-    `rank`, stating the error. The methods may differ; a layer that an adapter leaves alone counts
+    Exact by stacking, so the rank of a layer is the sum of the adapters' ranks there; or cut,
+    stating the error. The methods may differ; a layer that an adapter leaves alone counts
     as zero.
 
     Args:
         weights: folder of each run or adapter → its weight, which may be negative.
         output: folder to create.
-        rank, uniform: as for `export_lora`.
+        cut, uniform: as for `export_lora`.
 
     Raises:
         SvdtuneError: as `export_lora`; also where one adapter is named twice, or the adapters were
@@ -160,106 +202,97 @@ def combine(
         folders[folder] = weight
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     bases: dict[str, str] = {}
-    kernels: dict[str, dict[str, Any]] = {}
+    kernels: dict[str, Mapping[str, Any]] = {}
     for folder, weight in folders.items():
-        saved = _read_whole(folder)
+        saved = read_change(folder)
         if saved.others:
             raise SvdtuneError(
                 f"the adapter {folder} also trains {min(saved.others)}, which has no weighted sum; combine adapters without "
                 "modules_to_save and biases"
             )
-        for layer, mark in saved.config.base_fingerprint.items():
+        for layer, mark in getattr(saved.config, "base_fingerprint", {}).items():
             if bases.setdefault(layer, mark) != mark:
                 raise SvdtuneError(f"the adapter {folder} was made from another base model: layer {layer!r} differs")
-        for layer, (A, B) in _pairs(saved).items():
+        for layer, (A, B) in saved.pairs.items():
             pairs.setdefault(layer, []).append((A, weight * B))
-        kernels |= saved.config.kernels
+        kernels |= saved.kernels
     stacked = {
         layer: (torch.cat([A for A, _ in parts], 1), torch.cat([B for _, B in parts], 1))
         for layer, parts in pairs.items()
     }
-    everything: dict[str, Any] = {
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "exclude_modules": None,
-        "dropout": 0.0,
-    }
-    config = dataclasses.replace(saved.config, target_modules=sorted(stacked), kernels=kernels, **everything)
-    return _write(config, stacked, {}, output, rank, uniform)
+    everything: dict[str, Any] = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None}
+    everything["dropout" if isinstance(saved.config, SvdConfig) else "lora_dropout"] = 0.0
+    everything["target_modules"] = sorted(stacked)
+    config = dataclasses.replace(saved.config, **everything)
+    return write_lora(SavedChange(config, stacked, kernels, {}), output, cut, uniform)
 
 
-def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
-    """An adapter with its frozen tensors; those of a compact one are recomputed, by loading it onto
-    its base model."""
-    saved = read_adapter(adapter)
-    if not saved.config.compact or not layer_class(saved.config).frozen:
-        return saved
-    model: Any = open_source(base or find_source(adapter)).model
-    model.peft_config["default"].compact = False
-    with tempfile.TemporaryDirectory() as work:
-        model.save_pretrained(work)
-        return read_adapter(work)
-
-
-def _pairs(saved: SavedAdapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """The pair of each module of the base model; the slices of a fused one are put together."""
-    method = layer_class(saved.config)
-    pairs = {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}
-    return whole_pairs(saved.config.slices, pairs)
-
-
-def _write(
-    adapter: SvdConfig,
-    pairs: dict[str, tuple[Tensor, Tensor]],
-    others: dict[str, Tensor],
+def write_lora(
+    change: SavedChange,
     output: Path,
-    rank: int | None,
+    cut: Cut,
     uniform: bool,
+    *,
+    errors: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
 ) -> LoraReport:
-    """Write pairs as a LoRA adapter, cut or padded as asked for."""
+    """Write a change of the weights as a LoRA adapter, cut or padded as asked for.
+
+    Args:
+        change: what to write.
+        output: folder to create.
+        cut, uniform: as for `export_lora`.
+        errors: by layer, what was lost before.
+        notes: what to tell of it.
+
+    Raises:
+        SvdtuneError: a layer cannot be a LoRA's, holds NaN, or `output` cannot be written.
+    """
     output = output.expanduser()
-    if rank is not None and rank < 1:
-        raise SvdtuneError(f"the rank to export to must be at least 1; got {rank}")
-    check_kernels(adapter.kernels)
+    pairs = dict(change.pairs)
+    check_kernels(change.kernels)
     for layer, pair in pairs.items():
         if not all(torch.isfinite(part).all() for part in pair):
             raise SvdtuneError(f"the adapter is broken: its change of layer {layer!r} holds NaN or infinity")
-    errors = {}
-    if rank is not None:
+    lost = dict(errors or {})
+    if cut != Cut():
         for layer, pair in pairs.items():
-            if pair[0].shape[1] > rank:
-                A, B, errors[layer] = truncated(*pair, rank)
+            A, B, error = truncated(*pair, cut)
+            if A.shape[1] < pair[0].shape[1]:
                 pairs[layer] = A, B
+                lost[layer] = error
     ranks = {layer: A.shape[1] for layer, (A, _) in pairs.items()}
     if uniform:
         most = max(ranks.values())
         room = {layer: (0, most - rank) for layer, rank in ranks.items()}
         pairs = {layer: (F.pad(A, room[layer]), F.pad(B, room[layer])) for layer, (A, B) in pairs.items()}
         ranks = dict.fromkeys(ranks, most)
-    tensors = dict(others)
+    tensors = dict(change.others)
     for layer, (A, B) in pairs.items():
-        kernel = adapter.kernels.get(layer)
+        kernel = change.kernels.get(layer)
         down, up = (A.mT.contiguous(), B.contiguous()) if kernel is None else as_lora(A, B, kernel)
         tensors[f"base_model.model.{layer}.lora_A.weight"] = down
         tensors[f"base_model.model.{layer}.lora_B.weight"] = up
         ranks[layer] = len(down)
-    config = lora_config(adapter, ranks)
+    config = lora_config(change.config, ranks)
     with new_folder(output) as work:
         config.save_pretrained(str(work))
         save_file(tensors, work / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-        (work / "README.md").write_text(_card(adapter, ranks, errors), encoding="utf-8")
-    return LoraReport(output, ranks, errors, notes_for_servers(config, ranks))
+        (work / "README.md").write_text(_card(change, ranks, lost), encoding="utf-8")
+    return LoraReport(output, ranks, lost, [*notes, *notes_for_servers(config, ranks)])
 
 
-def truncated(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The pair of rank `rank` nearest to B Aᵀ, and its relative error in the Frobenius norm.
+def truncated(A: Tensor, B: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float]:
+    """The pair nearest to B Aᵀ of the rank that a cut asks for, and its relative error in the
+    Frobenius norm.
 
     From an SVD of R_B R_Aᵀ [w, w] in float64, where A = Q_A R_A and B = Q_B R_B; B Aᵀ itself is
     never formed.
     """
     QA, RA = torch.linalg.qr(A.double())
     QB, RB = torch.linalg.qr(B.double())
-    U, s, Vh = torch.linalg.svd(RB @ RA.mT)
+    U, s, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
+    rank = cut.rank_of(s)
     root = s[:rank].sqrt()
     norm = float(s.norm())
     error = float(s[rank:].norm()) / norm if norm else 0.0
@@ -278,11 +311,12 @@ def compare(base: str, adapter: Path, lora: Path) -> LogitDifference:
     return LogitDifference(float((exported - adapted).norm()) / scale, float((alone - adapted).norm()) / scale)
 
 
-def lora_config(config: SvdConfig, ranks: dict[str, int]) -> LoraConfig:
+def lora_config(adapter: PeftConfig, ranks: dict[str, int]) -> LoraConfig:
     """The LoRA configuration: alpha = rank in every layer, so that nothing is scaled.
 
     `r` is the largest rank: vLLM sizes its buffers by it and scales all layers by alpha / r = 1.
     """
+    config: Any = adapter  # svdtune's and LoRA's agree in the fields that are taken over
     r = max(ranks.values())
     others = {f"^{re.escape(layer)}": rank for layer, rank in sorted(ranks.items()) if rank != r}
     targets = config.target_modules
@@ -297,7 +331,8 @@ def lora_config(config: SvdConfig, ranks: dict[str, int]) -> LoraConfig:
         lora_alpha=r,
         rank_pattern=others,
         alpha_pattern=dict(others),
-        lora_dropout=config.dropout,
+        lora_dropout=config.dropout if isinstance(config, SvdConfig) else config.lora_dropout,
+        fan_in_fan_out=getattr(config, "fan_in_fan_out", False),
         target_modules=sorted(targets),
         modules_to_save=config.modules_to_save,
         bias=cast(Any, "lora_only" if config.bias.endswith("_only") else config.bias),
@@ -321,15 +356,16 @@ def notes_for_servers(config: LoraConfig, ranks: dict[str, int]) -> list[str]:
     return notes
 
 
-def _card(config: SvdConfig, ranks: dict[str, int], errors: dict[str, float]) -> str:
+def _card(change: SavedChange, ranks: dict[str, int], errors: dict[str, float]) -> str:
     exact = "It gives the same outputs, up to rounding."
     if errors:
         worst = max(errors, key=errors.__getitem__)
         exact = f"Cut to a smaller rank: relative error of ΔW up to {errors[worst]:.2e} (`{worst}`)."
-    base = config.base_model_name_or_path
-    head = {"library_name": "peft", "tags": ["lora", "svdtune", config.method]} | ({"base_model": base} if base else {})
+    base = change.config.base_model_name_or_path
+    tags = list(dict.fromkeys(["lora", "svdtune", method_name(change.config)]))
+    head = {"library_name": "peft", "tags": tags} | ({"base_model": base} if base else {})
     body = f"""
-A {TITLES[config.method]} adapter, exported to LoRA of rank {ranks_in_words(ranks)} by svdtune. {exact}
+A {change.title} adapter, exported to LoRA of rank {ranks_in_words(ranks)} by svdtune. {exact}
 
 ```python
 from peft import PeftModel

@@ -74,7 +74,7 @@ class TestThePackage:
         rooms = {path.stem for path in Path(svdtune.__file__).parent.iterdir()}
         assert not rooms & set(svdtune.__all__)
 
-    @pytest.mark.parametrize("name", FUNCTIONS)
+    @pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {"fast_starts"}))  # a block without arguments
     def test_help_tells_of_every_argument(self, name: str) -> None:
         function = getattr(svdtune, name)
         text = inspect.getdoc(function)

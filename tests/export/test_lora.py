@@ -5,14 +5,14 @@ import copy
 import json
 
 import pytest
-import stock_peft
 import torch
-from peft import PeftModel, get_peft_model
+from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import new_process
+import stock_peft
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
-from svdtune.export.lora import VLLM_RANKS, combine, export_lora, truncated
+from svdtune.export.lora import VLLM_RANKS, Cut, combine, export_lora, truncated
 from tiny import tiny_gpt2, tiny_llama
 
 TOKENS = torch.arange(1, 25).view(2, 12)
@@ -120,7 +120,7 @@ def test_padding_to_one_rank_changes_nothing(tmp_path):
 def test_cutting_the_rank_states_its_error(tmp_path):
     model = trained(SorsaConfig(r=4))
     model.save_pretrained(tmp_path / "adapter")
-    report = export_lora(tmp_path / "adapter", tmp_path / "lora", rank=3)
+    report = export_lora(tmp_path / "adapter", tmp_path / "lora", cut=Cut(3))
     assert set(report.ranks.values()) == {3}
     tensors = load_file(tmp_path / "lora/adapter_model.safetensors")
     for layer, error in report.errors.items():
@@ -160,7 +160,7 @@ class TestCombining:
     def test_cut_to_a_rank(self, tmp_path):
         for name in ("first", "second"):
             self.saved(tmp_path / name, SaraConfig(r=3))
-        report = combine({tmp_path / "first": 1.0, tmp_path / "second": 1.0}, tmp_path / "lora", rank=4)
+        report = combine({tmp_path / "first": 1.0, tmp_path / "second": 1.0}, tmp_path / "lora", cut=Cut(4))
         assert set(report.ranks.values()) == {4}
         assert all(0 < error < 1 for error in report.errors.values())
 
@@ -195,11 +195,11 @@ class TestCombining:
 
 def test_a_rank_that_cuts_nothing_loses_nothing(tmp_path):
     trained(SaraConfig(r=3)).save_pretrained(tmp_path / "adapter")
-    assert not export_lora(tmp_path / "adapter", tmp_path / "lora", rank=3).errors
+    assert not export_lora(tmp_path / "adapter", tmp_path / "lora", cut=Cut(3)).errors
 
 
 def test_truncating_a_zero_pair():
-    A, B, error = truncated(torch.zeros(5, 4), torch.zeros(6, 4), 2)
+    A, B, error = truncated(torch.zeros(5, 4), torch.zeros(6, 4), Cut(2))
     assert (A.shape, B.shape, error) == ((5, 2), (6, 2), 0.0)
 
 
@@ -222,12 +222,13 @@ def test_other_folders_are_refused(tmp_path):
         export_lora(tmp_path / "none", tmp_path / "lora")
     trained(SaraConfig(r=3)).save_pretrained(tmp_path / "adapter")
     export_lora(tmp_path / "adapter", tmp_path / "lora")
-    with pytest.raises(SvdtuneError, match="adapter of type LORA; expected one of"):
-        export_lora(tmp_path / "lora", tmp_path / "again")
+    get_peft_model(model_of("llama"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "other")
+    with pytest.raises(SvdtuneError, match="adapter of type IA3; expected one of"):
+        export_lora(tmp_path / "other", tmp_path / "again")
     with pytest.raises(SvdtuneError, match="not empty"):
         export_lora(tmp_path / "adapter", tmp_path / "lora")
     with pytest.raises(SvdtuneError, match="at least 1; got 0"):
-        export_lora(tmp_path / "adapter", tmp_path / "again", rank=0)
+        export_lora(tmp_path / "adapter", tmp_path / "again", cut=Cut(0))
     (tmp_path / "adapter/adapter_model.safetensors").unlink()
     with pytest.raises(SvdtuneError, match=r"has no adapter_model\.safetensors"):
         export_lora(tmp_path / "adapter", tmp_path / "again")

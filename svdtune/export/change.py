@@ -1,0 +1,140 @@
+"""What a saved adapter adds to its base model: ΔW = B Aᵀ by module, for SARA, Mo-SARA, SORSA and
+stock LoRA."""
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from svdtune.checkpoint.tensors import read_shard
+from svdtune.errors import SvdtuneError
+from svdtune.export.source import Source, find_source, open_source
+from svdtune.methods.config import SvdConfig
+from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter, read_config
+from svdtune.methods.files.card import TITLES
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
+from svdtune.methods.layers.slices import whole_pairs
+
+LowRankPair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class SavedChange:
+    """An adapter's change of the weights.
+
+    Attributes:
+        config: of the adapter.
+        pairs: by module of the base model, A [in, w] and B [out, w] with ΔW = B Aᵀ.
+        kernels: of the convolutions among them, as in `SvdConfig.kernels`.
+        others: the rest of its file under its own names: biases and modules_to_save.
+    """
+
+    config: PeftConfig
+    pairs: dict[str, LowRankPair]
+    kernels: Mapping[str, Mapping[str, Any]]
+    others: dict[str, Tensor]
+
+    @property
+    def title(self) -> str:
+        """The method, for people."""
+        return TITLES[self.config.method] if isinstance(self.config, SvdConfig) else "LoRA"
+
+
+def read_change(folder: Path, base: Source | None = None) -> SavedChange:
+    """Read what the adapter in a folder adds.
+
+    Args:
+        folder: of a saved adapter.
+        base: for a compact adapter, how to open its base model; as its configuration says if None.
+
+    Raises:
+        SvdtuneError: it is damaged, another method's, has several heads, or is a LoRA that adds
+            more than B A.
+    """
+    config = read_config(folder)
+    if type(config) is LoraConfig:
+        return _of_lora(folder, config)
+    saved = _read_whole(folder, base)
+    method = layer_class(saved.config)
+    pairs = {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}
+    return SavedChange(saved.config, whole_pairs(saved.config.slices, pairs), saved.config.kernels, saved.others)
+
+
+def since(trained: SavedChange, started: SavedChange) -> SavedChange:
+    """What training changed of a LoRA that began with its start taken off the weights.
+
+    W = W_r + c B₀A₀ was the model; now it is W_r + c BA = W + c (BA − B₀A₀), a LoRA of rank 2r on
+    the untouched W.
+
+    Raises:
+        SvdtuneError: the two do not belong together.
+    """
+    shapes = [{name: [part.shape for part in pair] for name, pair in each.pairs.items()} for each in (trained, started)]
+    if differs := sorted(name for name in shapes[0] | shapes[1] if shapes[0].get(name) != shapes[1].get(name)):
+        raise SvdtuneError(
+            f"the adapter and the one that it started from differ in layer {differs[0]!r}; name the `adapter` folder that "
+            "svdtune.start wrote beside the residual it was trained on"
+        )
+    pairs = {
+        name: (torch.cat([A, started.pairs[name][0]], 1), torch.cat([B, -started.pairs[name][1]], 1))
+        for name, (A, B) in trained.pairs.items()
+    }
+    return dataclasses.replace(trained, pairs=pairs)
+
+
+def _of_lora(folder: Path, config: LoraConfig) -> SavedChange:
+    fields = dataclasses.fields(config)
+    variants = [field.name for field in fields if field.metadata.get("is_lora_variant") and getattr(config, field.name)]
+    if more := [
+        *variants,
+        *(name for name in ("target_parameters", "layer_replication") if getattr(config, name, None)),
+    ]:
+        raise SvdtuneError(f"the adapter {folder} has {more[0]}, so it adds something else than B A; merge it instead")
+    tensors = {name: stored.read() for name, stored in read_shard(folder, ADAPTER_WEIGHTS).tensors.items()}
+    pairs: dict[str, LowRankPair] = {}
+    kernels: dict[str, dict[str, Any]] = {}
+    others = {name: tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    for name in sorted(tensors.keys() - others.keys()):
+        layer, _, part = name.removeprefix(PEFT_ROOT).partition(".lora_")
+        if part == "B.weight":
+            continue
+        B = tensors.get(f"{PEFT_ROOT}{layer}.lora_B.weight")
+        if part != "A.weight" or B is None or B.shape[1] != len(tensors[name]):
+            raise SvdtuneError(
+                f"the adapter {folder} holds {name!r}, and only lora_A and lora_B of linear layers and ungrouped convolutions "
+                "can be exported; merge it instead"
+            )
+        A = tensors[name]
+        if A.ndim > 2:
+            kernels[layer] = {"shape": A.shape[1:], "groups": 1, "dilation": [1], "padding_mode": "zeros"}
+        pairs[layer] = A.flatten(1).mT.float(), B.flatten(1).float() * _scaling(config, layer, len(A))
+    if not pairs:
+        raise SvdtuneError(f"the adapter {folder} holds no lora_A; save it again with save_pretrained")
+    return SavedChange(config, pairs, kernels, others)
+
+
+def _scaling(config: LoraConfig, layer: str, r: int) -> float:
+    """What LoRA multiplies B A by in one layer."""
+    pattern = config.alpha_pattern or {}
+    alpha = pattern.get(get_pattern_key(list(pattern), layer), config.lora_alpha)
+    return float(alpha / r**0.5 if config.use_rslora else alpha / r)
+
+
+def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
+    """An adapter of svdtune's with its frozen tensors; those of a compact one are recomputed, by
+    loading it onto its base model."""
+    saved = read_adapter(adapter)
+    if not saved.config.compact or not layer_class(saved.config).frozen:
+        return saved
+    model: Any = open_source(base or find_source(adapter)).model
+    model.peft_config["default"].compact = False
+    with tempfile.TemporaryDirectory() as work:
+        model.save_pretrained(work)
+        return read_adapter(work)
