@@ -122,7 +122,8 @@ def evaluate(
         max_new_tokens: length limit of a completion.
         batch_size: completions generated together.
         engine: "transformers" or "vllm".
-        dtype, device: of the model; as the run says, and a GPU where there is one.
+        dtype, device: of the model; as the run's evaluation section says, else as it was trained,
+            and a GPU where there is one.
         output: folder for predictions and results; by default the run's own, or runs/evaluations.
         restart: drop earlier predictions there.
         on_progress: called with (completions done, completions in all), for each set.

@@ -93,7 +93,8 @@ def evaluate_source(
         decoding: fields of `Decoding`, None for those left to the run's recipe.
         batch_size: completions generated together.
         engine: one of `ENGINES`.
-        dtype, device: of the model; None as the run says, and a GPU where there is one.
+        dtype, device: of the model; None as the run's evaluation section says, else as the run was
+            trained, and a GPU where there is one.
         output: folder for predictions and results; None for the run's own.
         restart: drop earlier predictions there.
         watch: around the questions of one set.
@@ -103,6 +104,8 @@ def evaluate_source(
         SvdtuneError: a part is missing, a setting has no meaning, or a folder cannot be written.
     """
     recipe, run, adapter = (None, None, None) if isinstance(source, LoadedModel) else _facts(source)
+    if dtype is None and recipe is not None and recipe.evaluation is not None:
+        dtype = recipe.evaluation.dtype
     harness, _, tasks = (task or "").partition(":")
     if tasks and harness in HARNESSES:
         folder = output or output_folder(run, name, harness, tasks.replace(",", "-"))

@@ -156,6 +156,9 @@ class EvaluationSection(Section):
     beams: int = Field(1, ge=1, description="Beams of a beam search; 1 is greedy.")
     length_penalty: float = Field(1.0, description="Of a beam search.")
     no_repeat_ngram_size: int = Field(0, ge=0, description="No n-gram of this size twice; 0 for no such rule.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Of the base weights while they answer; null: model.dtype (in studies float32)."
+    )
 
     @field_validator("data")
     @classmethod
@@ -331,6 +334,11 @@ def _exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("training.epochs", "excludes training.max_steps; give one of them")
     if get("training", "eval_steps") is not None and get("data", "eval") is None:
         yield Problem("training.eval_steps", "needs data.eval, the rows to evaluate on")
+    if get("method", "name") == "adalora" and get("training", "label_smoothing"):
+        yield Problem(
+            "training.label_smoothing",
+            "takes the place of the model's own loss, and AdaLoRA's regularizer with it: leave it out",
+        )
     full_fp16 = get("method", "name") == "full" and get("model", "dtype") == "float16"
     if full_fp16 and get("training", "precision") == "fp16":
         yield Problem("training.precision", "fp16 cannot train weights stored in float16; set model.dtype to float32")

@@ -6,12 +6,25 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import Decoding, Grade, Interval, Item, Metric, Task, TransformersEngine, evaluate, get_task
+from svdtune.evaluation import (
+    Decoding,
+    Grade,
+    Interval,
+    Item,
+    Metric,
+    Task,
+    TransformersEngine,
+    evaluate,
+    get_task,
+    sets,
+)
+from svdtune.export.source import Source
 from svdtune.models import LoadedModel, load
 
 TEXTS = ["2+2=", "a longer question than the others?", "hi", "what is it", "one more"]
@@ -180,3 +193,22 @@ def test_graders_that_start_processes_run_side_by_side(
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
     task = Task("slow", "", strict=grade, in_processes=True)
     assert evaluate(loaded, make_items(loaded), task, tmp_path, max_new_tokens=2).accuracy == 1
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "bfloat16"), ("float32", "float32")])
+def test_the_dtype_of_a_runs_evaluation_section_is_used_unless_another_is_given(
+    given: str | None, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def opened(source: Source, engine: str, dtype: str | None, device: str | None) -> None:
+        asked.append(dtype)
+        raise SvdtuneError("enough")
+
+    monkeypatch.setattr(sets, "_opened", opened)
+    section = SimpleNamespace(dtype="bfloat16", beams=1, length_penalty=1.0, no_repeat_ngram_size=0)
+    recipe = SimpleNamespace(evaluation=section)
+    monkeypatch.setattr(sets, "sets_to_ask", lambda *_: [])
+    with pytest.raises(SvdtuneError, match="enough"):
+        sets.evaluate_source(Source("base", recipe=recipe), "base", dtype=given)
+    assert asked == [used]

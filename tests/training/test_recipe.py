@@ -66,6 +66,10 @@ def test_all_problems_come_at_once_each_with_path_and_nearest_name() -> None:
         ({"method": {"name": "lora", "r": "8"}}, "method.r: expected a valid integer; got '8'"),
         ({"method": {"name": "lora", "peft_type": "LORA"}}, "method.peft_type: unknown setting"),
         ({"method": {"name": "full", "r": 8}}, "method.r: full fine-tuning has no setting but target_modules"),
+        (
+            {"method": {"name": "adalora", "init_r": 6, "target_r": 4}, "training__label_smoothing": 0.1},
+            "training.label_smoothing: takes the place of the model's own loss, and AdaLoRA's regularizer with it",
+        ),
         ({"method": {"name": "full", "target_modules": "q_proj"}}, "expected a list of module names"),
         ({"method": {"name": "sara", "threshold": 1.5}}, "method: SaraConfig: `threshold` must lie in (0, 1]"),
         ({"method": "sara"}, "method: expected a section with settings of its own; got 'sara'"),

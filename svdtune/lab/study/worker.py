@@ -107,7 +107,7 @@ def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str
     found = Source(recipe.model.name, None, run, recipe) if job["untrained"] else find_source(run)
     loaded = open_source(found, **({"device": "cuda"} if torch.cuda.is_available() else {}))
     sets = [prepare(recipe, name) for name in sets_to_ask(recipe, None, None)]
-    engine = BatchedEngine(TransformersEngine(in_float32(loaded)), sets, job["eval_batch_size"])
+    engine = BatchedEngine(TransformersEngine(to_answer(loaded, recipe)), sets, job["eval_batch_size"])
     scores: dict[str, Evaluation] = {}
     for asked in sets:
         folder = output_folder(run, found.base, asked.rows.source, asked.form.task)
@@ -115,18 +115,19 @@ def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str
     return {name: scores_of(score) for name, score in scores.items()}
 
 
-def in_float32(loaded: LoadedModel) -> LoadedModel:
-    """The model in float32, its adapter merged into the weights where its method can be: as exact,
-    and faster.
+def to_answer(loaded: LoadedModel, recipe: Recipe) -> LoadedModel:
+    """The model in the dtype of the recipe's evaluation section, float32 where it names none, its
+    adapter merged into the weights where its method can be: as exact, and faster.
 
-    The weights become float32 first, so nothing that was trained is rounded.
+    The weights become float32 first, so nothing that was trained is rounded before it is merged.
     """
     model = loaded.model.float()
     if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
         # Methods that cannot be merged say so before they change a weight.
         with suppress(NotImplementedError, SvdtuneError):
             model = model.merge_and_unload()
-    return LoadedModel(model, loaded.tokenizer, loaded.name)
+    dtype = recipe.evaluation.dtype if recipe.evaluation is not None else None
+    return LoadedModel(model.to(getattr(torch, dtype or "float32")), loaded.tokenizer, loaded.name)
 
 
 def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
