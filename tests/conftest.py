@@ -1,6 +1,7 @@
 """What every test may use: a fixed seed, repeatable examples, a tiny model, the folder of real data
 sets if there is one."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -41,6 +42,14 @@ settings.register_profile(
 )
 settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=1000, derandomize=False)
 settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """Keep Python's collector from what was imported, a few million objects: Accelerate has it run
+    at the start of every training."""
+    gc.collect()
+    gc.freeze()
+
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

@@ -7,6 +7,7 @@ is kept, and only the sections that are named here are brought up to date.
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -104,11 +105,16 @@ def _load(folder: Path) -> ModelCard:
     if not path.is_file():
         return ModelCard(front({"library_name": "peft"}))
     card = ModelCard.load(path)
-    form = ModelCard.from_template(ModelCardData()).text.partition(_VERSIONS)[0].strip()
     text, mark, versions = card.text.partition(_VERSIONS)
-    if text.strip() == form:
+    if text.strip() == _empty_form():
         card.text = mark + versions
     return card
+
+
+@cache
+def _empty_form() -> str:
+    """What PEFT writes into a card that nothing is known for."""
+    return str(ModelCard.from_template(ModelCardData()).text).partition(_VERSIONS)[0].strip()
 
 
 def _table(config: "SvdConfig", weights: Path) -> str:
