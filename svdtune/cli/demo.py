@@ -252,8 +252,8 @@ def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, con
     from svdtune.evaluation import Decoding, evaluate, get_task, to_items
 
     data = recipe.data
-    assert data.eval is not None
-    examples = to_examples(read_rows(**data.eval.model_dump()), data.prompt)
+    held_out = data.eval[""]
+    examples = to_examples(read_rows(**held_out.model_dump()), data.prompt)
     items = to_items(examples, loaded.tokenizer, data.template, data.answer)
     with counting("evaluating", console) as on_progress:
         return evaluate(
@@ -264,7 +264,7 @@ def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, con
             max_new_tokens=size.max_new_tokens,
             batch_size=size.items,
             decoding=Decoding(stop_loops=True),
-            settings={"data": data.eval.model_dump(), "template": data.template},
+            settings={"data": held_out.model_dump(), "template": data.template},
             on_progress=on_progress,
         )
 

@@ -117,7 +117,8 @@ def held_out(
     """
     if limit is not None and limit < 1:
         raise SvdtuneError(f"limit is {limit}; expected at least 1 item")
-    own, section = recipe.data.eval if recipe else None, recipe.evaluation if recipe else None
+    sets, section = recipe.data.eval if recipe else {}, recipe.evaluation if recipe else None
+    own = next(iter(sets.values()), None)
     if (
         split is None
         and section is not None
@@ -137,6 +138,8 @@ def held_out(
         is_file = Path(data).suffix in _FILE_ENDINGS or Path(data).exists()
         default: dict[str, Any] = {} if is_file else {"split": CATALOGUE[data].test if data in CATALOGUE else "test"}
         return DataSource(source=data, **default | given)
+    if len(sets) > 1:
+        raise SvdtuneError(f"data.eval has several sets, {', '.join(sets)}: name one's source with --data")
     if own is None:
         raise SvdtuneError("there is no data to evaluate on: name a file, generator or hub data set with --data")
     return own.model_copy(update=given)

@@ -24,7 +24,6 @@ CONFIGURATIONS = {
     "grpo": "GRPOConfig",
 }
 _ANSWERS = 8  # of GRPO to each prompt, unless the recipe says otherwise
-_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
 def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
@@ -71,7 +70,7 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
         "per_device_eval_batch_size": t.batch_size,
         "gradient_accumulation_steps": t.gradient_accumulation,
         "learning_rate": t.learning_rate,
-        "lr_scheduler_type": _SCHEDULES[t.schedule],
+        "lr_scheduler_type": "constant_with_warmup" if t.schedule == "constant" else t.schedule,
         "warmup_steps": warmup_steps(recipe, rows),
         "optim": t.optimizer,
         "weight_decay": t.weight_decay,
@@ -88,6 +87,9 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # a loss that is NaN is to be seen
         "eval_strategy": "steps" if t.eval_steps else "no",
         "eval_steps": t.eval_steps,
+        "load_best_model_at_end": t.load_best_model_at_end,
+        "metric_for_best_model": t.metric_for_best_model
+        or ("loss" if t.load_best_model_at_end or t.early_stopping_patience else None),
         "save_strategy": "steps" if t.save_steps else "no",
         "save_steps": t.save_steps or 500,
         "report_to": t.report_to or "none",

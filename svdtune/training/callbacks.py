@@ -44,12 +44,17 @@ class JsonlLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         logs = logs or {}
-        measured = [key for key in logs if key not in LOGGED and not _NOT_LOGGED.fullmatch(key)]
+        measured = [key for key in logs if key not in LOGGED and is_measured(key)]
         record = {key: logs[key] for key in (*LOGGED, *measured) if key in logs}
-        if state.is_world_process_zero and ("loss" in record or "eval_loss" in record):
+        if state.is_world_process_zero and any(key == "loss" or key.startswith("eval_") for key in record):
             line = {"step": state.global_step, "epoch": round(state.epoch or 0.0, 6), **record}
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+
+
+def is_measured(name: str) -> bool:
+    """Whether what Trainer logs by a name is a measurement of the run, and no time or count."""
+    return not _NOT_LOGGED.fullmatch(name)
 
 
 def _step_of(line: str) -> int | None:

@@ -107,12 +107,12 @@ def keep_up_to(run: Path, step: int) -> None:
             discard(path)
 
 
-def keep_newest(run: Path, count: int) -> None:
-    """Delete all but the `count` sealed checkpoints of the most steps, and what is not sealed
-    beside them."""
-    kept = list(sealed_checkpoints(run).values())[-count:]
+def keep_newest(run: Path, count: int, best: Path | None = None) -> None:
+    """Delete all but the `count` sealed checkpoints of the most steps, and the best; also what is
+    not sealed beside them."""
+    kept = {path.name for path in list(sealed_checkpoints(run).values())[-count:]} | {best.name if best else ""}
     for _, path in list(_numbered(run)):
-        if path not in kept:
+        if path.name not in kept:
             discard(path)
 
 

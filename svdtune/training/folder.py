@@ -132,11 +132,13 @@ def read_run(folder: Path) -> Recipe:
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
     before, now = (_flat(r.model_dump(mode="json")) for r in (read_run(folder), recipe))
+    choosing = recipe.training.early_stopping_patience or recipe.training.load_best_model_at_end
+    free = _BATCH | _FREE - ({"eval_steps", "save_steps"} if choosing else set())
     changed = [
         f"{path} was {before.get(path)!r}, is {now.get(path)!r}"
         for path in sorted(before | now)
         if before.get(path) != now.get(path)
-        and path.rpartition(".")[2] not in _FREE | _BATCH
+        and path.rpartition(".")[2] not in free
         and path != "output.dir"
         and not path.startswith("analysis")
     ]

@@ -1,6 +1,8 @@
 """Refuse to train on what the run is scored on: the rows of data.eval, and the data sets of the
 evaluation section."""
 
+from collections.abc import Mapping
+
 from rich.console import Console
 
 from svdtune.data import read_rows, to_examples
@@ -11,14 +13,14 @@ from svdtune.training.recipe import Recipe
 
 
 def check_leaks(
-    recipe: Recipe, train: Questions, held_out: Questions | None, console: Console | None = None
+    recipe: Recipe, train: Questions, held_out: Mapping[str, Questions], console: Console | None = None
 ) -> dict[str, int]:
     """Look for test questions among the training questions.
 
     Args:
         recipe: its `data.allow_leaks` names the sets that may leak.
         train: what is trained on.
-        held_out: what the rows of data.eval ask.
+        held_out: what the rows of data.eval ask, by its names.
         console: where to say what is allowed, and which sets are not at hand.
 
     Returns:
@@ -48,11 +50,9 @@ def check_leaks(
     return allowed
 
 
-def _questions(recipe: Recipe, held_out: Questions | None, console: Console | None) -> dict[str, Questions]:
+def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Console | None) -> dict[str, Questions]:
     """The questions of every set the run is scored on, by the set's name."""
-    asked: dict[str, Questions] = {}
-    if recipe.data.eval is not None and held_out is not None:
-        asked[recipe.data.eval.source] = held_out.first()
+    asked = {name or recipe.data.eval[name].source: rows.first() for name, rows in held_out.items()}
     section = recipe.evaluation
     for dataset in (found for name in (section.data if section else []) for found in scored(name)):
         if all(dataset.find(split) is None for split in dataset.files):

@@ -23,12 +23,12 @@ from svdtune.training.task_rows import Rows, TaskRows, encode_prompt, moved_at_s
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs before its model is adapted; `example` is the first row, before packing, and
-    `more` what the task's trainer takes besides."""
+    """What a run needs before its model is adapted; `eval_rows` are by the names of data.eval,
+    `example` is the first row, before packing, and `more` what the task's trainer takes besides."""
 
     loaded: LoadedModel
     train_rows: Rows
-    eval_rows: Rows | None
+    eval_rows: Mapping[str, Rows]
     example: dict[str, Any]
     args: TrainingArguments
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -42,8 +42,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
             among the training rows.
     """
     train = TaskRows(recipe, recipe.data.train)
-    held_out = TaskRows(recipe, recipe.data.eval) if recipe.data.eval else None
-    check_leaks(recipe, train.questions, held_out.questions if held_out else None, console)
+    held_out = {name: TaskRows(recipe, source) for name, source in recipe.data.eval.items()}
+    check_leaks(recipe, train.questions, {name: rows.questions for name, rows in held_out.items()}, console)
     if processes.under_deepspeed():
         early = training_arguments(recipe, len(train.questions))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
     more: dict[str, Any] = {}
@@ -54,7 +54,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     set_seed(recipe.training.seed)  # a reward model's head starts at random
     loaded = load_base(recipe, chat=train.is_chat)
     train_rows = train.encode(loaded.tokenizer, console)
-    eval_rows = held_out.encode(loaded.tokenizer, console) if held_out else None
+    eval_rows = {name: rows.encode(loaded.tokenizer, console) for name, rows in held_out.items()}
     example = train_rows[0]
     if recipe.training.packing:
         assert isinstance(train_rows, Columns)

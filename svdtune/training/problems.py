@@ -32,7 +32,7 @@ def refuse(problems: Sequence[Problem], source: str) -> None:
 def from_pydantic(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:
     """Translate pydantic's errors about `model`."""
     for item in error.errors(include_url=False, include_context=False):
-        path = ".".join(map(str, item["loc"]))
+        path = ".".join(str(name) for name in item["loc"] if name != "")  # which one source is called
         if item["type"] == "extra_forbidden":
             yield Problem(path, unknown(path, list(settings_at(model, item["loc"][:-1])), list(all_settings(model))))
         elif item["type"] == "missing":
@@ -63,10 +63,14 @@ def unknown(path: str, siblings: Sequence[str], everywhere: Sequence[str] = ()) 
 
 def settings_at(model: type[BaseModel], loc: Sequence[int | str]) -> Iterator[str]:
     """Names of the settings of the section at `loc`."""
-    for name in loc:
-        inner = _section(model.model_fields[str(name)].annotation) if str(name) in model.model_fields else None
+    names = iter(loc)
+    for name in names:
+        annotation = model.model_fields[str(name)].annotation if str(name) in model.model_fields else None
+        inner = _section(annotation)
         if inner is None:
             return
+        if typing.get_origin(annotation) is dict:
+            next(names, None)  # what the section is called there
         model = inner
     yield from model.model_fields
 
@@ -81,8 +85,8 @@ def all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section class in an annotation such as `Data` or `Data | None`."""
-    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    """The section class in an annotation such as `Data`, `Data | None` or `dict[str, Data]`."""
+    options = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, dict) else (annotation,)
     sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
     return sections[0] if sections else None
 

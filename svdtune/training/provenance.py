@@ -17,7 +17,7 @@ def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
     rows = {
         **({} if settings.task == "sft" else {"task": settings.task}),
         "data": f"{_named(recipe.data.train)}, {summary['rows']:,} rows",
-        "held out": _named(recipe.data.eval) if recipe.data.eval else "nothing",
+        "held out": "; ".join(map(_named, recipe.data.eval.values())) or "nothing",
         "template": f"`{recipe.data.template}`, loss on {recipe.data.loss_on}",
         "steps": f"{summary['steps']:,} of {settings.batch_size * settings.gradient_accumulation} rows a process",
         "learning rate": f"{settings.learning_rate:g}, {settings.schedule}",

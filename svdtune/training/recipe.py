@@ -5,17 +5,19 @@ other. All problems are reported at once. The file is YAML 1.2 (`1e-3` is a numb
 """
 
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 from ruamel.yaml import YAML
 
 from svdtune.data.catalogue import scored
 from svdtune.data.prompts import is_template, template_names
 from svdtune.errors import SvdtuneError
 from svdtune.registry import lab_note
+from svdtune.training.exclusions import exclusions
 from svdtune.training.inheritance import read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 
@@ -71,7 +73,9 @@ class Data(Section):
     """Data, and how rows become prompts and completions."""
 
     train: DataSource
-    eval: DataSource | None = Field(None, description="Held-out rows, for the loss during training and for evaluation.")
+    eval: dict[str, DataSource] = Field(
+        default_factory=dict, description="Held-out rows, for losses during training: a source, or several by name."
+    )
     prompt: str = Field("prompt", description="Field of the prompt, or a text with fields in braces.")
     completion: str | None = Field("completion", description="Likewise; null if prompts are messages with an answer.")
     answer: str | None = Field(None, description="Field of the reference answer, for evaluation.")
@@ -89,6 +93,22 @@ class Data(Section):
     @classmethod
     def _has_prompt(cls, template: str) -> str:
         return _check_template(template)
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        """One source has the empty name."""
+        if isinstance(value, str) or (isinstance(value, dict) and "source" in value):
+            return {"": value}
+        for name in value or {} if isinstance(value, dict) else ():
+            if not re.fullmatch(r"[\w-]+", str(name)):
+                raise ValueError(f"expected names of letters, digits, - and _, which the log can carry; got {name!r}")
+        return {} if value is None else value
+
+    @field_serializer("eval")
+    def _as_written(self, value: dict[str, DataSource]) -> Any:
+        sources = {name: source.model_dump(mode="json") for name, source in value.items()}
+        return sources.get("", sources) or None
 
 
 def _check_template(template: str) -> str:
@@ -110,7 +130,10 @@ class Training(Section):
     batch_size: int = Field(8, ge=1)
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(gt=0, le=1e6, description="The largest of the schedule.")
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    learning_rate_ratios: dict[str, float] = Field(
+        default_factory=dict, description="By a part of parameters' names, what their learning_rate is multiplied by."
+    )
+    schedule: str = Field("cosine", description="cosine, linear, constant or any other that Transformers knows.")
     warmup: float = Field(0.0, ge=0, description="Share of all steps if below 1, else a number of steps.")
     optimizer: str = Field("adamw_torch", description="Name in transformers.training_args.OptimizerNames.")
     weight_decay: float = Field(0.0, ge=0)
@@ -129,6 +152,13 @@ class Training(Section):
     seed: int = Field(42, ge=0, lt=2**32)
     logging_steps: int = Field(10, ge=1)
     eval_steps: int | None = Field(None, ge=1, description="Loss on data.eval every so many steps; null: at the end.")
+    early_stopping_patience: int | None = Field(
+        None, ge=1, description="Stop after so many evaluations in a row that were not the best."
+    )
+    load_best_model_at_end: bool = Field(False, description="The result is the best checkpoint, not the last.")
+    metric_for_best_model: str | None = Field(
+        None, description="What is best: loss, or another that evaluation measures; NAME_loss of a named set."
+    )
     save_steps: int | None = Field(500, ge=1, description="Checkpoint every so many steps; null: only on Ctrl-C.")
     keep_checkpoints: int = Field(1, ge=1, description="Older ones are deleted.")
     report_to: list[str] = Field(default_factory=list, description="Trackers: wandb, tensorboard, mlflow, ...")
@@ -136,6 +166,23 @@ class Training(Section):
         default_factory=list, description="Of grpo: graders by name (number), or functions (package.module:function)."
     )
     trl: dict[str, Any] = Field(default_factory=dict, description="Any other setting of TRL's configuration.")
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, schedule: str) -> str:
+        from transformers import SchedulerType
+
+        names = [known.value for known in SchedulerType]
+        if schedule not in names:
+            raise ValueError(f"expected one of {', '.join(names)}; got {schedule!r}")
+        return schedule
+
+    @field_validator("learning_rate_ratios")
+    @classmethod
+    def _positive(cls, ratios: dict[str, float]) -> dict[str, float]:
+        if wrong := {name: ratio for name, ratio in ratios.items() if not ratio > 0}:
+            raise ValueError(f"expected numbers above 0; got {wrong}")
+        return ratios
 
     @field_validator("warmup")
     @classmethod
@@ -258,7 +305,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
         problems += from_pydantic(error, Recipe)
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
-    problems += _exclusions(settings)
+    problems += exclusions(settings)
     if recipe is not None:
         problems += trl_problems(recipe.training.task, recipe.training.trl)
     refuse(problems, source)
@@ -311,53 +358,3 @@ def set_at(settings: dict[str, Any], dotted: str, value: Any) -> None:
             raise SvdtuneError(f"--{dotted}: {'.'.join(sections[:depth])} is {inner!r} in the recipe, not a section")
         settings = inner
     settings[name] = value
-
-
-# What other tasks have one way of: section, setting, value.
-_OF_SFT: tuple[tuple[str, str, Any], ...] = (
-    ("data", "loss_on", "response"),
-    ("training", "padding_free", False),
-    ("training", "packing", False),
-    ("training", "group_by_length", False),
-    ("training", "label_smoothing", 0),
-)
-
-
-def _exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
-    """Settings that exclude or need each other; looked for even where other settings are wrong."""
-
-    def get(section: str, name: str) -> Any:
-        found = settings.get(section)
-        return found.get(name) if isinstance(found, dict) else None
-
-    if get("training", "epochs") is not None and get("training", "max_steps") is not None:
-        yield Problem("training.epochs", "excludes training.max_steps; give one of them")
-    if get("training", "eval_steps") is not None and get("data", "eval") is None:
-        yield Problem("training.eval_steps", "needs data.eval, the rows to evaluate on")
-    if get("method", "name") == "adalora" and get("training", "label_smoothing"):
-        yield Problem(
-            "training.label_smoothing",
-            "takes the place of the model's own loss, and AdaLoRA's regularizer with it: leave it out",
-        )
-    full_fp16 = get("method", "name") == "full" and get("model", "dtype") == "float16"
-    if full_fp16 and get("training", "precision") == "fp16":
-        yield Problem("training.precision", "fp16 cannot train weights stored in float16; set model.dtype to float32")
-    task = get("training", "task")
-    if task == "grpo":
-        if not get("training", "rewards"):
-            yield Problem("training.rewards", "is required: grpo learns from what its answers are worth")
-        if get("data", "overlong") == "cut":
-            yield Problem("data.overlong", "is cut, and a prompt that is cut asks something else; give drop or error")
-    elif get("training", "rewards"):
-        yield Problem("training.rewards", "is for training.task: grpo")
-    if task in (None, "sft"):
-        return
-    for section, name, usual in _OF_SFT:
-        if get(section, name) not in (None, usual):
-            yield Problem(f"{section}.{name}", f"is for training.task: sft; {task} has it as {usual!r}: leave it out")
-    if task in ("dpo", "reward") and get("data", "completion") not in (None, "completion"):
-        yield Problem(
-            "data.completion", f"is for training.task: sft or kto; {task} reads the columns chosen and rejected"
-        )
-    if task == "kto" and get("training", "batch_size") == 1:
-        yield Problem("training.batch_size", "is 1; kto compares each answer with another of its batch: give 2 or more")

@@ -46,6 +46,7 @@ from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
 from svdtune.training.room import check_room
 from svdtune.training.sharded import is_spread, saved_state
+from svdtune.training.stopping import StopWithoutProgress
 
 if TYPE_CHECKING:
     from svdtune.training.trainer import RunTrainer
@@ -168,7 +169,7 @@ def _train(
     _by_main(lambda: start_run(recipe) if checkpoint is None else take_up(checkpoint, console), folder)
     with attending, explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
-        if final_loss and prepared.eval_rows is not None:
+        if final_loss and prepared.eval_rows:
             trainer.evaluate()
     model.config.use_cache = True
     summary = {
@@ -224,6 +225,8 @@ def _fit(
     from svdtune.training.tasks import make_trainer
 
     folder = Path(recipe.output.dir)
+    patience = recipe.training.early_stopping_patience
+    patient = [StopWithoutProgress(patience)] if patience else []
     fill = processes.count() > 1 and recipe.training.task == "sft"
     with StopOnInterrupt() as stop:
         progress = ShowProgress(console)
@@ -234,11 +237,12 @@ def _fit(
             model=model,
             args=prepared.args,
             train_dataset=FilledRows(prepared.train_rows) if fill else prepared.train_rows,
-            eval_dataset=prepared.eval_rows,
+            eval_dataset=prepared.eval_rows.get("", prepared.eval_rows) or None,
+            learning_rate_ratios=recipe.training.learning_rate_ratios,
             data_collator=collator,
             processing_class=prepared.loaded.tokenizer,
             **prepared.more,
-            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, progress, stop],
+            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, *patient, progress, stop],
         )
         if recipe.analysis is not None and (trainer.is_fsdp2 or trainer.is_deepspeed_enabled):
             raise processes.everywhere(
@@ -254,6 +258,12 @@ def _fit(
             progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
+    if any(callback.stopped for callback in patient):
+        console.print(f"stopped   after step {trainer.state.global_step}: {patience} evaluations without a better one")
+    if recipe.training.load_best_model_at_end and trainer.state.best_model_checkpoint:
+        best = Path(trainer.state.best_model_checkpoint).name
+        metric = trainer.args.metric_for_best_model
+        console.print(f"best      {best}, with {metric} {trainer.state.best_metric:.4f}", highlight=False)
     return trainer, outcome
 
 

@@ -55,7 +55,7 @@ class TaskTrainer(RunTrainer):
             warnings.filterwarnings("ignore", "`(use_liger_kernel|label_smoothing_factor)", FutureWarning)
             super().__init__(
                 train_dataset=Dataset.from_list(first),
-                eval_dataset=None if eval_dataset is None else Dataset.from_list(first),
+                eval_dataset=None if not eval_dataset else Dataset.from_list(first),
                 **kwargs,
             )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset

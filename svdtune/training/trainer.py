@@ -2,19 +2,24 @@
 seals checkpoints."""
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import SchedulerType, Trainer
+from transformers.training_args import OptimizerNames
 
 from svdtune import processes
+from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.training.adalora import all_ranks, load_state, save_state
 from svdtune.training.batches import fill_up
-from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, keep_newest, note_processes, seal
+from svdtune.training.callbacks import is_measured
+from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, fault, keep_newest, note_processes, seal
+from svdtune.training.groups import split_groups
 from svdtune.training.packing import TOKENS
 from svdtune.training.sharded import saved_state, spread_optimizer_state, whole_optimizer_state
 
@@ -31,12 +36,22 @@ class RunTrainer(Trainer):
 
     Args:
         regularizer: SORSA's, applied by itself at the optimizer step; here only read.
+        learning_rate_ratios: by a part of a parameter's name, what its learning rate is multiplied
+            by.
         keep_checkpoints: how many; older ones are deleted once a newer one is sealed.
         **kwargs: of `Trainer`.
     """
 
-    def __init__(self, *, regularizer: SorsaRegularizer, keep_checkpoints: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        regularizer: SorsaRegularizer,
+        keep_checkpoints: int = 1,
+        learning_rate_ratios: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
+        self.learning_rate_ratios = dict(learning_rate_ratios or {})
         self.keep_checkpoints = keep_checkpoints
         self.resumed_at: int | None = None  # the step that training started from
         self.regularizer = regularizer
@@ -53,6 +68,35 @@ class RunTrainer(Trainer):
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        if self.args.load_best_model_at_end and (self.is_fsdp2 or self.is_deepspeed_enabled):
+            raise processes.everywhere(
+                "training.load_best_model_at_end cannot load a checkpoint into a model that FSDP or DeepSpeed spread; leave "
+                "it out, and name the checkpoint that you want of those that keep_checkpoints keeps"
+            )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's, with a group of its own for each ratio of the learning rate."""
+        made = self.optimizer is None
+        try:
+            optimizer = super().create_optimizer(model)
+        except (ImportError, ValueError) as error:
+            raise SvdtuneError(
+                f"training.optimizer: {OptimizerNames(self.args.optim).value} cannot be used here: {error}"
+            ) from error
+        if made and self.learning_rate_ratios:
+            named: Any = self.model if model is None else model
+            split_groups(optimizer, {p: name for name, p in named.named_parameters()}, self.learning_rate_ratios)
+        return optimizer
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().create_scheduler(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            name = SchedulerType(self.args.lr_scheduler_type).value
+            raise SvdtuneError(
+                f"training.schedule: {name} cannot be made: {error}; what it takes is given in training.trl: "
+                "{lr_scheduler_kwargs: {...}}"
+            ) from error
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         loader = super().get_train_dataloader()
@@ -77,7 +121,7 @@ class RunTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.resumed_at is None:
             self.resumed_at = self.state.global_step
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
             self.control.should_training_stop = (
                 True  # resumed after its last step, of which Trainer would take one more
             )
@@ -99,7 +143,8 @@ class RunTrainer(Trainer):
             rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             note_processes(checkpoint, WrittenBy(self.args.world_size, rows))
             seal(checkpoint)
-            keep_newest(run, self.keep_checkpoints)
+            best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+            keep_newest(run, self.keep_checkpoints, Path(best) if best else None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp2 and not self.is_deepspeed_enabled:
@@ -141,6 +186,23 @@ class RunTrainer(Trainer):
             return  # see `load_before_sharding`
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_state(self.model, Path(resume_from_checkpoint))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            there = ", ".join(name for name in metrics if is_measured(name))
+            raise SvdtuneError(
+                f"training.metric_for_best_model is {self.args.metric_for_best_model}, which evaluation does not measure; it "
+                f"measures {there}"
+            ) from error
+
+    def _load_best_model(self) -> None:
+        best = Path(str(self.state.best_model_checkpoint))
+        if reason := fault(best):
+            raise SvdtuneError(f"{best}, the best checkpoint, cannot be loaded: {reason}")
+        super()._load_best_model()
+        load_state(self.model, best)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

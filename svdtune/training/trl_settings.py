@@ -44,6 +44,8 @@ DECIDED: dict[str, str | None] = {
     "logging_steps": "training.logging_steps",
     "eval_strategy": "training.eval_steps",
     "eval_steps": "training.eval_steps",
+    "load_best_model_at_end": "training.load_best_model_at_end",
+    "metric_for_best_model": "training.metric_for_best_model",
     "save_strategy": "training.save_steps",
     "save_steps": "training.save_steps",
     "save_total_limit": "training.keep_checkpoints",

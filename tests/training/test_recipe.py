@@ -165,8 +165,7 @@ def test_overrides_go_before_the_file(tmp_path: Path) -> None:
     recipe = load_recipe(path, words)
     assert recipe.method.options["r"] == 64
     assert recipe.training.learning_rate == 1e-3
-    assert recipe.data.eval is not None
-    assert recipe.data.eval.source == "test.jsonl"
+    assert recipe.data.eval[""].source == "test.jsonl"
     assert recipe.data.answer is None
     whole = load_recipe(path, ["--method", "{name: sara, threshold: 0.02}"])
     assert (whole.method.name, whole.method.options) == ("sara", {"threshold": 0.02})

@@ -222,7 +222,7 @@ def _problems_of(settings: Settings) -> Iterator[str]:
         return
     if recipe.evaluation is None:
         yield "the recipe has no evaluation section, which says what a run is scored on"
-    elif recipe.data.eval is not None and _is_scored(recipe.data.eval, recipe.evaluation):
+    elif any(_is_scored(source, recipe.evaluation) for source in recipe.data.eval.values()):
         yield "data.eval is what the runs are scored on; the search for learning rates must not see it"
 
 
