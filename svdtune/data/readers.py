@@ -9,6 +9,7 @@ from svdtune.data import arithmetic
 from svdtune.data.catalogue import CATALOGUE, data_folder
 from svdtune.data.examples import check_fields
 from svdtune.data.files import FILES, kind, read_file
+from svdtune.data.shares import in_share
 from svdtune.errors import SvdtuneError
 from svdtune.registry import Registry
 
@@ -25,6 +26,8 @@ def read_rows(
     config: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    only: float | None = None,
+    without: float | None = None,
     fields: Sequence[str] = (),
 ) -> Rows:
     """Read all rows, or the first `limit`.
@@ -37,6 +40,8 @@ def read_rows(
         config: the configuration of a hub data set ("main" of openai/gsm8k).
         limit: how many rows; a generator makes 1000 by default.
         seed: of a generator.
+        only: only this share of them, drawn by what they ask (see `svdtune.data.shares`).
+        without: all but this share; of one source, the same share is drawn every time.
         fields: fields every row must have.
 
     Raises:
@@ -59,6 +64,10 @@ def read_rows(
     if not rows:
         raise SvdtuneError(f"{name} is empty: it has no rows")
     rows = rows[:limit]
+    if only is not None:
+        rows = [row for row, drawn in zip(rows, in_share(rows, only, name), strict=True) if drawn]
+    if without is not None:
+        rows = [row for row, drawn in zip(rows, in_share(rows, without, name), strict=True) if not drawn]
     for i, row in enumerate(rows, 1):
         check_fields(row, fields, f"{name} row {i}")
     return rows

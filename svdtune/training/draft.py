@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from ruamel.yaml import YAML
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from svdtune._version import __version__
@@ -28,6 +29,7 @@ _NO_RANK = ("full", "mosara")
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_A_STEP = 32
 _ANY_LENGTH = 10**9
+_FEW = 40  # rows of which none are held out
 # By the columns that tell them; SFT is what is left.
 _TASKS = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
 # How a format is told to the user, by the columns that tell it.
@@ -107,6 +109,7 @@ def draft(
         settings["data"]["overlong"] = "drop"
     text = _written(settings, lengths)
     overlong = {length: sum(one > length for one in lengths) for length in (*_LENGTHS, longest)}
+    settings = YAML(typ="safe", pure=True).load(text) | {"output": settings["output"]}
     return Draft(text, check_recipe(settings), found, len(rows), sum(lengths), max(lengths), overlong)
 
 
@@ -174,6 +177,7 @@ def _written(settings: dict[str, Any], lengths: Sequence[int]) -> str:
     rank = f"\n  r: {method['r']}" if "r" in method else ""
     fields = "".join(f"\n  {name}: {json.dumps(data[name])}" for name in ("prompt", "completion") if name in data)
     overlong = data.get("overlong", "error")
+    held_out = "\n  eval: 5%  # of the rows, held out for a loss that is not trained on" if len(lengths) >= _FEW else ""
     gpu = torch.cuda.is_available()
     return f"""\
 # Written by svdtune {__version__} for {len(lengths):,} rows of {sum(lengths):,} tokens, the longest of {max(lengths):,}.
@@ -186,7 +190,7 @@ method:
   name: {method["name"]}  # sara, mosara, sorsa, lora, or any other PEFT method; full trains everything{rank}
 
 data:
-  train: {json.dumps(data["train"])}{fields}
+  train: {json.dumps(data["train"])}{held_out}{fields}
   template: {data["template"]}  # plain, chat (the tokenizer's), or a text with {{prompt}}
   max_length: {data["max_length"]}
   overlong: {overlong}  # rows that are longer: error, drop or cut

@@ -9,7 +9,7 @@ from svdtune.data import read_rows, to_examples
 from svdtune.data.catalogue import scored
 from svdtune.data.leaks import Questions, leaks, question_text, refuse_leaks
 from svdtune.errors import SvdtuneError
-from svdtune.training.recipe import Recipe
+from svdtune.training.recipe import DataSource, Recipe
 
 
 def check_leaks(
@@ -50,9 +50,17 @@ def check_leaks(
     return allowed
 
 
+def _drawn_from(train: DataSource) -> DataSource:
+    """The share that was left out of the training rows."""
+    return train.model_copy(update={"only": train.without, "without": None})
+
+
 def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Console | None) -> dict[str, Questions]:
     """The questions of every set the run is scored on, by the set's name."""
-    asked = {name or recipe.data.eval[name].source: rows.first() for name, rows in held_out.items()}
+    sources = recipe.data.eval
+    # What was drawn from the training rows asks nothing that they ask; chats may share a turn.
+    own = [name for name in held_out if sources[name] == _drawn_from(recipe.data.train)]
+    asked = {name or sources[name].source: rows.first() for name, rows in held_out.items() if name not in own}
     section = recipe.evaluation
     for dataset in (found for name in (section.data if section else []) for found in scored(name)):
         if all(dataset.find(split) is None for split in dataset.files):

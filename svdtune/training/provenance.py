@@ -30,4 +30,5 @@ def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
 
 def _named(source: DataSource) -> str:
     parts = [f"`{source.source}`", source.config, source.split and f"split {source.split}"]
+    parts += [source.only and f"{source.only:.1%} of them", source.without and f"all but {source.without:.1%}"]
     return ", ".join(part for part in parts if part)

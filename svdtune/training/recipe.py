@@ -62,6 +62,8 @@ class DataSource(Section):
     config: str | None = Field(None, description="Configuration of a hub data set.")
     limit: int | None = Field(None, ge=1, description="Use only so many rows.")
     seed: int = Field(0, description="Seed of a generator.")
+    only: float | None = Field(None, gt=0, lt=1, description="Use only this share, drawn by what rows ask.")
+    without: float | None = Field(None, gt=0, lt=1, description="Leave this share out.")
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +76,8 @@ class Data(Section):
 
     train: DataSource
     eval: dict[str, DataSource] = Field(
-        default_factory=dict, description="Held-out rows, for losses during training: a source, or several by name."
+        default_factory=dict,
+        description="Held-out rows, for losses during training: a source, several by name, or a share such as 5%.",
     )
     prompt: str = Field("prompt", description="Field of the prompt, or a text with fields in braces.")
     completion: str | None = Field("completion", description="Likewise; null if prompts are messages with an answer.")
@@ -94,6 +97,17 @@ class Data(Section):
     def _has_prompt(cls, template: str) -> str:
         return _check_template(template)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _share(cls, value: Any) -> Any:
+        """`eval: 5%` holds out that share of the training rows."""
+        share = _percent(value.get("eval")) if isinstance(value, dict) else None
+        if share is None:
+            return value
+        train = value.get("train")
+        train = train if isinstance(train, dict) else {"source": train}
+        return {**value, "train": {**train, "without": share}, "eval": {**train, "only": share}}
+
     @field_validator("eval", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
@@ -109,6 +123,12 @@ class Data(Section):
     def _as_written(self, value: dict[str, DataSource]) -> Any:
         sources = {name: source.model_dump(mode="json") for name, source in value.items()}
         return sources.get("", sources) or None
+
+
+def _percent(value: Any) -> float | None:
+    """5% as 0.05, None where it is no such text."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
+    return float(found[1]) / 100 if found else None
 
 
 def _check_template(template: str) -> str:

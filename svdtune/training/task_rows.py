@@ -51,7 +51,7 @@ def read_task(recipe: Recipe, source: DataSource) -> Judged:
         SvdtuneError: if the source or a row is malformed, or lacks what the task learns from.
     """
     task, data = recipe.training.task, recipe.data
-    rows = read_rows(source.source, source.split, config=source.config, limit=source.limit, seed=source.seed)
+    rows = read_rows(**source.model_dump())
     if task == "sft":
         return [(example, None) for example in to_examples(rows, data.prompt, data.completion, source=source.source)]
     if task == "kto":
@@ -156,7 +156,7 @@ class TaskRows:
         return *made, False
 
     def _key(self, kind: str, content: str, how: list[Any]) -> str:
-        data, limit = self.recipe.data, self.source.limit
+        data = self.recipe.data
         return key_of(
             kind=kind,
             content=content,
@@ -165,9 +165,7 @@ class TaskRows:
                 self.recipe.training.task,
                 data.prompt,
                 data.completion,
-                self.source.split,
-                self.source.config,
-                limit,
+                self.source.model_dump(exclude={"source", "seed"}),
             ],
         )
 

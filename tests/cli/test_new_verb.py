@@ -101,6 +101,7 @@ def test_steps_fit_the_number_of_rows(
     assert new(str(tiny_folder), write(tmp_path, [{"text": "abc"}] * rows)).exit_code == 0
     training = load_recipe("recipe.yaml").training
     assert (training.batch_size, training.gradient_accumulation, training.epochs) == (batch, accumulation, 3)
+    assert [source.only for source in load_recipe("recipe.yaml").data.eval.values()] == [0.05] * (rows >= 40)
 
 
 def test_a_recipe_is_replaced_when_asked_to(tiny_folder: Path, tmp_path: Path) -> None:
