@@ -85,6 +85,7 @@ def plan(
     threshold: float | None = None,
     budget: str | int | None = None,
     match_lora: int | None = None,
+    ranks: str = "sara",
     device: str | None = None,
     progress: bool | None = None,
 ) -> "Plan":
@@ -103,6 +104,9 @@ def plan(
         budget: parameters to train at most: a count (500_000, "500k", "1.5M") or a share of all the
             adapted model's ("0.1%").
         match_lora: train at most as many parameters as a LoRA of this rank on the same modules.
+        ranks: the rule by which a spectrum gives a rank: "sara" (the threshold's), "entropy" or
+            "stable" (so many directions as the spectrum counts as, times the threshold, 1 where
+            none of the three is given).
         device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
@@ -126,13 +130,14 @@ def plan(
             "section, or a recipe in place of the model"
         )
     sizes = (threshold, budget, match_lora, getattr(wanted.config, "threshold", None))
-    opened = wanted.open(weights=any(size is not None for size in sizes))
+    opened = wanted.open(weights=ranks != "sara" or any(size is not None for size in sizes))
     return make(
         opened,
         wanted.config,
         threshold=threshold,
         budget=budget,
         match_lora=match_lora,
+        ranks=ranks,
         device=device,
         progress=progress,
     )

@@ -33,6 +33,9 @@ def plan(
     threshold: Annotated[float | None, typer.Option(help="Share of the singular values' sum that sets ranks.")] = None,
     budget: Annotated[str | None, typer.Option(help="Most parameters to train: 500k, 1.5M, or a share, 0.1%.")] = None,
     match_lora: Annotated[int | None, typer.Option(help="Train no more than a LoRA of this rank would.")] = None,
+    ranks: Annotated[
+        str, typer.Option(help="How a spectrum gives a rank: sara (by threshold), entropy or stable.")
+    ] = "sara",
     r: Annotated[int | None, typer.Option(help="One rank for every module.")] = None,
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated names, a regular expression or all-linear.")
@@ -74,6 +77,8 @@ def plan(
       svdtune plan meta-llama/Llama-2-7b-hf --method sara --budget 0.07% --json plan.json --chart
       ranks.svg
 
+      svdtune plan ./model --method lora --ranks entropy --budget 0.5% --json plan.json
+
       svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
 
       svdtune plan openai-community/gpt2-medium --threshold 0.012 --method.fused_slices auto
@@ -93,12 +98,12 @@ def plan(
     wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx))
     assert wanted.config is not None
     by_spectrum = getattr(wanted.config, "threshold", None) is not None
-    checkpoint = wanted.open(weights=by_spectrum or any(size is not None for size in sizes.values()))
+    checkpoint = wanted.open(weights=by_spectrum or ranks != "sara" or any(size is not None for size in sizes.values()))
     step = {"batch_size": batch_size, "length": length, "accumulation": accumulation, "dtype": dtype}
     step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
     setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
     made = make_plan(
-        checkpoint, wanted.config, threshold=threshold, budget=budget, match_lora=match_lora, device=device
+        checkpoint, wanted.config, threshold=threshold, budget=budget, match_lora=match_lora, ranks=ranks, device=device
     )
     _tell(made, Fitting(made, checkpoint.model, setting, memory, link), json_file, chart)
 

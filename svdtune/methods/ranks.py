@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from peft import PeftConfig
 
 Config = TypeVar("Config", bound=PeftConfig)
+Number = TypeVar("Number", int, float)
 
 
 def given_rank(config: PeftConfig, *names: str) -> int | None:
@@ -42,7 +43,7 @@ def _expression(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def rank_pattern(ranks: Mapping[str, int]) -> dict[str, int]:
+def rank_pattern(ranks: Mapping[str, Number]) -> dict[str, Number]:
     """PEFT's `rank_pattern` for ranks by layer: an anchored expression for each layer's whole name
     → its rank.
 

@@ -52,17 +52,20 @@ class Costs:
         least = self.least.count
         return Count(least.trained + trained, least.frozen + frozen, least.total + trained + frozen)
 
-    def table(self, model: Model, *, device: str | None = None, progress: bool | None = None) -> RankTable:
+    def table(
+        self, model: Model, rule: str = "sara", *, device: str | None = None, progress: bool | None = None
+    ) -> RankTable:
         """The ranks of the sites by threshold. Each weight is read once.
 
         Args:
             model: what was measured, with weights.
+            rule: one of `rank_table.RULES`.
             device, progress: as in `sites`.
 
         Raises:
             SvdtuneError: a weight is not there.
         """
-        return RankTable(dict(spectra.spectra(readers(model, self.least), device=device, progress=progress)))
+        return RankTable(dict(spectra.spectra(readers(model, self.least), device=device, progress=progress)), rule)
 
 
 def check_ranked(config: PeftConfig) -> None:

@@ -10,12 +10,13 @@ from peft import LoraConfig, PeftConfig
 
 from svdtune.checkpoint.model import Checkpoint
 from svdtune.errors import SvdtuneError
+from svdtune.linalg.matrix import check_threshold
 from svdtune.methods.injection import method_name
 from svdtune.methods.ranks import common_rank, rank_pattern, with_ranks
 from svdtune.methods.settings import chosen
 from svdtune.methods.sites import Count, Model, Sites, at_threshold, count, sites
 from svdtune.planning.costs import RANKED, Costs, check_ranked
-from svdtune.planning.rank_table import parse_budget
+from svdtune.planning.rank_table import check_rule, parse_budget
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def plan(
     threshold: float | None = None,
     budget: str | int | None = None,
     match_lora: int | None = None,
+    ranks: str = "sara",
     device: str | None = None,
     progress: bool | None = None,
 ) -> Plan:
@@ -125,6 +127,8 @@ def plan(
         threshold: θ in (0, 1], for a method that takes ranks by layer.
         budget: parameters to train at most: a count (500_000, "500k") or a share of all ("0.1%").
         match_lora: train at most as many as a LoRA of this rank on the same modules.
+        ranks: the rule by which a spectrum gives a rank: "sara", or "entropy" or "stable", whose
+            threshold is 1 where none of the three is given.
         device: where weights are decomposed; a GPU by default, where there is one.
         progress: show a bar; by default where stderr is a terminal.
 
@@ -136,16 +140,27 @@ def plan(
     if len(named := [name for name, value in given.items() if value is not None]) > 1:
         raise SvdtuneError(f"give at most one of threshold, budget and match_lora; got {' and '.join(named)}")
     reading: dict[str, Any] = {"device": device, "progress": progress}
+    check_rule(ranks)
+    own = config
     if budget is not None or match_lora is not None:
-        config, threshold = _within(model, config, budget, match_lora, reading)
+        config, threshold = _within(model, config, budget, match_lora, ranks, reading)
     else:
         threshold = getattr(config, "threshold", None) if threshold is None else threshold
-        if threshold is not None:
+        if ranks != "sara":
+            threshold = 1.0 if threshold is None else threshold
+            check_threshold(threshold)
+            costs = Costs(model, config)
+            found_ranks = costs.table(model, ranks, **reading).at(threshold)
+            config = with_ranks(config, dict(zip(costs.per_rank, found_ranks, strict=True)))
+        elif threshold is not None:
             check_ranked(config)
             config = at_threshold(model, config, threshold, **reading)
     found = sites(model, config)
     base = count(model).total
-    return Plan(_name(model), _written_out(config, found), found, threshold, base)
+    written = _written_out(config, found)
+    if threshold is not None:
+        written = _with_alphas(own, written, found)
+    return Plan(_name(model), written, found, threshold, base)
 
 
 def _name(model: Model) -> str:
@@ -168,11 +183,26 @@ def _written_out(config: PeftConfig, found: Sites) -> PeftConfig:
     return with_ranks(config, found.ranks) if method_name(config) in RANKED else config
 
 
+def _with_alphas(own: PeftConfig, config: PeftConfig, found: Sites) -> PeftConfig:
+    """The configuration with LoRA's alpha / r in every layer, as it was before the ranks differed.
+
+    rsLoRA's alpha / √r is made for ranks that differ, and stays.
+    """
+    if type(own) is not LoraConfig or type(config) is not LoraConfig or own.use_rslora or own.alpha_pattern:
+        return config
+    alphas = {name: own.lora_alpha * rank / own.r for name, rank in found.ranks.items()}
+    whole = {name: int(alpha) if alpha == int(alpha) else alpha for name, alpha in alphas.items()}
+    common = own.lora_alpha * config.r / own.r
+    lora_alpha = int(common) if common == int(common) else own.lora_alpha
+    return replace(config, lora_alpha=lora_alpha, alpha_pattern=rank_pattern(whole))
+
+
 def _within(
     model: Model,
     config: PeftConfig,
     budget: str | int | None,
     match_lora: int | None,
+    rule: str,
     reading: dict[str, Any],
 ) -> tuple[PeftConfig, float]:
     """The configuration at the largest threshold that a budget allows, and that threshold."""
@@ -187,7 +217,7 @@ def _within(
         parameters = costs.at(ranks)
         return share_of(parameters) <= share if share is not None else parameters.trained <= cast(int, most)
 
-    table = costs.table(model, **reading)
+    table = costs.table(model, rule, **reading)
     threshold = table.largest_threshold(fits)
     if threshold is None:
         least = costs.least.count

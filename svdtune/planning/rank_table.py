@@ -3,28 +3,55 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from torch import Tensor
+
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Spectrum
 
+# How a layer's rank comes from its singular values s.
+RULES = {
+    "sara": "the least k whose k first s sum to the share θ of all (SARA, Algorithm 1)",
+    "entropy": "θ times exp(−Σ p ln p), p = s / Σ s (Roy and Vetterli 2007), rounded up",
+    "stable": "θ times Σ s² / s₁² (Rudelson and Vershynin 2007), rounded up",
+}
 Fits = Callable[[Sequence[int]], bool]
 
 
 class RankTable:
-    """The ranks of many layers as a step function of the threshold, from their whole spectra."""
+    """The ranks of many layers as a step function of the threshold, from their whole spectra.
 
-    def __init__(self, spectra: Mapping[str, Spectrum]) -> None:
-        self.spectra = spectra
-        shares = [
-            (spectrum.values.cumsum(0) / spectrum.total) if spectrum.total > 0 else spectrum.values.new_ones(1)
-            for spectrum in spectra.values()
-        ]
+    Args:
+        spectra: by layer.
+        rule: one of `RULES`.
+
+    Raises:
+        SvdtuneError: there is no such rule.
+    """
+
+    def __init__(self, spectra: Mapping[str, Spectrum], rule: str = "sara") -> None:
+        check_rule(rule)
+        self.spectra, self.rule = spectra, rule
+        shares = [self._shares_of(spectrum) for spectrum in spectra.values()]
         self._shares = [share.clamp_max(1.0).contiguous() for share in shares]
         self.steps = sorted({float(value) for share in self._shares for value in share} | {1.0})
 
     def at(self, threshold: float) -> list[int]:
         """The rank of each layer at a threshold, in the order given."""
+        if self.rule != "sara":
+            return [min(int((share < threshold).sum()) + 1, len(share)) for share in self._shares]
         found = (spectrum.locate(threshold)[0] for spectrum in self.spectra.values())
         return [k if k is not None else len(s.values) for k, s in zip(found, self.spectra.values(), strict=True)]
+
+    def _shares_of(self, spectrum: Spectrum) -> Tensor:
+        """The largest threshold at which a layer has each rank, ascending."""
+        if not spectrum.total > 0:
+            return spectrum.values.new_ones(1)
+        if self.rule == "sara":
+            return spectrum.values.cumsum(0) / spectrum.total
+        whole = effective_rank(spectrum.values, self.rule)
+        # of a whole number of directions, rounding must not add one
+        most = min(max(1, math.ceil(whole - 1e-9)), len(spectrum.values))
+        return spectrum.values.new_tensor(range(1, most + 1)) / whole
 
     def largest_threshold(self, fits: Fits) -> float | None:
         """The largest threshold whose ranks fit, or None if rank 1 everywhere does not.
@@ -44,6 +71,26 @@ class RankTable:
     def _step(self, index: int) -> tuple[float, float]:
         """Between these thresholds ranks are the same; at the upper one too, but for rounding."""
         return self.steps[index - 1] if index else 0.0, self.steps[index]
+
+
+def effective_rank(values: Tensor, rule: str) -> float:
+    """How many directions singular values [n], descending and not all 0, count as: from 1 to n.
+
+    Args:
+        values: of a weight.
+        rule: "entropy" or "stable".
+    """
+    values = values.double()
+    if rule == "stable":
+        return float(values.square().sum() / values[0].square())
+    shares = values[values > 0] / values.sum()
+    return math.exp(-float((shares * shares.log()).sum()))
+
+
+def check_rule(rule: str) -> None:
+    """Raise `SvdtuneError` for a rule that is none."""
+    if rule not in RULES:
+        raise SvdtuneError(f"ranks come from a spectrum by one of {', '.join(RULES)}; got {rule!r}")
 
 
 def _shortest_between(low: float, high: float) -> float:
