@@ -29,6 +29,7 @@ def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
 
 
 def _named(source: DataSource) -> str:
-    parts = [f"`{source.source}`", source.config, source.split and f"split {source.split}"]
-    parts += [source.only and f"{source.only:.1%} of them", source.without and f"all but {source.without:.1%}"]
+    parts = [f"`{source.source}`", source.config or "", f"split {source.split}" if source.split else ""]
+    parts.append(f"{source.only:.1%} of them" if source.only else "")
+    parts.append(f"all but {source.without:.1%}" if source.without else "")
     return ", ".join(part for part in parts if part)
