@@ -181,11 +181,16 @@ class Training(Section):
     )
     save_steps: int | None = Field(500, ge=1, description="Checkpoint every so many steps; null: only on Ctrl-C.")
     keep_checkpoints: int = Field(1, ge=1, description="Older ones are deleted.")
-    report_to: list[str] = Field(default_factory=list, description="Trackers: wandb, tensorboard, mlflow, ...")
+    report_to: list[str] = Field(default_factory=list, description="Trackers, one or several: wandb, tensorboard, ...")
     rewards: list[str] = Field(
         default_factory=list, description="Of grpo: graders by name (number), or functions (package.module:function)."
     )
     trl: dict[str, Any] = Field(default_factory=dict, description="Any other setting of TRL's configuration.")
+
+    @field_validator("report_to", "rewards", mode="before")
+    @classmethod
+    def _one_or_several(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
 
     @field_validator("schedule")
     @classmethod

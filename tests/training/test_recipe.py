@@ -196,3 +196,11 @@ def test_an_override_below_a_value_is_refused(tmp_path: Path) -> None:
 def test_a_dumped_recipe_is_the_same_recipe() -> None:
     recipe = check_recipe(settings(training__max_steps=5, method={"name": "sara", "rank_pattern": {"q_proj": 3}}))
     assert check_recipe(read_yaml(dump_recipe(recipe), "x")) == recipe
+
+
+def test_one_tracker_or_reward_may_be_a_word() -> None:
+    recipe = check_recipe(settings(training__report_to="wandb"))
+    assert recipe.training.report_to == ["wandb"]
+    recipe = check_recipe(settings(training__task="grpo", training__rewards="number"))
+    assert recipe.training.rewards == ["number"]
+    assert problems(settings(training__report_to=3))[1].startswith("training.report_to: expected")
