@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -22,9 +22,11 @@ from peft.utils import loftq_utils
 from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneWarning
-from svdtune.linalg import top_factors
+from svdtune.linalg import Factors, top_factors
+from svdtune.spectra.devices import devices_for_work, on_device
 from svdtune.starts.pairs import LoraPair, from_factors, from_last_left, from_qr, residual
 
+Parts = TypeVar("Parts", Factors, LoraPair)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PISSA = re.compile(r"pissa(_niter_\d+)?")
 # Whether the calling thread is inside a block.
@@ -56,7 +58,8 @@ def fast_starts() -> Iterator[None]:
 
     The starts are "pissa", "pissa_niter_N" (exact too: nothing is drawn at random), "olora",
     "mica", and the decomposition in "loftq". They equal PEFT's own exact ones to rounding; singular
-    vectors may differ in sign. What PEFT refuses is refused by PEFT.
+    vectors may differ in sign. What PEFT refuses is refused by PEFT. Weights on the CPU are
+    decomposed on a GPU where there is one; SVDTUNE_DEVICE=cpu leaves them there.
 
     The block is the calling thread's; other threads and what follows the block, in whichever way it
     is left, have PEFT as it was. Where a release of PEFT has other signatures than svdtune knows,
@@ -137,7 +140,7 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
     if weight is None or not _PISSA.fullmatch(init_lora_weights):
         return NotImplemented
     r, scaling = self.r[adapter_name], self.scaling[adapter_name]
-    pair = from_factors(top_factors(weight, r), scaling)
+    pair = from_factors(_where_fastest(top_factors, weight, r), scaling)
     _start(self, adapter_name, pair)
     _take_off(self, weight, pair, scaling)
     return None
@@ -147,7 +150,7 @@ def _olora_init(self: LoraLayer, adapter_name: str) -> Any:
     weight = _weight(self, adapter_name)
     if weight is None or _is_transposed(self):  # PEFT factorises the weight as it is stored
         return NotImplemented
-    pair = from_qr(weight, self.r[adapter_name])
+    pair = _where_fastest(from_qr, weight, self.r[adapter_name])
     _start(self, adapter_name, pair)
     _take_off(self, weight, pair, self.scaling[adapter_name])
     return None
@@ -157,16 +160,15 @@ def _mica_init(self: LoraLayer, adapter_name: str) -> Any:
     weight = _weight(self, adapter_name)
     if weight is None or self.lora_B[adapter_name].weight.is_meta:
         return NotImplemented
-    _start(
-        self, adapter_name, LoraPair(*(part.to(weight.dtype) for part in from_last_left(weight, self.r[adapter_name])))
-    )
+    pair = _where_fastest(from_last_left, weight, self.r[adapter_name])
+    _start(self, adapter_name, LoraPair(*(part.to(weight.dtype) for part in pair)))
     return None
 
 
 def _low_rank_decomposition(weight: Tensor, reduced_rank: int = 32) -> Any:
     if not _is_plain(weight) or reduced_rank > min(weight.shape):
         return NotImplemented
-    factors = top_factors(weight, reduced_rank)
+    factors = _where_fastest(top_factors, weight, reduced_rank)
     pair = from_factors(factors, 1.0)
     return {"L": pair.B, "R": pair.A, "U": factors.U, "S": factors.s, "Vh": factors.Vh, "reduced_rank": reduced_rank}
 
@@ -187,6 +189,12 @@ def _weight(layer: LoraLayer, adapter: str) -> Tensor | None:
     weight = stored.data.mT if _is_transposed(layer) else stored.data
     # PEFT cuts a larger rank short, where the engine would refuse it
     return weight if layer.r[adapter] <= min(weight.shape) else None
+
+
+def _where_fastest(decompose: Callable[[Tensor, int], Parts], weight: Tensor, r: int) -> Parts:
+    """decompose(weight, r) on a GPU where there is one, handed back to where the weight lies."""
+    found = on_device(lambda there: decompose(there, r), weight, devices_for_work()[0])
+    return type(found)(*(part.to(weight.device) for part in found))
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -224,3 +224,19 @@ def test_no_random_number_is_drawn():
         started(one_layer("wide", torch.float32), "pissa_niter_4")
     assert torch.equal(torch.rand(1), after_exact)
     assert layer[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "mica"])
+def test_weights_are_decomposed_on_the_device_for_work_and_stay_where_they_are(init, monkeypatch):
+    asked = []
+
+    def elsewhere(decompose, weight, device):
+        asked.append(device)
+        return decompose(weight)
+
+    monkeypatch.setattr(inside_peft, "devices_for_work", lambda: [torch.device("cuda", 7)])
+    monkeypatch.setattr(inside_peft, "on_device", elsewhere)
+    with fast_starts():
+        model = started(one_layer("tall", torch.float32), init)
+    assert asked == [torch.device("cuda", 7)]
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
