@@ -137,8 +137,7 @@ def evaluate(
         all of them `accuracy` and `averages`.
 
     Raises:
-        SvdtuneError: what is asked for is not there, or a setting has no meaning; all of the data
-            is read before the model.
+        SvdtuneError: what is asked for is not there, or a setting has no meaning.
         TypeError: an argument that there is not.
     """
     from svdtune.evaluation.sets import evaluate_source

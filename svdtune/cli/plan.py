@@ -81,8 +81,6 @@ def plan(
 
       svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
 
-      svdtune plan openai-community/gpt2-medium --threshold 0.012 --method.fused_slices auto
-
       svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory
       80 --batch 8 --length 2048
     """
