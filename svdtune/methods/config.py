@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, cast
 
 from peft import PeftConfig
-from torch import Tensor
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
@@ -131,9 +130,8 @@ class SvdConfig(PeftConfig):
     svdtune_version: str | None = field(default=None, metadata=written("Version of svdtune that saved the adapter."))
 
     method: ClassVar[str]
-    last_taken: ClassVar[
-        Mapping[str, Tensor]
-    ] = {}  # of an instance: some of the tensors that were last read to be saved
+    # of an instance: digests of some of the tensors that were last read to be saved
+    last_taken: ClassVar[Mapping[str, str]] = {}
     embedding_weights: ClassVar[Collection[str]] = ()  # of an instance: their names in the model last saved
     paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
 

@@ -23,7 +23,7 @@ from svdtune.linalg import Factors
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import TITLES
-from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.base import Shapes, SvdLayer
 from svdtune.methods.layers.convolution import kernel_of
 from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
@@ -61,6 +61,7 @@ class Resolution:
         factors: by layer, where the adapter starts from them.
         parts: the slices to adapt, by fused module.
         kernels: by convolution.
+        shapes: of the adapter's tensors, by layers of one size.
     """
 
     def __init__(self, config: SvdConfig, model: nn.Module, layer_cls: type[SvdLayer[Any]], load_only: bool):
@@ -72,6 +73,7 @@ class Resolution:
         self.factors: dict[str, Factors] = {}
         self.parts: dict[str, Parts] = {}
         self.kernels: dict[str, dict[str, Any]] = {}
+        self.shapes: Shapes = {}
 
     def layers(self, targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
         """The layers to adapt, by name: the target modules, or the slices of those that are adapted
@@ -229,8 +231,14 @@ def check_supported(name: str, module: nn.Module) -> None:
 
 
 def check_called(model: nn.Module, targets: Iterable[str]) -> None:
-    """Raise `SvdtuneError` for a layer that the module around it reads and does not call."""
+    """Raise `SvdtuneError` for a layer that the module around it reads and does not call, or that
+    compiling renamed."""
     for name in targets:
+        if "_orig_mod" in name.split("."):
+            raise SvdtuneError(
+                f"target module {name!r} lies in a block that is compiled already, which changes its name: the adapter would "
+                "fit no other model. Put the adapter on first, then compile the blocks"
+            )
         parent, _, own = name.rpartition(".")
         kind = type(model.get_submodule(parent)).__name__
         if own in _READ.get(kind, ()):

@@ -20,7 +20,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import leave_out, restore
-from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_names, check_tensors
+from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_names, check_tensors, tensor_digest
 from svdtune.methods.layers.base import SvdLayer
 
 
@@ -58,9 +58,9 @@ class StoringTuner(BaseTuner):
         return found
 
     @classmethod
-    def _some_of(cls, state_dict: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, Tensor]:
-        """The smallest trained tensor of every layer, under the names that the file will have:
-        training changes them all."""
+    def _some_of(cls, state_dict: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, str]:
+        """Digests of the smallest trained tensor of every layer, under the names that the file will
+        have: training changes them all."""
         found = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter in layer.r:
@@ -69,9 +69,7 @@ class StoringTuner(BaseTuner):
                 if not there:  # under another wrapper's names, or not loaded yet
                     continue
                 smallest = min(there, key=lambda key: state_dict[key].numel())
-                found[cls._remove_adapter_name_from_key(smallest, adapter)] = (
-                    state_dict[smallest].detach().cpu().clone()
-                )
+                found[cls._remove_adapter_name_from_key(smallest, adapter)] = tensor_digest(state_dict[smallest])
         return found
 
     @classmethod
@@ -98,16 +96,17 @@ class StoringTuner(BaseTuner):
         except SvdtuneError:
             cls._take_back(model, adapter_name)
             raise
+        for name, (layer, tensors) in given.items():
+            own = {f"{name}.{part}.{adapter_name}" for part in tensors}
+            layer.fill(adapter_name, tensors, own)
+            for key in own:
+                del remapped[key]
         names = {layer: name for name, (layer, _) in given.items()}
         for name, layer in model.named_modules(remove_duplicate=False):
-            if isinstance(layer, cls.tuner_layer_cls) and name != (first := names.get(layer, name)):
+            if isinstance(layer, cls.tuner_layer_cls) and name != names.get(layer, name):
                 # a module that stands in several places is saved in the first
-                remapped |= {
-                    f"{name}.{part}.{adapter_name}": remapped[f"{first}.{part}.{adapter_name}"]
-                    for part in given[first][1]
-                }
-        for layer, _ in given.values():
-            layer.before_load(adapter_name)
+                tensors = given[names[layer]][1]
+                remapped |= {f"{name}.{part}.{adapter_name}": tensor for part, tensor in tensors.items()}
         return remapped
 
     @classmethod

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_inc
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from svdtune import processes
@@ -42,6 +43,9 @@ class SvdTuner(StoringTuner):
 
     _places: dict[nn.Module, list[tuple[nn.Module, str]]]
     target_module_mapping: dict[str, list[str]] = cast(Any, TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(_compiled_in_place(model), *args, **kwargs)
 
     # Before injection: which layers, which ranks, which factors
 
@@ -196,7 +200,8 @@ class SvdTuner(StoringTuner):
         # sharded.
         weightless = not self._resolution.load_only and not self._resolution.present
         load_only = self._resolution.load_only or weightless
-        layer.update_layer(adapter_name, self._resolution.ranks[name], config, factors, load_only)
+        shapes = self._resolution.shapes
+        layer.update_layer(adapter_name, self._resolution.ranks[name], config, factors, load_only, shapes)
         if weightless:
             layer.filled_elsewhere(adapter_name)
         if config.compact and factors is not None:
@@ -210,13 +215,9 @@ class SvdTuner(StoringTuner):
         alone."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which leaves a module that stands elsewhere too in its other places, and on
-        unloading writes `weight` to whatever comes back: HQQ's layers have none, nor has a head of
-        several layers in modules_to_save."""
-        if isinstance(new_module, BaseTunerLayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            setattr(parent, child_name, new_module)
+        """In every place of the module. PEFT's knows of one place; on unloading it writes `weight`
+        to whatever comes back, and HQQ's layers have none, nor has a head of several layers."""
+        setattr(parent, child_name, new_module)
         for other_parent, name in self._places.get(child, ()):
             setattr(other_parent, name, new_module)
 
@@ -259,3 +260,13 @@ class SvdTuner(StoringTuner):
                 "model once for each adapter, with set_adapter before"
             )
         yield
+
+
+def _compiled_in_place(model: nn.Module) -> nn.Module:
+    """The module inside what `torch.compile` gave, compiled as that was: names of its layers are
+    those of the model."""
+    while isinstance(model, OptimizedModule):
+        inside: nn.Module = model._orig_mod
+        inside._compiled_call_impl = model.dynamo_ctx(inside._call_impl)
+        model = inside
+    return model

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from svdtune.methods.compute import kernels
+from svdtune.methods.compute.transforms import under_transform
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -315,7 +316,8 @@ def low_rank_linear(
     Dropout on the input of the second term: give that input as `x_adapter`, or on CUDA its
     probability as `p`.
     """
-    return LowRankLinear.apply(x, x_adapter, p, *Part(weight, bias, U, s, V, P0, V0))
+    part = Part(weight, bias, U, s, V, P0, V0)
+    return _in_plain(x, x_adapter, part) if under_transform() else LowRankLinear.apply(x, x_adapter, p, *part)
 
 
 def add_low_rank(
@@ -329,4 +331,17 @@ def add_low_rank(
 ) -> Tensor:
     """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be
     read directly."""
-    return LowRankLinear.apply(x, None, 0.0, *Part(None, y, U, s, V, P0, V0))
+    part = Part(None, y, U, s, V, P0, V0)
+    return _in_plain(x, None, part) if under_transform() else LowRankLinear.apply(x, None, 0.0, *part)
+
+
+def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:
+    """What `LowRankLinear` gives, not in place, in operations that torch.func transforms."""
+    dtype = compute_dtype(x)
+    A, B = pair(*part[2:])
+    added = cast(x if x_adapter is None else x_adapter, dtype) @ cast(A, dtype) @ cast(B, dtype).mT
+    y = part.bias_or_output
+    if part.weight is not None:
+        y = F.linear(cast(x, dtype), cast(part.weight, dtype), None if y is None else cast(y, dtype))
+    assert y is not None
+    return y + cast(added, y.dtype)

@@ -44,6 +44,7 @@ from svdtune.methods.compute.lowrank import (
     linear_with_pair,
     stacked,
 )
+from svdtune.methods.compute.transforms import under_transform
 
 if TYPE_CHECKING:  # which imports this module
     from svdtune.methods.layers.lowrank import LowRankLayer
@@ -147,7 +148,7 @@ class Together:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._pass = None
-        if self.enabled is False or torch.compiler.is_compiling():
+        if self.enabled is False or torch.compiler.is_compiling() or under_transform():
             return
         if not torch.is_grad_enabled():
             self._pass = Pass({}, self._pairs_of(growing_cache((*args, *kwargs.values()))))

@@ -32,14 +32,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def holds(path: Path, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a safetensors file has these tensors, bit for bit; PEFT's prefix does not count."""
+def tensor_digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, 64 hex digits."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def holds(path: Path, digests: Mapping[str, str]) -> bool:
+    """Whether a safetensors file has tensors of these digests, by name; PEFT's prefix does not
+    count."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = {key.removeprefix(PEFT_ROOT): key for key in file.keys()}  # noqa: SIM118
-            found = {name: keys.get(name.removeprefix(PEFT_ROOT)) for name in tensors}
+            found = {name: keys.get(name.removeprefix(PEFT_ROOT)) for name in digests}
             return all(
-                key is not None and torch.equal(file.get_tensor(key), tensors[name]) for name, key in found.items()
+                key is not None and tensor_digest(file.get_tensor(key)) == digests[name] for name, key in found.items()
             )
     except (SafetensorError, OSError):
         return False
@@ -131,6 +138,11 @@ def check_same_layers(ranks: Mapping[str, int], targets: Collection[str]) -> Non
         SvdtuneError: naming the first of them.
     """
     lacking = [name for name in ranks if name not in targets]
+    if lacking and PEFT_ROOT + lacking[0] in targets:
+        raise SvdtuneError(
+            "the model has adapters already, and a second PeftModel around it would give every layer another name. Load a "
+            "further adapter with model.load_adapter(folder, adapter_name='another'), or give the model without adapters"
+        )
     if lacking:
         raise SvdtuneError(
             f"the adapter was made for another model: this one has no layer {lacking[0]!r} to adapt ({len(lacking)} of the "

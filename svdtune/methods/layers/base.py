@@ -27,6 +27,9 @@ from svdtune.methods.layers.quantized import device_and_dtype
 
 Config = TypeVar("Config", bound=SvdConfig)
 
+Shapes = dict[tuple[int, int, int], dict[str, Tensor]]
+"""The tensors of one adapter by name, on the meta device, by a layer's (out, in) and rank."""
+
 
 class SvdLayer(Merging, Generic[Config]):
     """A linear layer or a convolution with adapters of one method around it.
@@ -161,9 +164,10 @@ class SvdLayer(Merging, Generic[Config]):
         config: Config,
         factors: Factors | None = None,
         load_only: bool = False,
+        shapes: Shapes | None = None,
     ) -> None:
         """Add an adapter of rank r. `load_only` allocates the shapes and waits for values from a
-        checkpoint."""
+        checkpoint; `shapes` has those of layers before, and is added to."""
         if r > (largest := min(self.in_features, self.out_features)):
             raise SvdtuneError(
                 f"r = {r} is larger than a layer [{self.out_features}, {self.in_features}] allows; its rank is at most "
@@ -171,7 +175,7 @@ class SvdLayer(Merging, Generic[Config]):
             )
         self.r[adapter_name] = r
         self.configs[adapter_name] = config
-        tensors = self._starting_tensors(r, config, factors, load_only)
+        tensors = self._starting_tensors(r, config, factors, load_only, {} if shapes is None else shapes)
         for name, tensor in tensors.items():
             getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in self.trained)
         dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
@@ -181,23 +185,30 @@ class SvdLayer(Merging, Generic[Config]):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _starting_tensors(self, r: int, config: Config, factors: Factors | None, load_only: bool) -> dict[str, Tensor]:
+    def _starting_tensors(
+        self, r: int, config: Config, factors: Factors | None, load_only: bool, shapes: Shapes
+    ) -> dict[str, Tensor]:
         """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number,
         where `load_only`."""
         if not load_only:
             return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
-        with torch.device("meta"):
-            shapes = {name: t for name, t in self.new_tensors(r, config, None).items() if t is not None}
-        if parameters_go_to_meta():
-            return shapes
-        return {name: torch.zeros_like(t, device="cpu") for name, t in shapes.items()}
+        kind = self.out_features, self.in_features, r
+        if kind not in shapes:
+            with torch.device("meta"):
+                shapes[kind] = {name: t for name, t in self.new_tensors(r, config, None).items() if t is not None}
+        device = "meta" if parameters_go_to_meta() else "cpu"
+        return {name: torch.zeros(t.shape, dtype=t.dtype, device=device) for name, t in shapes[kind].items()}
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
         # every step reads these: nn.Module's own look-up is slow
         of_name: Any = self._modules[name]
         parameters: dict[str, Tensor | None] = of_name._parameters
-        return parameters[adapter] if adapter in parameters else None  # noqa: SIM401  ZeRO-3 gathers what [] asks for
+        if adapter in parameters:
+            return parameters[adapter]  # and no get(): ZeRO-3 gathers what [] asks for
+        # a replica of nn.DataParallel has tensors in place of parameters
+        of_replica: dict[str, Tensor] = of_name.__dict__.get("_former_parameters", {})
+        return of_replica.get(adapter)
 
     def adapter_tensors(self, adapter: str) -> dict[str, Tensor]:
         """Every tensor that an adapter has, by name in `trained` and `frozen`."""
@@ -243,29 +254,38 @@ class SvdLayer(Merging, Generic[Config]):
         weights, later."""
         self._awaited.discard(adapter)
 
-    def before_load(self, adapter: str) -> None:
-        """Called before an adapter's tensors are copied from a checkpoint."""
-        self._loading = adapter
+    @torch.no_grad()
+    def fill(self, adapter: str, tensors: Mapping[str, Tensor], keys: Collection[str]) -> None:
+        """Take an adapter's values from a checkpoint.
+
+        PyTorch's `load_state_dict` would look at every key once for each of a module's children.
+
+        Args:
+            adapter: which.
+            tensors: by name in `trained` and `frozen`.
+            keys: of those tensors in the state dict of the whole model; the `load_state_dict` that
+                follows will not miss them.
+        """
+        for name, tensor in tensors.items():
+            own = self.adapter_tensor(name, adapter)
+            if own is None or not own.is_meta:
+                self._modules[name][adapter].copy_(tensor)  # type: ignore[index]  # a ParameterDict
+            else:
+                # A tensor that is mapped from the file lies at an address of the file's alignment.
+                # Aligned as when it was saved, products round as they did: outputs are the same to
+                # the bit.
+                value = tensor.clone() if tensor.data_ptr() % 64 else tensor
+                getattr(self, name)[adapter] = nn.Parameter(value, own.requires_grad)
+        self._awaited.discard(adapter)
+        self._filled = keys
 
     def _after_load(self, incompatible_keys: Any) -> None:
-        adapter, self._loading = self._loading, None
-        if adapter is not None:
-            self._awaited.discard(adapter)
-            self._own_memory(adapter)
+        keys, self._filled = self._filled, ()
+        if keys:
+            missing, own = incompatible_keys.missing_keys, len(self.state_dict(keep_vars=True))
+            missing[-own:] = [key for key in missing[-own:] if key not in keys]
 
-    def _own_memory(self, adapter: str) -> None:
-        """Copy tensors that `low_cpu_mem_usage` left mapped from the file, at addresses of the
-        file's own alignment.
-
-        Aligned as they were when they were saved, matrix products round as they did: outputs are
-        the same to the bit.
-        """
-        for name in (*self.trained, *self.frozen):
-            tensor = self.adapter_tensor(name, adapter)
-            if tensor is not None and not tensor.is_meta and tensor.data_ptr() % 64:
-                getattr(self, name)[adapter] = nn.Parameter(tensor.detach().clone(), tensor.requires_grad)
-
-    _loading: str | None = None
+    _filled: Collection[str] = ()
 
     # Forward
 

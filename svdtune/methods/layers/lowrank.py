@@ -5,6 +5,7 @@ from abc import abstractmethod
 from functools import partial
 
 from svdtune.methods.compute.lowrank import Node, Product, low_rank_linear
+from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import Config, SvdLayer
 
 
@@ -22,4 +23,6 @@ class LowRankLayer(SvdLayer[Config]):
     def node(self, adapter: str) -> Node:
         """What computes the adapter with the base layer: a node of its own, or one together with
         other layers."""
-        return low_rank_linear if self.together is None else partial(self.together.linear, self, adapter)
+        if self.together is None or under_transform():
+            return low_rank_linear
+        return partial(self.together.linear, self, adapter)

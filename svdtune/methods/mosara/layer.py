@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.compute.lowrank import compute_dtype
+from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.convolution import as_channels, expand, per_position, project
 from svdtune.methods.mosara.config import MoSaraConfig
@@ -80,7 +81,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         """V in the dtype of the products, kept from one step to the next where that is not V
         itself."""
         V, dtype = self.frozen_V[adapter], compute_dtype(x)
-        if self._front(adapter) or dtype == V.dtype or torch.compiler.is_compiling():
+        if self._front(adapter) or dtype == V.dtype or torch.compiler.is_compiling() or under_transform():
             return None
         key = (dtype, V.device, id(V), V._version)
         known = self._ready.get(adapter)

@@ -17,6 +17,7 @@ needs.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 
 from svdtune.methods.compute import kernels
 from svdtune.methods.compute.lowrank import compute_dtype, filled
+from svdtune.methods.compute.transforms import under_transform
 
 # k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes
 # three times as long.
@@ -58,18 +60,10 @@ class GatedLinear(torch.autograd.Function):
         V_ready: Tensor | None,
     ) -> Tensor:
         dtype = compute_dtype(x)
-        inputs = (x if x_adapter is None else x_adapter).to(dtype)
-        flat = inputs.reshape(-1, inputs.shape[-1])
+        flat = _rows(x if x_adapter is None else x_adapter, dtype)
         A, B = projections(U, V, v, front, dtype, V_ready)
         z = flat @ A
-        gate_input: Tensor | None
-        gate: Tensor | None
-        if front and w1 is not None and w2 is not None:  # the gate reads x V without v
-            gate_input = flat @ (V @ w1.to(V.dtype)).to(dtype)
-            gate = token_gate(gate_input, w2)
-            t = z * filled(mixed_values(gate, lam), z.shape[1]).to(dtype)
-        else:
-            t, gate, gate_input = _mix(z, w1, w2, lam)
+        t, gate, gate_input = _weighed(flat, z, V, lam, w1, w2, front)
         if weight is None:
             assert bias_or_output is not None
             y = bias_or_output
@@ -117,6 +111,52 @@ class GatedLinear(torch.autograd.Function):
         if needs_base:
             dbase = grad if weight is None else dY.sum(0)
         return dx, None, dbase, dx_adapter, None, None, dlam, dv, dw1, dw2, None, None
+
+
+def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x [..., in] as [T, in] in `dtype`."""
+    return x.to(dtype).reshape(-1, x.shape[-1])
+
+
+def _weighed(
+    flat: Tensor, z: Tensor, V: Tensor, lam: Tensor, w1: Tensor | None, w2: Tensor | None, front: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`_mix`, whose gate reads x V without v where v stands in front."""
+    if not front or w1 is None or w2 is None:
+        return _mix(z, w1, w2, lam)
+    gate_input = flat @ (V @ w1.to(V.dtype)).to(flat.dtype)
+    gate = token_gate(gate_input, w2)
+    return z * filled(mixed_values(gate, lam), z.shape[1]).to(z.dtype), gate, gate_input
+
+
+def _in_plain(
+    x: Tensor,
+    weight: Tensor | None,
+    bias_or_output: Tensor | None,
+    x_adapter: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    lam: Tensor,
+    v: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    front: bool,
+    V_ready: Tensor | None,
+) -> Tensor:
+    """What `GatedLinear` gives, not in place, in operations that torch.func transforms."""
+    dtype = compute_dtype(x)
+    flat = _rows(x if x_adapter is None else x_adapter, dtype)
+    A, B = projections(U, V, v, front, dtype, V_ready)
+    t, _, _ = _weighed(flat, flat @ A, V, lam, w1, w2, front)
+    y = bias_or_output
+    if weight is not None:
+        y = F.linear(x.to(dtype), weight.to(dtype), None if y is None else y.to(dtype))
+    assert y is not None
+    return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape)
+
+
+def _linear() -> Callable[..., Tensor]:
+    return _in_plain if under_transform() else GatedLinear.apply
 
 
 def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,7 +243,7 @@ def mosara_linear(
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     """
-    return GatedLinear.apply(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
+    return _linear()(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
 
 
 def add_mosara(
@@ -218,7 +258,7 @@ def add_mosara(
     front: bool = False,
 ) -> Tensor:
     """Eq. 5's second term, added to y [..., out] in place."""
-    return GatedLinear.apply(x, None, y, None, U, V, lam, v, w1, w2, front, None)
+    return _linear()(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
 def mosara_pair(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool = False) -> tuple[Tensor, Tensor]:

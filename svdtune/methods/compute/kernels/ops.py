@@ -11,16 +11,19 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from svdtune.methods.compute.transforms import under_transform
+
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def available(*tensors: Tensor | None) -> bool:
     """Whether the kernels can take these tensors: Triton installed, all on an NVIDIA GPU, none
-    wider than fp32."""
+    wider than fp32, no transform of torch.func at work."""
     return (
         HAS_TRITON
         and torch.version.hip is None
+        and not under_transform()
         and all(t is None or (t.is_cuda and t.dtype in DTYPES) for t in tensors)
     )
 
