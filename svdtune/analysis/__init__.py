@@ -2,6 +2,7 @@
 change and routing after it."""
 
 from svdtune.analysis.after import after
+from svdtune.analysis.base import base
 from svdtune.analysis.before import THRESHOLDS, before
 from svdtune.analysis.comparisons import comparisons
 from svdtune.analysis.facts import Facts, read_facts
@@ -17,6 +18,7 @@ __all__ = [
     "RunAnalysis",
     "after",
     "analyze",
+    "base",
     "before",
     "comparisons",
     "open_run",

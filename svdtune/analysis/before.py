@@ -26,11 +26,12 @@ def before(run: Opened, progress: bool | None = None) -> dict[str, Any]:
     found = {}
     for name, spectrum in spectra(weights, progress=progress):
         out, inside = run.shape(layers[name])
-        found[name] = {"out": out, "in": inside, "rank": _rank(layers[name].module), **_described(spectrum)}
+        found[name] = {"out": out, "in": inside, "rank": _rank(layers[name].module), **described(spectrum)}
     return {"thresholds": list(THRESHOLDS), "layers": found}
 
 
-def _described(spectrum: Spectrum) -> dict[str, Any]:
+def described(spectrum: Spectrum) -> dict[str, Any]:
+    """What is kept of a spectrum: its `k`, `sum` and `values`, as `before` has them."""
     count = len(spectrum.values)
     shown = [i for i in range(count) if i in {count - 1, *_spread(count)}]
     return {

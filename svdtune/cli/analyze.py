@@ -1,6 +1,7 @@
 """`svdtune analyze`: what happened in a run, computed from its files and written beside them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,9 @@ app = typer.Typer()
 
 @app.command()
 def analyze(
-    runs: Annotated[list[str], typer.Argument(help="Run folders of `svdtune train`.", show_default=False)],
+    runs: Annotated[
+        list[str], typer.Argument(help="Run folders of `svdtune train`, or untrained models.", show_default=False)
+    ],
     modules: Annotated[
         list[str] | None, typer.Option(help="Only these layers, by name or pattern: q_proj, '*.0.*'. Repeatable.")
     ] = None,
@@ -27,17 +30,23 @@ def analyze(
             min=1, help="Compare a sample of so many leading singular triplets; all by default, as SORSA has it."
         ),
     ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Of an untrained model: a folder for its figures as SVG and CSV.")
+    ] = None,
     items: Annotated[int, typer.Option(min=1, help="So many items of each data set for the router.")] = 8,
 ) -> None:
     """Compute spectra and ranks, the trained change, and routing of finished runs.
 
     Writes before.json, after.json and (Mo-SARA with several heads) routing.json into RUN/analysis,
-    where `svdtune report` finds them. Movement during training is sampled while training: put
+    where `svdtune report` finds them. Of an untrained model: each layer's rank at thresholds from
+    0.1 to 0.9 (SARA, Figures 2 and 8). Movement during training is sampled while training: put
     `analysis: {}` into the recipe.
 
     Examples:
 
     svdtune analyze runs/sorsa
+
+    svdtune analyze huggyllama/llama-7b --figures figures
 
     svdtune analyze runs/sara runs/lora --modules q_proj --modules v_proj
 
@@ -46,9 +55,26 @@ def analyze(
     svdtune analyze runs/mosara --data sara_math --items 4
     """
     from svdtune.api.runs import analyze as find_out
+    from svdtune.training.folder import RECIPE
 
     for run in runs:
+        if not Path(run, RECIPE).is_file() and (not Path(run).exists() or Path(run, "config.json").is_file()):
+            typer.echo("\n".join(_untrained(run, modules, figures)))
+            continue
         typer.echo("\n".join(_lines(find_out(run, modules=modules, data=data, items=items, k=k))))
+
+
+def _untrained(model: str, modules: list[str] | None, figures: Path | None) -> Iterator[str]:
+    """The rank of each kind of layer at every threshold, by depth."""
+    from svdtune.analysis import base
+
+    found = base(model, modules)
+    yield f"{model}: {len(found['layers'])} layers; rank at θ = {', '.join(f'{t:g}' for t in found['thresholds'])}"
+    yield from (f"  {name}: {', '.join(map(str, layer['k']))}" for name, layer in found["layers"].items())
+    if figures is not None:
+        from svdtune.reports import of_base, write_figures
+
+        yield f"  {len(write_figures(of_base(model, found), figures))} files in {figures}"
 
 
 def _lines(found: "RunAnalysis") -> Iterator[str]:

@@ -3,7 +3,7 @@ CSV."""
 
 from svdtune.reports.figures import figures, write_figures
 from svdtune.reports.files import Report, report
-from svdtune.reports.gather import gather
+from svdtune.reports.gather import gather, of_base
 from svdtune.reports.numbers import all_numbers, as_csv
 from svdtune.reports.render import render
 from svdtune.reports.summary import add_analysis
@@ -15,6 +15,7 @@ __all__ = [
     "as_csv",
     "figures",
     "gather",
+    "of_base",
     "render",
     "report",
     "write_figures",

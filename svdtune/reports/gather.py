@@ -20,7 +20,7 @@ def gather(runs: Sequence[Facts], title: str | None = None) -> dict[str, Any]:
         runs: from `read_facts`; their names are made distinct.
         title: of the page; the runs' names by default.
     """
-    named = _distinct(runs)
+    named = _with_all_layers(_distinct(runs))
     names = dict.fromkeys(name for run in named for name in _layers(run))
     return {
         "title": title or f"svdtune: {', '.join(run['name'] for run in named)}",
@@ -80,6 +80,33 @@ def depth_of(name: str) -> int:
 def kind_of(name: str) -> str:
     """What a module is in its layer: "self_attn.q_proj"; its whole name where it is in none."""
     return re.sub(r"^.*?\.\d+\.", "", name)
+
+
+def of_base(name: str, before: dict[str, Any]) -> dict[str, Any]:
+    """The data of an untrained model, for its figures alone.
+
+    Args:
+        name: of the model.
+        before: from `svdtune.analysis.base`.
+    """
+    run = {"name": name, "log": {}, "during": None, "after": None, "before": before, "routing": None}
+    layers = [{"name": layer, "depth": depth_of(layer), "kind": kind_of(layer)} for layer in before["layers"]]
+    return {"runs": [run], "layers": layers, "comparisons": []}
+
+
+def _with_all_layers(runs: Sequence[Facts]) -> list[Facts]:
+    """The runs, the first with spectra having those of all runs on the same base: they are the
+    base's, and runs on groups of its layers have a part of them each."""
+    found = [(run["settings"]["model"], run["before"]) for run in runs if run["before"] is not None]
+    if not found:
+        return list(runs)
+    model, first = found[0]
+    layers: dict[str, Any] = {}
+    for other, before in found:
+        if other == model and before["thresholds"] == first["thresholds"]:
+            layers = {**before["layers"], **layers}
+    whole = {**first, "layers": dict(sorted(layers.items(), key=lambda pair: depth_of(pair[0])))}
+    return [{**run, "before": whole} if run["before"] is first else run for run in runs]
 
 
 def _distinct(runs: Sequence[Facts]) -> list[Facts]:

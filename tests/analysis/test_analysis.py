@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from svdtune.analysis import THRESHOLDS, after, before, open_run, read_facts, routing
+from svdtune.analysis import THRESHOLDS, after, base, before, open_run, read_facts, routing
 from svdtune.analysis.after import energy, spectrum_of_change
 from svdtune.analysis.routing import described, gate_of
 from svdtune.cli import app
@@ -153,8 +153,8 @@ def test_the_verb_writes_what_the_report_reads(runs: dict[str, Path]) -> None:
     assert mosara["missing"] == ["scores: svdtune evaluate RUN"]
 
 
-def test_what_is_no_run_and_layers_that_are_not_there(runs: dict[str, Path], tiny_folder: Path, tmp_path: Path) -> None:
-    for command, folder in (("analyze", tiny_folder), ("report", tmp_path)):
+def test_what_is_no_run_and_layers_that_are_not_there(runs: dict[str, Path], tmp_path: Path) -> None:
+    for command, folder in (("analyze", tmp_path), ("report", tmp_path)):
         result = CliRunner().invoke(app, [command, str(folder)])
         assert result.exit_code == 2
         assert "not a run of svdtune" in result.stderr
@@ -162,3 +162,22 @@ def test_what_is_no_run_and_layers_that_are_not_there(runs: dict[str, Path], tin
         _ = open_run(runs["sorsa"], ["nothing"]).layers
     with pytest.raises(SvdtuneError, match="has no router: only Mo-SARA with at least two heads"):
         routing(open_run(runs["sorsa"]), {"x": [[1, 2]]})
+
+
+def test_ranks_of_an_untrained_model_are_told_and_drawn(tiny_folder: Path, tmp_path: Path) -> None:
+    found = base(str(tiny_folder), ["q_proj"])
+    assert list(found["layers"]) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    stored = weights(tiny_folder)
+    for name, layer in found["layers"].items():
+        values = torch.linalg.svdvals(stored[f"{name}.weight"].double())
+        assert layer["k"] == [rank_at_threshold(values, threshold) for threshold in THRESHOLDS]
+    told = CliRunner().invoke(
+        app, ["analyze", str(tiny_folder), "--modules", "q_proj", "--figures", str(tmp_path / "figures")]
+    )
+    assert told.exit_code == 0, told.output
+    shown = ", ".join(map(str, found["layers"]["model.layers.1.self_attn.q_proj"]["k"]))
+    assert f"model.layers.1.self_attn.q_proj: {shown}" in told.output
+    drawn = (tmp_path / "figures" / "ranks-self_attn.q_proj.csv").read_text("utf-8")
+    assert len(drawn.splitlines()) == 1 + 2 * len(THRESHOLDS)
+    with pytest.raises(SvdtuneError, match="no module is named 'wq'"):
+        base(str(tiny_folder), ["wq"])

@@ -135,10 +135,10 @@ def test_prompts_of_the_papers_by_name(tokenizer: PreTrainedTokenizerFast) -> No
         "@@ Instruction\nHere is the given code to do completion:\n```python\nask: \n```\n\nPlease continue"
     )
     assert code.endswith("in the following format:\n'''python\n# Your codes here\n'''\n\n@@ Response\n")
-    quoted = tokenizer.decode(prompt_ids(EXAMPLE, tokenizer, "sara"))
-    assert quoted.startswith(
-        "Below is an instruction that describes a task, paired with an input that provides further"
-    )
+    for name, usual in (("sara", "llm_adapters"), ("sara_test", "llm_adapters_test")):
+        quoted = tokenizer.decode(prompt_ids(EXAMPLE, tokenizer, name))
+        context = ", paired with an input that provides further context."
+        assert quoted == expected[usual].replace("a task.", f"a task{context}", 1)
 
 
 def test_the_end_token_in_a_prompt_is_not_taken_for_a_closed_text(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -1,6 +1,7 @@
 """The report without a browser: the headline, the comparisons, the files of the figures, and the
 page's size."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from svdtune.analysis import comparisons, read_facts
 from svdtune.cli import app
 from svdtune.reports import all_numbers, figures, gather, render, write_figures
 from svdtune.reports.figures import draw, save
+from svdtune.reports.gather import depth_of
 
 
 @pytest.fixture
@@ -115,3 +117,17 @@ def test_the_model_card_has_the_key_figure_and_table(runs: list[Path]) -> None:
 def test_the_page_refers_to_nothing_outside(runs: list[Path]) -> None:
     text = render(gather([read_facts(runs[0])]))
     assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+def test_spectra_of_runs_on_different_layers_are_drawn_together(tmp_path: Path) -> None:
+    made = [
+        make_run(tmp_path / name, {"name": "sara", "threshold": 0.01}, depth=4, kinds=1) for name in ("low", "high")
+    ]
+    for run, depths in zip(made, ({0, 1}, {2, 3}), strict=True):
+        path = run / "analysis" / "before.json"
+        before = json.loads(path.read_text("utf-8"))
+        before["layers"] = {name: layer for name, layer in before["layers"].items() if depth_of(name) in depths}
+        path.write_text(json.dumps(before), encoding="utf-8")
+    data = gather([read_facts(run) for run in made])
+    (ranks,) = (numbers for numbers in all_numbers(data) if numbers.name.startswith("ranks-"))
+    assert [list(one.x) for one in ranks.series] == [[0, 1, 2, 3]] * len(ranks.series)

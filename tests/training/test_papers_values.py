@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from svdtune.training.inheritance import read_yaml
-from svdtune.training.recipe import load_recipe
+from svdtune.training.inheritance import read_settings, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ("sara", "sorsa")
@@ -38,9 +37,14 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def of_recipe(path: Path) -> dict[str, Any]:
-    """All that a recipe sets, and nothing that it leaves to the defaults."""
-    found = dict(flat(load_recipe(path).model_dump(exclude_unset=True)))
-    return {name: value for name, value in found.items() if name != "output.dir"}
+    """All that a recipe and those it extends set, and nothing that they leave to the defaults."""
+    settings = read_settings(path)
+    data = {part: {"source": given} if isinstance(given, str) else given for part, given in _sources(settings)}
+    return dict(flat({**settings, "data": {**settings["data"], **data}}))
+
+
+def _sources(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [(part, settings["data"][part]) for part in ("train", "eval") if part in settings["data"]]
 
 
 def of_arm(arm: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,6 +24,8 @@ PROMPTS = {
     "sara": (
         f"{_TASK_WITH_INPUT}  \n\n{_INDENT}### Instruction:\n{_INDENT}{{prompt}}\n{_INDENT}\n{_INDENT}### Response:\n{_INDENT}"
     ),
+    # The same sentence at test time ("during training and testing"), in the form of its tests.
+    "sara_test": f"{_TASK_WITH_INPUT} \n\n{_INDENT}### Instruction:\n{_INDENT}{{prompt}}\n\n{_INDENT}### Response:\n{_INDENT}",
     # SORSA trains on this (its published code) ...
     "sorsa_train": f"{_TASK}\n\n### Instruction:\n{{prompt}}\n\n### Response:",
     # ... and is tested on GSM8K and MATH with this (Listing 1).

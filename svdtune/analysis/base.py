@@ -1,0 +1,40 @@
+"""An untrained model: the spectrum of every layer that a method would adapt, and its rank at
+thresholds (SARA, Fig. 2 and 8)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from svdtune.analysis.before import THRESHOLDS, described
+from svdtune.checkpoint import open_checkpoint
+from svdtune.methods import SaraConfig
+from svdtune.methods.injection import check_targets
+from svdtune.methods.sites import readers, sites
+from svdtune.models.loading import locate
+from svdtune.spectra import spectra
+
+
+def base(model: str, modules: Sequence[str] | None = None, progress: bool | None = None) -> dict[str, Any]:
+    """Spectra and ranks of a model's weights, before any training.
+
+    Args:
+        model: a model folder or hub name.
+        modules: names of the layers ("q_proj"); by default those that SARA adapts, q and v.
+        progress: show a bar; None: where it takes long.
+
+    Returns:
+        As `before`; no layer has a `rank`.
+
+    Raises:
+        SvdtuneError: there is no such model, it has no weights, or no layer of these names.
+    """
+    checkpoint = open_checkpoint(locate(model))
+    config = SaraConfig(r=1, target_modules=None if modules is None else list(modules))
+    check_targets(checkpoint.model, config)
+    places = list(sites(checkpoint, config))
+    shapes = {site.name: site.shape for site in places}
+    found = {}
+    for name, spectrum in spectra(readers(checkpoint, places), progress=progress):
+        shape = shapes[name]
+        assert shape is not None  # SARA adapts matrices alone
+        found[name] = {"out": shape[0], "in": shape[1], "rank": None, **described(spectrum)}
+    return {"thresholds": list(THRESHOLDS), "layers": {name: found[name] for name in shapes}}
