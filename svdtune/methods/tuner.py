@@ -24,6 +24,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig, as_set
+from svdtune.methods.experts import say_experts_left_out
 from svdtune.methods.files.integrity import (
     check_base,
     check_same_layers,
@@ -109,6 +110,8 @@ class SvdTuner(StoringTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
+        if not ours(peft_config).initialized:
+            say_experts_left_out(model, ours(peft_config).target_modules)
         config = self._named_layers(ours(peft_config), model)
         check_called(model, [name for name, _ in self._targets(config, model)])
         targets = dict(self._resolution.layers(dict(self._targets(config, model))))
