@@ -212,7 +212,7 @@ def test_factors_stay_fp32_and_orthonormal_on_a_bf16_base(name):
     for layer in layers(model):
         for part in (*layer.trained, *layer.frozen):
             assert all(tensor.dtype == torch.float32 for tensor in getattr(layer, part).values())
-        for part in ("sorsa_U", "sorsa_V", "frozen_U", "frozen_V"):
+        for part in ("sorsa_U", "sorsa_V", "mosara_U", "mosara_V"):
             for factor in getattr(layer, part, {}).values():
                 gram = factor.detach().double().mT @ factor.detach().double()
                 assert float((gram - torch.eye(len(gram))).abs().max()) < 1e-6
