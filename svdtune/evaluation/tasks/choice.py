@@ -16,7 +16,7 @@ from svdtune.evaluation.tasks.task import Grade, Reference, Task
 
 _LETTER = re.compile(r"[A-E]")
 # "(D)", "D)", "D.", "D:" or "D" alone: a letter that stands for a choice, and not the article "A".
-_STANDING = re.compile(r"\(([A-E])\)|(?<![\w'])([A-E])(?=[).:,;]|\s*$|\s+(?:and|or|because|since)\b)")
+_STANDING = re.compile(r"\(([A-E])\)|(?<![\w'])([A-E])(?=[).:,;]|\s*$|\s+(?:and|or|because|since)\b|\s+is[.!]?\s*$)")
 _OPENING = re.compile(r"(?:option|choice|letter|answer)?\s*\(?([A-E])(?![\w'])", re.IGNORECASE)
 _LATEX = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{\s*([^{}]*?)\s*\}|\\[()\[\]]|[$*`\"{}]"
@@ -106,7 +106,9 @@ def _standing(text: str) -> set[str]:
 
 def _others(marked: str, letter: str) -> bool:
     """Whether another letter is joined to the first: "A or B"."""
-    return re.search(rf"\b{letter}\)?\s*(?:,|/|and|or|&)\s*\(?[A-E]\b", marked) is not None
+    return (
+        re.search(rf"\b{letter}\)?\s*(?:,|/|and|or|&)\s*(?:maybe|perhaps|possibly)?\s*\(?[A-E]\b", marked) is not None
+    )
 
 
 def check_letter(reference: Reference) -> None:
