@@ -294,6 +294,8 @@ def test_a_rate_that_rises_above_its_start_is_refused(kind):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.004)
         scheduler = schedule(kind, optimizer)
         regularize(optimizer, model, given)
+        for tensor in optimizer.param_groups[0]["params"]:  # a factor without one is warned of
+            tensor.grad = torch.zeros_like(tensor)
         optimizer.step()
         scheduler.step()
         if refused:
