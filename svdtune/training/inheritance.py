@@ -5,11 +5,14 @@ method mean nothing to another. With several files the later ones change the ear
 relative to the file that names them.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.events import Event, ScalarEvent
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 
 from svdtune.errors import SvdtuneError
@@ -82,6 +85,9 @@ def read_yaml(text: str, source: str) -> Any:
             where anchors repeat each other.
     """
     try:
+        # counted while it is read, since to build a hundred thousand values takes seconds
+        if sum(1 for _ in islice(_scalars(text), _MOST_VALUES + 1)) > _MOST_VALUES:
+            raise SvdtuneError(_too_much(source))
         # Before anything is made of it: merge keys (<<) copy what they name, and a few of them copy
         # for ever.
         if _size(YAML(typ="safe", pure=True).compose(text), {}) > _MOST_VALUES:
@@ -105,6 +111,11 @@ def read_yaml(text: str, source: str) -> Any:
         raise SvdtuneError(f"{source} is not valid YAML: {reason:.200}; put texts in quotes") from error
     _check_shape(found, source)
     return found
+
+
+def _scalars(text: str) -> Iterator[Event]:
+    """The single values of a YAML text, as they are read."""
+    return (event for event in YAML(typ="safe", pure=True).parse(text) if isinstance(event, ScalarEvent))
 
 
 def _size(node: Any, known: dict[int, int]) -> int:

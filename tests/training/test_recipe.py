@@ -132,6 +132,13 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> No
         load_recipe(path)
 
 
+def test_too_many_values_are_refused_before_the_text_is_read_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdtune.training.inheritance._MOST_VALUES", 100)
+    assert read_yaml("a: [" + "1, " * 90 + "1]", "r.yaml") == {"a": [1] * 91}
+    with pytest.raises(SvdtuneError, match="expected at most 100 values"):
+        read_yaml("a: [" + "1, " * 2000 + "}", "r.yaml")
+
+
 def test_anchors_that_repeat_each_other_do_not_fill_the_memory(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40))]
     (tmp_path / "r.yaml").write_text("\n".join(lines))
