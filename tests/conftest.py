@@ -44,6 +44,13 @@ settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=10
 settings.load_profile("quick")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse names that a whole object was written into: a set in it has another order in every
+    process, and processes that share the tests must agree on their names."""
+    if long := [item.nodeid for item in items if len(item.nodeid) > LONGEST_NAME]:
+        raise pytest.UsageError(f"name the cases of {long[0]:.{LONGEST_NAME}}...: its name is written out of an object")
+
+
 def pytest_collection_finish() -> None:
     """Keep Python's collector from what was imported, a few million objects: Accelerate has it run
     at the start of every training."""
@@ -51,6 +58,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+LONGEST_NAME = 300
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -186,7 +186,6 @@ def test_one_weight_is_there_at_a_time(tmp_path):
         (AdaLoraConfig(total_step=9), {}, "takes a SaraConfig, MoSaraConfig, SorsaConfig or LoraConfig of a new"),
         (SorsaConfig(r=2), {"components": "last"}, "give SORSA's in its configuration"),
     ],
-    ids=str,
 )
 def test_what_is_refused_leaves_nothing(config, more, message, tmp_path):
     tiny_llama(num_key_value_heads=2, attention_bias=True, tie_word_embeddings=False).save_pretrained(tmp_path / "base")
