@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import isqrt
 
+from svdtune.evaluation.tasks.number_words import MAGNITUDES, number_in_words
 from svdtune.evaluation.tasks.units import currency, unit_at
 
 _GROUPED = r"[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)|[1-9]\d{0,2}(?:[ '’]\d{3})+(?![\d'’]| \d)|\d+"
@@ -28,10 +29,9 @@ _NUMBER = re.compile(
     rf"(?P<repeat>\\overline\s?\(?\d+\)?|(?<=\.\d)\(\d+\)(?=\W|$)|(?<=\.\d\d)\(\d+\)(?=\W|$)|\.\.+)?"
     rf"(?P<power>[eE][-+]?\d{{1,3}}(?![\w]))?)"
 )
-_MAGNITUDES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SHORT = {"k": 10**3, "K": 10**3}
 _SHORT_MONEY = {**_SHORT, "m": 10**6, "M": 10**6, "mn": 10**6, "bn": 10**9, "b": 10**9, "B": 10**9}
-_MAGNITUDE = re.compile(rf"\s*(?:(?P<word>{'|'.join(_MAGNITUDES)})s?|(?P<short>k|K|mn|bn|[mMbB]))(?![\w^])")
+_MAGNITUDE = re.compile(rf"\s*(?:(?P<word>{'|'.join(MAGNITUDES)})s?|(?P<short>k|K|mn|bn|[mMbB]))(?![\w^])")
 _START = re.compile(r"(?:[$£€]\s?-?)?\.?\d|\((?=[-+]?[$£€]?[\d.(])|\\sqrt|√")
 _OPERATOR = re.compile(r"\s*(?P<sign>[-+*/^]|(?<=\d)\s*x\s*(?=\d))\s*")
 _EQUALS = re.compile(r"\s*(?:=|≈)\s*")
@@ -67,30 +67,6 @@ _HALVES = {
     "⅝": "5/8",
     "⅞": "7/8",
 }
-_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
-_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-_VALUES = {word: n for n, word in enumerate(_WORDS)} | {word: 10 * n for n, word in enumerate(_TENS, 2)}
 
 
 @dataclass(frozen=True)
@@ -309,12 +285,12 @@ class _Expression:
         magnitude = _MAGNITUDE.match(self.text, self.at)
         if magnitude and value is not None:
             short = _SHORT_MONEY if number["currency"] else _SHORT
-            times = _MAGNITUDES.get(magnitude["word"] or "") or short.get(magnitude["short"] or "", 0)
+            times = MAGNITUDES.get(magnitude["word"] or "") or short.get(magnitude["short"] or "", 0)
             if times and not (magnitude["short"] and magnitude[0] != magnitude["short"] and not number["currency"]):
                 value, self.at = value * times, magnitude.end()
                 written = str(value)
-                while more := re.compile(rf"\s*({'|'.join(_MAGNITUDES)})s?\b").match(self.text, self.at):
-                    value, self.at = value * _MAGNITUDES[more[1]], more.end()
+                while more := re.compile(rf"\s*({'|'.join(MAGNITUDES)})s?\b").match(self.text, self.at):
+                    value, self.at = value * MAGNITUDES[more[1]], more.end()
                     written = str(value)
         self.parts.append(written)
         self._after()
@@ -412,24 +388,5 @@ def _root(value: Fraction | None) -> Fraction | None:
 
 def _in_words(text: str) -> Quantity | None:
     """A number in words ("twenty-five apples"), where the sentence opens with it."""
-    words = re.findall(r"[a-z]+", text.lower())
-    total, part, read = 0, 0, 0
-    for word in words:
-        if word in _VALUES:
-            part += _VALUES[word]
-        elif word in _MAGNITUDES and (part or word != "dozen") and read:
-            part *= _MAGNITUDES[word]
-            total, part = (total + part, 0) if _MAGNITUDES[word] >= 1000 else (total, part)
-        elif not (word == "and" and read):
-            break
-        read += 1
-    rest = words[read:]
-    if (
-        not read
-        or words[read - 1] == "and"
-        or any(word in _VALUES for word in rest)
-        or rest[:1] in (["half"], ["of"], ["or"], ["more"], ["less"])
-    ):
-        return None
-    value = Fraction(total + part)
-    return Quantity(str(value), value, None, 0, len(text))
+    value = number_in_words(text)
+    return None if value is None else Quantity(str(value), Fraction(value), None, 0, len(text))
