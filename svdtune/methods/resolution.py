@@ -135,8 +135,10 @@ class Resolution:
             self._check_readable(measured)
         work = Work(targets, together=not self.load_only, present=self.present)
         takes_factors = config.needs_factors and not self.load_only
-        if measured and takes_factors and config.triplets == "first" and not config.compact:
-            ranks, factors = work.ranked_factors(measured, threshold)
+        # Of these one decomposition gives rank and factors.
+        at_once = measured if takes_factors and config.triplets == "first" and not config.compact else []
+        if at_once:
+            ranks, factors = work.ranked_factors(at_once, threshold)
             given |= ranks
             self.factors |= factors
         elif measured:
@@ -148,7 +150,8 @@ class Resolution:
         if not config.initialized:
             self.fingerprints |= work.fingerprints()
         if takes_factors:
-            rest = {name: rank for name, rank in given.items() if name not in self.factors}
+            # not by what this process has: those without weights are given none, and work along
+            rest = {name: rank for name, rank in given.items() if name not in at_once}
             self.factors |= work.factors(rest, config.triplets, exact=config.compact)
 
     def _given_rank(self, name: str) -> int | None:
