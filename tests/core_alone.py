@@ -67,6 +67,9 @@ def verbs(model: str, folder: Path) -> None:
     run("--help", says="Train an adapter as a recipe says.")
     run("data", "check", str(rows), says="6 rows")
     run("data", "list", says=f"no data set is known by name{MISSING}")
+    new = folder / "new.yaml"
+    words = ("--prompt", "question", "--completion", "solution", "--output", str(new))
+    run("new", model, str(rows), *words, says=f"train it with: svdtune train {new}")
     run("plan", model, "--method", "sara", "--budget", "3%", says="trained")
     run("init", model, "--r", "2", "--output", str(folder / "started"), says="trained")
     run("train", given, says="trained 2 steps in")
@@ -81,7 +84,7 @@ def verbs(model: str, folder: Path) -> None:
     run("cache", "list", says="files")
 
     # What is the laboratory's is refused with a word on it.
-    run("study", "any.yaml", refused=True, says="there is no verb 'study'; there are demo, plan, ")
+    run("study", "any.yaml", refused=True, says="there is no verb 'study'; there are demo, new, plan, ")
     for task in ("gsm8k", "lm-eval:arc_easy"):
         says = f"there is no task '{task}'; choose one of: number, letter, choice, exact{MISSING}"
         run("evaluate", model, "--task", task, refused=True, says=says)
