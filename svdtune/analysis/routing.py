@@ -89,7 +89,7 @@ def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequ
     def watch(name: str, layer: MoSaraLinear) -> RemovableHandle:
         adapter = layer.active_adapters[0]
         tensors = layer.adapter_tensors(adapter)
-        V, w1, w2 = (tensors[part] for part in ("mosara_V", "mosara_w1", "mosara_w2"))
+        V, w1, w2 = (tensors[part] for part in ("frozen_V", "mosara_w1", "mosara_w2"))
 
         def keep(_: torch.nn.Module, args: tuple[Any, ...]) -> None:
             seen[name].append(gate_of(args[0].flatten(0, -2), V, w1, w2).cpu())

@@ -16,7 +16,6 @@ from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.adapter import read_settings
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from svdtune.methods.files.names import current_name
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loading import locate
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
@@ -212,7 +211,7 @@ def _source_of_run(run: Path) -> Source:
 def _stored_keys(adapter: Path) -> set[str]:
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise SvdtuneError(f"the adapter {adapter} has no {ADAPTER_WEIGHTS}; save it again with save_pretrained")
-    return set(map(current_name, read_shard(adapter, ADAPTER_WEIGHTS).tensors))
+    return set(read_shard(adapter, ADAPTER_WEIGHTS).tensors)
 
 
 def _shortened(error: BaseException) -> str:

@@ -21,7 +21,6 @@ from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import leave_out, restore
 from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_names, check_tensors, tensor_digest
-from svdtune.methods.files.names import current_names
 from svdtune.methods.layers.base import SvdLayer
 
 
@@ -77,8 +76,7 @@ class StoringTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        current = current_names(state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, current)
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _leave_out_twice_saved(remapped, model, adapter_name)
         given: dict[str, tuple[SvdLayer[Any], dict[str, Tensor]]] = {}
         for name, layer in model.named_modules():

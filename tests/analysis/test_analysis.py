@@ -106,7 +106,7 @@ def test_gates_are_the_paper_equation_on_what_each_layer_reads(runs: dict[str, P
     assert found["tasks"]["one"]["tokens"] == 7
     model, name = opened.loaded.model, "model.layers.1.self_attn.q_proj"
     layer = next(each.module for each in opened.layers if each.name == name)
-    parts = [layer.adapter_tensor(part, "default") for part in ("mosara_V", "mosara_w1", "mosara_w2")]
+    parts = [layer.adapter_tensor(part, "default") for part in ("frozen_V", "mosara_w1", "mosara_w2")]
     gates = []
     for item in items:
         hidden = model(input_ids=torch.tensor([item]), output_hidden_states=True).hidden_states[1]

@@ -114,7 +114,7 @@ class Counted:
 def digest(model: nn.Module) -> str:
     """Of every byte of an adapter."""
     tensors = model.state_dict()
-    names = [name for name in sorted(tensors) if any(part in name for part in ("sorsa_", "sara_"))]
+    names = [name for name in sorted(tensors) if any(part in name for part in ("sorsa_", "sara_", "frozen_"))]
     return hashlib.sha256(b"".join(tensors[name].numpy().tobytes() for name in names)).hexdigest()
 
 

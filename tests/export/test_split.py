@@ -135,7 +135,7 @@ def test_a_split_convolution():
     delta = get_peft_model(net, SorsaConfig(r=2, target_modules=["0"]))
     tensors = get_peft_model_state_dict(delta)
     config = dataclasses.replace(delta.peft_config["default"], layout="split", initialized=True, base_fingerprint={})
-    P0, V0 = (tensors[f"base_model.model.0.sorsa_{name}"] for name in ("P0", "V0"))
+    P0, V0 = (tensors[f"base_model.model.0.frozen_{name}"] for name in ("P0", "V0"))
     residual = delta.unload()
     residual[0].weight.data -= (P0 @ V0.mT).view_as(weight)
     model = get_peft_model(residual, config)

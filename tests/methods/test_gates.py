@@ -48,7 +48,7 @@ def test_a_layer_computes_the_literal_form(base, gate, front):
     x = torch.randn(2, 5, layer.in_features, requires_grad=True)
     lam, v, w1, w2, U, V = (
         layer.adapter_tensor(name, "default")
-        for name in ("mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2", "mosara_U", "mosara_V")
+        for name in ("mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2", "frozen_U", "frozen_V")
     )
     weight = layer.get_base_layer().weight
     changed = {"changed": top1} if gate == "top1" else {}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.files.compact import PROBE
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_ROOT
-from svdtune.methods.files.names import PROBE, current_names
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.registration import config_class
 from svdtune.registry import lab_note
@@ -57,7 +57,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
     if not path.is_file():
         raise SvdtuneError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; save it again with save_pretrained")
     try:
-        tensors = current_names(load_file(path))
+        tensors = load_file(path)
     except SafetensorError as error:
         raise SvdtuneError(f"{path} is damaged ({error}); copy it again from where it was saved") from error
     cls = layer_class(config)

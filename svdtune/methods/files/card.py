@@ -13,13 +13,10 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import safe_open
 
 from svdtune._version import __version__
 from svdtune.checkpoint.rewrite import CARD
-from svdtune.methods.files.names import PROBE
 from svdtune.methods.settings import chosen
 
 if TYPE_CHECKING:
@@ -121,7 +118,6 @@ def _empty_form() -> str:
 
 
 def _table(config: "SvdConfig", weights: Path) -> str:
-    layer: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
     stored = trained = 0
     with safe_open(weights, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118
@@ -130,7 +126,7 @@ def _table(config: "SvdConfig", weights: Path) -> str:
             for size in shape:
                 elements *= size
             stored += elements
-            if key.rpartition(".")[2].removesuffix(PROBE) not in layer.frozen:
+            if not key.rpartition(".")[2].startswith("frozen_"):
                 trained += elements
     rows = {
         "method": TITLES[config.method],

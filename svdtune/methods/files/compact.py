@@ -18,9 +18,9 @@ from torch import Tensor
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import PEFT_ROOT
-from svdtune.methods.files.names import PROBE
 from svdtune.methods.layers.base import SvdLayer
 
+PROBE = "_probe"
 # Largest difference of a column's probe, relative to the column's length. fp32's rounding leaves
 # some 1e-7; a base in another dtype turns a column by 1e-3 or more.
 TOLERANCE = 1e-5

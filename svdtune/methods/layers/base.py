@@ -3,8 +3,8 @@ moving; merging is beside it.
 
 A method's own layer says which tensors it has, how they start and what they compute; everything
 PEFT asks of a layer stands here. Frozen factors are parameters without a gradient, in PEFT's
-`other_param_names`: counted, sharded and saved, never switched to trainable. Every tensor's name
-begins with the method's prefix, by which tools tell an adapter from the base.
+`other_param_names`: counted, sharded and saved, never switched to trainable. Their names lack the
+method's prefix, by which PEFT's tools know what is trained.
 """
 
 from abc import abstractmethod

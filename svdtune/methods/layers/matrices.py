@@ -72,7 +72,7 @@ class Observed:
             return self.weight()
         weight = _exact(spectra.base_weight(self.module))
         if isinstance(self.module, SorsaLinear) and (adapter := self.module.stored_apart) is not None:
-            return weight + (self.module.sorsa_P0[adapter] @ self.module.sorsa_V0[adapter].mT).to(weight)
+            return weight + (self.module.frozen_P0[adapter] @ self.module.frozen_V0[adapter].mT).to(weight)
         return weight
 
     @torch.no_grad()

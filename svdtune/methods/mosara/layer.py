@@ -30,13 +30,13 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     """A layer with Mo-SARA adapters.
 
     Trained: mosara_lambda [m, k], mosara_v [out] (or [in] in front), mosara_w1 [k], mosara_w2 [m].
-    Frozen: mosara_U [out, k], mosara_V [in, k], the weight's leading singular vectors in fp32.
+    Frozen: frozen_U [out, k], frozen_V [in, k], the weight's leading singular vectors in fp32.
     """
 
     method = "mosara"
     trained = ("mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
-    frozen = ("mosara_U", "mosara_V")
-    mosara_V: nn.ParameterDict
+    frozen = ("frozen_U", "frozen_V")
+    frozen_V: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
@@ -53,7 +53,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         if factors is not None:
             frozen = self.frozen_from(factors)
         else:
-            sizes = {"mosara_U": self.out_features, "mosara_V": self.in_features}
+            sizes = {"frozen_U": self.out_features, "frozen_V": self.in_features}
             frozen = {name: torch.randn(n, r) / n**0.5 for name, n in sizes.items()}
         return {
             "mosara_lambda": lam,
@@ -65,12 +65,12 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
 
     @staticmethod
     def frozen_from(factors: Factors) -> dict[str, Tensor]:
-        return {"mosara_U": factors.U, "mosara_V": factors.Vh.mT.contiguous()}
+        return {"frozen_U": factors.U, "frozen_V": factors.Vh.mT.contiguous()}
 
     def _tensors(
         self, adapter: str
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
-        names = ("mosara_U", "mosara_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
+        names = ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
         U, V, lam, v, w1, w2 = (self.adapter_tensor(name, adapter) for name in names)
         assert U is not None
         assert V is not None
@@ -80,7 +80,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
         """V in the dtype of the products, kept from one step to the next where that is not V
         itself."""
-        V, dtype = self.mosara_V[adapter], compute_dtype(x)
+        V, dtype = self.frozen_V[adapter], compute_dtype(x)
         if self._front(adapter) or dtype == V.dtype or torch.compiler.is_compiling() or under_transform():
             return None
         key = (dtype, V.device, id(V), V._version)
@@ -135,7 +135,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
         check_is_matrix(config)
-        U, V, lam = (tensors[name] for name in ("mosara_U", "mosara_V", "mosara_lambda"))
+        U, V, lam = (tensors[name] for name in ("frozen_U", "frozen_V", "mosara_lambda"))
         # one head, or no gate
         return mosara_pair(U, V, mean_head(lam), tensors.get("mosara_v"), config.v_position == "front")
 

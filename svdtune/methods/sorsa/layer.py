@@ -19,8 +19,8 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
     """A layer with SORSA adapters.
 
     Trained: sorsa_U [out, r], sorsa_s [r], sorsa_V [in, r], fp32, from r singular triplets of the
-    weight, the leading ones unless `components` says otherwise. Frozen: sorsa_P0 = U₀ diag(s₀)
-    [out, r] and sorsa_V0 [in, r], those triplets at the start.
+    weight, the leading ones unless `components` says otherwise. Frozen: frozen_P0 = U₀ diag(s₀)
+    [out, r] and frozen_V0 [in, r], those triplets at the start.
 
     In the split layout the base weight was stored without P₀ V₀ᵀ. There the adapter adds W_p alone,
     and while it does not act the layer adds P₀ V₀ᵀ, so that disabling it gives the model from
@@ -29,11 +29,11 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
 
     method = "sorsa"
     trained = ("sorsa_U", "sorsa_s", "sorsa_V")
-    frozen = ("sorsa_P0", "sorsa_V0")
+    frozen = ("frozen_P0", "frozen_V0")
     regularized: bool = False  # whether the regularizer ever acted on it
     sorsa_s: nn.ParameterDict
-    sorsa_P0: nn.ParameterDict
-    sorsa_V0: nn.ParameterDict
+    frozen_P0: nn.ParameterDict
+    frozen_V0: nn.ParameterDict
 
     def new_tensors(self, r: int, config: SorsaConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         if factors is not None:
@@ -41,7 +41,7 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
             frozen = self.frozen_from(factors)
         else:
             U, s, V = kaiming_factors(self.out_features, self.in_features, r)
-            frozen = {"sorsa_P0": torch.zeros_like(U), "sorsa_V0": torch.zeros_like(V)}
+            frozen = {"frozen_P0": torch.zeros_like(U), "frozen_V0": torch.zeros_like(V)}
         return {"sorsa_U": U, "sorsa_s": s, "sorsa_V": V, **frozen}
 
     def lacks_regularizer(self) -> bool:
@@ -92,7 +92,7 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
         adapter = self.stored_apart
         if adapter is None or adapter in present:
             return y
-        P0, V0 = self.sorsa_P0[adapter], self.sorsa_V0[adapter]
+        P0, V0 = self.frozen_P0[adapter], self.frozen_V0[adapter]
         if self._is_convolution:
             return add_convolved(self.convolution(), y, x, V0, P0)
         return add_low_rank(y.contiguous(), x, P0, None, V0)

@@ -23,9 +23,8 @@ from svdtune.checkpoint.writer import TensorWriter
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.compact import probe
+from svdtune.methods.files.compact import PROBE, probe
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, weight_fingerprint
-from svdtune.methods.files.names import PROBE
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.ranks import pattern_rank, with_rank
 from svdtune.methods.sites import Site, sites, skeleton

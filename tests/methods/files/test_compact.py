@@ -103,9 +103,11 @@ def test_switching_it_off_saves_everything(tmp_path):
     model.save_pretrained(tmp_path / "whole")
     other = base(dtype=torch.bfloat16).float()  # a base that the factors cannot be recomputed from
     loaded = PeftModel.from_pretrained(other, tmp_path / "whole").eval()
-    frozen = [module for module in loaded.modules() if hasattr(module, "sorsa_P0")]
-    expected = [module for module in model.modules() if hasattr(module, "sorsa_P0")]
-    assert all(torch.equal(a.sorsa_P0["default"], b.sorsa_P0["default"]) for a, b in zip(frozen, expected, strict=True))
+    frozen = [module for module in loaded.modules() if hasattr(module, "frozen_P0")]
+    expected = [module for module in model.modules() if hasattr(module, "frozen_P0")]
+    assert all(
+        torch.equal(a.frozen_P0["default"], b.frozen_P0["default"]) for a, b in zip(frozen, expected, strict=True)
+    )
 
 
 def test_it_cannot_be_switched_on_later(tmp_path):
@@ -122,13 +124,13 @@ def test_it_cannot_be_switched_on_later(tmp_path):
 def test_probes_notice_what_matters():
     torch.manual_seed(0)
     U = torch.linalg.qr(torch.randn(300, 8)).Q
-    probes = {"mosara_U": probe(U)}
-    check_probes("layer", {"mosara_U": U * (1 + 1e-7)}, probes)
+    probes = {"frozen_U": probe(U)}
+    check_probes("layer", {"frozen_U": U * (1 + 1e-7)}, probes)
     turned = U.clone()
     turned[:, 2:4] = U[:, 2:4] @ torch.tensor([[0.99999, -0.0045], [0.0045, 0.99999]])
     for other in (U * torch.tensor([1, 1, 1, -1, 1, 1, 1, 1]), U[:, [1, 0, *range(2, 8)]], turned, U[:, :7]):
-        with pytest.raises(SvdtuneError, match=r"mosara_U of layer 'layer'"):
-            check_probes("layer", {"mosara_U": other}, probes)
+        with pytest.raises(SvdtuneError, match=r"frozen_U of layer 'layer'"):
+            check_probes("layer", {"frozen_U": other}, probes)
 
 
 def test_exact_factors_agree_with_lapacks_to_fp32():
