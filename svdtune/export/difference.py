@@ -63,7 +63,7 @@ def export_difference(
             left.append(parameter)
             continue
         A, B, error = on_device(partial(_nearest, cut=cut), change, where)
-        pairs[module] = A.cpu(), B.cpu()
+        pairs[module] = A, B
         if error > 0:
             errors[module] = error
     if not pairs:

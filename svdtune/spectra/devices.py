@@ -10,7 +10,6 @@ from torch import Tensor
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.linalg import Factors
 from svdtune.system import is_out_of_memory
 
 DEVICE = "SVDTUNE_DEVICE"  # the environment variable that names one
@@ -58,7 +57,8 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def on_device(compute: Callable[[Tensor], Result], weight: Tensor, device: torch.device) -> Result:
-    """compute(weight), done on a device. Factors come back to where the weight lies.
+    """compute(weight), done on a device. The tensors that it gives come back to where the weight
+    lies.
 
     A device without room hands the weight back, with a warning.
     """
@@ -76,6 +76,7 @@ def on_device(compute: Callable[[Tensor], Result], weight: Tensor, device: torch
             stacklevel=2,
         )
         return compute(weight)
-    if isinstance(found, Factors):
-        return Factors(*(part.to(weight.device) for part in found))  # type: ignore[return-value]
-    return found
+    from accelerate.utils import send_to_device
+
+    there: Result = send_to_device(found, weight.device)
+    return there

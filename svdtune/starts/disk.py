@@ -90,7 +90,7 @@ def start_lora(
                 """Write a layer's pair; its weight [out, in] and the pair."""
                 site, scaling = planned.sites[parameter]
                 weight = site.weight(checkpoint)
-                pair = LoraPair(*(part.to(weight.device) for part in pair_of(weight, site, scaling, where)))
+                pair = pair_of(weight, site, scaling, where)
                 for part, tensor in zip("AB", pair, strict=True):
                     file.write(f"{PEFT_ROOT}{site.name}.lora_{part}.weight", tensor)
                 bar.update()

@@ -193,8 +193,7 @@ def _weight(layer: LoraLayer, adapter: str) -> Tensor | None:
 
 def _where_fastest(decompose: Callable[[Tensor, int], Parts], weight: Tensor, r: int) -> Parts:
     """decompose(weight, r) on a GPU where there is one, handed back to where the weight lies."""
-    found = on_device(lambda there: decompose(there, r), weight, devices_for_work()[0])
-    return type(found)(*(part.to(weight.device) for part in found))
+    return on_device(lambda there: decompose(there, r), weight, devices_for_work()[0])
 
 
 def _is_plain(weight: Tensor) -> bool:

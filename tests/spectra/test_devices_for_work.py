@@ -12,6 +12,7 @@ from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.linalg import Factors, top_factors
 from svdtune.spectra import decompose, factors, ranked_factors, ranks, spectra
 from svdtune.spectra.devices import CPU, devices_for_work, on_device
+from svdtune.starts.pairs import LoraPair
 
 META = torch.device("meta")  # the one other device that every machine has
 
@@ -57,6 +58,16 @@ def test_a_full_device_hands_the_weight_back(error: Exception) -> None:
         found = on_device(compute, weight, META)
     for one, other in zip(found, top_factors(weight, 2), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda found: found, lambda found: (None, found), lambda found: LoraPair(*found[::2])]
+)
+def test_all_tensors_that_are_found_come_back(wrap: Any) -> None:
+    """Whatever holds them. A tensor without values cannot: torch says that it was asked to."""
+    found = wrap(Factors(*(torch.zeros(2, 2, device=META) for _ in range(3))))
+    with pytest.raises(NotImplementedError, match="meta"):
+        on_device(lambda there: found, torch.eye(2), META)
 
 
 def test_another_error_is_not_taken_for_a_full_device() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import safe_rank, top_factors
-from svdtune.spectra import factors, ranks
+from svdtune.spectra import factors, ranked_factors, ranks
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,4 +52,6 @@ def test_weights_on_the_cpu_are_decomposed_on_the_gpu_and_come_back(weights):
         for a, b in zip(found, there[name], strict=True):
             assert a.device.type == "cpu"
             torch.testing.assert_close(a, b.cpu(), rtol=1e-5, atol=1e-5)
+    for name, (U, s, Vh) in ranked_factors(on_cpu, 0.05):
+        assert {part.device.type for part in (U, s, Vh)} == {"cpu"}, name
     assert ranks(on_cpu, 0.05) == ranks(on_cpu, 0.05, device="cpu")
