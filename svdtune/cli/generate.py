@@ -30,9 +30,10 @@ def generate(
     from transformers import TextStreamer
 
     from svdtune.data import Example, prompt_ids
-    from svdtune.evaluation.decoding import complete_batch, context_length, end_token_ids
+    from svdtune.evaluation.decoding import complete_batch, end_token_ids
     from svdtune.evaluation.items import Item, check_items
     from svdtune.export import find_source, open_source
+    from svdtune.models.loading import context_length
     from svdtune.models.placement import placement
     from svdtune.system import printable
 
@@ -40,7 +41,7 @@ def generate(
     loaded = open_source(found, **placement(dtype, device))
     template = choose_template(found.recipe, loaded.tokenizer, template)
     tokens = prompt_ids(Example(prompt), loaded.tokenizer, template)
-    check_items([Item("the prompt", prompt, tuple(tokens), "")], max_new_tokens, context_length(loaded.model))
+    check_items([Item("the prompt", prompt, tuple(tokens), "")], max_new_tokens, context_length(loaded.model.config))
     ends = end_token_ids(loaded.model, loaded.tokenizer)
 
     class Safe(TextStreamer):

@@ -116,12 +116,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return ends
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Positions the model was built for, None where its config does not say."""
-    config = model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
-
-
 def plan_batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
     """Group indices of `prompts` by length, the longest first.
 

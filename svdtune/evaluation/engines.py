@@ -9,8 +9,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svdtune.evaluation.decoding import Completion, Decoding, complete_in_rounds, context_length, end_token_ids
+from svdtune.evaluation.decoding import Completion, Decoding, complete_in_rounds, end_token_ids
 from svdtune.models import LoadedModel
+from svdtune.models.loading import context_length
 
 
 class Engine(Protocol):
@@ -48,7 +49,7 @@ class TransformersEngine:
     def __init__(self, loaded: LoadedModel) -> None:
         self.name, self.tokenizer = loaded.name, loaded.tokenizer
         self._model = loaded.model.eval()
-        self.context = context_length(self._model)
+        self.context = context_length(self._model.config)
         self._ends = end_token_ids(self._model, self.tokenizer)
 
     def identity(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from svdtune.export.lora import VLLM_RANKS, export_lora
 from svdtune.export.source import Source
 from svdtune.methods.files.adapter import read_settings
 from svdtune.models import load_tokenizer, set_end_token
-from svdtune.models.loading import locate
+from svdtune.models.loading import context_length, locate
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PIECES = 64
@@ -37,8 +37,8 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(source.base, **origin)
         if recipe and recipe.end_token:
             set_end_token(None, self.tokenizer, recipe.end_token)
-        config = AutoConfig.from_pretrained(base, **origin).get_text_config()
-        self.context = options.get("max_model_len") or getattr(config, "max_position_embeddings", None)
+        context = context_length(AutoConfig.from_pretrained(base, **origin))
+        self.context = options.get("max_model_len") or context
         self._ends = _end_tokens(base, self.tokenizer.eos_token_id)
         self._identity = {
             "engine": "vllm",

@@ -112,6 +112,12 @@ def load(
     return LoadedModel(loaded.eval(), tokenizer, name)
 
 
+def context_length(config: Any) -> int | None:
+    """Positions that a model was built for, None where its configuration does not say."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model takes its token ids."""
     return model.get_input_embeddings().weight.device

@@ -16,9 +16,9 @@ from svdtune.data import read_rows
 from svdtune.data.preferences import token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
-from svdtune.models.loading import locate
+from svdtune.models.loading import context_length, locate
 from svdtune.training.preview import show_example, show_judged
-from svdtune.training.recipe import Recipe, check_recipe
+from svdtune.training.recipe import check_recipe
 from svdtune.training.task_rows import TaskRows
 
 # Where docs/guide.md says to start a search, for an adapter of rank 32 or so on a small model.
@@ -50,7 +50,6 @@ class Draft:
 
     Attributes:
         text: the recipe, YAML with comments.
-        recipe: the same, checked.
         format: what the rows are, in words.
         rows: how many there are.
         tokens: of all rows.
@@ -59,7 +58,6 @@ class Draft:
     """
 
     text: str
-    recipe: Recipe
     format: str
     rows: int
     tokens: int
@@ -109,8 +107,8 @@ def draft(
         settings["data"]["overlong"] = "drop"
     text = _written(settings, lengths)
     overlong = {length: sum(one > length for one in lengths) for length in (*_LENGTHS, longest)}
-    settings = YAML(typ="safe", pure=True).load(text) | {"output": settings["output"]}
-    return Draft(text, check_recipe(settings), found, len(rows), sum(lengths), max(lengths), overlong)
+    check_recipe(YAML(typ="safe", pure=True).load(text) | {"output": settings["output"]})
+    return Draft(text, found, len(rows), sum(lengths), max(lengths), overlong)
 
 
 def _format_of(columns: Sequence[str], prompt: str | None, completion: str | None) -> str:
@@ -153,9 +151,7 @@ def _context(model: str) -> int | None:
     path = locate(model)
     if str(path).endswith(".gguf"):
         return None
-    config = AutoConfig.from_pretrained(path).get_text_config()
-    found: int | None = getattr(config, "max_position_embeddings", None)
-    return found
+    return context_length(AutoConfig.from_pretrained(path))
 
 
 def _length_for(lengths: Sequence[int], context: int | None) -> int:

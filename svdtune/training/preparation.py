@@ -14,6 +14,7 @@ from svdtune import processes
 from svdtune.data.columns import Columns
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
+from svdtune.models.loading import context_length
 from svdtune.training.arguments import training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import Recipe
@@ -95,7 +96,7 @@ def load_base(recipe: Recipe, *, chat: bool) -> LoadedModel:
     section = recipe.model
     loaded = load(section.name, **section.model_dump(exclude={"name"}), reward=recipe.training.task == "reward")
     check_end_token(loaded.model, loaded.tokenizer, chat=chat or recipe.data.template == "chat")
-    context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(loaded.model.config)
     if context is not None and recipe.data.max_length > context:
         raise SvdtuneError(
             f"data.max_length is {recipe.data.max_length}, and the context of {section.name} is {context} tokens; "

@@ -7,6 +7,7 @@ two rows and needs no mask, where a mask costs as much as if all rows were one.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -66,6 +67,7 @@ def kernel_fits(model: Any, autocast: torch.dtype | None) -> bool:
     )
 
 
+@cache
 def _kernel() -> Any:
     """`varlen_attn` of a PyTorch whose arguments are known, or None."""
     try:
@@ -91,9 +93,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
     kernel = _kernel()
     if kernel is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return attend_in_turn(query, key, value, starts, scale)
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    key, value = (_for_heads(x, query.shape[1]) for x in (key, value))
     found: Tensor = kernel(query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
     return found
 
@@ -101,13 +101,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
 def attend_in_turn(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, scale: float | None) -> Tensor:
     """What `attend` computes, row after row: its reference, and what it does without the kernel."""
     bounds = starts.tolist()
-    groups = query.shape[1] // key.shape[1]
+    key, value = (_for_heads(x, query.shape[1]) for x in (key, value))
     rows = []
     for start, end in pairwise(bounds):
         q, k, v = (x[start:end].transpose(0, 1) for x in (query, key, value))
-        k, v = (x.repeat_interleave(groups, dim=0) for x in (k, v))
         rows.append(scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(0, 1))
     return torch.cat(rows)
+
+
+def _for_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [tokens, key heads, width], repeated for every head that reads them."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _attention(

@@ -2,7 +2,6 @@
 holds one weight at a time."""
 
 import json
-import weakref
 
 import pytest
 import torch
@@ -15,10 +14,11 @@ import new_process
 import stock_peft
 import svdtune
 from svdtune import SorsaConfig, SvdtuneError
-from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint import open_checkpoint
 from svdtune.cli import app
 from svdtune.starts.disk import start_lora
 from tiny import tiny_gpt2, tiny_llama
+from watched import Watched
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"]}
@@ -142,32 +142,9 @@ def test_by_the_command_line_and_a_recipe(tmp_path):
 
 def test_one_weight_is_there_at_a_time(tmp_path):
     model_of("llama").save_pretrained(tmp_path / "base")
-    checkpoint = open_checkpoint(tmp_path / "base")
-    alive: list[weakref.ref] = []
-    most = 0
-
-    def reading(reader):
-        def read():
-            nonlocal most
-            tensor = reader()
-            most = max(most, sum(ref() is not None for ref in alive))
-            alive.append(weakref.ref(tensor.untyped_storage()))
-            return tensor
-
-        return read
-
-    readers = {name: reading(reader) for name, reader in checkpoint.readers.items()}
-    watched = Checkpoint(
-        checkpoint.name,
-        checkpoint.model,
-        readers,
-        checkpoint.bytes,
-        checkpoint.folder,
-        checkpoint.shards,
-        checkpoint.names,
-    )
-    start_lora(watched, lora("pissa"), tmp_path / "made")
-    assert (len(alive), most) == (6, 0)
+    watched = Watched(open_checkpoint(tmp_path / "base"))
+    start_lora(watched.checkpoint, lora("pissa"), tmp_path / "made")
+    assert (watched.read, watched.most) == (6, 0)
 
 
 @pytest.mark.parametrize(

@@ -340,8 +340,16 @@ def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:
     dtype = compute_dtype(x)
     A, B = pair(*part[2:])
     added = cast(x if x_adapter is None else x_adapter, dtype) @ cast(A, dtype) @ cast(B, dtype).mT
-    y = part.bias_or_output
-    if part.weight is not None:
-        y = F.linear(cast(x, dtype), cast(part.weight, dtype), None if y is None else cast(y, dtype))
-    assert y is not None
+    y = base_in_plain(x, part.weight, part.bias_or_output, dtype)
     return y + cast(added, y.dtype)
+
+
+def base_in_plain(x: Tensor, weight: Tensor | None, bias_or_output: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The base layer's output [..., out] in `dtype`; where there is no weight to read, the output
+    that was given, as it is."""
+    if weight is None:
+        assert bias_or_output is not None
+        return bias_or_output
+    return F.linear(
+        cast(x, dtype), cast(weight, dtype), None if bias_or_output is None else cast(bias_or_output, dtype)
+    )

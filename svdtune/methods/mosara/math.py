@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from svdtune.methods.compute import kernels
-from svdtune.methods.compute.lowrank import compute_dtype, filled
+from svdtune.methods.compute.lowrank import base_in_plain, compute_dtype, filled
 from svdtune.methods.compute.transforms import under_transform
 
 # k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes
@@ -148,10 +148,7 @@ def _in_plain(
     flat = _rows(x if x_adapter is None else x_adapter, dtype)
     A, B = projections(U, V, v, front, dtype, V_ready)
     t, _, _ = _weighed(flat, flat @ A, V, lam, w1, w2, front)
-    y = bias_or_output
-    if weight is not None:
-        y = F.linear(x.to(dtype), weight.to(dtype), None if y is None else y.to(dtype))
-    assert y is not None
+    y = base_in_plain(x, weight, bias_or_output, dtype)
     return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape)
 
 

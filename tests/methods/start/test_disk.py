@@ -14,6 +14,7 @@ from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.methods.start.disk import start
 from tiny import tiny_gpt2, tiny_llama
+from watched import Watched
 
 QV = ["q_proj", "v_proj"]
 WRITTEN_BY_PEFT = ("base_model_name_or_path", "weights_sha256")
@@ -110,29 +111,11 @@ def test_slices_and_transposed_weights(tmp_path, slices):
 
 
 def test_one_weight_is_there_at_a_time(folder, tmp_path):
-    """Readers hand out weights that tell when they are gone: the one before is, whenever the next
-    is read."""
-    import weakref
-
-    checkpoint = open_checkpoint(folder)
-    alive: list[weakref.ref] = []
-    most = 0
-
-    def reading(reader):
-        def read():
-            nonlocal most
-            tensor = reader()
-            most = max(most, sum(ref() is not None for ref in alive))
-            alive.append(weakref.ref(tensor.untyped_storage()))
-            return tensor
-
-        return read
-
-    readers = {name: reading(reader) for name, reader in checkpoint.readers.items()}
-    watched = Checkpoint(checkpoint.name, checkpoint.model, readers, checkpoint.bytes)
-    start(watched, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
-    assert len(alive) == 6
-    assert most == 0
+    """The weight before is gone whenever the next is read."""
+    watched = Watched(open_checkpoint(folder))
+    start(watched.checkpoint, SorsaConfig(r=2, target_modules=QV), tmp_path / "adapter")
+    assert watched.read == 6
+    assert watched.most == 0
 
 
 @pytest.mark.parametrize(
