@@ -79,8 +79,6 @@ def plan(
 
       svdtune plan ./model --method lora --ranks entropy --budget 0.5% --json plan.json
 
-      svdtune plan ./model --method sorsa --match-lora 64 --target-modules all-linear
-
       svdtune plan llama-70b --method sorsa --r 128 --target-modules all-linear --devices 8 --memory
       80 --batch 8 --length 2048
     """
@@ -90,7 +88,7 @@ def plan(
     from svdtune.spectra.devices import check_device
 
     check_device(device)
-    sizes = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
+    sizes: dict[str, Any] = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
     _check_one(sizes | {"r": r})
     settings = {"r": r, "target_modules": names(target_modules)}
     wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx))
@@ -100,9 +98,7 @@ def plan(
     step = {"batch_size": batch_size, "length": length, "accumulation": accumulation, "dtype": dtype}
     step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
     setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
-    made = make_plan(
-        checkpoint, wanted.config, threshold=threshold, budget=budget, match_lora=match_lora, ranks=ranks, device=device
-    )
+    made = make_plan(checkpoint, wanted.config, **sizes, ranks=ranks, device=device)
     _tell(made, Fitting(made, checkpoint.model, setting, memory, link), json_file, chart)
 
 
