@@ -84,7 +84,7 @@ def verbs(model: str, folder: Path) -> None:
     run("cache", "list", says="files")
 
     # What is the laboratory's is refused with a word on it.
-    run("study", "any.yaml", refused=True, says="there is no verb 'study'; there are demo, new, plan, ")
+    run("study", "any.yaml", refused=True, says="there is no verb 'study'; there are demo, new, recipes, ")
     for task in ("gsm8k", "lm-eval:arc_easy"):
         says = f"there is no task '{task}'; choose one of: number, letter, choice, exact{MISSING}"
         run("evaluate", model, "--task", task, refused=True, says=says)

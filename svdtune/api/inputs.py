@@ -148,9 +148,13 @@ def _built(who: str, section: Mapping[str, Any]) -> PeftConfig:
 
 
 def is_recipe(given: Any) -> bool:
-    """Whether something is a recipe: a YAML file, its sections, or one that was read."""
+    """Whether something is a recipe: a YAML file, the name of one that comes with svdtune, its
+    sections, or one that was read."""
     if isinstance(given, str | Path):
-        return Path(given).suffix in (".yaml", ".yml")
+        from svdtune.training.shipped import shipped
+
+        is_file = Path(given).suffix in (".yaml", ".yml")
+        return is_file or (str(given) in shipped("recipe") and not Path(given).exists())
     return isinstance(given, Mapping | BaseModel)
 
 

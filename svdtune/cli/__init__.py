@@ -31,6 +31,7 @@ from svdtune.system import last_resort
 _OWN = (
     "demo",
     "new",
+    "recipes",
     "plan",
     "init",
     "data",

@@ -24,7 +24,7 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="A recipe (.yaml), or a model folder, a .gguf file, a hub name, smollm2-135m, or a shape such as llama-70b."
+            help="A recipe (.yaml, or by name: small), a model folder, .gguf file, hub name, smollm2-135m or shape (llama-70b)."
         ),
     ],
     method: Annotated[
@@ -70,7 +70,7 @@ def plan(
 
     Examples:
 
-      svdtune plan recipes/small.yaml --method.r 16 --memory 24
+      svdtune plan small --method.r 16 --memory 24
 
       svdtune plan smollm2-135m --method sara --threshold 0.01 --method.use_lambda false
 

@@ -12,7 +12,9 @@ app = typer.Typer()
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(
     ctx: typer.Context,
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)],
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.", show_default=False)
+    ],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's latest checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete an earlier run in the output folder.")] = False,
 ) -> None:
@@ -22,14 +24,13 @@ def train(
 
     Examples:
 
-    svdtune train recipes/small.yaml
+    svdtune train small
 
-    svdtune train recipes/small.yaml --method.r 16 --training.learning_rate 1e-4 --output.dir
-    runs/r16
+    svdtune train small --method.r 16 --training.learning_rate 1e-4 --output.dir runs/r16
 
-    svdtune train recipes/small.yaml --method '{name: sara, threshold: 0.02}'
+    svdtune train small --method '{name: sara, threshold: 0.02}'
 
-    svdtune train recipes/small.yaml --resume
+    svdtune train small --resume
     """
     from svdtune import processes
     from svdtune.training import Interrupted, load_recipe
@@ -37,7 +38,7 @@ def train(
     from svdtune.training.checkpoints import latest_checkpoint
 
     loaded = load_recipe(recipe, ctx.args, begun=resume)
-    again = shlex.join(["svdtune", "train", str(recipe), *ctx.args])
+    again = shlex.join(["svdtune", "train", recipe, *ctx.args])
     try:
         result = run(loaded, resume=resume, overwrite=overwrite)
     except Interrupted as stop:

@@ -5,6 +5,7 @@ method mean nothing to another. With several files the later ones change the ear
 relative to the file that names them.
 """
 
+import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -61,6 +62,15 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         else:
             merged[section] = value
     return merged
+
+
+def as_yaml(settings: dict[str, Any]) -> str:
+    """Settings as the text of a YAML file, in their order."""
+    text = io.StringIO()
+    yaml: Any = YAML(typ="safe", pure=True)  # which annotates no setting
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.dump(settings, text)
+    return text.getvalue()
 
 
 def read_text(path: Path) -> str:

@@ -4,22 +4,21 @@ Strict means: no unknown key, no wrong type, no duplicate key, no two settings t
 other. All problems are reported at once. The file is YAML 1.2 (`1e-3` is a number, `no` is a word).
 """
 
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
-from ruamel.yaml import YAML
 
 from svdtune.data.catalogue import scored
 from svdtune.data.prompts import is_template, template_names
 from svdtune.errors import SvdtuneError
 from svdtune.registry import lab_note
 from svdtune.training.exclusions import exclusions
-from svdtune.training.inheritance import read_settings, read_yaml
+from svdtune.training.inheritance import as_yaml, read_settings, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
+from svdtune.training.shipped import find_file
 
 
 class Section(BaseModel):
@@ -286,8 +285,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     """Read a recipe file, apply command-line overrides, check everything.
 
     Args:
-        path: the YAML file. `extends` in it names another, or several, whose settings it changes
-            (see `svdtune.training. extending`).
+        path: the YAML file, or the name of one that comes with svdtune, such as "small". `extends`
+            in it names another, or several, whose settings it changes (see
+            `svdtune.training.inheritance`).
         overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML.
             "--method" replaces a whole section: `--method '{name: sara, threshold: 0.02}'`.
         begun: whether it is that of a run to resume, as for `check_recipe`.
@@ -295,7 +295,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     Raises:
         SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
     """
-    path = Path(path)
+    path = find_file(path, "recipe")
     settings = read_settings(path)
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
@@ -340,11 +340,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out."""
-    text = io.StringIO()
-    yaml: Any = YAML(typ="safe", pure=True)  # which annotates no setting
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
-    yaml.dump(recipe.model_dump(mode="json"), text)
-    return text.getvalue()
+    return as_yaml(recipe.model_dump(mode="json"))
 
 
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:

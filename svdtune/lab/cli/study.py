@@ -22,7 +22,10 @@ TAKEN = ("data", "jobs", "logs", "records", "runs")
 
 @app.command()
 def study(
-    files: Annotated[list[Path], typer.Argument(metavar="STUDY...", help="Study files.", show_default=False)],
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="STUDY...", help="Study files, or names of svdtune's own.", show_default=False),
+    ],
     output: Annotated[Path, typer.Option(help="Folder for runs, records and results.")] = Path("runs/studies"),
     per_gpu: Annotated[int, typer.Option(min=1, help="Runs at a time on each GPU (without one: on the CPU).")] = 1,
     eval_batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
@@ -41,8 +44,8 @@ def study(
     the runs that they have in common.
 
     \b
-    svdtune study studies/small/math.yaml --dry-run
-    svdtune study studies/small/math.yaml
+    svdtune study small/math --dry-run
+    svdtune study small/math
     svdtune study studies/small/*.yaml --per-gpu 6 --drop-weights
     """
     from rich.console import Console

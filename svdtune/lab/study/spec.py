@@ -15,6 +15,7 @@ from svdtune.planning import parse_budget
 from svdtune.training.inheritance import merge, read_settings, read_text, read_yaml
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.recipe import DataSource, EvaluationSection, Section, check_recipe, set_at
+from svdtune.training.shipped import find_file
 
 Settings = dict[str, Any]
 
@@ -92,7 +93,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
     """Read a study file and check all of it, every arm's recipe included.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of one that comes with svdtune, such as "small/math".
 
     Returns:
         The study, its grids expanded into arms, and by task the settings of its recipe with the
@@ -101,9 +102,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
     Raises:
         SvdtuneError: with all problems.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise SvdtuneError(f"there is no study file {path}")
+    path = find_file(path, "study")
     given = read_yaml(read_text(path), str(path))
     if not isinstance(given, dict):
         raise SvdtuneError(f"{path} holds no settings: expected {', '.join(Study.model_fields)}")
