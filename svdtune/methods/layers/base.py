@@ -4,12 +4,13 @@ moving; merging is beside it.
 A method's own layer says which tensors it has, how they start and what they compute; everything
 PEFT asks of a layer stands here. Frozen factors are parameters without a gradient, in PEFT's
 `other_param_names`: counted, sharded and saved, never switched to trainable. Their names lack the
-method's prefix, by which PEFT's tools know what is trained.
+method's prefix, by which PEFT's tools know what is trained; `frozen.py` has what that asks of a
+merged layer.
 """
 
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from svdtune.methods.compute import kernels
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.layers.convolution import Convolution, add_convolved
+from svdtune.methods.layers.frozen import FrozenTensors
 from svdtune.methods.layers.merge import Merging
 from svdtune.methods.layers.quantized import device_and_dtype
 
@@ -66,8 +68,10 @@ class SvdLayer(Merging, Generic[Config]):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.configs: dict[str, Config] = {}
-        for name in (*self.trained, *self.frozen):
+        for name in self.trained:
             setattr(self, name, nn.ParameterDict())
+        for name in self.frozen:
+            setattr(self, name, FrozenTensors())
         setattr(self, f"{self.method}_dropout", nn.ModuleDict())
         self._disable_adapters = False
         self._awaited: set[str] = set()
@@ -206,6 +210,8 @@ class SvdLayer(Merging, Generic[Config]):
         parameters: dict[str, Tensor | None] = of_name._parameters
         if adapter in parameters:
             return parameters[adapter]  # and no get(): ZeRO-3 gathers what [] asks for
+        if adapter in of_name._buffers:  # frozen, of a merged layer
+            return cast(Tensor, of_name._buffers[adapter])
         # a replica of nn.DataParallel has tensors in place of parameters
         of_replica: dict[str, Tensor] = of_name.__dict__.get("_former_parameters", {})
         return of_replica.get(adapter)

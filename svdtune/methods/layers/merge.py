@@ -2,7 +2,8 @@
 every kind of weight."""
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
+from svdtune.methods.layers.frozen import FrozenTensors
 from svdtune.methods.layers.quantized import check_mergeable, device_and_dtype, kept, put_back
 
 
@@ -23,6 +25,7 @@ class Merging(nn.Module, BaseTunerLayer):
             merging then unties.
     """
 
+    frozen: ClassVar[tuple[str, ...]]
     r: dict[str, int]
 
     @abstractmethod
@@ -47,10 +50,14 @@ class Merging(nn.Module, BaseTunerLayer):
                 not finite.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.r]
-        if not names:
-            return
-        self._check_loaded(names)
-        check_mergeable(self.quantization_backend)
+        if names:
+            self._check_loaded(names)
+            check_mergeable(self.quantization_backend)
+            self._add_to_weight(names, safe_merge)
+        for tensors in self._frozen_tensors():
+            tensors.hide()
+
+    def _add_to_weight(self, names: list[str], safe_merge: bool) -> None:
         deltas = [self.delta(name) for name in names]
         before = spectra.as_stored(self.get_base_layer(), spectra.base_weight(self))
         merged = before.to(torch.promote_types(before.dtype, torch.float32), copy=True)
@@ -81,6 +88,11 @@ class Merging(nn.Module, BaseTunerLayer):
                 put_back(self, self._before_merge)
             self._before_merge = None
         self.merged_adapters.clear()
+        for tensors in self._frozen_tensors():
+            tensors.show()
+
+    def _frozen_tensors(self) -> Iterator[FrozenTensors]:
+        return (getattr(self, name) for name in self.frozen)
 
     def _kept(self, weight: Tensor) -> Any:
         if self.tied:
