@@ -56,7 +56,7 @@ def asked(
 
 def _as_words(method: str | None, settings: Mapping[str, Any]) -> Iterator[str]:
     """Options of their own as dotted settings."""
-    from svdtune.training.inheritance import read_yaml
+    from svdtune.training.yaml_files import read_yaml
 
     if method is not None:
         section = read_yaml(method, "--method")

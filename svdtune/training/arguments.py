@@ -3,13 +3,15 @@ of which a recipe decides."""
 
 import importlib.util
 import math
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from svdtune import processes
@@ -23,6 +25,7 @@ CONFIGURATIONS = {
     "reward": "RewardConfig",
     "grpo": "GRPOConfig",
 }
+OPTIMIZERS_OF_TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor")
 _ANSWERS = 8  # of GRPO to each prompt, unless the recipe says otherwise
 
 
@@ -57,6 +60,28 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
         # one process, one GPU: DataParallel would split batches and copy the adapter every step
         args._n_gpu = 1
     return args
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Look up the optimizer as Trainer will, for a model of one layer: most need a package.
+
+    Raises:
+        SvdtuneError: if it cannot be used here, with what to install.
+    """
+    asked = copy(args)
+    if asked.optim_target_modules is not None:
+        asked.optim_target_modules = "all-linear"  # whose names only the model knows
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(asked, cast(Any, torch.nn.Sequential(torch.nn.Linear(1, 1))))
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise optimizer_error(args, error) from error
+
+
+def optimizer_error(args: TrainingArguments, error: Exception) -> SvdtuneError:
+    """The one sentence about an optimizer that Trainer cannot make."""
+    name = OptimizerNames(args.optim).value
+    others = ", ".join(OPTIMIZERS_OF_TORCH)
+    return SvdtuneError(f"training.optimizer: {name} cannot be used here: {error}; {others} need no other package")
 
 
 def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from ruamel.yaml import YAML
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from svdtune._version import __version__
@@ -20,6 +19,7 @@ from svdtune.models.loading import context_length, locate
 from svdtune.training.preview import show_example, show_judged
 from svdtune.training.recipe import check_recipe
 from svdtune.training.task_rows import TaskRows
+from svdtune.training.yaml_files import read_yaml
 
 # Where docs/guide.md says to start a search, for an adapter of rank 32 or so on a small model.
 RATES = {"sara": "1e-2", "mosara": "3e-2", "sorsa": "1e-4", "full": "1e-4"}
@@ -107,7 +107,7 @@ def draft(
         settings["data"]["overlong"] = "drop"
     text = _written(settings, lengths)
     overlong = {length: sum(one > length for one in lengths) for length in (*_LENGTHS, longest)}
-    check_recipe(YAML(typ="safe", pure=True).load(text) | {"output": settings["output"]})
+    check_recipe(read_yaml(text, "the recipe") | {"output": settings["output"]})
     return Draft(text, found, len(rows), sum(lengths), max(lengths), overlong)
 
 

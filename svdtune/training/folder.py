@@ -24,9 +24,9 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import file_digest
 from svdtune.system import read_json, replace_text
 from svdtune.training.checkpoints import WrittenBy, keep_up_to, latest_checkpoint, step_of, written_by
-from svdtune.training.inheritance import read_text, read_yaml
 from svdtune.training.lock import is_empty
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
+from svdtune.training.yaml_files import read_text, read_yaml
 
 RECIPE, LOG, SUMMARY, REPORT = "recipe.yaml", "train_log.jsonl", "training.json", "report.html"
 ADAPTER, FULL_MODEL, ANALYSIS, EVALUATIONS = "adapter", "model", "analysis", "evaluations"

@@ -10,12 +10,11 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
-from svdtune import processes
 from svdtune.data.columns import Columns
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.models.loading import context_length
-from svdtune.training.arguments import training_arguments
+from svdtune.training.arguments import check_optimizer, training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import Recipe
 from svdtune.training.rewards import load_rewards
@@ -42,11 +41,13 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         SvdtuneError: if a part is missing or does not fit the others, or if test questions are
             among the training rows.
     """
+    # Before anything is read: what this machine lacks. While they live, ZeRO-3 partitions what is
+    # loaded.
+    early = training_arguments(recipe, rows=1)
+    check_optimizer(early)
     train = TaskRows(recipe, recipe.data.train)
     held_out = {name: TaskRows(recipe, source) for name, source in recipe.data.eval.items()}
     check_leaks(recipe, train.questions, {name: rows.questions for name, rows in held_out.items()}, console)
-    if processes.under_deepspeed():
-        early = training_arguments(recipe, len(train.questions))  # while it lives, ZeRO-3 partitions what is loaded  # noqa: F841
     more: dict[str, Any] = {}
     if recipe.training.task == "grpo":
         more["reward_funcs"] = load_rewards(

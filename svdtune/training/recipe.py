@@ -16,9 +16,10 @@ from svdtune.data.prompts import is_template, template_names
 from svdtune.errors import SvdtuneError
 from svdtune.registry import lab_note
 from svdtune.training.exclusions import exclusions
-from svdtune.training.inheritance import as_yaml, read_settings, read_yaml
+from svdtune.training.inheritance import read_settings
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.shipped import find_file
+from svdtune.training.yaml_files import read_yaml, write_yaml
 
 
 class Section(BaseModel):
@@ -340,7 +341,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out."""
-    return as_yaml(recipe.model_dump(mode="json"))
+    return write_yaml(recipe.model_dump(mode="json"))
 
 
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.inheritance import as_yaml, read_settings, read_text, read_yaml
+from svdtune.training.inheritance import read_settings
+from svdtune.training.yaml_files import read_text, read_yaml, write_yaml
 
 Kind = Literal["recipe", "study"]
 _FOLDERS: dict[Kind, str] = {"recipe": "recipes", "study": "studies"}
@@ -56,4 +57,4 @@ def whole_text(path: Path) -> str:
     if "extends" not in read_yaml(text, str(path)):
         return text
     comments = [line for line in text.splitlines() if line.startswith("#")]
-    return "\n".join([*comments, as_yaml(read_settings(path))])
+    return "\n".join([*comments, write_yaml(read_settings(path))])

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer
-from transformers.training_args import OptimizerNames
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.training.adalora import all_ranks, load_state, save_state
+from svdtune.training.arguments import optimizer_error
 from svdtune.training.batches import fill_up
 from svdtune.training.callbacks import is_measured
 from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, fault, keep_newest, note_processes, seal
@@ -80,9 +80,7 @@ class RunTrainer(Trainer):
         try:
             optimizer = super().create_optimizer(model)
         except (ImportError, ValueError) as error:
-            raise SvdtuneError(
-                f"training.optimizer: {OptimizerNames(self.args.optim).value} cannot be used here: {error}"
-            ) from error
+            raise optimizer_error(self.args, error) from error
         if made and self.learning_rate_ratios:
             named: Any = self.model if model is None else model
             split_groups(optimizer, {p: name for name, p in named.named_parameters()}, self.learning_rate_ratios)

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.inheritance import read_yaml
 from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe
+from svdtune.training.yaml_files import read_yaml
 
 WHOLE = """\
 model: &model {name: a, dtype: auto}

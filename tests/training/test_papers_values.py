@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from svdtune.training.inheritance import read_settings, read_yaml
+from svdtune.training.inheritance import read_settings
+from svdtune.training.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = ("sara", "sorsa")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from runs import go, log_of, timeless
 from svdtune.data import Collator, encode_all, read_rows, to_examples
@@ -15,6 +16,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.models import load
 from svdtune.training import Interrupted, check_recipe
 from svdtune.training import run as run_module
+from svdtune.training.arguments import OPTIMIZERS_OF_TORCH
 from svdtune.training.callbacks import StopOnInterrupt
 from svdtune.training.folder import read_run
 from svdtune.training.row_attention import NAME
@@ -177,6 +179,21 @@ def test_what_cannot_work_is_refused_before_a_folder_is_made(
     with pytest.raises(SvdtuneError, match=message):
         go(recipe)
     assert not Path(recipe["output"]["dir"]).exists()
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_an_optimizer_without_its_package_is_refused_before_rows_are_read(
+    recipe: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(*_: Any) -> Any:
+        raise SvdtuneError("rows are read")
+
+    monkeypatch.setattr("svdtune.training.preparation.TaskRows", rows)
+    recipe["training"]["optimizer"] = name
+    needs_none = name in OPTIMIZERS_OF_TORCH
+    refused = rf"training\.optimizer: {name} cannot be used here: .*(torch|nstall).*; adamw_torch, "
+    with pytest.raises(SvdtuneError, match="rows are read" if needs_none else refused):
+        go(recipe)
 
 
 def test_disagreeing_end_tokens_stop_training(recipe: dict[str, Any], tiny_folder: Path, tmp_path: Path) -> None:

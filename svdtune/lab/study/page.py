@@ -6,14 +6,11 @@ such folders, all of theirs and the index. What the numbers say is written by ha
 beside the results, and taken over as it is.
 """
 
-import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from ruamel.yaml import YAML
 
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.arms import tables
@@ -23,6 +20,7 @@ from svdtune.lab.study.plots import write_figures
 from svdtune.lab.study.results import RESULTS, Results, Run, read_findings, read_results
 from svdtune.lab.study.table import all_sections, title
 from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.yaml_files import write_yaml
 
 PAGE = "README.md"
 _READING = """\
@@ -143,21 +141,14 @@ def _file_of(study: Results) -> str:
     """The study file, folded away."""
     if not study.spec:
         return ""
-    return f"<details><summary>Study file</summary>\n\n{block(_yaml(_said(study.spec)), 'yaml')}\n\n</details>"
+    text = write_yaml(_said(study.spec), flow=None, width=120)
+    return f"<details><summary>Study file</summary>\n\n{block(text, 'yaml')}\n\n</details>"
 
 
 def _said(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings without those that are empty."""
     said = {name: _said(value) if isinstance(value, dict) else value for name, value in settings.items()}
     return {name: value for name, value in said.items() if value is not None and value != {} and value != []}
-
-
-def _yaml(settings: dict[str, Any]) -> str:
-    text = io.StringIO()
-    yaml: Any = YAML(typ="safe", pure=True)  # which annotates no setting
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = None, False, 120
-    yaml.dump(settings, text)
-    return text.getvalue()
 
 
 if __name__ == "__main__":

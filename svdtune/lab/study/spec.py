@@ -12,10 +12,11 @@ from pydantic import AfterValidator, Field, ValidationError, field_validator
 from svdtune.data.catalogue import CATALOGUE, scored
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
-from svdtune.training.inheritance import merge, read_settings, read_text, read_yaml
+from svdtune.training.inheritance import merge, read_settings
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.recipe import DataSource, EvaluationSection, Section, check_recipe, set_at
 from svdtune.training.shipped import find_file
+from svdtune.training.yaml_files import read_text, read_yaml
 
 Settings = dict[str, Any]
 
