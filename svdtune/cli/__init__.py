@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 from svdtune._version import __version__
+from svdtune.cli.values import check_words, guard
 from svdtune.errors import SvdtuneError
 from svdtune.registry import Registry, lab_note
 from svdtune.system import last_resort
@@ -86,12 +87,12 @@ class _Verbs(TyperGroup):
         if cmd_name not in self.commands:
             command = typer.main.get_command(importlib.import_module(VERBS[cmd_name]).app)
             command.name = cmd_name
-            self.commands[cmd_name] = command
+            self.commands[cmd_name] = guard(command)
         return self.commands[cmd_name]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Refuse bytes that are no text: tokenizers, YAML and JSON all fail at them later, each in
-        its own way."""
+        its own way. Refuse empty words too."""
         for word in args:
             try:
                 word.encode()
@@ -103,6 +104,11 @@ class _Verbs(TyperGroup):
                     err=True,
                 )
                 raise typer.Exit(2) from error
+        try:
+            check_words(args)
+        except SvdtuneError as error:
+            typer.echo(f"svdtune: {error}", err=True)
+            raise typer.Exit(2) from error
         return super().parse_args(ctx, args)
 
     def _run(self, ctx: Any) -> Any:

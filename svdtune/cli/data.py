@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, help="Look at data
 @app.command()
 def check(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Files, or folders of them.")],
-    show: Annotated[int, typer.Option(help="How many malformed rows to list of each file.")] = 10,
+    show: Annotated[int, typer.Option(min=0, help="How many malformed rows to list of each file.")] = 10,
 ) -> None:
     """Say what each file is, how many rows it has, what is malformed, and what is there twice.
 

@@ -33,7 +33,7 @@ def init(
     components: Annotated[
         str, typer.Option(help="Which triplets LoRA's pissa starts from: first, middle, last (MiLoRA), or 64:128.")
     ] = "first",
-    seed: Annotated[int, typer.Option(help="Of what starts at random.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of what starts at random.")] = 0,
     device: Annotated[
         str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
     ] = None,
