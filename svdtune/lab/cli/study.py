@@ -31,6 +31,9 @@ def study(
     eval_batch_size: Annotated[int, typer.Option(min=1, help="Completions generated together.")] = 64,
     retry: Annotated[bool, typer.Option("--retry", help="Make failed runs again.")] = False,
     drop_weights: Annotated[bool, typer.Option("--drop-weights", help="Keep no adapter of a scored run.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Start no run after so many minutes.", show_default=False)
+    ] = None,
     published: Annotated[
         Path | None,
         typer.Option(help="Folder of published studies; their runs are not made again.", show_default=False),
@@ -65,7 +68,8 @@ def study(
     import torch
 
     processes, gpus = devices(per_gpu, torch.cuda.device_count())
-    how = How(processes, gpus, eval_batch_size, retry, drop_weights, shlex.join(["svdtune", *sys.argv[1:]]), published)
+    command = shlex.join(["svdtune", *sys.argv[1:]])
+    how = How(processes, gpus, eval_batch_size, retry, drop_weights, command, minutes, published)
     for results in run_studies(studies, output, how, tell):
         write_page(results, results.parent)
         typer.echo(f"results: {results.parent / 'README.md'}")

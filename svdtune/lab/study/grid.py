@@ -33,6 +33,8 @@ class Job:
         untrained: whether the base model is scored as it is.
         heldout: (share, seed) of the training rows that the search holds out; None where the recipe
             has rows of its own.
+        measure: what is measured of its predictions.
+        generate: whether it answers the recipe's evaluation sets.
     """
 
     arm: str
@@ -44,12 +46,16 @@ class Job:
     recipe: Settings
     untrained: bool = False
     heldout: tuple[float, int] | None = None
+    measure: Settings | None = None
+    generate: bool = True
 
     @property
     def key(self) -> str:
         """12 hex digits over all that decides the outcome: a run that another study has made is not
         made again."""
         parts = [self.phase, self.recipe, self.untrained, self.heldout]
+        if self.measure is not None or not self.generate:  # else the key is that of a run published before
+            parts += [self.measure, self.generate]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
     @property
@@ -77,8 +83,9 @@ class Cell:
         recipe: its recipe's settings, the method fitted except for what a seed draws.
         tune: how its learning rate is searched for; None where it is given.
         candidates: the learning rates to try, ascending; grows where the search is extended.
-        like: the cell whose learning rate it takes.
+        like: the cell whose learning rates it takes.
         method_of: the fitted method section for a seed.
+        measure, generate: as in `Job`, of its final runs.
     """
 
     arm: str
@@ -90,6 +97,8 @@ class Cell:
     candidates: list[float]
     like: "Cell | None" = None
     method_of: Callable[[int], Settings] = field(repr=False, default=lambda _: {})
+    measure: Settings | None = None
+    generate: bool = True
     extended: int = 0
 
     @property
@@ -103,15 +112,18 @@ class Cell:
             return []
         return [self._job("tune", rate, self.tune.seed) for rate in self.candidates]
 
-    def finals(self, rate: float | None, seeds: list[int]) -> list[Job]:
-        """The runs that count, at the learning rate found; an untrained model has one."""
-        return [self._job("final", rate, seed) for seed in (seeds[:1] if self.spec.untrained else seeds)]
+    def finals(self, rates: Sequence[float | None], seeds: list[int]) -> list[Job]:
+        """The runs that count, seed by seed at each of the learning rates; an untrained model has
+        one."""
+        if self.spec.untrained:
+            return [self._job("final", None, seeds[0])]
+        return [self._job("final", rate, seed) for seed in seeds for rate in rates]
 
-    def choose(self, losses: dict[float, float | None]) -> float | None:
-        """The learning rate with the lowest held-out loss; None where every run failed or
-        diverged."""
+    def ranked(self, losses: dict[float, float | None]) -> list[float]:
+        """The learning rates by their held-out loss, the lowest first; none where every run failed
+        or diverged."""
         whole = {rate: loss for rate, loss in losses.items() if loss is not None}
-        return min(whole, key=lambda rate: whole[rate]) if whole else None
+        return sorted(whole, key=lambda rate: whole[rate])
 
     def extend(self, best: float | None) -> bool:
         """Add a candidate beyond an end of the search where the best lies there; whether one was
@@ -127,21 +139,22 @@ class Cell:
         return True
 
     def _job(self, phase: Phase, rate: float | None, seed: int) -> Job:
+        what: dict[str, Any] = {"measure": self.measure, "generate": self.generate} if phase == "final" else {}
         if self.spec.untrained:
-            return Job(self.arm, self.task, self.budget, phase, seed, None, self.recipe, untrained=True)
+            return Job(self.arm, self.task, self.budget, phase, seed, None, self.recipe, untrained=True, **what)
         training = {"seed": seed} if rate is None else {"seed": seed, "learning_rate": rate}
         recipe = merge(self.recipe, {"training": training, "method": self.method_of(seed)})
         heldout = None
         if phase == "tune":
-            assert self.tune is not None
-            if recipe["data"].get("eval") is None:
-                heldout = (self.tune.share, self.tune.seed)
             recipe.pop("evaluation", None)
             recipe.pop("analysis", None)
+        if self.tune is not None and (phase == "tune" or self.tune.finish > 1):
+            if recipe["data"].get("eval") is None:
+                heldout = (self.tune.share, self.tune.seed)
         elif "eval_steps" not in recipe["training"]:
             # Rows for the search only.
             recipe["data"] = {k: v for k, v in recipe["data"].items() if k != "eval"}
-        return Job(self.arm, self.task, self.budget, phase, seed, rate, recipe, heldout=heldout)
+        return Job(self.arm, self.task, self.budget, phase, seed, rate, recipe, heldout=heldout, **what)
 
 
 class Fits:
@@ -213,7 +226,19 @@ def _cell(
     rate = recipe.get("training", {}).get("learning_rate")
     given = arm.learning_rates or (study.tune.learning_rates if study.tune and not arm.untrained else [rate])
     method_of = _fitted(recipe, arm, budget, fits, f"arm {name} on {task}")
-    return Cell(name, task, budget, arm, recipe, study.tune, sorted(given), method_of=method_of)
+    measure = None if study.measure is None else study.measure.model_dump(mode="json")
+    return Cell(
+        name,
+        task,
+        budget,
+        arm,
+        recipe,
+        study.tune,
+        sorted(given),
+        method_of=method_of,
+        measure=measure,
+        generate=study.generate,
+    )
 
 
 def _fitted(recipe: Settings, arm: ArmSection, budget: int | None, fits: Fits, where: str) -> Callable[[int], Settings]:

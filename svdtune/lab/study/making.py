@@ -42,7 +42,7 @@ class Making:
             return search
         if cell.like is not None and self.search(cell.like):
             return []
-        if self.rate_of(cell) is None and not cell.spec.untrained:
+        if not self.rates_of(cell) and not cell.spec.untrained:
             self._give_up(cell)
         return [job for job in self.finals(cell) if job.key not in self.records]
 
@@ -50,13 +50,17 @@ class Making:
         """The runs that a cell's search still needs, those of an extended one included."""
         while True:
             waiting = [job for job in cell.search() if job.key not in self.records]
-            if waiting or not cell.searched or not cell.extend(self.rate_of(cell)):
+            if waiting or not cell.searched or not cell.extend(next(iter(self.rates_of(cell)), None)):
                 return waiting
 
     def finals(self, cell: Cell) -> list[Job]:
-        """The runs that count, as far as is known with which learning rate."""
-        rate = self.rate_of(cell)
-        return cell.finals(cell.candidates[0] if rate is None else rate, self.study.seeds)
+        """The runs that count, as far as is known with which learning rates."""
+        return cell.finals(self.rates_of(cell) or cell.candidates[:1], self.study.seeds)
+
+    def round_of(self, job: Job) -> int:
+        """When a run is made: the search comes first, then seed after seed of every arm, so that
+        each finished round makes a whole table."""
+        return 0 if job.phase == "tune" else 1 + self.study.seeds.index(job.seed)
 
     def made(self, cell: Cell) -> tuple[int, int]:
         """How many of the runs that are planned for a cell so far are done, and how many failed."""
@@ -68,15 +72,17 @@ class Making:
         failed = made.count("failed")
         return len(made) - failed, failed
 
-    def rate_of(self, cell: Cell) -> float | None:
-        """The learning rate of a cell's final runs, as far as its search has come."""
+    def rates_of(self, cell: Cell) -> list[float]:
+        """The learning rates of a cell's final runs, the best first, as far as its search has
+        come."""
         if cell.like is not None:
-            return self.rate_of(cell.like)
-        if not cell.searched:
-            return cell.candidates[0]
+            return self.rates_of(cell.like)
+        if not cell.searched or self.study.tune is None:
+            return cell.candidates[:1]
         found = {job.learning_rate: self.records.get(job.key, {}) for job in cell.search()}
         finished = {rate: r.get("eval_loss") for rate, r in found.items() if r.get("status") == "finished"}
-        return cell.choose({rate: loss for rate, loss in finished.items() if rate is not None})
+        ranked = cell.ranked({rate: loss for rate, loss in finished.items() if rate is not None})
+        return ranked[: self.study.tune.finish]
 
     def _give_up(self, cell: Cell) -> None:
         """No learning rate worked: the final runs are failed ones."""
@@ -100,7 +106,7 @@ class Making:
             )
 
 
-def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, Job]]:
+def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, int, Job]]:
     """Give studies the records that there are, and extend their searches as far as these go.
 
     Args:
@@ -108,10 +114,10 @@ def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) ->
         known: finds the record of a run, None where it is to be made.
 
     Returns:
-        What can be made now: (number of the study, number of its cell, job), each run once, where
-            it first comes up.
+        What can be made now: (number of the study, round, number of its cell, job), each run once,
+            where it first comes up.
     """
-    waiting: dict[str, tuple[int, int, Job]] = {}
+    waiting: dict[str, tuple[int, int, int, Job]] = {}
     found = True
     while found:
         found = False
@@ -121,7 +127,7 @@ def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) ->
                     if job.key in waiting:
                         continue
                     if (record := known(job)) is None:
-                        waiting[job.key] = (s, c, job)
+                        waiting[job.key] = (s, one.round_of(job), c, job)
                     else:
                         one.records[job.key] = record
                         found = True

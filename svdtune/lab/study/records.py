@@ -13,6 +13,7 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation
 from svdtune.lab.study.grid import Job, file_name
+from svdtune.lab.study.measuring import MEASURED
 from svdtune.lab.study.results import RESULTS, pack, read_results
 from svdtune.lab.study.spec import Study
 from svdtune.system import explain_write_errors, replace_text
@@ -66,7 +67,7 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
         error: why it failed.
     """
     summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).is_file() else {}
-    lines = _log(run / LOG)
+    lines, measured = _log(run / LOG), read_samples(run / MEASURED)
     curve = [[line["step"], line["loss"]] for line in lines if "loss" in line]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     numbers = [loss for _, loss in curve] + held_out
@@ -84,10 +85,13 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
         "loss": _finite(summary.get("loss")),
         "eval_loss": _finite(held_out[-1]) if held_out else None,
         "init_seconds": summary.get("init_seconds"),
-        "train_seconds": summary.get("train_seconds"),
+        "train_seconds": _training_seconds(summary, measured),
+        "saved_bytes": summary.get("saved_bytes"),
+        "peak_bytes": measured[-1]["peak_bytes"] if measured else None,
         "curve": [[step, _finite(loss)] for step, loss in _thinned(curve)],
         "scores": scores,
         "movement": _movement(run),
+        "measured": _measured(measured) if status == "finished" else None,
         "machine": machine(),
     }
 
@@ -211,6 +215,30 @@ def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
     return {"device": device, **versions}
+
+
+def _training_seconds(summary: dict[str, Any], measured: list[dict[str, Any]]) -> float | None:
+    """The time of the steps, without that of measuring."""
+    seconds = summary.get("train_seconds")
+    return None if seconds is None else round(seconds - sum(line["seconds"] for line in measured), 3)
+
+
+def _measured(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """By set and measure the means at every checkpoint, and at the last each item's value, in four
+    digits."""
+    if not lines:
+        return None
+    sets = {
+        name: {
+            measure: {
+                "path": [_mean(line["sets"][name][measure]) for line in lines],
+                "items": " ".join(f"{value:.4g}" for value in items),
+            }
+            for measure, items in measures.items()
+        }
+        for name, measures in lines[-1]["sets"].items()
+    }
+    return {"steps": [line["step"] for line in lines], "sets": sets}
 
 
 def _movement(run: Path) -> dict[str, Any] | None:

@@ -67,6 +67,27 @@ class SetScore(_Part):
         return self
 
 
+class Measured(_Part):
+    """One measure of one set.
+
+    Attributes:
+        path: its mean over the items at every checkpoint.
+        items: each item's value at the last, shape [items].
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="ignore", frozen=True)
+    path: list[Number]
+    items: Annotated[np.ndarray, BeforeValidator(lambda text: np.array(text.split(), float))]
+
+
+class Measurements(_Part):
+    """What was measured of a run: `sets` by set and measure ("nll"; of text also "kl"), `steps` the
+    checkpoints."""
+
+    steps: list[int]
+    sets: dict[str, dict[str, Measured]]
+
+
 class Run(_Part):
     """One run; what a failed one did not come to is None, and the method of an untrained model."""
 
@@ -90,6 +111,10 @@ class Run(_Part):
     curve: list[tuple[Number, Number]] = []
     scores: dict[str, SetScore] = {}
     movement: dict[str, Any] | None = None
+    measured: Measurements | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    plans: list[str] = []
     machine: int = Field(0, ge=0)
 
     @property
@@ -135,10 +160,13 @@ class Results(_Part):
     def not_run(self) -> int:
         """How many of the final runs that the study plans it does not have."""
         seeds, budgets = len(self.spec.get("seeds") or ()), len(self.spec.get("budgets") or ()) or 1
-        planned = 0
+        tune, planned = self.spec.get("tune") or {}, 0
         for arm in (self.spec.get("arms") or {}).values():
             untrained = arm.get("untrained", False)
-            planned += (1 if untrained else seeds) * (1 if untrained or not arm.get("budget", True) else budgets)
+            rates = min(tune.get("finish", 1), len(arm.get("learning_rates") or tune.get("learning_rates") or [1]))
+            planned += (1 if untrained else seeds * rates) * (
+                1 if untrained or not arm.get("budget", True) else budgets
+            )
         planned *= len(self.spec.get("tasks") or ())
         return max(0, planned - sum(run.phase == "final" for run in self.runs))
 
@@ -149,10 +177,12 @@ class Results(_Part):
 
     @model_validator(mode="after")
     def _one_of_each(self) -> "Results":
-        finals = Counter((run.task, run.budget, run.arm, run.seed) for run in self.runs if run.phase == "final")
+        finals = Counter(
+            (run.task, run.budget, run.arm, run.seed, run.learning_rate) for run in self.runs if run.phase == "final"
+        )
         twice = [key for key, count in finals.items() if count > 1]
         if twice:
-            task, budget, arm, seed = twice[0]
+            task, budget, arm, seed, _ = twice[0]
             raise ValueError(f"task {task}, budget {budget}, arm {arm}, seed {seed} is there twice")
         if (last := max((run.machine for run in self.runs), default=0)) >= max(1, len(self.machines)):
             raise ValueError(f"a run was made on machine {last}, counted from 0, but there are {len(self.machines)}")

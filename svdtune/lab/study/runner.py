@@ -8,6 +8,7 @@ checkpoints, and makes no run twice, not even where two studies ask for the same
 
 import heapq
 import json
+import math
 import os
 import signal
 import subprocess
@@ -52,6 +53,7 @@ class How:
         retry: whether failed runs are made again.
         drop_weights: whether a run's adapter is deleted once it is scored.
         command: what the user called, for the results.
+        minutes: after which no run is started any more; None for no limit.
         published: a folder of studies whose runs are not made again.
     """
 
@@ -61,6 +63,7 @@ class How:
     retry: bool = False
     drop_weights: bool = False
     command: str = ""
+    minutes: float | None = None
     published: Path | None = None
 
 
@@ -158,7 +161,7 @@ class _Runner:
         self, studies: list[Making], known: KnownRuns, output: Path, how: How, tell: Callable[[str], None]
     ) -> None:
         self.studies, self.known, self.output, self.how, self.tell = studies, known, output, how, tell
-        self.waiting: list[tuple[int, int, str]] = []  # (study, cell, key), the earliest first
+        self.waiting: list[tuple[int, int, int, str]] = []  # (study, round, cell, key), the earliest first
         self.again: set[str] = set()  # runs that once found too little memory beside others
         self.crowded: list[str] = []  # runs that wait for a GPU of their own
         self.alone: set[str] = set()  # runs that have one, or had
@@ -169,13 +172,14 @@ class _Runner:
         self.free = [how.gpus[i % len(how.gpus)] if how.gpus else "" for i in range(how.processes)]
         self.shared = how.processes > max(1, len(how.gpus))
         self.signals = 0
+        self.deadline = math.inf if how.minutes is None else time.monotonic() + 60 * how.minutes
 
     def run(self) -> None:
         """Until every cell is done."""
         with ThreadPoolExecutor(self.how.processes) as pool, self._signals_counted():
             try:
                 self._refill()
-                while (self.waiting or self.running or self.crowded) and not self.signals:
+                while (self.running or ((self.waiting or self.crowded) and not self._late())) and not self.signals:
                     for key, device in self._startable():
                         self.running[pool.submit(self._make, self.jobs[key], device)] = key
                     for done in wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -191,10 +195,10 @@ class _Runner:
 
     def _startable(self) -> Iterator[tuple[str, str]]:
         """The runs to start now, each with its device."""
-        if self.alone.intersection(self.running.values()):
+        if self.alone.intersection(self.running.values()) or self._late():
             return
         while self.free and self.waiting:
-            yield heapq.heappop(self.waiting)[2], self.free.pop()
+            yield heapq.heappop(self.waiting)[-1], self.free.pop()
         if not self.running and not self.waiting:
             for device in set(self.free):
                 if self.crowded:
@@ -205,10 +209,13 @@ class _Runner:
 
     def _refill(self) -> None:
         """Queue what has become ready, and give every study the records that are there already."""
-        for s, c, job in take_up(self.studies, self._known):
+        for study, turn, cell, job in take_up(self.studies, self._known):
             if job.key not in self.jobs:
                 self.jobs[job.key] = job
-                heapq.heappush(self.waiting, (s, c, job.key))
+                heapq.heappush(self.waiting, (study, turn, cell, job.key))
+
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
 
     def _known(self, job: Job) -> Record | None:
         if job.key not in self.records and job.key not in self.jobs:
@@ -241,7 +248,10 @@ class _Runner:
             path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(place.job, json.dumps(described, indent=1))
         place.record.unlink(missing_ok=True)
-        environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": device} if device else {})}
+        # Runs that take all cores each make all of them slower.
+        threads = max(1, (os.cpu_count() or 1) // self.how.processes)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        environment |= {"CUDA_VISIBLE_DEVICES": device} if device else {}
         with start_worker(place.job, place.log, environment) as process:
             self.processes[job.key] = process
             if self.signals:
@@ -266,7 +276,7 @@ class _Runner:
                 self.tell(f"later: {name} · out of memory beside others; it will have a GPU to itself")
             else:
                 self.again.add(key)
-                heapq.heappush(self.waiting, (-1, 0, key))
+                heapq.heappush(self.waiting, (-1, 0, 0, key))
                 self.tell(f"later: {name} · out of memory beside others; it will be made again")
             return
         self.records[key] = record

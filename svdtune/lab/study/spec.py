@@ -7,9 +7,10 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, field_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from svdtune.data.catalogue import CATALOGUE, scored
+from svdtune.data.examples import COMPLETION, PROMPT
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.training.inheritance import merge, read_settings
@@ -60,6 +61,47 @@ class Tune(Section):
     share: float = Field(0.1, gt=0, lt=1, description="Of the training rows, held out where a recipe has no data.eval.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the search, and of what is held out.")
     extend: int = Field(0, ge=0, le=8, description="So many more candidates, where the best is the first or the last.")
+    finish: int = Field(
+        1, ge=1, description="The best so many candidates make every seed's run, with the rows held out in each."
+    )
+
+
+class MeasuredSet(DataSource):
+    """Items that a run's predictions are measured on; a bare text stands for `{source: text}`."""
+
+    prompt: str | None = Field(None, description="As in a recipe's data; null: that of the data set.")
+    completion: str | None = Field(None, description="Likewise.")
+    template: str | None = Field(None, description="Null: the recipe's for answers, plain for text.")
+
+    def rows(self) -> DataSource:
+        """Where its rows come from: of a data set of the papers the split that is tested."""
+        known = CATALOGUE.get(self.source)
+        given = {name: getattr(self, name) for name in DataSource.model_fields}
+        return DataSource(**given | ({"split": known.test} if known and self.split is None else {}))
+
+    def fields(self) -> tuple[str, str]:
+        """What is asked, and what is answered."""
+        known = CATALOGUE.get(self.source)
+        prompt, completion = (known.prompt, known.completion) if known else (PROMPT, COMPLETION)
+        return self.prompt or prompt, self.completion or completion
+
+
+Sets = dict[str, MeasuredSet]
+
+
+class Measure(Section):
+    """What is measured of every final run's predictions; see `svdtune.lab.study.measuring`."""
+
+    answers: Sets = Field(min_length=1, description="By name, items whose reference answers' loss is taken.")
+    text: Sets = Field(default_factory=dict, description="By name, text for loss and KL(base ‖ tuned).")
+    items: int | None = Field(None, ge=2, description="At most so many of each set, the same in every run.")
+    checkpoints: int = Field(1, ge=1, description="Measured at so many equal parts of the steps.")
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "Measure":
+        if both := sorted(self.answers.keys() & self.text.keys()):
+            raise ValueError(f"expected different names in answers and text; got {', '.join(both)} in both")
+        return self
 
 
 class Study(Section):
@@ -74,6 +116,8 @@ class Study(Section):
     tune: Tune | None = Field(None, description="None: the learning rates are those of the recipes.")
     seeds: list[int]
     baseline: str | None = Field(None, description="The arm that the others are compared with.")
+    measure: Measure | None = Field(None, description="Losses on held-out items, and distance from the base.")
+    generate: bool = Field(True, description="Whether final runs answer the sets of the recipe's evaluation section.")
 
     @field_validator("budgets", mode="before")
     @classmethod

@@ -30,12 +30,15 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
 from svdtune.evaluation.questions import BatchedEngine, ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.export.source import Source, find_source, open_source
+from svdtune.lab.study.measuring import Measuring
 from svdtune.lab.study.records import Place, record_of, scores_of, write_record
+from svdtune.lab.study.spec import Measure
 from svdtune.models import LoadedModel
 from svdtune.system import is_out_of_memory, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
+from svdtune.training.preparation import load_base
 from svdtune.training.recipe import DataSource
 
 
@@ -66,11 +69,15 @@ def _run(job: dict[str, Any], place: Place) -> int:
     started = time.monotonic()
     try:
         recipe = check_recipe({**_with_heldout(job, place), "output": {"dir": str(place.run)}}, job["name"])
+        measure = job["measure"] and Measure.model_validate(job["measure"])
         if not job["untrained"]:
-            _train(recipe, place.run, [LeaveMemory()] if job["shared"] else [])
+            watching: list[TrainerCallback] = [LeaveMemory()] if job["shared"] else []
+            _train(recipe, place.run, [*watching, *([Measuring(recipe, measure, place.run)] if measure else [])])
+        elif measure:
+            _measure_base(recipe, measure, place.run)
         record = record_of(job, place.run, {})
         # Weights that are no numbers answer nothing.
-        if record["status"] == "finished" and recipe.evaluation is not None:
+        if record["status"] == "finished" and recipe.evaluation is not None and job["generate"]:
             record["scores"] = _score(recipe, place.run, job)
     except (KeyboardInterrupt, Interrupted):
         return 130  # no record: the next start goes on
@@ -97,6 +104,15 @@ def _train(recipe: Recipe, run: Path, callbacks: list[TrainerCallback]) -> None:
     resume = not finished and latest_checkpoint(run)[0] is not None and read_run(run) == recipe
     overwrite = not resume and (run / RECIPE).is_file()
     train(recipe, resume=resume, overwrite=overwrite, console=Console(stderr=True), callbacks=callbacks)
+
+
+def _measure_base(recipe: Recipe, measure: Measure, run: Path) -> None:
+    """Measure the base model as it is."""
+    loaded = load_base(recipe, chat=False)
+    measuring = Measuring(recipe, measure, run)
+    measuring.prepare(loaded.tokenizer)
+    model: Any = loaded.model
+    measuring.take(model.to("cuda" if torch.cuda.is_available() else "cpu"), 0)
 
 
 def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -35,8 +35,8 @@ def test_a_cell_for_each_task_budget_and_arm(write_study) -> None:
     lora, full, base, larger = found[:4]
     assert lora.method_of(0)["r"] < larger.method_of(0)["r"]
     assert [len(cell.search()) for cell in (lora, full, base)] == [3, 3, 0]
-    assert [(job.seed, job.learning_rate) for job in lora.finals(3e-3, [4, 5])] == [(4, 3e-3), (5, 3e-3)]
-    (alone,) = base.finals(None, [4, 5])
+    assert [(job.seed, job.learning_rate) for job in lora.finals([3e-3], [4, 5])] == [(4, 3e-3), (5, 3e-3)]
+    (alone,) = base.finals([None], [4, 5])
     assert alone.untrained
     assert alone.learning_rate is None
 
@@ -59,7 +59,7 @@ def test_the_search_trains_with_its_own_seed_and_scores_nothing(write_study) -> 
         assert (job.phase, job.seed, job.learning_rate, job.heldout) == ("tune", 7, rate, (0.25, 7))
         assert (job.recipe["training"]["seed"], job.recipe["training"]["learning_rate"]) == (7, rate)
         assert not {"evaluation", "analysis"} & job.recipe.keys()
-    (final,) = cell.finals(1e-3, [1])
+    (final,) = cell.finals([1e-3], [1])
     assert final.heldout is None
     assert {"evaluation", "analysis"} <= final.recipe.keys()
 
@@ -69,15 +69,15 @@ def test_rows_that_the_recipe_holds_out_are_for_the_search(write_study, study_fo
     (cell,) = made(write_study(arms={"a": LORA}, tune=TUNE, settings={"data": data}))
     assert {job.heldout for job in cell.search()} == {None}
     assert cell.search()[0].recipe["data"]["eval"] == "held.jsonl"
-    assert "eval" not in cell.finals(1e-3, [1])[0].recipe["data"]
+    assert "eval" not in cell.finals([1e-3], [1])[0].recipe["data"]
     file = write_study(arms={"a": LORA}, tune=TUNE, settings={"data": data, "training": {"eval_steps": 1}})
-    assert made(file)[0].finals(1e-3, [1])[0].recipe["data"]["eval"] == "held.jsonl"
+    assert made(file)[0].finals([1e-3], [1])[0].recipe["data"]["eval"] == "held.jsonl"
 
 
 def test_the_lowest_loss_is_chosen_and_an_edge_extends_the_search(write_study) -> None:
     (cell,) = made(write_study(arms={"a": LORA}, tune=TUNE))
-    assert cell.choose({1e-3: 2.0, 3e-3: 1.0, 1e-2: None}) == 3e-3
-    assert cell.choose({1e-3: None, 3e-3: None, 1e-2: None}) is None
+    assert cell.ranked({1e-3: 2.0, 3e-3: 1.0, 1e-2: None}) == [3e-3, 1e-3]
+    assert cell.ranked({1e-3: None, 3e-3: None, 1e-2: None}) == []
     assert not cell.extend(None)
     assert not cell.extend(3e-3)
     assert cell.extend(1e-3)
@@ -102,7 +102,7 @@ def test_an_extended_search_goes_beyond_the_edge_however_near_candidates_are(wri
 def test_equal_runs_have_one_key_and_others_another(write_study) -> None:
     def job(rate: float = 1e-3, seed: int = 1, **settings) -> Job:
         (cell,) = made(write_study(**{"arms": {"a": LORA}} | settings))
-        return cell.finals(rate, [seed])[0]
+        return cell.finals([rate], [seed])[0]
 
     key = job().key
     assert len(key) == 12
@@ -126,7 +126,7 @@ def test_equal_runs_have_one_key_and_others_another(write_study) -> None:
 
 def test_a_runs_files_are_named_so_that_any_system_takes_them(write_study) -> None:
     (cell,) = made(write_study(arms={"V = 0, 1/2 Λ": LORA}, tasks={"a b": "recipe.yaml"}, budgets=[3000]))
-    (job,) = cell.finals(1e-3, [1])
+    (job,) = cell.finals([1e-3], [1])
     assert job.name == f"a_b-V_=_0_1_2_-3000-final-lr0.001-seed1-{job.key}"
 
 
@@ -150,7 +150,7 @@ def test_an_arm_takes_the_rate_of_the_cell_of_its_budget(write_study) -> None:
 def test_no_grid_makes_a_name_that_file_systems_refuse(write_study, tmp_path: Path) -> None:
     many = [f"model.layers.{n}.self_attn.q_proj" for n in range(30)]
     arms = {"lora": {"method": {"name": "lora"}, "grid": {"method.target_modules": [many, many[:15]]}}}
-    jobs = [cell.finals(1e-3, [1])[0] for cell in made(write_study(arms=arms))]
+    jobs = [cell.finals([1e-3], [1])[0] for cell in made(write_study(arms=arms))]
     for job in jobs:
         (tmp_path / f"{job.name}.json").touch()
     assert jobs[0].name != jobs[1].name

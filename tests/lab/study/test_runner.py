@@ -102,7 +102,7 @@ def test_a_run_that_two_arms_share_is_made_once_and_stands_for_both(write_study)
 
 def test_a_run_that_failed_in_scoring_keeps_the_weights_it_is_scored_with_later(write_study, monkeypatch) -> None:
     (cell,) = cells(*load_study(write_study()))
-    (job,) = cell.finals(1e-3, [1])
+    (job,) = cell.finals([1e-3], [1])
     place = Place.of(job, Path("out"))
     described = {
         **asdict(job),
@@ -255,7 +255,7 @@ def test_an_arm_may_take_anothers_learning_rate_and_ranks_by_layer(write_study) 
     study, tasks = load_study(write_study(arms=arms, budgets=[900], tune=tune, seeds=[1, 2]))
     sorsa, drawn = cells(study, tasks)
     assert (sorsa.searched, drawn.searched, drawn.like) == (True, False, sorsa)
-    patterns = [tuple(job.recipe["method"]["rank_pattern"].values()) for job in drawn.finals(1e-2, [1, 2, 3, 4, 5])]
+    patterns = [tuple(job.recipe["method"]["rank_pattern"].values()) for job in drawn.finals([1e-2], [1, 2, 3, 4, 5])]
     assert len(set(patterns)) > 1, "the ranks are dealt out anew with each seed"
     assert len({tuple(sorted(pattern)) for pattern in patterns}) == 1
 
@@ -323,7 +323,7 @@ def test_records_of_other_runs_and_damaged_ones_do_not_count(tmp_path: Path) -> 
 
 def test_a_failed_run_counts_only_where_no_other_record_says_more(write_study) -> None:
     (cell,) = cells(*load_study(write_study()))
-    (job,) = cell.finals(1e-3, [1])
+    (job,) = cell.finals([1e-3], [1])
     own = Place.of(job, Path("out")).record
     record = {"key": job.key, "status": "failed"}
     write_record(own, record)

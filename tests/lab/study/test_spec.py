@@ -8,7 +8,7 @@ import pytest
 
 import svdtune
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.spec import ArmSection, Study, Tune, load_study
+from svdtune.lab.study.spec import ArmSection, Measure, Study, Tune, load_study
 
 LORA = {"method": {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}}
 TUNE = {"learning_rates": [1e-3, 1e-2]}
@@ -205,13 +205,17 @@ DOCS = Path(svdtune.__file__).parent.parent / "docs" / "studies.md"
 
 
 def test_the_documented_study_loads(study_folder: Path) -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    (study_folder / "first.yaml").write_text(example)
-    study, _ = load_study(study_folder / "first.yaml")
-    assert list(study.arms) == ["base", "lora", "sara"]
+    example, *additions = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    for text in (example, *(example + more for more in additions)):
+        (study_folder / "first.yaml").write_text(text)
+        study, _ = load_study(study_folder / "first.yaml")
+        assert list(study.arms) == ["base", "lora", "sara"]
 
 
-@pytest.mark.parametrize(("section", "head"), [(Study, "key"), (ArmSection, "an arm's key"), (Tune, "a key of `tune`")])
-def test_every_setting_is_documented(section: type[Study], head: str) -> None:
+SECTIONS = {"key": Study, "an arm's key": ArmSection, "a key of `tune`": Tune, "a key of `measure`": Measure}
+
+
+@pytest.mark.parametrize(("head", "section"), SECTIONS.items(), ids=["study", "arm", "tune", "measure"])
+def test_every_setting_is_documented(head: str, section: type[Study]) -> None:
     table = DOCS.read_text().split(f"| {head} | |\n", 1)[1].split("\n\n", 1)[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(section.model_fields)
