@@ -4,14 +4,18 @@ laboratory is loaded.
 `svdtune.lab` holds what reproduces the papers. The rest of svdtune works without it, and reaches it
 here alone: a registry that lacks a name, or is asked for all of them, imports the part of the
 laboratory that adds to it, `svdtune.lab.<part>`. That part calls `Registry.add` when it is
-imported.
+imported. Functions of the user's go by the path to them.
 """
 
-from collections.abc import Iterator, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from svdtune.errors import SvdtuneError
 
 _LAB = "svdtune.lab"
 
@@ -31,6 +35,33 @@ def load(part: str) -> None:
     nothing."""
     if has_lab():
         import_module(f"{_LAB}.{part}")
+
+
+def import_function(path: str, what: str) -> Callable[..., Any]:
+    """A function of the user's.
+
+    Args:
+        path: "package.module:function", found as Python finds it or from the working directory.
+        what: it is for, for messages.
+
+    Raises:
+        SvdtuneError: there is none.
+    """
+    module, _, name = path.partition(":")
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        found: Any = getattr(import_module(module), name, None)
+    except (ImportError, ValueError) as error:  # a path that begins with a dot or has no module is a ValueError
+        raise SvdtuneError(
+            f"{what}: {path!r} cannot be imported: {error}; expected package.module:function, found from here or installed"
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise SvdtuneError(f"{what}: {module} has no function {name!r}")
+    function: Callable[..., Any] = found
+    return function
 
 
 def lab_note() -> str:

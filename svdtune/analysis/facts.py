@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.averages import average
+from svdtune.evaluation.averages import average, no_average
 from svdtune.training.folder import ANALYSIS, LOG, RECIPE, SUMMARY, read_run
 from svdtune.training.method import FULL, build_config
 from svdtune.training.movement import DURING, read_samples
@@ -154,6 +154,7 @@ def _scores(folder: Path, problems: list[str], weights: str | None) -> dict[str,
     """The scores of every finished evaluation of these weights, and their average over sets where
     there are several."""
     found: dict[str, RunScore] = {}
+    sets: dict[str, tuple[str, str]] = {}
     counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
     for path in sorted(folder.glob("evaluations/*/result.json")):
         name, result = path.parent.name, _json(path, problems)
@@ -164,17 +165,23 @@ def _scores(folder: Path, problems: list[str], weights: str | None) -> dict[str,
                 f"the scores in {path.parent.name}, which are of other weights: svdtune evaluate RUN --restart"
             )
             continue
+        settings = result.get("settings") or {}
+        sets[name] = ((settings.get("data") or {}).get("source", name), result.get("task") or "")
         for mode in counts:
             if score := result.get(mode):
                 found[f"{name} ({mode})"] = _score(score["accuracy"], score.get("interval"), result["n"])
-                samples = result["n"] * result.get("settings", {}).get("samples", 1)
+                samples = result["n"] * settings.get("samples", 1)
                 counts[mode][name] = (score["correct"], samples)
         for metric, value in (result.get("metrics") or {}).items():
             if isinstance(value, dict):
                 found[f"{name} {metric}"] = _score(value["value"], value.get("interval"), result["n"])
-    for mode, sets in counts.items():
-        if len(sets) > 1:
-            mean = average(sets)
+    for mode, counted in counts.items():
+        if len(counted) < 2:
+            continue
+        if apart := no_average([sets[name] for name in counted]):
+            problems.append(f"an average ({mode}): {apart}")
+        else:
+            mean = average(counted)
             found[f"{AVERAGE} ({mode})"] = _score(mean.macro, mean.macro_interval._asdict(), mean.n)
     return found
 

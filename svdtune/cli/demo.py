@@ -219,7 +219,7 @@ def answer_tokens(loaded: "LoadedModel", recipe: "Recipe") -> int:
     from svdtune.data import read_rows
 
     assert recipe.data.completion is not None
-    rows = read_rows(**recipe.data.train.model_dump())
+    rows = read_rows(**recipe.data.train[0].plain.model_dump())
     return max(len(loaded.tokenizer.encode(row[recipe.data.completion])) for row in rows) + 1
 
 

@@ -56,7 +56,7 @@ def step_seconds(loaded: "LoadedModel", recipe: "Recipe", clock: Clock = time.mo
     from svdtune.data import Collator, encode_all, read_rows, to_examples
 
     data = recipe.data
-    first = data.train.model_copy(update={"limit": recipe.training.batch_size})
+    first = data.train[0].plain.model_copy(update={"limit": recipe.training.batch_size})
     examples = to_examples(read_rows(**first.model_dump()), data.prompt, data.completion)
     rows, _ = encode_all(examples, loaded.tokenizer, data.max_length, data.loss_on, data.template)
     batch = Collator(loaded.tokenizer.pad_token_id)(rows)

@@ -98,8 +98,9 @@ def question_text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(str(turn.get("content", "")) for turn in prompt)
 
 
-def questions(prompt: Any) -> list[str]:
-    """All that a prompt asks: itself, and of a chat each of the user's turns."""
+def questions(prompt: Any, completion: str = "") -> list[str]:
+    """All that a row asks: its prompt, and of a chat each of the user's turns; of plain text, which
+    has no prompt, the text."""
     if isinstance(prompt, str):
-        return [prompt]
+        return [prompt or completion]
     return [question_text(prompt), *(question_text([turn]) for turn in prompt if turn["role"] == "user")]

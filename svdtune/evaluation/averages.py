@@ -2,10 +2,11 @@
 and micro (of all items)."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from svdtune.data.catalogue import CATALOGUE
 from svdtune.evaluation.interval import Interval, wilson_interval
 
 
@@ -64,6 +65,25 @@ def average(counts: Mapping[str, tuple[int, int]]) -> Average:
         n=total,
         sets=len(shares),
     )
+
+
+def no_average(sets: Sequence[tuple[str, str]]) -> str | None:
+    """Why scores have no common average; None where they have one.
+
+    Scores are averaged where each set counts once and all are graded alike. Sets of the papers are
+    alike as their tables average them, each graded by its own task.
+
+    Args:
+        sets: (where the rows come from, the task that graded) of each score.
+    """
+    sources = [source for source, _ in sets]
+    if twice := sorted({source for source in sources if sources.count(source) > 1}):
+        return f"{', '.join(twice)} is scored more than once, in parts or by several graders"
+    as_papers = all(source in CATALOGUE and CATALOGUE[source].task == task for source, task in sets)
+    tasks = sorted({task for _, task in sets})
+    if len(tasks) > 1 and not as_papers:
+        return f"the sets are graded differently, by {', '.join(tasks)}"
+    return None
 
 
 def average_json(found: Average) -> dict[str, Any]:

@@ -4,12 +4,12 @@ as the data set asks."""
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data import Example, read_rows, to_examples
 from svdtune.data.catalogue import CATALOGUE, GROUPS, scored
+from svdtune.data.files import FILES, kind
 from svdtune.data.prompts import TEMPLATES
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.decoding import GREEDY, Completion, Decoding, plan_batches
@@ -19,9 +19,8 @@ from svdtune.evaluation.scoring import Evaluation, evaluate
 from svdtune.evaluation.tasks import Task, get_task
 from svdtune.models import LoadedModel
 from svdtune.training.folder import EVALUATIONS
-from svdtune.training.recipe import DataSource, Recipe
-
-_FILE_ENDINGS = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz"}
+from svdtune.training.recipe import Recipe
+from svdtune.training.sections import DataSource, EvaluationSection
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ def form_of(
     A run that was trained with a paper's prompt is asked with the prompt that the paper tests with.
     """
     known, trained = CATALOGUE.get(data), recipe.data if recipe else None
-    section = recipe.evaluation if recipe and known else None
+    section = _section_for(recipe, data)
     if section:
+        task, prompt, answer = task or section.task, prompt or section.prompt, answer or section.answer
         template, max_new_tokens = template or section.template, max_new_tokens or section.max_new_tokens
     if not template and trained:
         template = trained.template if known is None or trained.template not in TEMPLATES else known.template
@@ -86,9 +86,17 @@ def form_of(
     )
 
 
-def sets_to_ask(recipe: Recipe | None, data: str | None, task: str | None) -> list[str | None]:
-    """The names of what is scored: the data named, or the sets that the run's recipe names; groups
-    as their members.
+def _section_for(recipe: Recipe | None, data: str) -> EvaluationSection | None:
+    """The recipe's evaluation section, where it speaks of that data: of the papers' sets, and of
+    the sources that it names."""
+    section = recipe.evaluation if recipe else None
+    named = section is not None and data in [source.source for source in section.sources]
+    return section if named or data in CATALOGUE else None
+
+
+def sets_to_ask(recipe: Recipe | None, data: str | None, task: str | None) -> list[str | DataSource | None]:
+    """What is scored: the data named, or the sets and sources that the run's recipe names; groups
+    as their members. A task that is asked for is about one's own data.
 
     None stands for what `held_out` finds by itself.
     """
@@ -96,21 +104,23 @@ def sets_to_ask(recipe: Recipe | None, data: str | None, task: str | None) -> li
         if not data.strip():
             raise SvdtuneError("the data's name is empty; name a file, a generator or a data set, or leave it out")
         return [dataset.name for dataset in scored(data)] if data in GROUPS else [data]
-    if recipe is None or recipe.evaluation is None or task is not None:
+    section = recipe.evaluation if recipe else None
+    if section is None or task in CATALOGUE:
         return [None]
-    return [dataset.name for name in recipe.evaluation.data for dataset in scored(name)]
+    known = [] if task is not None else [dataset.name for dataset in section.known]
+    return [*known, *section.sources] or [None]
 
 
 def held_out(
     recipe: Recipe | None,
-    data: str | None,
+    data: str | DataSource | None,
     split: str | None,
     config: str | None,
     limit: int | None,
     task: str | None = None,
 ) -> DataSource:
-    """Where the items come from: the data named, or the run's own held-out rows, or the data set
-    that the task is made for.
+    """Where the items come from: the source, or the data named, or the run's own held-out rows, or
+    the data set that the task is made for.
 
     Raises:
         SvdtuneError: If none is there.
@@ -119,46 +129,52 @@ def held_out(
         raise SvdtuneError(f"limit is {limit}; expected at least 1 item")
     sets, section = recipe.data.eval if recipe else {}, recipe.evaluation if recipe else None
     own = next(iter(sets.values()), None)
-    if (
-        split is None
-        and section is not None
-        and data is not None
-        and data in CATALOGUE
-        and section.split in CATALOGUE[data].splits
-    ):
-        split = section.split
     if data is None and task in CATALOGUE and (own is None or own.source not in CATALOGUE):
         data = task
-
+    name = data.source if isinstance(data, DataSource) else data
+    known = CATALOGUE.get(name) if name is not None else None
+    if split is None and section is not None and known is not None and section.split in known.splits:
+        split = section.split
     given = {
         key: value for key, value in {"split": split, "config": config, "limit": limit}.items() if value is not None
     }
-    if data is not None:
+    if name is None:
+        if len(sets) > 1:
+            raise SvdtuneError(f"data.eval has several sets, {', '.join(sets)}: name one's source with --data")
+        if own is None:
+            raise SvdtuneError("there is no data to evaluate on: name a file, generator or hub data set with --data")
+        found = own
+    else:
+        found = data if isinstance(data, DataSource) else DataSource.model_validate(name)
         # Files have no splits; the default of training, "train", would be the wrong one here.
-        is_file = Path(data).suffix in _FILE_ENDINGS or Path(data).exists()
-        default: dict[str, Any] = {} if is_file else {"split": CATALOGUE[data].test if data in CATALOGUE else "test"}
-        return DataSource(source=data, **default | given)
-    if len(sets) > 1:
-        raise SvdtuneError(f"data.eval has several sets, {', '.join(sets)}: name one's source with --data")
-    if own is None:
-        raise SvdtuneError("there is no data to evaluate on: name a file, generator or hub data set with --data")
-    return own.model_copy(update=given)
+        is_file = kind(Path(name)) in FILES or Path(name).exists()
+        if found.split is None and not is_file:
+            found = found.model_copy(update={"split": known.test if known else "test"})
+    if is_share(found):  # of all rows: one of the first few would be another share, with rows that are trained on
+        given.pop("limit", None)
+    return found.model_copy(update=given)
+
+
+def is_share(source: DataSource) -> bool:
+    """Whether a source is a part of its rows, drawn from all of them."""
+    return source.only is not None or source.without is not None
 
 
 @dataclass(frozen=True)
 class Asked:
-    """One data set, ready to be asked: where its rows come from, in what form, and the rows as
-    examples."""
+    """One data set, ready to be asked: where its rows come from, in what form, the rows as
+    examples, and how many of a share's were taken, if not all."""
 
     rows: DataSource
     form: Form
     task: Task
     examples: list[Example]
+    limit: int | None = None
 
 
 def prepare(
     recipe: Recipe | None,
-    name: str | None,
+    name: str | DataSource | None,
     split: str | None = None,
     config: str | None = None,
     limit: int | None = None,
@@ -171,10 +187,14 @@ def prepare(
     """Read a data set, before the model: what is wrong with it shows at once."""
     if task is not None:
         get_task(task)
+    source = name.source if isinstance(name, DataSource) else name
+    section = _section_for(recipe, source) if source is not None else None
+    limit = section.limit if limit is None and section is not None else limit
     rows = held_out(recipe, name, split, config, limit, task)
     form = form_of(rows.source, recipe, task, prompt, answer, template, max_new_tokens)
-    examples = to_examples(read_rows(**rows.model_dump()), form.prompt, form.completion, source=rows.source)
-    return Asked(rows, form, get_task(form.task), examples)
+    found = read_rows(**rows.model_dump())[:limit]
+    examples = to_examples(found, form.prompt, form.completion, source=rows.source)
+    return Asked(rows, form, get_task(form.task), examples, limit if is_share(rows) else None)
 
 
 def decoding_of(recipe: Recipe | None) -> Decoding:
@@ -197,6 +217,7 @@ def ask(
     """Score a model on one data set; `evaluate` with what `prepare` found."""
     form, rows = asked.form, asked.rows
     template = form.template_for(opened.tokenizer)
+    cut = {} if asked.limit is None else {"limit": asked.limit}
     return evaluate(
         opened,
         to_items(asked.examples, opened.tokenizer, template, form.answer),
@@ -205,7 +226,7 @@ def ask(
         max_new_tokens=form.max_new_tokens,
         batch_size=batch_size,
         decoding=decoding,
-        settings={"data": rows.model_dump(), "prompt": form.prompt, "answer": form.answer, "template": template},
+        settings={"data": rows.model_dump(), "prompt": form.prompt, "answer": form.answer, "template": template} | cut,
         restart=restart,
         on_progress=on_progress,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.averages import Average, average, average_json
+from svdtune.evaluation.averages import Average, average, average_json, no_average
 from svdtune.evaluation.questions import ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.evaluation.score_table import add_scores
 from svdtune.evaluation.scoring import Evaluation
@@ -37,7 +37,8 @@ class Evaluations(Mapping[str, Evaluation]):
 
     Attributes:
         results: the outcomes.
-        averages: over the sets, by mode (strict, paper); empty for a single set.
+        averages: over the sets, by mode (strict, paper); empty for a single set, and for sets
+            that are graded differently.
         file: where the averages are kept; of a harness, its results; else None.
         table: what a harness such as lm-eval says of its tasks; None for svdtune's own tasks.
     """
@@ -173,7 +174,10 @@ def _averaged(results: dict[str, Evaluation], path: Path) -> Evaluations:
     Sets whose items are neither right nor wrong (E2E) are in no average.
     """
     kept: dict[str, Any] = {"sets": {name: _set_json(result) for name, result in results.items()}}
-    averages = {}
+    averages: dict[str, Average] = {}
+    if apart := no_average([(name, result.task) for name, result in results.items()]):
+        write_json(path, kept | {"no_average": apart})
+        return Evaluations(results, averages, path)
     for mode in ("strict", "paper"):
         scores = {name: (getattr(result, mode), result) for name, result in results.items() if getattr(result, mode)}
         if not scores:

@@ -2,6 +2,7 @@
 them."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,8 @@ from rich.console import Console
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from svdtune._version import __version__
-from svdtune.data import read_rows
+from svdtune.data import read_rows, to_examples
+from svdtune.data.examples import COMPLETION, PROMPT, check_fields
 from svdtune.data.preferences import token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
@@ -23,13 +25,15 @@ from svdtune.training.yaml_files import read_yaml
 
 # Where docs/guide.md says to start a search, for an adapter of rank 32 or so on a small model.
 RATES = {"sara": "1e-2", "mosara": "3e-2", "sorsa": "1e-4", "full": "1e-4"}
-_OTHER_RATE = "1e-3"  # LoRA's and its relatives'
+OTHER_RATE = "1e-3"  # LoRA's and its relatives'
 _GENTLER = 0.1  # of the rate, for tasks that move a model a little from a reference
 _NO_RANK = ("full", "mosara")
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_A_STEP = 32
 _ANY_LENGTH = 10**9
 _FEW = 40  # rows of which none are held out
+_SCORED = 0.2  # of the rows, where a recipe is to be scored and no test set is named
+_ANSWERS = (16, 32, 64, 128, 256, 512, 1024)  # tokens
 # By the columns that tell them; SFT is what is left.
 _TASKS = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
 # How a format is told to the user, by the columns that tell it.
@@ -65,6 +69,22 @@ class Draft:
     overlong: dict[int, int]
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """What a recipe's runs are scored on.
+
+    Attributes:
+        test: a source of its own; None for a share of the rows, which no run trains on.
+        task: as `evaluation.task`; None to tell it by the answers: number where every one is a
+            number, else exact.
+        answer: the field of the reference answer; None for the completion.
+    """
+
+    test: str | None = None
+    task: str | None = None
+    answer: str | None = None
+
+
 def draft(
     model: str,
     data: str,
@@ -73,6 +93,7 @@ def draft(
     task: str | None = None,
     prompt: str | None = None,
     completion: str | None = None,
+    scoring: Scoring | None = None,
     console: Console,
 ) -> Draft:
     """Look at rows, and write a recipe for them.
@@ -86,6 +107,7 @@ def draft(
         prompt: field of the prompt, or a text with fields in braces, where the columns are those of
             no format.
         completion: likewise.
+        scoring: what its runs are scored on; None for a recipe that says nothing of it.
         console: where the first example is shown.
 
     Raises:
@@ -97,8 +119,12 @@ def draft(
     found = _format_of(columns, prompt, completion)
     tokenizer = load_tokenizer(model)
     settings = _settings(model, data, method, task, _template(tokenizer, columns, prompt), prompt, completion)
+    if scoring is not None:
+        settings["evaluation"] = _evaluation(scoring, data, prompt, completion, tokenizer)
+        if scoring.test is None:
+            settings["data"]["train"] = {"source": data, "without": _SCORED}
     seen = check_recipe(settings | {"data": settings["data"] | {"max_length": _ANY_LENGTH}}, "the recipe")
-    rows = TaskRows(seen, seen.data.train).encode(tokenizer, Console(quiet=True))
+    rows = TaskRows(seen, seen.data.train[0].plain).encode(tokenizer, Console(quiet=True))
     lengths = token_counts(rows)
     (show_example if task == "sft" else show_judged)(console, rows[0], tokenizer)
     settings["data"]["max_length"] = longest = _length_for(lengths, _context(model))
@@ -133,7 +159,7 @@ def _template(tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], prompt
 def _settings(
     model: str, data: str, method: str, task: str, template: str, prompt: str | None, completion: str | None
 ) -> dict[str, Any]:
-    rate = RATES.get(method, _OTHER_RATE)
+    rate = RATES.get(method, OTHER_RATE)
     if task != "sft":
         rate = f"{float(rate) * _GENTLER:.0e}".replace("e-0", "e-")
     fields = {"prompt": prompt, "completion": completion}
@@ -143,6 +169,32 @@ def _settings(
         "data": {"train": data, "template": template} | {name: value for name, value in fields.items() if value},
         "training": {"task": task, "learning_rate": float(rate)},
         "output": {"dir": "runs/new"},
+    }
+
+
+def _evaluation(
+    scoring: Scoring, data: str, prompt: str | None, completion: str | None, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Any]:
+    """The evaluation section: the rows, how they are graded, and room for the longest answer."""
+    name = scoring.test or data
+    source = {"source": name} | ({"only": _SCORED} if scoring.test is None else {})
+    rows = read_rows(name, only=None if scoring.test else _SCORED)
+    found = to_examples(rows, prompt or PROMPT, completion or COMPLETION, source=name)
+    if scoring.answer is not None:
+        for example in found:
+            check_fields(example.row, [scoring.answer], example.name)
+    references = [str(one.row[scoring.answer]) if scoring.answer else one.completion for one in found]
+    if not all(reference.strip() for reference in references):
+        raise SvdtuneError(
+            f"rows of {name} have no answer to grade against; name its field with --answer, or rows that have one"
+        )
+    numbers = all(re.fullmatch(r"\s*-?[\d,]*\.?\d+\s*", reference) for reference in references)
+    longest = max(len(tokenizer(one.completion)["input_ids"]) for one in found)
+    return {
+        "data": source,
+        "task": scoring.task or ("number" if numbers else "exact"),
+        **({} if scoring.answer is None else {"answer": scoring.answer}),
+        "max_new_tokens": next((length for length in _ANSWERS if length > longest), _ANSWERS[-1]),
     }
 
 
@@ -173,7 +225,9 @@ def _written(settings: dict[str, Any], lengths: Sequence[int]) -> str:
     rank = f"\n  r: {method['r']}" if "r" in method else ""
     fields = "".join(f"\n  {name}: {json.dumps(data[name])}" for name in ("prompt", "completion") if name in data)
     overlong = data.get("overlong", "error")
-    held_out = "\n  eval: 5%  # of the rows, held out for a loss that is not trained on" if len(lengths) >= _FEW else ""
+    scored = settings.get("evaluation")
+    kept = len(lengths) >= _FEW and scored is None
+    held_out = "\n  eval: 5%  # of the rows, held out for a loss that is not trained on" if kept else ""
     gpu = torch.cuda.is_available()
     return f"""\
 # Written by svdtune {__version__} for {len(lengths):,} rows of {sum(lengths):,} tokens, the longest of {max(lengths):,}.
@@ -200,4 +254,17 @@ training:
   schedule: cosine
   warmup: 0.03  # of all steps
   precision: {"bf16" if gpu else "fp32"}
+{_scored(scored)}"""
+
+
+def _scored(section: dict[str, Any] | None) -> str:
+    """The lines of an evaluation section."""
+    if section is None:
+        return ""
+    answer = f"\n  answer: {json.dumps(section['answer'])}" if "answer" in section else ""
+    return f"""
+evaluation:
+  data: {json.dumps(section["data"])}  # what a run is scored on, and never trains on
+  task: {section["task"]}  # number, letter, exact, or a function of yours: module:function{answer}
+  max_new_tokens: {section["max_new_tokens"]}
 """

@@ -16,8 +16,9 @@ from svdtune.models import LoadedModel, check_end_token, load
 from svdtune.models.loading import context_length
 from svdtune.training.arguments import check_optimizer, training_arguments
 from svdtune.training.leaks import check_leaks
+from svdtune.training.mixture import TrainRows
 from svdtune.training.recipe import Recipe
-from svdtune.training.rewards import load_rewards
+from svdtune.training.rewards import check_grader, load_rewards
 from svdtune.training.task_rows import Rows, TaskRows, encode_prompt, moved_at_start
 
 
@@ -45,7 +46,8 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     # loaded.
     early = training_arguments(recipe, rows=1)
     check_optimizer(early)
-    train = TaskRows(recipe, recipe.data.train)
+    check_grader(recipe.evaluation.task if recipe.evaluation else None)
+    train = TrainRows(recipe)
     held_out = {name: TaskRows(recipe, source) for name, source in recipe.data.eval.items()}
     check_leaks(recipe, train.questions, {name: rows.questions for name, rows in held_out.items()}, console)
     more: dict[str, Any] = {}

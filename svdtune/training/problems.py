@@ -69,8 +69,8 @@ def settings_at(model: type[BaseModel], loc: Sequence[int | str]) -> Iterator[st
         inner = _section(annotation)
         if inner is None:
             return
-        if typing.get_origin(annotation) is dict:
-            next(names, None)  # what the section is called there
+        if typing.get_origin(annotation) in (dict, list):
+            next(names, None)  # what the section is called there, or its place
         model = inner
     yield from model.model_fields
 
@@ -85,8 +85,10 @@ def all_settings(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
-    """The section class in an annotation such as `Data`, `Data | None` or `dict[str, Data]`."""
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (types.UnionType, dict) else (annotation,)
+    """The section class in an annotation such as `Data`, `Data | None`, `dict[str, Data]` or
+    `list[Data]`."""
+    several = typing.get_origin(annotation) in (types.UnionType, dict, list)
+    options = typing.get_args(annotation) if several else (annotation,)
     sections = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
     return sections[0] if sections else None
 

@@ -11,21 +11,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
-from svdtune.data.catalogue import scored
-from svdtune.data.prompts import is_template, template_names
 from svdtune.errors import SvdtuneError
-from svdtune.registry import lab_note
 from svdtune.training.exclusions import exclusions
 from svdtune.training.inheritance import read_settings
 from svdtune.training.problems import Problem, from_pydantic, refuse
+from svdtune.training.sections import DataSource, EvaluationSection, Section, TrainSource, check_template
 from svdtune.training.shipped import find_file
 from svdtune.training.yaml_files import read_yaml, write_yaml
-
-
-class Section(BaseModel):
-    """A strict part of a file: no unknown key, no wrong type, no infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 
 
 class Model(Section):
@@ -53,28 +45,10 @@ class MethodSection(BaseModel):
         return dict(self.model_extra or {})
 
 
-class DataSource(Section):
-    """Where rows come from; see `svdtune.data.read_rows`. A bare text stands for
-    `{source: text}`."""
-
-    source: str = Field(min_length=1, description="File, hub name, generator (arithmetic) or data set of the papers.")
-    split: str | None = Field(None, description="Split of a generator or hub data set.")
-    config: str | None = Field(None, description="Configuration of a hub data set.")
-    limit: int | None = Field(None, ge=1, description="Use only so many rows.")
-    seed: int = Field(0, description="Seed of a generator.")
-    only: float | None = Field(None, gt=0, lt=1, description="Use only this share, drawn by what rows ask.")
-    without: float | None = Field(None, gt=0, lt=1, description="Leave this share out.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, value: Any) -> Any:
-        return {"source": value} if isinstance(value, str) else value
-
-
 class Data(Section):
     """Data, and how rows become prompts and completions."""
 
-    train: DataSource
+    train: list[TrainSource] = Field(min_length=1, description="A source, or a list of several with weights.")
     eval: dict[str, DataSource] = Field(
         default_factory=dict,
         description="Held-out rows, for losses during training: a source, several by name, or a share such as 5%.",
@@ -95,7 +69,7 @@ class Data(Section):
     @field_validator("template")
     @classmethod
     def _has_prompt(cls, template: str) -> str:
-        return _check_template(template)
+        return check_template(template)
 
     @model_validator(mode="before")
     @classmethod
@@ -104,9 +78,27 @@ class Data(Section):
         share = _percent(value.get("eval")) if isinstance(value, dict) else None
         if share is None:
             return value
-        train = value.get("train")
-        train = train if isinstance(train, dict) else {"source": train}
-        return {**value, "train": {**train, "without": share}, "eval": {**train, "only": share}}
+        given = value.get("train")
+        train = [one if isinstance(one, dict) else {"source": one} for one in _listed(given)]
+        held_out = [{**{k: v for k, v in one.items() if k != "weight"}, "only": share} for one in train]
+        named = {f"{at}-{Path(str(one.get('source'))).name}": one for at, one in enumerate(held_out, 1)}
+        several = {re.sub(r"[^\w-]+", "_", name): one for name, one in named.items()}
+        return {
+            **value,
+            "train": [{**one, "without": share} for one in train],
+            "eval": several if len(train) > 1 else held_out[0],
+        }
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return _listed(value)
+
+    @field_serializer("train")
+    def _train_as_written(self, value: list[TrainSource]) -> Any:
+        """One source without a weight as a source, as before there were several."""
+        plain = len(value) == 1 and value[0].weight == 1
+        return value[0].plain.model_dump(mode="json") if plain else [one.model_dump(mode="json") for one in value]
 
     @field_validator("eval", mode="before")
     @classmethod
@@ -125,17 +117,14 @@ class Data(Section):
         return sources.get("", sources) or None
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict | DataSource) else value
+
+
 def _percent(value: Any) -> float | None:
     """5% as 0.05, None where it is no such text."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", value) if isinstance(value, str) else None
     return float(found[1]) / 100 if found else None
-
-
-def _check_template(template: str) -> str:
-    if not is_template(template):
-        names = ", ".join(template_names())
-        raise ValueError(f"expected {names}, or a text with {{prompt}} in it; got {template!r}{lab_note()}")
-    return template
 
 
 class Training(Section):
@@ -215,34 +204,6 @@ class Training(Section):
         if warmup >= 1 and warmup != int(warmup):
             raise ValueError(f"expected a share below 1 or a whole number of steps; got {warmup}")
         return warmup
-
-
-class EvaluationSection(Section):
-    """What `svdtune evaluate RUN` scores the run on; training refuses data that asks the same
-    questions."""
-
-    data: list[str] = Field(min_length=1, description="Data sets of the papers, or groups of them, by name.")
-    split: str | None = Field(None, description="The split of every set, such as unseen; null: that of the paper.")
-    template: str | None = Field(None, description="The prompt of the evaluation; null: data.template.")
-    max_new_tokens: int | None = Field(None, ge=1, description="Length limit; null: that of each data set's paper.")
-    beams: int = Field(1, ge=1, description="Beams of a beam search; 1 is greedy.")
-    length_penalty: float = Field(1.0, description="Of a beam search.")
-    no_repeat_ngram_size: int = Field(0, ge=0, description="No n-gram of this size twice; 0 for no such rule.")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
-        None, description="Of the base weights while they answer; null: model.dtype (in studies float32)."
-    )
-
-    @field_validator("data")
-    @classmethod
-    def _known(cls, names: list[str]) -> list[str]:
-        for name in names:
-            scored(name)
-        return names
-
-    @field_validator("template")
-    @classmethod
-    def _has_prompt(cls, template: str | None) -> str | None:
-        return template and _check_template(template)
 
 
 class Analysis(Section):

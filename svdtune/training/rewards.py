@@ -5,16 +5,29 @@ a list each, and returns a number for each answer. Graders belong to the evaluat
 after training; they are reached by a path too.
 """
 
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 from svdtune.errors import SvdtuneError
+from svdtune.registry import import_function
 
 Reward = Callable[..., Sequence[float | None]]
 _GRADERS = "svdtune.evaluation.rewards"
+_TASKS = "svdtune.evaluation.tasks"
+
+
+def check_grader(name: str | None) -> None:
+    """Import what grades a run once it is trained: before it is trained.
+
+    Args:
+        name: `evaluation.task` of a recipe.
+
+    Raises:
+        SvdtuneError: there is no such task or function.
+    """
+    if name is not None:
+        import_module(_TASKS).get_task(name)
 
 
 def load_rewards(names: Sequence[str], answer: str | None, rows: Sequence[Mapping[str, Any]]) -> list[Reward]:
@@ -29,26 +42,7 @@ def load_rewards(names: Sequence[str], answer: str | None, rows: Sequence[Mappin
     Raises:
         SvdtuneError: if there is no such function or grader, or a grader lacks references.
     """
-    return [_function(name) if ":" in name else _grader(name, answer, rows) for name in names]
-
-
-def _function(path: str) -> Reward:
-    module, _, name = path.partition(":")
-    here = os.getcwd()
-    sys.path.append(here)
-    try:
-        found = getattr(import_module(module), name, None)
-    except ImportError as error:
-        raise SvdtuneError(
-            f"training.rewards: {path!r} cannot be imported: {error}; expected package.module:function, found from here or "
-            "installed"
-        ) from error
-    finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise SvdtuneError(f"training.rewards: {module} has no function {name!r}")
-    reward: Reward = found
-    return reward
+    return [import_function(name, "training.rewards") if ":" in name else _grader(name, answer, rows) for name in names]
 
 
 def _grader(name: str, answer: str | None, rows: Sequence[Mapping[str, Any]]) -> Reward:

@@ -18,7 +18,8 @@ from svdtune.data.leaks import Questions, questions
 from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.spectra import store
-from svdtune.training.recipe import DataSource, Recipe
+from svdtune.training.recipe import Recipe
+from svdtune.training.sections import DataSource
 
 _REFERRED = ("dpo", "kto", "grpo")  # compared with the base while they are trained
 Judged = list[tuple[Example, Any]]  # an example, and what the task has to it
@@ -178,7 +179,7 @@ class TaskRows:
 
 
 def _ask(judged: Sequence[tuple[Example, Any]]) -> Questions:
-    return Questions.of([questions(example.prompt) for example, _ in judged])
+    return Questions.of([questions(example.prompt, example.completion) for example, _ in judged])
 
 
 def _encode_prompts(

@@ -112,7 +112,7 @@ def test_a_recipe_is_replaced_when_asked_to(tiny_folder: Path, tmp_path: Path) -
     assert "recipe.yaml is there already; name another --output, or give --overwrite" in found.stderr
     assert Path("recipe.yaml").read_text() == "mine"
     assert new(*words, "--overwrite").exit_code == 0
-    assert load_recipe("recipe.yaml").data.train.source == words[1]
+    assert load_recipe("recipe.yaml").data.train[0].source == words[1]
 
 
 @pytest.mark.parametrize(

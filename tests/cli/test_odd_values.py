@@ -29,7 +29,7 @@ WORDS = {
     "merge": ["ADAPTER", "--output", "NEW"],
     "export": ["ADAPTER", "--output", "NEW"],
     "combine": ["ADAPTER", "--output", "NEW"],
-    "study": ["ROWS", "--dry-run"],
+    "study run": ["ROWS", "--dry-run"],
 }
 
 

@@ -43,6 +43,17 @@ def test_held_out_rows_that_are_trained_on(tmp_path: Path, tiny_folder: Path) ->
     train(check_recipe(settings(tmp_path, tiny_folder, eval=held_out, allow_leaks=[held_out])))
 
 
+def test_plain_text_asks_itself(tmp_path: Path, tiny_folder: Path) -> None:
+    texts = [{"text": f"story {n}"} for n in range(5)]
+    raw = settings(tmp_path, tiny_folder, train=write(tmp_path / "a.json", texts[:3]))
+    for name in ("prompt", "completion"):
+        del raw["data"][name]
+    train(check_recipe(raw | {"data": raw["data"] | {"eval": write(tmp_path / "b.json", texts[3:])}}))
+    raw["data"]["eval"] = write(tmp_path / "b.json", texts[2:])
+    with pytest.raises(SvdtuneError, match=r"1 of the 3 questions of .*b\.json"):
+        train(check_recipe(raw), overwrite=True)
+
+
 def test_data_sets_of_the_evaluation_section(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from svdtune.data.catalogue import CATALOGUE, scored
+from svdtune.data.catalogue import CATALOGUE
 from svdtune.methods.sites import sites
 from svdtune.training.method import FULL, adapt
 from svdtune.training.recipe import load_recipe
@@ -49,11 +49,11 @@ def names(folder: str) -> set[str]:
 def test_a_recipe_is_valid_and_its_method_fits_the_model(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.output.dir == f"runs/{path.stem}"
-    source = recipe.data.train.source
+    (train,) = recipe.data.train
+    source = train.source
     if source in CATALOGUE:
-        assert (recipe.data.train.split or "train") in CATALOGUE[source].splits
-    for name in recipe.evaluation.data if recipe.evaluation else []:
-        assert scored(name)
+        assert (train.split or "train") in CATALOGUE[source].splits
+    assert recipe.evaluation is None or (recipe.evaluation.known and not recipe.evaluation.sources)
     if recipe.method.name == FULL or "rwkv" in path.stem:
         return  # nothing to fit, or an architecture that only its own repository has
     kind = next(kind for kind in ARCHITECTURES if kind in recipe.model.name.lower().replace("_", "-"))
@@ -98,11 +98,11 @@ def test_tables_2_and_3_of_sorsa(path: Path) -> None:
     assert (training.learning_rate, training.precision, training.tf32) == (3e-5, "bf16", True)
     assert training.max_grad_norm == (0 if analysis else 1.0)
     assert (recipe.model.dtype, recipe.data.max_length, recipe.data.loss_on) == ("float32", 512, "response")
-    assert recipe.data.train.limit == 100_000
+    assert recipe.data.train[0].limit == 100_000
     assert recipe.method.options["r"] == (128 if llama else 64)
     assert recipe.method.options["gamma"] == (5e-4 if analysis else 4e-4)
     expected = ["humaneval"] if "-code-" in path.stem else ["gsm8k", "math"]
-    assert recipe.evaluation.data == expected
+    assert [dataset.name for dataset in recipe.evaluation.known] == expected
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_full_fine_tuning_of_float16_weights_under_fp16_is_refused() -> None:
 def test_whole_numbers_do_for_floats_and_bare_texts_for_sections() -> None:
     recipe = check_recipe(settings(model="some/model", training__learning_rate=1, training__epochs=2))
     assert recipe.model.name == "some/model"
-    assert recipe.data.train.source == "rows.jsonl"
+    assert recipe.data.train[0].source == "rows.jsonl"
     assert (recipe.training.learning_rate, recipe.training.epochs) == (1.0, 2.0)
 
 

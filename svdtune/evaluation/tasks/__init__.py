@@ -10,6 +10,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.choice import CHOICE, LETTER
 from svdtune.evaluation.tasks.exact import EXACT
 from svdtune.evaluation.tasks.number import NUMBER
+from svdtune.evaluation.tasks.own import own_task
 from svdtune.evaluation.tasks.task import Grade, Grades, Reference, Task
 from svdtune.registry import Registry
 
@@ -26,13 +27,17 @@ def task_names() -> list[str]:
 
 
 def get_task(name: str) -> Task:
-    """Find a task by its name.
+    """Find a task by its name, or make one of a function, "package.module:function".
 
     Raises:
         SvdtuneError: If there is no such task; the message lists those there are.
     """
+    if ":" in name:
+        return own_task(name)
     if name not in TASKS:
-        raise SvdtuneError(f"there is no task {name!r}; choose one of: {TASKS.listed()}")
+        raise SvdtuneError(
+            f"there is no task {name!r}; choose one of: {TASKS.listed()}; or name a function of your own, module:function"
+        )
     return TASKS[name]
 
 

@@ -2,4 +2,4 @@
 
 from svdtune.cli import VERBS
 
-VERBS.add("study", "svdtune.lab.cli.study")
+VERBS.add("study", "svdtune.lab.cli.studies")

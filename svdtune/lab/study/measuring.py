@@ -25,6 +25,7 @@ from svdtune.data.leaks import refuse_leaks
 from svdtune.lab.study.spec import Measure, MeasuredSet
 from svdtune.system import replace_text
 from svdtune.training.folder import ANALYSIS
+from svdtune.training.mixture import TrainRows
 from svdtune.training.movement import read_samples, sampled_steps
 from svdtune.training.preparation import load_base
 from svdtune.training.recipe import Recipe
@@ -119,11 +120,11 @@ def measured_rows(recipe: Recipe, section: Measure, tokenizer: PreTrainedTokeniz
             what a set asks.
     """
     quiet = Console(quiet=True)
-    train = TaskRows(recipe, recipe.data.train)
+    train = TrainRows(recipe)
     found = {}
     for name, one in (section.answers | section.text).items():
         rows = TaskRows(_recipe_of(recipe, one, text=name in section.text), one.rows())
-        refuse_leaks(rows.questions, train.questions, name, recipe.data.train.source)
+        refuse_leaks(rows.questions, train.questions, name, train.name)
         encoded = rows.encode(tokenizer, quiet)
         assert isinstance(encoded, Columns)
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(0))

@@ -34,7 +34,7 @@ from svdtune.lab.study.results import RESULTS
 from svdtune.lab.study.spec import Settings, Study
 from svdtune.models.loading import locate
 from svdtune.system import explain_write_errors, replace_text
-from svdtune.training.recipe import DataSource
+from svdtune.training.sections import TrainSource
 
 Record = dict[str, Any]
 FITS = "fits.json"
@@ -121,10 +121,9 @@ def _check_sources(recipes: Sequence[Settings]) -> None:
     for itself."""
     for model in dict.fromkeys(model_name(recipe) for recipe in recipes):
         open_checkpoint(locate(model), weights=False)
-    sources = {
-        source.model_dump_json(): source for source in (DataSource.model_validate(r["data"]["train"]) for r in recipes)
-    }
-    for source in sources.values():
+    listed = [given if isinstance(given, list) else [given] for given in (r["data"]["train"] for r in recipes)]
+    plain = [TrainSource.model_validate(one).plain for given in listed for one in given]
+    for source in {source.model_dump_json(): source for source in plain}.values():
         read_rows(**source.model_dump())
 
 

@@ -9,13 +9,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from svdtune.data.catalogue import CATALOGUE, scored
+from svdtune.data.catalogue import CATALOGUE
 from svdtune.data.examples import COMPLETION, PROMPT
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.training.inheritance import merge, read_settings
 from svdtune.training.problems import Problem, from_pydantic, refuse
-from svdtune.training.recipe import DataSource, EvaluationSection, Section, check_recipe, set_at
+from svdtune.training.recipe import check_recipe, set_at
+from svdtune.training.sections import DataSource, EvaluationSection, Section
 from svdtune.training.shipped import find_file
 from svdtune.training.yaml_files import read_text, read_yaml
 
@@ -273,9 +274,21 @@ def _problems_of(settings: Settings) -> Iterator[str]:
 def _is_scored(held_out: DataSource, evaluation: EvaluationSection) -> bool:
     """Whether held-out rows may be among those that the evaluation section scores."""
     split = held_out.split or "train"
-    for one in (one for group in evaluation.data for one in scored(group)):
+    if any(_overlap(held_out, one) for one in evaluation.sources):
+        return True
+    for one in evaluation.known:
         same = held_out.source in CATALOGUE and CATALOGUE[held_out.source].files == one.files
         # Of test rows there are several splits, which overlap.
         if same and (split == (evaluation.split or one.test) or split not in ("train", "valid")):
             return True
     return False
+
+
+def _overlap(one: DataSource, other: DataSource) -> bool:
+    """Whether two sources may have rows in common: of one name and split, unless one is the share
+    that the other leaves out."""
+    same = all(getattr(one, name) == getattr(other, name) for name in ("source", "split", "config"))
+    apart = (one.only is not None and one.only == other.without) or (
+        one.without is not None and one.without == other.only
+    )
+    return same and not apart

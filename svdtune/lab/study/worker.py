@@ -23,9 +23,9 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback
 
-from svdtune.data import read_rows
-from svdtune.data.examples import fields_of
-from svdtune.data.leaks import Questions, leaks
+from svdtune.data import read_rows, to_examples
+from svdtune.data.examples import COMPLETION, PROMPT
+from svdtune.data.leaks import Questions, leaks, questions
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
 from svdtune.evaluation.questions import BatchedEngine, ask, decoding_of, output_folder, prepare, sets_to_ask
@@ -39,7 +39,7 @@ from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.preparation import load_base
-from svdtune.training.recipe import DataSource
+from svdtune.training.sections import DataSource
 
 
 class LeaveMemory(TrainerCallback):
@@ -158,16 +158,23 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
         return recipe
     share, seed = job["heldout"]
     data = recipe["data"]
+    if isinstance(data["train"], list):
+        raise SvdtuneError(
+            "data.train has several sources, and the search for learning rates holds rows out of one: name rows of their "
+            "own in data.eval"
+        )
     source = DataSource.model_validate(data["train"])
-    prompt = data.get("prompt", "prompt")
-    rows = read_rows(**source.model_dump(), fields=fields_of(prompt, data.get("completion", "completion")))
+    sft = recipe["training"].get("task", "sft") == "sft"
+    rows = read_rows(**source.model_dump())
+    form = (data.get("prompt", PROMPT), data.get("completion", COMPLETION) if sft else None)
+    asked = [questions(one.prompt, one.completion)[0] for one in to_examples(rows, *form, source=source.source)]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(1, round(share * len(rows)))
-    kept, out = [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
-    asked = fields_of(prompt)
-    texts = [[json.dumps([row.get(name) for name in asked], sort_keys=True) for row in part] for part in (kept, out)]
-    leaked = {at for at, _ in leaks(Questions.of(texts[1]), Questions.of(texts[0]))}
-    out = [row for at, row in enumerate(out) if at not in leaked]
+    places = sorted(order[:count]), sorted(order[count:])
+    held, others = (Questions.of([asked[i] for i in part]) for part in places)
+    leaked = {at for at, _ in leaks(held, others)}
+    out = [rows[i] for at, i in enumerate(places[0]) if at not in leaked]
+    kept = [rows[i] for i in places[1]]
     if not out or not kept:
         raise SvdtuneError(
             f"{source.source} has {len(rows)} rows, too few to hold a share of {share:g} out (tune.share)"

@@ -226,6 +226,26 @@ def test_a_held_out_row_whose_question_is_trained_on_is_left_out_of_both(write_s
     assert not asked & {row["instruction"].upper() for row in held}
 
 
+ASKED, SAID = {"role": "user", "content": "what is {}?"}, {"role": "assistant", "content": "it is {}"}
+FORMATS = {
+    "messages": lambda n: {"messages": [turn | {"content": turn["content"].format(n)} for turn in (ASKED, SAID)]},
+    "alpaca": lambda n: {"instruction": f"add to {n}", "input": "", "output": str(n)},
+    "text": lambda n: {"text": f"a story of {n}"},
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_of_every_format_are_held_out(name: str, write_study, tmp_path: Path) -> None:
+    rows = [FORMATS[name](n) for n in range(8)]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, rows[0]]))
+    data = {"train": "rows.json", "prompt": "prompt", "completion": "completion"}
+    (cell,) = made(write_study(arms={"a": LORA}, tune=TUNE, settings={"data": data}))
+    train, held = held_out(cell.search()[0], tmp_path / "out")
+    assert len(held) in (1, 2)
+    assert all(row in rows for row in train + held)
+    assert not [row for row in held if row in train]
+
+
 def test_too_few_rows_to_hold_any_out(write_study, tmp_path: Path) -> None:
     path = tmp_path / "data" / "sara_math" / "math_data.json"
     path.write_text(json.dumps(json.loads(path.read_text())[:1]))
