@@ -1,5 +1,6 @@
-"""What the first pass and the first training step of an adapter show, said once: layers that the
-model passes over, factors that get no gradient, SORSA trained without its regularizer.
+"""What the first passes and the first training step of an adapter show, said once: layers that the
+model passes over, factors that get no gradient, SORSA trained without its regularizer, and a
+reference that SARA does not start at.
 
 None of these is an error for certain, and none shows in a loss curve. A pass is watched by a hook
 on the model that takes itself off, a step by PyTorch's hook on every optimizer.
@@ -7,7 +8,7 @@ on the model that takes itself off, a step by PyTorch's hook on every optimizer.
 
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -29,14 +30,28 @@ def watch_first_use(model: nn.Module, layers: Mapping[str, SvdLayer[Any]]) -> No
     """Look at the next pass of `model`, and at the first step of these layers, by name."""
     _unstepped.update({layer: name for name, layer in layers.items()})
     _looked_at.clear()
-    if after_pass not in model._forward_hooks.values():
-        model.register_forward_hook(after_pass)
+    hooks = [after_pass]
+    if any(layer.starts_moved() for layer in layers.values()):
+        hooks.append(after_reference)
+    for hook in hooks:
+        if hook not in model._forward_hooks.values():
+            model.register_forward_hook(hook)
 
 
 def forget_first_use(model: nn.Module) -> None:
-    """Take the hook off a model."""
-    for key, hook in list(model._forward_hooks.items()):
-        if hook is after_pass:
+    """Take the hooks off a model."""
+    _take_off(model, after_pass)
+    _take_off(model, after_reference)
+
+
+def forget_reference(model: nn.Module) -> None:
+    """Called where a user was told that training begins away from the reference."""
+    _take_off(model, after_reference)
+
+
+def _take_off(model: nn.Module, hook: Callable[..., None]) -> None:
+    for key, there in list(model._forward_hooks.items()):
+        if there is hook:
             model._forward_hooks.pop(key, None)
 
 
@@ -44,7 +59,7 @@ def after_pass(model: nn.Module, *_: Any) -> None:
     """Warn of the layers that a pass did not call; a hook after the first pass of a model."""
     if torch.compiler.is_compiling():
         return
-    forget_first_use(model)
+    _take_off(model, after_pass)
     modules = dict(model.named_modules())
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules.values()):
         return  # compiled layers do not note that they are called
@@ -64,6 +79,26 @@ def after_pass(model: nn.Module, *_: Any) -> None:
         )
 
 
+def after_reference(model: nn.Module, *_: Any) -> None:
+    """Warn of a reference from which training starts away; a hook after the passes of a model until
+    the first step."""
+    if torch.compiler.is_compiling() or not model.training:
+        return
+    layers = [layer for layer in model.modules() if isinstance(layer, SvdLayer) and layer.starts_moved()]
+    waiting = [layer for layer in layers if layer in _unstepped]
+    if waiting and not all(layer.disable_adapters for layer in waiting):
+        return
+    _take_off(model, after_reference)
+    if waiting:
+        warnings.warn(
+            "the model ran for training with its adapter switched off before the adapter was trained a step, as DPO, KTO and "
+            "GRPO do for their reference. SARA changes the model at step 0, as in its paper, so that training begins away "
+            'from the reference; SaraConfig(init="zero_v") begins at it',
+            SvdtuneWarning,
+            stacklevel=2,
+        )
+
+
 def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Warn of what the first step of an adapter lacked; a hook after the steps of all
     optimizers."""
@@ -77,6 +112,7 @@ def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         own = {f"{layer_name}.{name}": p for name, p in layer.trained_parameters() if id(p) in stepped}
         if own:
             del _unstepped[layer]
+            layer.forget_values()
             factors |= own
             if layer.lacks_regularizer():
                 bare.append(layer_name)

@@ -30,12 +30,18 @@ from svdtune.methods.files.integrity import (
     check_same_layers,
 )
 from svdtune.methods.firstuse import forget_first_use, watch_first_use
-from svdtune.methods.layers.base import SvdLayer, parameters_go_to_meta
+from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.loading import parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.resolution import Resolution, check_called, shared_places
 from svdtune.methods.storing import StoringTuner, ours
 from svdtune.spectra import sharing
+
+# TRL's name for the copy of a trained adapter that training starts from, the reference of DPO, KTO
+# and GRPO. TRL puts it on with the original's configuration, and then copies by names in which
+# something follows the adapter's, as in LoRA's `lora_A.default.weight`.
+REFERENCE = "ref"
 
 
 class SvdTuner(StoringTuner):
@@ -75,6 +81,7 @@ class SvdTuner(StoringTuner):
                 warnings.filterwarnings("ignore", "The following rank_pattern keys did not match")
                 super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             self._watch(model, trained_before)
+            self._copy_if_reference(adapter_name)
             self._resolution.check_patterns()
             self._resolution.record()
         except SvdtuneError:
@@ -83,6 +90,15 @@ class SvdTuner(StoringTuner):
             raise
         finally:
             self._resolution.factors.clear()
+
+    def _copy_if_reference(self, adapter_name: str) -> None:
+        """Give an adapter the values of the one that it is TRL's copy of."""
+        config = self.peft_config[adapter_name]
+        alike = (name for name, other in self.peft_config.items() if other is config and name != adapter_name)
+        original = next(alike, None)
+        if adapter_name == REFERENCE and original is not None:
+            for layer in self.adapted_layers():
+                layer.fill(adapter_name, layer.adapter_tensors(original), ())
 
     def _watch(self, model: nn.Module, trained_before: list[nn.Parameter]) -> None:
         # Transformers makes a tuner for each adapter
@@ -93,6 +109,7 @@ class SvdTuner(StoringTuner):
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, self.tuner_layer_cls)}
         for layer in layers.values():
             layer.together = self.together
+            layer.keep_values()
         watch_first_use(model, layers)
 
     # PEFT's is annotated with None, and returns the model
@@ -231,15 +248,11 @@ class SvdTuner(StoringTuner):
         Frozen factors stay as they are: rounding them would make them another weight's.
         """
         if autocast_adapter_dtype:
-            return super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.adapted_layers():
-            dtype = device_and_dtype(layer.get_base_layer())[1]
-            for name in layer.trained:
-                tensors = getattr(layer, name)
-                if adapter_name in tensors and dtype.is_floating_point:
-                    tensors[adapter_name] = nn.Parameter(
-                        tensors[adapter_name].detach().to(dtype), requires_grad=tensors[adapter_name].requires_grad
-                    )
+            if not autocast_adapter_dtype:
+                _cast_to_base_dtype(layer, adapter_name)
+            layer.keep_values()
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
         """Not there: a weighted sum of adapters is in general no adapter of these methods.
@@ -273,3 +286,12 @@ def _compiled_in_place(model: nn.Module) -> nn.Module:
         inside._compiled_call_impl = model.dynamo_ctx(inside._call_impl)
         model = inside
     return model
+
+
+def _cast_to_base_dtype(layer: SvdLayer[Any], adapter: str) -> None:
+    dtype = device_and_dtype(layer.get_base_layer())[1]
+    for name in layer.trained:
+        tensors = getattr(layer, name)
+        if adapter in tensors and dtype.is_floating_point:
+            before = tensors[adapter]
+            tensors[adapter] = nn.Parameter(before.detach().to(dtype), requires_grad=before.requires_grad)

@@ -23,7 +23,8 @@ from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import RepeatSampler
 
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
+from svdtune.methods.firstuse import forget_reference
 from svdtune.training.trainer import RunTrainer
 
 # Logits of a batch above which they are formed in chunks on a CPU too: 1 GiB in float32. Below it a
@@ -53,14 +54,15 @@ class TaskTrainer(RunTrainer):
         with warnings.catch_warnings():
             # What TRL will do without in its next version is for us to follow, not for the user.
             warnings.filterwarnings("ignore", "`(use_liger_kernel|label_smoothing_factor)", FutureWarning)
+            warnings.filterwarnings("ignore", "what the adapter trains was rounded", SvdtuneWarning)
             super().__init__(
                 train_dataset=Dataset.from_list(first),
                 eval_dataset=None if not eval_dataset else Dataset.from_list(first),
                 **kwargs,
             )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        # TRL rounds what is trained on a quantized base to bfloat16, in which SORSA's and SARA's
-        # small changes and the orthonormality of the factors are lost.
+        # TRL rounds what is trained on a quantized base to bfloat16. Adapters of this project undo
+        # it by themselves; others, and a reward model's head, are not to lose small steps either.
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.dtype != trained[name].dtype:
                 parameter.data = trained[name]
@@ -115,8 +117,7 @@ class SupervisedTrainer(TaskTrainer, SFTTrainer):
 class ReferredTrainer(TaskTrainer):
     """What trainers with a reference have in common: it is the base, the model without its adapter.
 
-    Given a model with an adapter, TRL would put a second one on it as the reference, which
-    `add_adapter` starts at random where a method's parameters are not named as LoRA's; given an
+    Given a model with an adapter, TRL would put a copy of it on as the reference; given an
     adapter's configuration, it takes the base. So it is given both.
 
     Attributes:
@@ -132,6 +133,7 @@ class ReferredTrainer(TaskTrainer):
         with patch.object(sys.modules[_of_trl(type(self)).__module__], "get_peft_model", lambda *_, **__: model):
             config = model.peft_config[model.active_adapter]
             super().__init__(model=model.get_base_model(), peft_config=config, **kwargs)
+        forget_reference(model.get_base_model())  # the run has said it
 
     _prepare_dataset = _as_it_is
 

@@ -26,6 +26,7 @@ def log_probability(model, ids):
     return torch.gather(F.log_softmax(logits, -1), 2, ids[:, 1:, None]).sum((1, 2))
 
 
+@pytest.mark.filterwarnings("ignore:.*SARA changes the model at step 0")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_reference_stays_the_base_bit_for_bit(name, dtype):

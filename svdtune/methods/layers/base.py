@@ -1,5 +1,5 @@
-"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward, loading,
-moving; merging is beside it.
+"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward and moving;
+loading and merging are beside it.
 
 A method's own layer says which tensors it has, how they start and what they compute; everything
 PEFT asks of a layer stands here. Frozen factors are parameters without a gradient, in PEFT's
@@ -24,6 +24,7 @@ from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.layers.convolution import Convolution, add_convolved
 from svdtune.methods.layers.frozen import FrozenTensors
+from svdtune.methods.layers.loading import Loading, parameters_go_to_meta
 from svdtune.methods.layers.merge import Merging
 from svdtune.methods.layers.quantized import device_and_dtype
 
@@ -33,7 +34,7 @@ Shapes = dict[tuple[int, int, int], dict[str, Tensor]]
 """The tensors of one adapter by name, on the meta device, by a layer's (out, in) and rank."""
 
 
-class SvdLayer(Merging, Generic[Config]):
+class SvdLayer(Loading, Merging, Generic[Config]):
     """A linear layer or a convolution with adapters of one method around it.
 
     Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter
@@ -74,14 +75,14 @@ class SvdLayer(Merging, Generic[Config]):
             setattr(self, name, FrozenTensors())
         setattr(self, f"{self.method}_dropout", nn.ModuleDict())
         self._disable_adapters = False
-        self._awaited: set[str] = set()
         self.recomputable: set[str] = set()
+        self._start_loading()
         self._start_merging()
+        self.forget_values()
         base = self.get_base_layer()
         self._is_conv1d = isinstance(base, Conv1D)
         self._is_convolution = isinstance(base, spectra.CONVOLUTIONS)
         self.out_features, self.in_features = spectra.matrix_shape(base)
-        self.register_load_state_dict_post_hook(SvdLayer._after_load)
 
     # What a method says of itself
 
@@ -233,6 +234,10 @@ class SvdLayer(Merging, Generic[Config]):
         acted."""
         return False
 
+    def starts_moved(self) -> bool:
+        """Whether an adapter of it changes the layer's output before it is trained."""
+        return False
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
@@ -248,50 +253,6 @@ class SvdLayer(Merging, Generic[Config]):
             tensor = self.adapter_tensor(name, adapter_name)
             if tensor is not None and not tensor.is_meta and tensor.device != device:
                 getattr(self, name)[adapter_name] = nn.Parameter(tensor.detach().to(device), tensor.requires_grad)
-
-    # Loading
-
-    def awaits(self, adapter: str) -> bool:
-        """Whether an adapter's values are still to come from a checkpoint."""
-        return adapter in self._awaited
-
-    def filled_elsewhere(self, adapter: str) -> None:
-        """Called where another process starts an adapter and hands out its values, with the base
-        weights, later."""
-        self._awaited.discard(adapter)
-
-    @torch.no_grad()
-    def fill(self, adapter: str, tensors: Mapping[str, Tensor], keys: Collection[str]) -> None:
-        """Take an adapter's values from a checkpoint.
-
-        PyTorch's `load_state_dict` would look at every key once for each of a module's children.
-
-        Args:
-            adapter: which.
-            tensors: by name in `trained` and `frozen`.
-            keys: of those tensors in the state dict of the whole model; the `load_state_dict` that
-                follows will not miss them.
-        """
-        for name, tensor in tensors.items():
-            own = self.adapter_tensor(name, adapter)
-            if own is None or not own.is_meta:
-                self._modules[name][adapter].copy_(tensor)  # type: ignore[index]  # a ParameterDict
-            else:
-                # A tensor that is mapped from the file lies at an address of the file's alignment.
-                # Aligned as when it was saved, products round as they did: outputs are the same to
-                # the bit.
-                value = tensor.clone() if tensor.data_ptr() % 64 else tensor
-                getattr(self, name)[adapter] = nn.Parameter(value, own.requires_grad)
-        self._awaited.discard(adapter)
-        self._filled = keys
-
-    def _after_load(self, incompatible_keys: Any) -> None:
-        keys, self._filled = self._filled, ()
-        if keys:
-            missing, own = incompatible_keys.missing_keys, len(self.state_dict(keep_vars=True))
-            missing[-own:] = [key for key in missing[-own:] if key not in keys]
-
-    _filled: Collection[str] = ()
 
     # Forward
 
@@ -375,23 +336,8 @@ class SvdLayer(Merging, Generic[Config]):
             and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         )
 
-    def _check_loaded(self, active: list[str]) -> None:
-        for adapter in active:
-            if adapter in self._awaited:
-                raise SvdtuneError(
-                    f"adapter {adapter!r} has no values: its configuration comes from a saved adapter (initialized=True), "
-                    "so nothing was decomposed, but no weights were loaded. Load them with PeftModel.from_pretrained, or "
-                    "set `initialized=False` in the configuration to start a new adapter"
-                )
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
     def __repr__(self) -> str:
         return f"svdtune.{super().__repr__()}"
-
-
-def parameters_go_to_meta() -> bool:
-    """Whether we are inside PEFT's low_cpu_mem_usage, which does not tell the tuner but sends new
-    parameters to meta."""
-    return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].is_meta

@@ -29,6 +29,9 @@ class SaraLinear(LowRankLayer[SaraConfig]):
                 U = torch.zeros_like(U)
         return {"sara_U": U, "sara_lambda": lam if config.use_lambda else None, "sara_V": V}
 
+    def starts_moved(self) -> bool:
+        return any(config.init == "kaiming" for config in self.configs.values())
+
     def product(self, adapter: str) -> Product:
         U, lam, V = (self.adapter_tensor(name, adapter) for name in self.trained)
         assert U is not None

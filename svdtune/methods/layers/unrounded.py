@@ -1,0 +1,91 @@
+"""Unrounded: trained tensors that were rounded behind the layer's back come back as they were.
+
+On a quantized base TRL's trainers set the `data` of all that is trained to bfloat16, as QLoRA had
+LoRA. A step smaller than 2⁻⁸ of a number is lost there, and with it most of what SORSA and SARA
+train; the orthonormality of factors falls from 1e-6 to 1e-3. A cast that the user asks for
+(`model.to(dtype)`, `autocast_adapter_dtype=False`) goes other ways and stays.
+"""
+
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from svdtune.errors import SvdtuneWarning
+
+
+class Unrounded(nn.Module):
+    """The part of an adapted layer that keeps the values of its trained tensors until the first
+    step."""
+
+    trained: ClassVar[tuple[str, ...]]
+    # by a tensor's name and its adapter
+    _values: dict[tuple[str, str], Tensor]
+
+    def keep_values(self) -> None:
+        """Note the values that the trained tensors have now. It costs no memory while they keep
+        their own."""
+        self._values = {
+            (name, adapter): tensor.detach()
+            for name in self.trained
+            for adapter, tensor in getattr(self, name).items()
+            if not tensor.is_meta
+        }
+
+    def forget_values(self) -> None:
+        """Called once the tensors are trained."""
+        self._values = {}
+
+    @torch.no_grad()
+    def put_values_back(self) -> None:
+        """Undo the rounding of the trained tensors, and warn of it."""
+        rounded = False
+        for (name, adapter), values in self._values.items():
+            tensor: nn.Parameter | None = getattr(self, name)._parameters.get(adapter)
+            if tensor is not None and _is_rounded(tensor, values):
+                tensor.data = values.to(tensor.device)
+                rounded = True
+        if rounded:
+            warnings.warn(
+                "what the adapter trains was rounded to a lower dtype after it was put on (TRL does so on quantized bases), in "
+                "which its small steps are lost; it is as it was before. To train in the base's dtype, pass "
+                "autocast_adapter_dtype=False to get_peft_model, or call model.to(dtype)",
+                SvdtuneWarning,
+                stacklevel=2,
+            )
+
+    def train(self, mode: bool = True) -> "Unrounded":
+        """As PyTorch's. Trainers call it before the first pass."""
+        self.put_values_back()
+        if self._values:
+            self.keep_values()  # they may have moved
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "Unrounded":
+        self.put_values_back()
+        super()._apply(*args, **kwargs)
+        if self._values:
+            self.keep_values()
+        return self
+
+
+def _is_rounded(tensor: Tensor, values: Tensor) -> bool:
+    """Whether a tensor is what a cast to a lower dtype leaves of these values."""
+    if tensor.dtype == values.dtype or tensor.shape != values.shape or not tensor.is_floating_point():
+        return False
+    lower = torch.finfo(tensor.dtype).eps > torch.finfo(values.dtype).eps
+    return lower and torch.equal(tensor, values.to(tensor))
+
+
+def _before_ddp(module: nn.Module, _: str, inside: nn.Module | None) -> None:
+    """DistributedDataParallel sorts parameters by dtype when it is made."""
+    if isinstance(module, DistributedDataParallel) and inside is not None:
+        for layer in inside.modules():
+            if isinstance(layer, Unrounded):
+                layer.put_values_back()
+
+
+register_module_module_registration_hook(_before_ddp)
