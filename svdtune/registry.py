@@ -37,6 +37,12 @@ def load(part: str) -> None:
         import_module(f"{_LAB}.{part}")
 
 
+def is_function(name: str) -> bool:
+    """Whether a name is the path of a function, "package.module:function"."""
+    module, colon, function = name.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
 def import_function(path: str, what: str) -> Callable[..., Any]:
     """A function of the user's.
 

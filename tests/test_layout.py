@@ -13,6 +13,7 @@ ORDER = [
     "errors",
     "registry",
     "system",
+    "names",
     "processes",
     "linalg",
     "spectra",

@@ -7,6 +7,7 @@ from typing import Any, TypedDict
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.averages import average, no_average
+from svdtune.names import meant
 from svdtune.training.folder import ANALYSIS, LOG, RECIPE, SUMMARY, read_run
 from svdtune.training.method import FULL, build_config
 from svdtune.training.movement import DURING, read_samples
@@ -69,6 +70,8 @@ def read_facts(run: str | Path) -> Facts:
         SvdtuneError: the folder is no run.
     """
     folder = Path(run).expanduser()
+    if not folder.exists():
+        raise SvdtuneError(f"there is no run {run}{meant(run, folders=True)}")
     if not (folder / RECIPE).is_file():
         raise SvdtuneError(f"{run} is not a run of svdtune: it has no {RECIPE}; name the folder `svdtune train` made")
     recipe = read_run(folder)

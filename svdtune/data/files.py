@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import meant
 from svdtune.system import explain_read_error
 
 FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -50,7 +51,7 @@ def scan(path: Path) -> Iterator[Located | Fault]:
             not text, or so damaged that no further row can be told apart.
     """
     if not path.is_file():
-        raise SvdtuneError(f"there is no file {path}")
+        raise SvdtuneError(f"there is no file {path}{meant(path)}")
     if kind(path) not in FILES:
         raise SvdtuneError(
             f"{path}: cannot tell its format; expected a name ending in {', '.join(FILES)} or one with .gz"

@@ -11,6 +11,7 @@ from svdtune.data.examples import check_fields
 from svdtune.data.files import FILES, kind, read_file
 from svdtune.data.shares import in_share
 from svdtune.errors import SvdtuneError
+from svdtune.names import check_hub_name
 from svdtune.registry import Registry
 
 Rows = list[dict[str, Any]]
@@ -60,6 +61,7 @@ def read_rows(
             raise SvdtuneError(f"{name} is a file, which has no split or config; remove them, or name another file")
         rows = read_file(path)
     else:
+        check_hub_name(name, "data", "a file, a generator, or a data set's name", [*GENERATORS, *CATALOGUE], "dataset")
         rows = _read_hub(name, config, split or "train")
     if not rows:
         raise SvdtuneError(f"{name} is empty: it has no rows")

@@ -18,6 +18,7 @@ from svdtune.evaluation.tasks import HARNESSES
 from svdtune.evaluation.vllm import VllmEngine, open_vllm
 from svdtune.export import Source, open_source
 from svdtune.models import LoadedModel
+from svdtune.models.loading import locate
 from svdtune.models.placement import placement
 from svdtune.system import read_json, write_json
 from svdtune.training.folder import trained_weights
@@ -105,6 +106,8 @@ def evaluate_source(
         SvdtuneError: a part is missing, a setting has no meaning, or a folder cannot be written.
     """
     recipe, run, adapter = (None, None, None) if isinstance(source, LoadedModel) else _facts(source)
+    if isinstance(source, Source):
+        locate(source.base)  # a model that is not there shows before its questions are read
     if dtype is None and recipe is not None and recipe.evaluation is not None:
         dtype = recipe.evaluation.dtype
     harness, _, tasks = (task or "").partition(":")

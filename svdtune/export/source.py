@@ -18,6 +18,7 @@ from svdtune.methods.files.adapter import read_settings
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loading import locate
+from svdtune.names import meant
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
 
@@ -176,7 +177,8 @@ def adapter_of(source: Source, task: str) -> Path:
     if source.adapter is not None:
         return source.adapter
     if source.base != SMOLLM2 and not Path(source.base).expanduser().exists():
-        raise SvdtuneError(f"there is no run or adapter folder {source.base}, so there is nothing to {task}")
+        where = meant(source.base, folders=True)
+        raise SvdtuneError(f"there is no run or adapter folder {source.base}, so there is nothing to {task}{where}")
     raise SvdtuneError(f"{source.base} has no adapter, so there is nothing to {task}; name a run or an adapter folder")
 
 

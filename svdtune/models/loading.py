@@ -20,6 +20,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
+from svdtune.names import check_hub_name, meant
 from svdtune.system import explain_read_error, is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -158,10 +159,12 @@ def locate(model: str | Path) -> str | Path:
         return path
     if path.is_dir():
         _check_folder(path)
-        return path
+        return path.absolute()  # what is trained on it names it, and is used from anywhere
     name = str(model)
     if isinstance(model, Path) or path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise SvdtuneError(f"there is no model at {path}: expected a Transformers folder or a .gguf file")
+        where = meant(name, folders=True)
+        raise SvdtuneError(f"there is no model at {path}: expected a Transformers folder or a .gguf file{where}")
+    check_hub_name(name, "model", "a Transformers folder, a .gguf file or a hub name", [SMOLLM2])
     return name
 
 

@@ -25,6 +25,7 @@ from svdtune.methods.files.integrity import file_digest
 from svdtune.system import read_json, replace_text
 from svdtune.training.checkpoints import WrittenBy, keep_up_to, latest_checkpoint, step_of, written_by
 from svdtune.training.lock import is_empty
+from svdtune.training.places import from_anywhere
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
 from svdtune.training.yaml_files import read_text, read_yaml
 
@@ -85,7 +86,7 @@ def start_run(recipe: Recipe) -> None:
     for name in (SUMMARY, LOG, REPORT):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    replace_text(folder / RECIPE, dump_recipe(recipe))
+    replace_text(folder / RECIPE, dump_recipe(from_anywhere(recipe)))
 
 
 def take_up(checkpoint: Path, console: Console) -> None:
@@ -131,7 +132,7 @@ def read_run(folder: Path) -> Recipe:
 
 
 def _check_same(folder: Path, recipe: Recipe) -> None:
-    before, now = (_flat(r.model_dump(mode="json")) for r in (read_run(folder), recipe))
+    before, now = (_flat(from_anywhere(r).model_dump(mode="json")) for r in (read_run(folder), recipe))
     choosing = recipe.training.early_stopping_patience or recipe.training.load_best_model_at_end
     free = _BATCH | _FREE - ({"eval_steps", "save_steps"} if choosing else set())
     changed = [

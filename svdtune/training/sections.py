@@ -10,7 +10,7 @@ from svdtune.data.catalogue import CATALOGUE, GROUPS, DataSet, scored
 from svdtune.data.files import FILES, kind
 from svdtune.data.prompts import is_template, template_names
 from svdtune.data.readers import GENERATORS
-from svdtune.registry import lab_note
+from svdtune.registry import is_function, lab_note
 
 
 class Section(BaseModel):
@@ -112,7 +112,7 @@ class EvaluationSection(Section):
     def _graded(cls, task: str | None) -> str | None:
         """A task that there is. Tasks belong to the evaluation, which comes after training; a
         function of the user's is imported when it is needed, not when a recipe is read."""
-        if task is not None and ":" not in task:
+        if task is not None and not is_function(task):
             import_module("svdtune.evaluation.tasks").get_task(task)
         return task
 

@@ -4,11 +4,11 @@
 They lie beside the package in a checkout, and inside it where a wheel was installed.
 """
 
-import difflib
 from pathlib import Path
 from typing import Literal
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import meant
 from svdtune.training.inheritance import read_settings
 from svdtune.training.yaml_files import read_text, read_yaml, write_yaml
 
@@ -37,12 +37,10 @@ def find_file(given: str | Path, kind: Kind) -> Path:
     if str(given) in names:
         return names[str(given)]
     short = str(given).removesuffix(".yaml").removeprefix(f"{_FOLDERS[kind]}/")
-    near = [short] if short in names else difflib.get_close_matches(short, names, n=1)
-    there = [path.name for path in Path(given).parent.glob("*.yaml")] if Path(given).parent.is_dir() else []
-    near = [*difflib.get_close_matches(Path(given).name, there, n=1), *near]
     what = "recipe" if kind == "recipe" else "study file"
-    meant = f"; did you mean {near[0]}?" if near else "; `svdtune recipes` lists those that come with svdtune"
-    raise SvdtuneError(f"there is no {what} {given} (looked in {Path.cwd()}){meant}")
+    told = f" (looked in {Path.cwd()}); did you mean {short}?" if short in names else meant(given, [*names])
+    more = "" if told.endswith("?") else "; `svdtune recipes` lists those that come with svdtune"
+    raise SvdtuneError(f"there is no {what} {given}{told}{more}")
 
 
 def first_words(path: Path) -> str:

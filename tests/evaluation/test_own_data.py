@@ -92,6 +92,7 @@ def test_the_first_rows_of_a_share_are_of_that_share(tiny_folder: Path) -> None:
             "evaluation.data.0.limt: unknown setting; did you mean limit?",
         ),
         ({"data": ["rows.jsonl", "rows.jsonl"]}, "names rows.jsonl twice; its scores would be of different rows"),
+        ({"data": "rows.jsonl", "task": "lm-evil:arc"}, "evaluation.task: there is no task 'lm-evil:arc'"),
         ({"data": "rows.jsonl", "task": "exakt"}, "evaluation.task: there is no task 'exakt'"),
         ({"data": 3}, "evaluation.data: expected a valid list; got 3"),
     ],

@@ -12,7 +12,7 @@ from svdtune.evaluation.tasks.exact import EXACT
 from svdtune.evaluation.tasks.number import NUMBER
 from svdtune.evaluation.tasks.own import own_task
 from svdtune.evaluation.tasks.task import Grade, Grades, Reference, Task
-from svdtune.registry import Registry
+from svdtune.registry import Registry, is_function
 
 TASKS: Registry[Task] = Registry("tasks", {task.name: task for task in (NUMBER, LETTER, CHOICE, EXACT)})
 
@@ -32,7 +32,7 @@ def get_task(name: str) -> Task:
     Raises:
         SvdtuneError: If there is no such task; the message lists those there are.
     """
-    if ":" in name:
+    if is_function(name):
         return own_task(name)
     if name not in TASKS:
         raise SvdtuneError(

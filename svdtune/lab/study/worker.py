@@ -38,6 +38,7 @@ from svdtune.system import is_out_of_memory, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
+from svdtune.training.places import from_anywhere
 from svdtune.training.preparation import load_base
 from svdtune.training.sections import DataSource
 
@@ -101,7 +102,7 @@ def _train(recipe: Recipe, run: Path, callbacks: list[TrainerCallback]) -> None:
         return
     shutil.rmtree(run / "evaluations", ignore_errors=True)  # of weights that were dropped
     # Only a checkpoint of this very recipe: held-out rows may have come to lie elsewhere since.
-    resume = not finished and latest_checkpoint(run)[0] is not None and read_run(run) == recipe
+    resume = not finished and latest_checkpoint(run)[0] is not None and read_run(run) == from_anywhere(recipe)
     overwrite = not resume and (run / RECIPE).is_file()
     train(recipe, resume=resume, overwrite=overwrite, console=Console(stderr=True), callbacks=callbacks)
 
