@@ -5,7 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_args
 
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
@@ -78,7 +78,8 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
         model: as a recipe names it.
         budget: trained parameters. None takes the method as it stands; with ranks by layer, what it
             trains as it stands is the budget.
-        ranks: "uniform": as the method sets them; "sara": SARA's; "random": SARA's, shuffled.
+        ranks: "uniform": as the method sets them; "sara": SARA's; "random": SARA's, shuffled;
+            "reverse": SARA's, the largest where the smallest was.
         seed: of the shuffling.
 
     Raises:
@@ -106,8 +107,8 @@ def _check(method: Mapping[str, Any], budget: int | None, ranks: Source) -> None
     name = method.get("name")
     if name != FULL and (not isinstance(name, str) or config_class(name) is None):
         raise SvdtuneError(f"{name!r} is no method; there are {', '.join(dict.fromkeys(method_names()))}")
-    if ranks not in ("uniform", "sara", "random"):
-        raise SvdtuneError(f"ranks must be 'uniform', 'sara' or 'random'; got {ranks!r}")
+    if ranks not in get_args(Source):
+        raise SvdtuneError(f"ranks must be {', '.join(map(repr, get_args(Source)))}; got {ranks!r}")
     if budget is not None and (isinstance(budget, bool) or not isinstance(budget, int) or budget < 1):
         raise SvdtuneError(f"a budget is a number of trained parameters of at least 1; got {budget!r}")
     if budget is not None and _knob(method) is None:

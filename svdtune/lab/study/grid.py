@@ -103,8 +103,10 @@ class Cell:
 
     @property
     def searched(self) -> bool:
-        """Whether its learning rate is searched for."""
-        return self.tune is not None and len(self.candidates) > 1 and self.like is None
+        """Whether its learning rate is searched for before its final runs: not where all candidates
+        make these."""
+        few = 1 if self.tune is None or self.tune.extend else self.tune.finish
+        return self.tune is not None and len(self.candidates) > few and self.like is None
 
     def search(self) -> list[Job]:
         """The runs of the search; none where nothing is searched."""

@@ -77,12 +77,12 @@ class Making:
         come."""
         if cell.like is not None:
             return self.rates_of(cell.like)
-        if not cell.searched or self.study.tune is None:
-            return cell.candidates[:1]
+        if not cell.searched:
+            return cell.candidates
         found = {job.learning_rate: self.records.get(job.key, {}) for job in cell.search()}
         finished = {rate: r.get("eval_loss") for rate, r in found.items() if r.get("status") == "finished"}
         ranked = cell.ranked({rate: loss for rate, loss in finished.items() if rate is not None})
-        return ranked[: self.study.tune.finish]
+        return ranked[: self.study.tune.finish if self.study.tune else 1]
 
     def _give_up(self, cell: Cell) -> None:
         """No learning rate worked: the final runs are failed ones."""

@@ -1,8 +1,8 @@
-"""Ranks by layer for methods that take them: SARA's, from the spectra of the weights, and a
-control: the same, shuffled."""
+"""Ranks by layer for methods that take them: SARA's, from the spectra of the weights, and two
+controls: the same, shuffled, and dealt out the other way round."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from svdtune.checkpoint import Checkpoint
@@ -10,7 +10,7 @@ from svdtune.lab.study.counting import config_of
 from svdtune.methods.ranks import common_rank, rank_pattern
 from svdtune.planning import Costs
 
-Source = Literal["uniform", "sara", "random"]
+Source = Literal["uniform", "sara", "random", "reverse"]
 
 
 def solve_ranks(
@@ -31,12 +31,15 @@ def solve_ranks(
     Dirichlet distribution, would change how unequal the ranks are as well, and a difference in
     score could be due to either.) A layer whose shape no other has keeps SARA's rank.
 
+    "reverse" is the opposite of SARA's claim: among layers of the same shape, the one with SARA's
+    largest rank gets the smallest, and so on.
+
     Args:
         checkpoint: the model.
         method: a method section; its own `r` and `threshold` do not matter, and layers in its
             `rank_pattern` keep their ranks.
         budget: trained parameters.
-        source: "sara" or "random".
+        source: "sara", "random" or "reverse".
         seed: of the permutation.
 
     Returns:
@@ -51,21 +54,40 @@ def solve_ranks(
     if theta is None:
         theta = table.steps[0] / 2
     ranks = dict(zip(costs.per_rank, table.at(theta), strict=True))
-    return (shuffled(ranks, costs, seed) if source == "random" else ranks), theta
+    if source == "random":
+        ranks = dealt(ranks, costs, shuffle_by(seed))
+    return (dealt(ranks, costs, reverse) if source == "reverse" else ranks), theta
 
 
-def shuffled(ranks: Mapping[str, int], costs: Costs, seed: int) -> dict[str, int]:
-    """The ranks, permuted among layers of one shape and cost."""
+def dealt(ranks: Mapping[str, int], costs: Costs, deal: Callable[[list[int]], list[int]]) -> dict[str, int]:
+    """The ranks, dealt out anew among layers of one shape and cost; `deal` permutes those of one
+    group."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for site in costs.least:
         groups.setdefault((site.shape, site.trained, costs.per_rank[site.name]), []).append(site.name)
-    generator = random.Random(seed)  # noqa: S311
     drawn: dict[str, int] = {}
     for names in groups.values():
-        order = [ranks[name] for name in names]
-        generator.shuffle(order)
-        drawn |= zip(names, order, strict=True)
+        drawn |= zip(names, deal([ranks[name] for name in names]), strict=True)
     return {name: drawn[name] for name in ranks}
+
+
+def shuffle_by(seed: int) -> Callable[[list[int]], list[int]]:
+    """A permutation of each group it is given, all drawn from one seed."""
+    generator = random.Random(seed)  # noqa: S311
+
+    def shuffle(ranks: list[int]) -> list[int]:
+        drawn = list(ranks)
+        generator.shuffle(drawn)
+        return drawn
+
+    return shuffle
+
+
+def reverse(ranks: list[int]) -> list[int]:
+    """The smallest rank where the largest was, and so on."""
+    order = sorted(range(len(ranks)), key=lambda at: (ranks[at], at))
+    mirrored = dict(zip(order, reversed(order), strict=True))
+    return [ranks[mirrored[at]] for at in range(len(ranks))]
 
 
 def with_ranks(method: Mapping[str, Any], ranks: Mapping[str, int], scale: float | None = None) -> dict[str, Any]:

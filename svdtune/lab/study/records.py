@@ -92,6 +92,7 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
         "scores": scores,
         "movement": _movement(run),
         "measured": _measured(measured) if status == "finished" else None,
+        "plans": job.get("plans", []),
         "machine": machine(),
     }
 

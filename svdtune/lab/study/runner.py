@@ -241,6 +241,7 @@ class _Runner:
             "eval_batch_size": self.how.eval_batch_size,
             "drop_weights": self.how.drop_weights,
             "shared": self.shared,
+            "plans": [one.study.plan for one in self.studies if one.study.plan],
             "place": {name: str(path) for name, path in asdict(place).items()},
         }
         for path in (place.job, place.log):

@@ -1,6 +1,8 @@
 """The study file: which methods are compared, on what, at which budgets, with how many seeds.
 Strict, as recipes are."""
 
+import hashlib
+import json
 from collections.abc import Iterator
 from copy import deepcopy
 from itertools import product
@@ -46,8 +48,9 @@ class ArmSection(Section):
     grid: dict[str, Annotated[list[Any], AfterValidator(_values)]] = Field(
         default_factory=dict, description="Dotted settings; an arm for each value."
     )
-    ranks: Literal["uniform", "sara", "random"] = Field(
-        "uniform", description="Ranks of the layers: one; those of SARA; or SARA's dealt out anew with each seed."
+    ranks: Literal["uniform", "sara", "random", "reverse"] = Field(
+        "uniform",
+        description="Ranks of the layers: one; those of SARA; SARA's dealt out anew with each seed; or the other way round.",
     )
     learning_rates: Rates | None = Field(None, description="Candidates of this arm alone.")
     tuned_as: str | None = Field(None, description="Take the learning rate found for that arm.")
@@ -105,6 +108,25 @@ class Measure(Section):
         return self
 
 
+class Contrast(Section):
+    """One comparison that a study is made for, named before it runs; everything else on its page is
+    exploratory."""
+
+    arm: str = Field(description="The arm in question.")
+    against: list[str] = Field(
+        min_length=1, description="An arm; of several that with the lowest loss on the held-out training rows."
+    )
+    on: Literal["answers", "kl", "kl at equal loss"] = Field(
+        "answers", description="Loss of answers; KL to the base; that where both come to the same loss of answers."
+    )
+    margin: float = Field(0.005, gt=0, description="A difference below it, in nats, is none in practice.")
+
+    @field_validator("against", mode="before")
+    @classmethod
+    def _one_or_several(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
+
 class Study(Section):
     """A study whose arms are expanded: every arm has one method and no grid."""
 
@@ -118,7 +140,18 @@ class Study(Section):
     seeds: list[int]
     baseline: str | None = Field(None, description="The arm that the others are compared with.")
     measure: Measure | None = Field(None, description="Losses on held-out items, and distance from the base.")
+    contrasts: list[Contrast] = Field(
+        default_factory=list, max_length=4, description="What the study is made to decide, named before it runs."
+    )
     generate: bool = Field(True, description="Whether final runs answer the sets of the recipe's evaluation section.")
+
+    @property
+    def plan(self) -> str | None:
+        """12 hex digits over the contrasts and what they are measured on, which the records carry;
+        None without contrasts."""
+        if not self.contrasts:
+            return None
+        return plan_of(self.model_dump(mode="json"))
 
     @field_validator("budgets", mode="before")
     @classmethod
@@ -133,6 +166,12 @@ class Study(Section):
         if len(set(seeds)) < len(seeds) or not seeds or min(seeds) < 0 or max(seeds) >= 2**32:
             raise ValueError(f"expected different seeds from 0 up, below 2³²; got {seeds}")
         return seeds
+
+
+def plan_of(spec: Settings) -> str:
+    """`Study.plan` of a study's settings, as its results have them."""
+    parts = [spec["contrasts"], spec["measure"]]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
@@ -231,6 +270,7 @@ def _references(study: Study) -> list[Problem]:
     known = ", ".join(study.arms)
     if study.baseline is not None and study.baseline not in study.arms:
         problems.append(Problem("baseline", f"there is no arm {study.baseline!r}; there are {known}"))
+    problems += [Problem(f"contrasts.{at}", message) for at, message in _contrast_problems(study)]
     for name, arm in study.arms.items():
         other = study.arms.get(arm.tuned_as or "")
         if arm.tuned_as is not None and (other is None or other.tuned_as is not None or other.untrained):
@@ -245,6 +285,23 @@ def _references(study: Study) -> list[Problem]:
         if arm.untrained and own:
             problems.append(Problem(f"arms.{name}", f"an untrained arm has no {own[0]}; take one of them out"))
     return problems
+
+
+def _contrast_problems(study: Study) -> Iterator[tuple[int, str]]:
+    """What keeps a contrast from being computed."""
+    known, measure = ", ".join(study.arms), study.measure
+    for at, one in enumerate(study.contrasts):
+        yield from ((at, f"there is no arm {name!r}; there are {known}") for name in _unknown(one, study))
+        if one.arm in one.against:
+            yield at, f"{one.arm!r} is compared with itself; name other arms"
+        if measure is None or (one.on != "answers" and not measure.text):
+            yield at, f"{one.on} is not measured; add measure.{'answers' if one.on == 'answers' else 'text'}"
+        elif one.on == "kl at equal loss" and measure.checkpoints < 3:
+            yield at, f"kl at equal loss needs 3 checkpoints or more; measure.checkpoints is {measure.checkpoints}"
+
+
+def _unknown(contrast: Contrast, study: Study) -> list[str]:
+    return [name for name in (contrast.arm, *contrast.against) if name not in study.arms]
 
 
 def _recipe_problems(study: Study, tasks: dict[str, Settings]) -> list[Problem]:

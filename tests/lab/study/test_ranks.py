@@ -65,7 +65,7 @@ def fits(folder):
     return cache(lambda name, source, seed=1: fit(SECTIONS[name], folder, BUDGETS.get(name, BUDGET), source, seed))
 
 
-@pytest.mark.parametrize("source", ["sara", "random"])
+@pytest.mark.parametrize("source", ["sara", "random", "reverse"])
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_ranks_reach_the_model_and_hold_the_budget(fits, folder, name, source):
     fitted = fits(name, source)
@@ -99,6 +99,17 @@ def test_the_control_moves_saras_ranks_among_layers_of_a_shape(fits, folder):
     for one in set(shape.values()):
         of_shape = [name for name in sara if shape[name] == one]
         assert Counter(moved[name] for name in of_shape) == Counter(sara[name] for name in of_shape)
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_reversed_ranks_fall_where_saras_rise(fits, folder, name):
+    shape = shapes(folder)
+    sara = ranks_of(built(fits(name, "sara").method, folder))
+    other = ranks_of(built(fits(name, "reverse").method, folder))
+    assert other != sara
+    for one in set(shape.values()):
+        of_shape = sorted((name for name in sara if shape[name] == one), key=sara.__getitem__)
+        assert [other[name] for name in of_shape] == sorted((sara[name] for name in of_shape), reverse=True)
 
 
 def test_a_seed_gives_one_draw_and_another_seed_another(folder):

@@ -54,6 +54,12 @@ def test_the_two_best_rates_of_each_arm_make_every_seed_round_by_round(write_stu
     assert {job.heldout for job, _ in made} == {(0.1, 0)}, "all with the rows held out that chose the rates"
 
 
+def test_nothing_is_searched_where_every_candidate_makes_every_seed(write_study, made) -> None:
+    run(write_study, How(), tune={"learning_rates": list(LOSS), "finish": 3}, seeds=[5])
+    assert {(job.phase, job.seed) for job, _ in made} == {("final", 5)}
+    assert Counter((job.arm, job.learning_rate) for job, _ in made) == {(arm, r): 1 for arm in ARMS for r in LOSS}
+
+
 @pytest.mark.parametrize("minutes", [0, None])
 def test_when_the_time_is_up_no_run_starts_and_the_results_are_written(write_study, made, minutes) -> None:
     results = run(write_study, How(minutes=minutes))

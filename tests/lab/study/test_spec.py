@@ -8,7 +8,7 @@ import pytest
 
 import svdtune
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.spec import ArmSection, Measure, Study, Tune, load_study
+from svdtune.lab.study.spec import ArmSection, Contrast, Measure, Study, Tune, load_study
 
 LORA = {"method": {"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]}}
 TUNE = {"learning_rates": [1e-3, 1e-2]}
@@ -63,7 +63,10 @@ def test_what_a_study_may_not_say(write_study, settings: dict, message: str) -> 
         ([LORA], "arms: expected a section with an arm or more; got"),
         ({"lora": "lora"}, "arms.lora: expected a section with settings of its own; got 'lora'"),
         ({"lora": {"metod": {}}}, "arms.lora.metod: unknown setting; did you mean method?"),
-        ({"lora": LORA | {"ranks": "best"}}, "arms.lora.ranks: expected 'uniform', 'sara' or 'random'; got 'best'"),
+        (
+            {"lora": LORA | {"ranks": "best"}},
+            "arms.lora.ranks: expected 'uniform', 'sara', 'random' or 'reverse'; got 'best'",
+        ),
         ({"lora": {"method": {"name": "lorra"}}}, "arm lora on math: method.name"),
         ({"lora": {"method": {"name": "lora", "rnk": 3}}}, "arm lora on math: method.rnk: unknown setting"),
         ({"lora": LORA | {"settings": {"training": {"epochs": 1}}}}, "excludes training.max_steps; give one of them"),
@@ -212,10 +215,55 @@ def test_the_documented_study_loads(study_folder: Path) -> None:
         assert list(study.arms) == ["base", "lora", "sara"]
 
 
-SECTIONS = {"key": Study, "an arm's key": ArmSection, "a key of `tune`": Tune, "a key of `measure`": Measure}
+SECTIONS = {
+    "key": Study,
+    "an arm's key": ArmSection,
+    "a key of `tune`": Tune,
+    "a key of `measure`": Measure,
+    "a contrast's key": Contrast,
+}
 
 
-@pytest.mark.parametrize(("head", "section"), SECTIONS.items(), ids=["study", "arm", "tune", "measure"])
+@pytest.mark.parametrize(("head", "section"), SECTIONS.items(), ids=["study", "arm", "tune", "measure", "contrast"])
 def test_every_setting_is_documented(head: str, section: type[Study]) -> None:
     table = DOCS.read_text().split(f"| {head} | |\n", 1)[1].split("\n\n", 1)[0]
     assert re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE) == list(section.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "message"),
+    [
+        ([{"arm": "dora", "against": "lora"}], "contrasts.0: there is no arm 'dora'; there are lora"),
+        ([{"arm": "lora", "against": "lora"}], "contrasts.0: 'lora' is compared with itself; name other arms"),
+        ([{"arm": "lora", "against": "dora", "on": "kl"}], "contrasts.0: kl is not measured; add measure.text"),
+        ([{"arm": "lora", "against": "dora"}] * 5, "contrasts"),
+    ],
+    ids=["unknown", "itself", "unmeasured", "many"],
+)
+def test_a_contrast_that_cannot_be_computed_is_refused(write_study, contrasts, message) -> None:
+    with pytest.raises(SvdtuneError, match=re.escape(message)):
+        load_study(write_study(measure={"answers": {"svamp": "svamp"}}, contrasts=contrasts))
+
+
+def test_a_contrast_at_equal_loss_needs_checkpoints(write_study) -> None:
+    measure = {"answers": {"svamp": "svamp"}, "text": {"addsub": "addsub"}, "checkpoints": 2}
+    wanted = [{"arm": "lora", "against": "dora", "on": "kl at equal loss"}]
+    message = "kl at equal loss needs 3 checkpoints or more; measure.checkpoints is 2"
+    with pytest.raises(SvdtuneError, match=message):
+        load_study(write_study(measure=measure, contrasts=wanted))
+
+
+def test_a_plan_is_known_by_its_contrasts_and_what_they_are_measured_on(write_study) -> None:
+    arms = {"lora": LORA, "sara": LORA}
+    measure = {"answers": {"svamp": "svamp"}}
+
+    def plan(**settings):
+        study, _ = load_study(write_study(arms=arms, **settings))
+        return study.plan
+
+    one = [{"arm": "sara", "against": "lora"}]
+    assert plan(measure=measure) is None
+    plans = [plan(measure=measure, contrasts=one), plan(measure=measure, contrasts=one, title="Another")]
+    assert plans[0] == plans[1]
+    assert plan(measure=measure, contrasts=[one[0] | {"margin": 0.01}]) != plans[0]
+    assert plan(measure=measure | {"items": 2}, contrasts=one) != plans[0]
