@@ -1,16 +1,29 @@
 """What the files of a run say, whichever of them there are: settings, log, scores, and what
 `svdtune analyze` left."""
 
-import json
 from pathlib import Path
 from typing import Any, TypedDict
 
+from svdtune.analysis.records import (
+    RESULT,
+    After,
+    Before,
+    LogLine,
+    Record,
+    RoutingRecord,
+    Sample,
+    Scores,
+    Summary,
+    printable,
+    read_lines,
+    read_record,
+)
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.averages import average, no_average
 from svdtune.names import meant
 from svdtune.training.folder import ANALYSIS, LOG, RECIPE, SUMMARY, read_run
 from svdtune.training.method import FULL, build_config
-from svdtune.training.movement import DURING, read_samples
+from svdtune.training.movement import DURING
 from svdtune.training.recipe import Recipe
 
 AVERAGE = "average of sets"
@@ -20,6 +33,9 @@ _PARTS = {
     "after": "the trained change: svdtune analyze RUN",
     "routing": "routing of Mo-SARA's heads: svdtune analyze RUN --items 8",
 }
+
+
+_RECORDS: dict[str, type[Record]] = {"before": Before, "after": After, "routing": RoutingRecord}
 
 
 class RunScore(TypedDict):
@@ -41,7 +57,7 @@ class Facts(TypedDict):
         method: its method's name.
         settings: what a comparison is made by: threshold, heads, rank, scale (α / r), first and
             last layer; None where it has none.
-        summary: `training.json`.
+        summary: of `training.json`.
         log: lines of the log.
         scores: by label, such as "gsm8k-number (strict)".
         before, during, after, routing: what analysis left; None where it did not.
@@ -76,17 +92,17 @@ def read_facts(run: str | Path) -> Facts:
         raise SvdtuneError(f"{run} is not a run of svdtune: it has no {RECIPE}; name the folder `svdtune train` made")
     recipe = read_run(folder)
     missing: list[str] = []
-    parts = {part: _json(folder / ANALYSIS / f"{part}.json", missing) for part in _PARTS}
-    summary = _json(folder / SUMMARY, missing)
+    parts = {part: read_record(folder, f"{ANALYSIS}/{part}.json", kind, missing) for part, kind in _RECORDS.items()}
+    summary = read_record(folder, SUMMARY, Summary, missing)
     scores = _scores(folder, missing, (summary or {}).get("weights"))
-    samples = _lines(folder / DURING, missing)
+    samples = read_lines(folder, DURING, Sample, missing)
     facts = Facts(
         name=folder.resolve().name,
         folder=str(run),
         method=recipe.method.name,
         settings=_settings(recipe),
         summary=summary or {},
-        log=_lines(folder / LOG, missing),
+        log=read_lines(folder, LOG, LogLine, missing),
         scores=scores,
         during=samples or None,
         missing=missing,
@@ -107,24 +123,6 @@ def read_facts(run: str | Path) -> Facts:
     if not samples and not wants_routing:
         missing.append("movement during training: an `analysis` section in the recipe, before training")
     return facts
-
-
-def _json(path: Path, problems: list[str]) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError:
-        problems.append(f"{path.name} is damaged and was left out")
-        return None
-
-
-def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    try:
-        return read_samples(path)
-    except ValueError:
-        problems.append(f"{path.name} is damaged and was left out")
-        return []
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -159,25 +157,23 @@ def _scores(folder: Path, problems: list[str], weights: str | None) -> dict[str,
     found: dict[str, RunScore] = {}
     sets: dict[str, tuple[str, str]] = {}
     counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
-    for path in sorted(folder.glob("evaluations/*/result.json")):
-        name, result = path.parent.name, _json(path, problems)
-        if not isinstance(result, dict) or "n" not in result:
+    for path in sorted(folder.glob(f"evaluations/*/{RESULT}")):
+        name = printable(path.parent.name)
+        result = read_record(folder, str(path.relative_to(folder)), Scores, problems)
+        if result is None or result["n"] is None:
             continue
-        if weights is not None and result.get("weights", weights) != weights:
-            problems.append(
-                f"the scores in {path.parent.name}, which are of other weights: svdtune evaluate RUN --restart"
-            )
+        if weights is not None and (result["weights"] or weights) != weights:
+            problems.append(f"the scores in {name}, which are of other weights: svdtune evaluate RUN --restart")
             continue
-        settings = result.get("settings") or {}
-        sets[name] = ((settings.get("data") or {}).get("source", name), result.get("task") or "")
+        settings = result["settings"]
+        sets[name] = ((settings["data"] or {}).get("source") or name, result["task"] or "")
         for mode in counts:
-            if score := result.get(mode):
-                found[f"{name} ({mode})"] = _score(score["accuracy"], score.get("interval"), result["n"])
-                samples = result["n"] * settings.get("samples", 1)
-                counts[mode][name] = (score["correct"], samples)
-        for metric, value in (result.get("metrics") or {}).items():
+            if score := result[mode]:
+                found[f"{name} ({mode})"] = _score(score["accuracy"], score["interval"], result["n"])
+                counts[mode][name] = (score["correct"], result["n"] * settings["samples"])
+        for metric, value in (result["metrics"] or {}).items():
             if isinstance(value, dict):
-                found[f"{name} {metric}"] = _score(value["value"], value.get("interval"), result["n"])
+                found[f"{name} {metric}"] = _score(value["value"], value["interval"], result["n"])
     for mode, counted in counts.items():
         if len(counted) < 2:
             continue
@@ -189,6 +185,6 @@ def _scores(folder: Path, problems: list[str], weights: str | None) -> dict[str,
     return found
 
 
-def _score(value: float, interval: dict[str, float] | None, n: int) -> RunScore:
+def _score(value: float, interval: dict[str, float | None] | None, n: int) -> RunScore:
     interval = interval or {}
     return RunScore(value=value, low=interval.get("low"), high=interval.get("high"), n=n)

@@ -169,5 +169,5 @@ def _number(label: str, value: Any) -> str:
 
 def _trained(run: Facts) -> str:
     summary = run["summary"]
-    text = f"{summary.get('trained_parameters', 0):,} parameters in {summary.get('steps', 0):,} steps"
+    text = f"{summary.get('trained_parameters') or 0:,} parameters in {summary.get('steps', 0):,} steps"
     return f"{text}, mean loss {summary['loss']:.4f}" if summary.get("loss") is not None else text

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from svdtune._version import __version__
 from svdtune.checkpoint.rewrite import CARD
+from svdtune.errors import SvdtuneError
 from svdtune.methods.settings import chosen
 
 if TYPE_CHECKING:
@@ -100,11 +101,20 @@ def ranks_in_words(ranks: Mapping[str, int]) -> str:
 
 def _load(folder: Path) -> ModelCard:
     """The card in a folder, without text where that is PEFT's empty form; a new one where there is
-    none."""
+    none.
+
+    Raises:
+        SvdtuneError: it is not UTF-8, or its head is no YAML.
+    """
     path = folder / CARD
     if not path.is_file():
         return ModelCard(front({"library_name": "peft"}))
-    card = ModelCard.load(path)
+    try:
+        card = ModelCard.load(path)
+    except Exception as error:  # by the types of what reads YAML
+        raise SvdtuneError(
+            f"{path} is damaged: {str(error).splitlines()[0]}; mend its head, or delete it for a new one"
+        ) from error
     text, mark, versions = card.text.partition(_VERSIONS)
     if text.strip() == _empty_form():
         card.text = mark + versions
