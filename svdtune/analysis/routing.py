@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from svdtune.analysis.weights import Opened
 from svdtune.errors import SvdtuneError
+from svdtune.methods.layers.matrices import acting
 from svdtune.methods.mosara.layer import MoSaraLinear
 
 
@@ -78,7 +79,7 @@ def routing(run: Opened, tasks: Mapping[str, Sequence[Sequence[int]]]) -> dict[s
 
 
 def _has_router(module: torch.nn.Module) -> TypeGuard[MoSaraLinear]:
-    return isinstance(module, MoSaraLinear) and module.configs[module.active_adapters[0]].has_router
+    return isinstance(module, MoSaraLinear) and module.configs[acting(module)[0]].has_router
 
 
 def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -87,7 +88,7 @@ def _gates(run: Opened, routed: Mapping[str, MoSaraLinear], items: Sequence[Sequ
     seen: dict[str, list[Tensor]] = {name: [] for name in routed}
 
     def watch(name: str, layer: MoSaraLinear) -> RemovableHandle:
-        adapter = layer.active_adapters[0]
+        adapter = acting(layer)[0]
         tensors = layer.adapter_tensors(adapter)
         V, w1, w2 = (tensors[part] for part in ("frozen_V", "mosara_w1", "mosara_w2"))
 

@@ -26,6 +26,11 @@ from svdtune.methods.files.integrity import (
 from svdtune.methods.settings import written
 from svdtune.system import read_json
 
+NO_PARAMETERS = (
+    "`target_parameters` names tensors that are no layer's weight, such as those of all experts together, and SARA, Mo-SARA "
+    "and SORSA adapt layers: leave it out and name layers in `target_modules`, or adapt those tensors with LoRA"
+)
+
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -134,6 +139,12 @@ class SvdConfig(PeftConfig):
     last_taken: ClassVar[Mapping[str, str]] = {}
     embedding_weights: ClassVar[Collection[str]] = ()  # of an instance: their names in the model last saved
     paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
+
+    def __new__(cls, *_: Any, **settings: Any) -> Self:
+        """Refuse a setting of LoRA that has no counterpart here."""
+        if settings.get("target_parameters"):
+            raise SvdtuneError(f"{cls.__name__}: {NO_PARAMETERS}; got {settings['target_parameters']!r:.100}")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -47,6 +47,7 @@ class StoringTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         check_finite(found, saving=True)
+        _check_written_by_peft(model)
         kept = ours(config)
         # a class variable, lest the dataclass take it for a setting
         kept.last_taken = cls._some_of(found, model, adapter_name)  # type: ignore[misc]
@@ -155,6 +156,21 @@ class StoringTuner(BaseTuner):
         tuner.model = model
         tuner.together = next((layer.together for layer in tuner.adapted_layers()), None)
         return tuner
+
+
+def _check_written_by_peft(model: nn.Module) -> None:
+    """Refuse a model of diffusers, whose `save_lora_adapter` and `save_lora_weights` take an
+    adapter's tensors like this.
+
+    Raises:
+        SvdtuneError: with what to do.
+    """
+    if not isinstance(model, PeftModel) and hasattr(type(model), "save_lora_adapter"):
+        raise SvdtuneError(
+            f"{type(model).__name__} belongs to diffusers, whose files hold LoRA and nothing else: what it saves of this "
+            "adapter it cannot load. Put the adapter on with peft.get_peft_model(model, config) and save it with that model's "
+            "save_pretrained; PeftModel.from_pretrained loads it"
+        )
 
 
 def _leave_out_twice_saved(tensors: dict[str, Tensor], model: nn.Module, adapter: str) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdtune import spectra
+from svdtune.errors import SvdtuneError
 from svdtune.linalg import orthonormality_error
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.slices import FusedLinear
@@ -42,9 +43,8 @@ class Observed:
 
     @property
     def adapter(self) -> str:
-        """Name of the adapter that is looked at."""
-        assert isinstance(self.module, BaseTunerLayer)
-        return self.module.active_adapters[0]
+        """Name of the adapter that is looked at: the one that acts on the layer."""
+        return acting(self.module)[0]
 
     @torch.no_grad()
     def weight(self) -> Tensor:
@@ -106,6 +106,14 @@ class Observed:
         return {name: float(orthonormality_error(tensors[f"sorsa_{name}"])) for name in ("U", "V")}
 
 
+def acting(module: nn.Module) -> list[str]:
+    """The adapters of a layer that are active; of those that are active elsewhere it has none."""
+    if not isinstance(module, BaseTunerLayer):
+        return []
+    own = module._get_available_adapters()  # none, where a method keeps its tensors otherwise
+    return [name for name in module.active_adapters if not own or name in own]
+
+
 def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[Observed]:
     """The `trained_layers` whose change is a matrix: not Mo-SARA with several heads, whose change
     depends on the token.
@@ -120,8 +128,11 @@ def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda nam
 def trained_layers(model: nn.Module) -> list[Observed]:
     """The layers of a model that are trained, in its order.
 
-    Under an adapter those that carry it, without embeddings; without one the linear layers but the
-    output head, of them those that are not frozen where a part is.
+    Under adapters those that carry one that is active, without embeddings; without adapters the
+    linear layers but the output head, of them those that are not frozen where a part is.
+
+    Raises:
+        SvdtuneError: several adapters act on one layer, whose changes are one sum.
     """
     adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
     get_head: Any = getattr(model, "get_output_embeddings", None)
@@ -131,18 +142,24 @@ def trained_layers(model: nn.Module) -> list[Observed]:
         for name, module in model.named_modules()
         if (_carries(module) if adapted else _is_linear(module) and module is not head)
     ]
+    for layer in found:
+        if len(names := acting(layer.module)) > 1:
+            raise SvdtuneError(
+                f"{len(names)} adapters act on {layer.name}: {', '.join(names)}. An analysis is of one of them: choose it with "
+                f"model.set_adapter({names[0]!r})"
+            )
     unfrozen = [layer for layer in found if any(tensor.requires_grad for tensor in layer.module.parameters())]
     return found if adapted else unfrozen or found
 
 
 def _carries(module: nn.Module) -> bool:
-    if not isinstance(module, BaseTunerLayer) or isinstance(module, FusedLinear) or not module.active_adapters:
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, FusedLinear) or not acting(module):
         return False
     return isinstance(module, SvdLayer) or (hasattr(module, "merge") and _is_linear(module.get_base_layer()))
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    return not isinstance(module, MoSaraLinear) or not module.configs[module.active_adapters[0]].has_router
+    return not isinstance(module, MoSaraLinear) or not module.configs[acting(module)[0]].has_router
 
 
 def _is_linear(module: nn.Module) -> bool:

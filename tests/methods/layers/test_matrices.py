@@ -1,6 +1,8 @@
 """The weight that acts, the one it started from and the trained product, for every method, against
 the layers' outputs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
@@ -8,6 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from svdtune.errors import SvdtuneError
 from svdtune.methods.layers.matrices import observed_layers
 from tiny import tiny_gpt2, tiny_llama
 
@@ -100,3 +103,30 @@ def test_several_heads_are_no_matrix_and_slices_are_layers() -> None:
 def test_only_what_is_wanted() -> None:
     layers = observed_layers(tiny(), lambda name: name.endswith("q_proj"))
     assert len(layers) == 2
+
+
+@pytest.mark.parametrize("first", ["sara", "sorsa", "lora"])
+def test_each_layer_is_looked_at_with_the_adapter_that_acts_on_it(first: str) -> None:
+    config = METHODS[first]
+    model = get_peft_model(tiny(), replace(config, target_modules=["q_proj"]), adapter_name="one")
+    model.add_adapter("two", replace(config, target_modules=["v_proj"]))
+    model.base_model.set_adapter(["one", "two"])
+    disturb(model)
+    layers = observed_layers(model)
+    assert {(layer.name[-6:], layer.adapter) for layer in layers} == {("q_proj", "one"), ("v_proj", "two")}
+    for layer in layers:
+        x = torch.randn(5, 16)
+        torch.testing.assert_close(layer.module(x), x @ layer.weight().mT, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "lora", "dora"])
+def test_several_adapters_on_one_layer_are_named(method: str) -> None:
+    model = get_peft_model(tiny(), METHODS[method], adapter_name="one")
+    model.add_adapter("two", METHODS[method])
+    model.base_model.set_adapter(["one", "two"])
+    with pytest.raises(
+        SvdtuneError, match=r"2 adapters act on .*q_proj: one, two\. .* choose it with model\.set_adapter\('one'\)"
+    ):
+        observed_layers(model)
+    model.set_adapter("two")
+    assert {layer.adapter for layer in observed_layers(model)} == {"two"}
