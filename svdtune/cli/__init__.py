@@ -23,6 +23,7 @@ import typer
 from typer.core import TyperGroup
 
 from svdtune._version import __version__
+from svdtune.cli.outcome import plain_output, reporting
 from svdtune.cli.values import check_words, guard
 from svdtune.errors import SvdtuneError
 from svdtune.registry import Registry, lab_note
@@ -47,6 +48,7 @@ _OWN = (
     "cache",
     "with",
 )
+_OTHERS = ("with",)  # whose words are another program's
 _FILES = {"with": "with_"}  # a word of Python's own
 VERBS: Registry[str] = Registry("cli", {verb: f"svdtune.cli.{_FILES.get(verb, verb)}" for verb in _OWN})
 
@@ -85,9 +87,11 @@ class _Verbs(TyperGroup):
                 raise SvdtuneError(f"there is no verb {cmd_name!r}; there are {', '.join(VERBS)}{note}")
             return None
         if cmd_name not in self.commands:
-            command = typer.main.get_command(importlib.import_module(VERBS[cmd_name]).app)
+            app = importlib.import_module(VERBS[cmd_name]).app
+            app._add_completion = False  # which svdtune itself has
+            command = typer.main.get_command(app)
             command.name = cmd_name
-            self.commands[cmd_name] = guard(command)
+            self.commands[cmd_name] = guard(command) if cmd_name in _OTHERS else reporting(guard(command))
         return self.commands[cmd_name]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -140,7 +144,7 @@ class _Verbs(TyperGroup):
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(cls=_Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(cls=_Verbs, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def _another_tells() -> bool:
@@ -165,6 +169,7 @@ def _svdtune(
 
 def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
+    plain_output()
     if (
         not sys.warnoptions
     ):  # what a library will change in how others call it: a command's user can do nothing about it

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 if TYPE_CHECKING:
     from svdtune.analysis import RunAnalysis
 
@@ -61,7 +63,9 @@ def analyze(
         if not Path(run, RECIPE).is_file() and (not Path(run).exists() or Path(run, "config.json").is_file()):
             typer.echo("\n".join(_untrained(run, modules, figures)))
             continue
-        typer.echo("\n".join(_lines(find_out(run, modules=modules, data=data, items=items, k=k))))
+        found = find_out(run, modules=modules, data=data, items=items, k=k)
+        for_json(found)
+        typer.echo("\n".join(_lines(found)))
 
 
 def _untrained(model: str, modules: list[str] | None, figures: Path | None) -> Iterator[str]:
@@ -69,6 +73,7 @@ def _untrained(model: str, modules: list[str] | None, figures: Path | None) -> I
     from svdtune.analysis import base
 
     found = base(model, modules)
+    for_json({"model": model} | found)
     yield f"{model}: {len(found['layers'])} layers; rank at θ = {', '.join(f'{t:g}' for t in found['thresholds'])}"
     yield from (f"  {name}: {', '.join(map(str, layer['k']))}" for name, layer in found["layers"].items())
     if figures is not None:
@@ -86,8 +91,8 @@ def _lines(found: "RunAnalysis") -> Iterator[str]:
             yield f"  moved {word}: {name}, {layer['relative_change']:.3%} of its weight's norm"
     if found.unrouted is not None:
         yield f"  no routing: {found.unrouted}"
-    for task, result in (found.routing or {"tasks": {}})["tasks"].items():
-        entropies = [layer["entropy"] for layer in result["layers"].values()]
+    for task, routed in (found.routing or {"tasks": {}})["tasks"].items():
+        entropies = [layer["entropy"] for layer in routed["layers"].values()]
         mean = sum(entropies) / len(entropies)
-        yield f"  {task}: {result['tokens']:,} tokens, mean entropy {mean:.3f} of 1"
+        yield f"  {task}: {routed['tokens']:,} tokens, mean entropy {mean:.3f} of 1"
     yield f"  written to {found.folder}"

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svdtune.cli.outcome import for_json
+
 app = typer.Typer(
     name="cache", help="List or clear the cache of spectra, factors and encoded rows.", no_args_is_help=True
 )
@@ -23,6 +25,7 @@ def show() -> None:
     from svdtune.spectra import store
 
     folder = store.cache_dir()
+    for_json({"folder": folder, "entries": list(store.entries()) if folder else []})
     if folder is None:
         typer.echo("the cache is switched off (SVDTUNE_CACHE=off)")
         return
@@ -54,9 +57,11 @@ def clear(
 
     found = list(store.entries())
     if not found:
+        for_json({"removed": 0})
         typer.echo("the cache is empty")
         return
     if not yes:
         typer.confirm(f"Remove {len(found)} files from {store.cache_dir()}?", abort=True)
     removed = store.trim(0)
+    for_json({"removed": len(removed)})
     typer.echo(f"removed {len(removed)} files, {sum(entry.size for entry in removed) / 1e6:.1f} MB")

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 app = typer.Typer()
 
 
@@ -41,7 +43,9 @@ def combine(
         if name in weights:
             raise SvdtuneError(f"{name} is named twice; give it one weight")
         weights[name] = weight
-    typer.echo(summary(write(weights, output, rank=rank, error=error, uniform=uniform)))
+    made = write(weights, output, rank=rank, error=error, uniform=uniform)
+    for_json(made)
+    typer.echo(summary(made))
 
 
 def weight_of(given: str) -> tuple[str, float]:

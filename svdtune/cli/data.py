@@ -1,9 +1,11 @@
 """`svdtune data`: what a data file is, and which data sets of the papers are at hand."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
     from svdtune.data.check import Checked
@@ -29,15 +31,19 @@ def check(
     from svdtune.errors import SvdtuneError
 
     worst = 0
+    files: dict[str, Any] = {}
     for path in _files(paths):
         try:
             found = check_file(path)
         except SvdtuneError as error:
             typer.echo(f"{error}")
+            files[str(path)] = {"unreadable": str(error)}
             worst = 2
             continue
+        files[str(path)] = vars(found) | {"format": found.format.name if found.format else None}
         typer.echo(_report(found, show))
         worst = max(worst, 1 if found.faults or not found.rows else 0)
+    for_json(files)
     raise typer.Exit(worst)
 
 
@@ -48,6 +54,7 @@ def list_() -> None:
     from svdtune.data.catalogue import CATALOGUE, GROUPS, data_folder
     from svdtune.registry import lab_note
 
+    for_json({"folder": data_folder(), "sets": list(CATALOGUE), "groups": dict(GROUPS)})
     typer.echo(f"data folder: {data_folder()} (SVDTUNE_DATA names another)")
     if not CATALOGUE:
         typer.echo(f"no data set is known by name{lab_note()}")

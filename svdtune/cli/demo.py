@@ -23,6 +23,7 @@ from rich.console import Console
 
 from svdtune.cli.demo_table import Row, table
 from svdtune.cli.forecast import Forecast, PassTimer, in_minutes, step_seconds
+from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
     from svdtune.evaluation import Evaluation
@@ -126,6 +127,7 @@ def demo(
         "versions": {name: metadata.version(name) for name in ("svdtune", "torch", "transformers", "peft")},
         "rows": [asdict(row) for row in rows],
     }
+    for_json(results)
     with explain_write_errors(output):
         replace_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     console.print(table(rows, name, quick, seconds))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from svdtune.cli.options import AdapterFolder, DeviceName, DtypeName, RunOrModel
+from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
     from svdtune.evaluation import Evaluation, Metric, Score
@@ -115,6 +116,7 @@ def evaluate(
         watch=_watched,
         on_result=_tell,
     )
+    for_json({"results": found.results, "averages": found.averages, "file": found.file})
     if found.table is not None:
         typer.echo(f"{found.table}\nall of it: {found.file}")
     elif found.file is not None:

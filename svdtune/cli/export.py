@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 if TYPE_CHECKING:
     from svdtune.export.lora import LoraReport
 
@@ -51,6 +53,7 @@ def export(
     from svdtune.api.adapters import export_lora
 
     report = export_lora(source, output, rank=rank, error=error, uniform=uniform, base=base, start=start)
+    for_json(report)
     typer.echo(summary(report))
     if report.difference is not None:
         relative, effect = report.difference

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from svdtune.cli.options import AdapterFolder, DeviceName, DtypeName, RunOrModel, choose_template
+from svdtune.cli.outcome import for_json
 
 app = typer.Typer()
 
@@ -44,11 +45,15 @@ def generate(
     check_items([Item("the prompt", prompt, tuple(tokens), "")], max_new_tokens, context_length(loaded.model.config))
     ends = end_token_ids(loaded.model, loaded.tokenizer)
 
+    said: list[str] = []
+
     class Safe(TextStreamer):
         """Answers may hold what steers a terminal."""
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            said.append(text)
             super().on_finalized_text(printable(text), stream_end)
 
     streamer = Safe(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
     complete_batch(loaded.model, [tokens], max_new_tokens, ends, ends[0], streamer)
+    for_json({"prompt": prompt, "answer": "".join(said)})

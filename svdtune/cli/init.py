@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 if TYPE_CHECKING:
     from svdtune.linalg import Components
 
@@ -63,6 +65,7 @@ def init(
     settings = {"r": r, "threshold": threshold, "target_modules": names(target_modules), "compact": compact or None}
     wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx))
     made = begin("svdtune init", wanted, output, _band(components), seed, device)
+    for_json(made)
     size = sum(file.stat().st_size for file in made.adapter.iterdir())
     typer.echo(
         f"wrote {made.adapter}: {len(made.ranks)} layers, {made.trained:,} trained and {made.frozen:,} frozen numbers, "

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 if TYPE_CHECKING:
     from svdtune.export import MergeReport
 
@@ -42,7 +44,9 @@ def merge(
     """
     from svdtune.api.adapters import merge as write
 
-    typer.echo(summary(write(source, output, adapter=adapter, dtype=dtype, device=device, check=check)))
+    merged = write(source, output, adapter=adapter, dtype=dtype, device=device, check=check)
+    for_json(merged)
+    typer.echo(summary(merged))
 
 
 def summary(report: "MergeReport") -> str:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 app = typer.Typer()
 
 
@@ -46,4 +48,5 @@ def new(
     typer.echo(f"overlong  {', '.join(counts) or 'none at 128 tokens'} (rows left out at that data.max_length)")
     with explain_write_errors(output):
         replace_text(output, made.text)
+    for_json({"recipe": output} | {name: value for name, value in vars(made).items() if name != "text"})
     typer.echo(f"written   {output}; train it with: svdtune train {output}")

@@ -7,6 +7,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svdtune.cli.outcome import for_json
+
 if TYPE_CHECKING:
     from svdtune.cli.fit import Fitting
     from svdtune.planning import Plan
@@ -58,7 +60,6 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan here.")] = None,
     chart: Annotated[Path | None, typer.Option(help="Draw rank by layer here (.svg, .png or .pdf).")] = None,
 ) -> None:
     """Show ranks, trained parameters, memory and time, reading one weight at a time and never
@@ -99,13 +100,12 @@ def plan(
     step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
     setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
     made = make_plan(checkpoint, wanted.config, **sizes, ranks=ranks, device=device)
-    _tell(made, Fitting(made, checkpoint.model, setting, memory, link), json_file, chart)
+    _tell(made, Fitting(made, checkpoint.model, setting, memory, link), chart)
 
 
-def _tell(made: "Plan", fitting: "Fitting", json_file: Path | None, chart: Path | None) -> None:
+def _tell(made: "Plan", fitting: "Fitting", chart: Path | None) -> None:
     """Print a plan, and write the files that were asked for."""
     from svdtune.planning import draw
-    from svdtune.system import write_json
 
     console = Console()
     if made.sites.ranks:
@@ -113,9 +113,7 @@ def _tell(made: "Plan", fitting: "Fitting", json_file: Path | None, chart: Path 
     console.print(_in_all(made))
     for line in fitting.lines():
         console.print(line, highlight=False, soft_wrap=True)
-    if json_file is not None:
-        write_json(json_file, made.to_json() | fitting.to_json())
-        console.print(f"wrote {json_file}")
+    for_json(made.to_json() | fitting.to_json())
     if chart is not None:
         draw(made, chart)
         console.print(f"wrote {chart}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 app = typer.Typer(add_completion=False, help="List, show or copy the recipes and studies that come with svdtune.")
 
 Name = Annotated[str, typer.Argument(help="A name of the list, such as small.", show_default=False)]
@@ -29,6 +31,7 @@ def list_() -> None:
 
     for verb, kind in (("train", "recipe"), *((("study", "study"),) if has_lab() else ())):
         found = shipped(kind)
+        for_json({"verb": verb, "names": list(found)})
         width = max(map(len, found), default=0)
         typer.echo(f"for svdtune {verb}:")
         for name, path in found.items():
@@ -44,7 +47,9 @@ def show(name: Name) -> None:
     """
     from svdtune.training.shipped import find_file, whole_text
 
-    typer.echo(whole_text(find_file(name, "recipe")), nl=False)
+    text = whole_text(find_file(name, "recipe"))
+    for_json({"name": name, "text": text})
+    typer.echo(text, nl=False)
 
 
 @app.command()
@@ -68,4 +73,5 @@ def write(
         raise SvdtuneError(f"{output} is there already; name another --output, or give --overwrite")
     with explain_write_errors(output):
         replace_text(output, whole_text(found))
+    for_json({"name": name, "recipe": output})
     typer.echo(f"written {output}; train it with: svdtune train {output}")

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 app = typer.Typer()
 
 
@@ -34,6 +36,7 @@ def report(
     from svdtune.api.runs import report as write
 
     written = write(runs, output, title=title, figures=figures)
+    for_json(written)
     typer.echo(written.headline)
     for run, missing in written.missing.items():
         for part in missing:

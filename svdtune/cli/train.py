@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 app = typer.Typer()
 
 
@@ -40,7 +42,7 @@ def train(
     loaded = load_recipe(recipe, ctx.args, begun=resume)
     again = shlex.join(["svdtune", "train", recipe, *ctx.args])
     try:
-        result = run(loaded, resume=resume, overwrite=overwrite)
+        trained = run(loaded, resume=resume, overwrite=overwrite)
     except Interrupted as stop:
         raise Interrupted(f"{stop}; go on with: {again} --resume") from None
     except KeyboardInterrupt:
@@ -48,5 +50,6 @@ def train(
         how = f"go on from {kept.name} with: {again} --resume" if kept else f"start anew with: {again}"
         raise KeyboardInterrupt(f"interrupted; {how}") from None
     if processes.is_main():
-        summary = result.summary
-        typer.echo(f"trained {summary['steps']} steps in {summary['train_seconds']:.0f} s; saved {result.adapter}")
+        summary = trained.summary
+        for_json(trained)
+        typer.echo(f"trained {summary['steps']} steps in {summary['train_seconds']:.0f} s; saved {trained.adapter}")

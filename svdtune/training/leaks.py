@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 
 from svdtune.data import read_rows, to_examples
+from svdtune.data.examples import COMPLETION
 from svdtune.data.leaks import Questions, leaks, question_text, questions, refuse_leaks
 from svdtune.errors import SvdtuneError
 from svdtune.training.recipe import Recipe
@@ -72,8 +73,9 @@ def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Conso
             continue
         rows = read_rows(**source.model_dump())[: section.limit if section else None]
         prompt = (section and section.prompt) or recipe.data.prompt
-        examples = to_examples(rows, prompt, recipe.data.completion, source=source.source)
-        asked[source.source] = Questions.of([questions(one.prompt, one.completion)[0] for one in examples])
+        examples = to_examples(rows, prompt, source=source.source)
+        texts = [questions(one.prompt, str(one.row.get(COMPLETION, "")))[0] for one in examples]
+        asked[source.source] = Questions.of(texts)
     for dataset in section.known if section else []:
         if all(dataset.find(split) is None for split in dataset.files):
             asked[dataset.name] = _not_compared(dataset.name, "not in the data folder", console)

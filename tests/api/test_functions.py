@@ -275,7 +275,7 @@ class TestAfterTraining:
         (lambda: svdtune.analyze("nowhere", items=0), "expected at least 1 item of each data set for the router"),
         (lambda: svdtune.analyze("nowhere"), "nowhere"),
         (lambda: svdtune.report([]), "there are no runs to report on; name at least one run folder"),
-        (lambda: svdtune.report("nowhere"), "nowhere is not a run of svdtune: it has no recipe.yaml"),
+        (lambda: svdtune.report("nowhere"), "there is no run nowhere"),
         (
             lambda: svdtune.merge(tiny_llama(), "out"),
             r"takes a run, adapter or model folder; got a LlamaForCausalLM. A loaded model merges by",

@@ -188,7 +188,7 @@ def test_an_optimizer_without_its_package_is_refused_before_rows_are_read(
     def rows(*_: Any) -> Any:
         raise SvdtuneError("rows are read")
 
-    monkeypatch.setattr("svdtune.training.preparation.TaskRows", rows)
+    monkeypatch.setattr("svdtune.training.preparation.TrainRows", rows)
     recipe["training"]["optimizer"] = name
     needs_none = name in OPTIMIZERS_OF_TORCH
     refused = rf"training\.optimizer: {name} cannot be used here: .*(torch|nstall).*; adamw_torch, "

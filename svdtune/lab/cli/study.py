@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from svdtune.cli.outcome import for_json
 from svdtune.errors import SvdtuneError
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def study(
         write_page(results, results.parent)
         typer.echo(f"results: {results.parent / 'README.md'}")
         runs = read_results(results).runs
+        for_json({"study": results.parent.name, "results": results, "page": results.parent / "README.md"})
         if failed := sum(run.status == "failed" for run in runs):
             typer.echo(f"{failed} of {len(runs)} runs failed; the page says why, and --retry makes them again")
 
@@ -98,6 +100,7 @@ def _describe(studies: "dict[str, tuple[Study, dict[str, Settings]]]", output: P
     from svdtune.lab.study.runner import planned
 
     making = planned(studies, output)
+    for_json({one.name: {"title": one.study.title, "cells": len(one.cells)} for one in making})
     take_up(making, known.find)
     for one in making:
         typer.echo(f"{one.name}: {one.study.title}")

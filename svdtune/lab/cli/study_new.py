@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.outcome import for_json
+
 Model = Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, or smollm2-135m.")]
 
 
@@ -60,6 +62,7 @@ def new(
     for path, text in ((recipe, seen.text), (output, made.text)):
         with explain_write_errors(path):
             replace_text(path, text)
+    for_json({"study": output, "recipe": recipe, "runs": made.runs, "format": seen.format, "rows": seen.rows})
     typer.echo(
         f"written   {output} and {recipe}: {made.runs} runs; look at them with: svdtune study {output} --dry-run"
     )

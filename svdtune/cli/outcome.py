@@ -1,0 +1,134 @@
+"""What every verb has besides its own options: `--quiet`, and `--json` for what it found."""
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import asdict, is_dataclass
+from functools import cache, wraps
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from svdtune.errors import SvdtuneWarning
+
+_found: list[Any] = []  # of the verb that runs
+_WIDTH, _HELP_WIDTH = "1000", "110"  # of what is printed where no terminal has one
+
+
+def for_json(document: Any) -> None:
+    """Say what a verb found, for `--json`: dataclasses, paths and what JSON has."""
+    _found.append(document)
+
+
+def plain_output() -> None:
+    """Where standard error is no terminal, no bars; where standard output is none, no lines that
+    are wrapped. Before anything is imported that looks."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", _WIDTH)
+        os.environ.setdefault("TERMINAL_WIDTH", _HELP_WIDTH)  # of Typer's help, which fills it
+
+
+def reporting(command: Any) -> Any:
+    """The command, and those that it is made of, with both options."""
+    for inner in getattr(command, "commands", {}).values():
+        reporting(inner)
+    work = command.callback
+    if work is None or hasattr(command, "commands"):
+        return command
+
+    @wraps(work)
+    def told(quiet: bool, json_to: Path | None, **given: Any) -> Any:
+        _found.clear()
+        with ExitStack() as kept:
+            if quiet:
+                kept.enter_context(_hushed())
+            if json_to == Path("-"):
+                kept.enter_context(redirect_stdout(sys.stderr))
+            try:
+                ended = work(**given)
+            except typer.Exit:  # with a status that says what was found
+                kept.close()
+                _write(json_to)
+                raise
+        _write(json_to)
+        return ended
+
+    command.callback = told
+    command.params = [*command.params, *_options()]
+    return command
+
+
+@cache
+def _options() -> list[Any]:
+    """The two options, as Typer makes them."""
+    app = typer.Typer(add_completion=False)
+
+    @app.command()
+    def both(
+        quiet: Annotated[
+            bool, typer.Option("--quiet", help="Print what was found alone, and not how far it is.")
+        ] = False,
+        json_to: Annotated[
+            Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON; - prints it.")
+        ] = None,
+    ) -> None: ...
+
+    return list(typer.main.get_command(app).params)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Nothing on standard error but svdtune's own warnings; errors come after it."""
+    stderr, show = sys.stderr, warnings.showwarning
+
+    def told(message: Any, category: Any, *_: Any, **__: Any) -> None:
+        if issubclass(category, SvdtuneWarning):
+            stderr.write(f"svdtune: {message}\n")
+
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
+        warnings.showwarning = told
+        try:
+            yield
+        finally:
+            warnings.showwarning = show
+
+
+def _write(target: Path | None) -> None:
+    if target is None or not _found:
+        return
+    document = _plain(_found[0] if len(_found) == 1 else _found)
+    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+    if target == Path("-"):
+        _standard(sys.stdout, text)
+        return
+    from svdtune.system import explain_write_errors, replace_text
+
+    with explain_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(target, text)
+    typer.echo(f"wrote {target}")
+
+
+def _standard(stream: TextIO, text: str) -> None:
+    stream.write(text)
+    stream.flush()
+
+
+def _plain(value: Any) -> Any:
+    """The value in what JSON has; what it does not have, as text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
