@@ -6,6 +6,7 @@
 #   make interpreters            run a short part of them on every other Python 3.11 to 3.13 that can be found or installed
 #   make conformance             run PEFT's own tests on our methods (CONFORMANCE="--fast" shortens it)
 #   make torture                 stop, fill and alter for some minutes (TORTURE="--minutes 5" changes how long)
+#   make docs                    build the documentation's site into site/; a link that does not hold fails it
 #   make audit                   look up known faults of the installed packages (AUDIT="--ignore-vuln ID" leaves one out)
 #   make lint / make format      check the code style and the types / apply the style
 #   make lock                    renew requirements/, the versions that the other commands install (LOCK="--upgrade-package peft"
@@ -35,7 +36,7 @@ AUDIT ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test latest lowest interpreters conformance torture audit lint format lock check-lock clean
+.PHONY: help demo test latest lowest interpreters conformance torture docs audit lint format lock check-lock clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -58,6 +59,9 @@ conformance: $(VENV)/.conformance
 torture: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m torture $(TORTURE)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 audit: $(VENV)/.dev
 	$(BIN)/python .ci/audit.py $(AUDIT)
 
@@ -76,6 +80,7 @@ lock: .venv-lock/.uv
 	$(call compile,conformance,pyproject.toml --extra demo --extra dev --extra conformance,$(LOCK))
 	$(call compile,dev,pyproject.toml --extra demo --extra dev,--constraints requirements/conformance.txt)
 	$(call compile,demo,pyproject.toml --extra demo,--constraints requirements/dev.txt)
+	$(call compile,docs,pyproject.toml --extra docs,--constraints requirements/conformance.txt)
 	$(call compile,build,requirements/build.in,--constraints requirements/conformance.txt $(LOCK))
 
 # $(call compile,NAME,SOURCES,OPTIONS): requirements/NAME.txt, for every Python and platform that svdtune supports.
@@ -90,11 +95,11 @@ check-lock: $(VENV)/.dev
 	$(BIN)/python -m pip check
 
 clean:
-	rm -rf .venv .venv-* build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-* build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip takes the lists without their dependencies, which they name all of, and builds nothing with tools of other versions.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance: $(VENV)/.%: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
 ifeq ($(RELEASES),locked)
 	$(PIP) --quiet --require-hashes --no-deps --requirement requirements/build.txt
 	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/$*.txt
