@@ -1,6 +1,7 @@
 """What every arm of a study came to, for each task and budget: the numbers of the tables and
 figures."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from svdtune.evaluation.interval import wilson_interval
-from svdtune.lab.study.results import Results, Run
+from svdtune.lab.study.crossed import Crossed, crossed
+from svdtune.lab.study.results import Kind, Results, Run
 from svdtune.lab.study.statistics import (
     CHANCE,
     Difference,
@@ -24,6 +26,7 @@ from svdtune.lab.study.statistics import (
 
 AVERAGE = "average"
 LOSS = "training loss"
+MEASURED: dict[Kind, str] = {"answers": "loss of answers", "kl": "KL to the base", "text": "loss of text"}
 _PAPER = "paper"  # what a set's further metrics call its accuracy by a paper's grading
 _MOVEMENT = {"delta_sigma": "ΔΣ", "delta_d": "ΔD", "angle": "subspace angle, degrees"}
 
@@ -62,6 +65,8 @@ class Arm:
         levels: By column, "at chance" and the like.
         seeds: Difference to the baseline over seeds, p corrected over the table's arms.
         items: Likewise over items.
+        rates: The final runs of every learning rate that was finished, the chosen one's first.
+        measured: By what is measured, the difference to the baseline over seeds and items.
     """
 
     name: str
@@ -76,6 +81,13 @@ class Arm:
     levels: dict[str, str] = field(default_factory=dict)
     seeds: Difference | None = None
     items: Difference | None = None
+    rates: dict[float | None, list[Run]] = field(default_factory=dict)
+    measured: dict[Kind, Crossed] = field(default_factory=dict)
+
+    def values(self, kind: Kind) -> np.ndarray | None:
+        """What was measured of each finished seed, [seeds, items]; None where nothing was."""
+        rows = [run.measured.items(kind) for run in self.finished if run.measured is not None]
+        return np.array(rows) if rows and rows[0].size else None
 
     @property
     def trained(self) -> float | None:
@@ -106,7 +118,13 @@ class Table:
     def main(self) -> str:
         """The column that the arms are compared by."""
         labels = [column.label for column in self.columns]
-        return AVERAGE if AVERAGE in labels else next(c.label for c in self.columns if c.of or c.label == LOSS)
+        first = (*(column.label for column in self.columns if column.of), MEASURED["answers"], LOSS)
+        return AVERAGE if AVERAGE in labels else next(label for label in first if label in labels)
+
+    @property
+    def by_loss(self) -> bool:
+        """Whether losses are all that was measured, and no answers were graded."""
+        return self.main == MEASURED["answers"]
 
 
 def tables(results: Results) -> list[Table]:
@@ -114,12 +132,36 @@ def tables(results: Results) -> list[Table]:
     task's."""
     found = []
     for task in _in_order((run.task for run in results.runs), results.spec.get("tasks")):
-        runs = [run for run in results.runs if run.task == task]
+        runs = _whole_rounds(results, [run for run in results.runs if run.task == task])
         budgets = sorted({run.budget for run in runs if run.budget is not None})
         every: Sequence[int | None] = budgets or [None]
         for budget in every:
             found.append(_table(results, task, budget, [run for run in runs if run.budget in (budget, None)]))
     return found
+
+
+def _whole_rounds(results: Results, runs: list[Run]) -> list[Run]:
+    """The runs without the final ones of seeds that not every arm has made at every rate: a mean
+    over other seeds than the neighbour's compares seeds. All where no seed is whole."""
+    left = set(left_out(results, runs))
+    return [run for run in runs if run.phase == "tune" or not run.method or run.seed not in left]
+
+
+def left_out(results: Results, runs: Sequence[Run]) -> list[int]:
+    """The seeds of a study of losses that some but not all runs were made with, where another is
+    whole."""
+    if not results.spec.get("measure"):
+        return []
+    tune, arms = results.spec.get("tune") or {}, results.spec.get("arms") or {}
+    wanted = 0
+    for arm in arms.values():
+        searched = arms[arm["tuned_as"]] if arm.get("tuned_as") else arm
+        candidates = searched.get("learning_rates") or tune.get("learning_rates") or [1]
+        budgets = len(results.spec.get("budgets") or ()) if arm.get("budget", True) else 1
+        wanted += 0 if arm.get("untrained") else min(tune.get("finish", 1), len(candidates)) * max(1, budgets)
+    made = Counter(run.seed for run in runs if run.phase == "final" and run.method)
+    whole = [seed for seed, count in made.items() if count >= wanted]
+    return sorted(made.keys() - set(whole)) if whole else []
 
 
 def _table(results: Results, task: str, budget: int | None, runs: Sequence[Run]) -> Table:
@@ -149,6 +191,9 @@ def _columns(runs: Sequence[Run]) -> Iterator[Column]:
     for name, label in _MOVEMENT.items():
         if any((run.movement or {}).get(name) is not None for run in runs):
             yield Column(label, partial(_movement, name))
+    for kind, text in MEASURED.items():
+        if any(run.measured is not None and run.measured.items(kind).size for run in runs):
+            yield Column(text, partial(_mean, kind))
     yield Column(LOSS, lambda run: run.loss)
 
 
@@ -158,6 +203,10 @@ def _score(name: str, run: Run) -> float | None:
 
 def _other_score(name: str, other: str, run: Run) -> float | None:
     return run.scores[name].others.get(other)
+
+
+def _mean(kind: Kind, run: Run) -> float | None:
+    return None if run.measured is None else float(run.measured.items(kind).mean())
 
 
 def _movement(name: str, run: Run) -> float | None:
@@ -172,7 +221,8 @@ def _as_papers(run: Run) -> float | None:
 
 
 def _arm(results: Results, name: str, budget: int | None, runs: Sequence[Run], columns: Sequence[Column]) -> Arm:
-    finals = sorted((run for run in runs if run.phase == "final"), key=lambda run: run.seed)
+    rates = _by_rate([run for run in runs if run.phase == "final"])
+    finals = sorted(next(iter(rates.values()), []), key=lambda run: run.seed)
     sets = [column.of for column in columns if column.of]
     finished = [run for run in finals if run.status == "finished" and _has_all(run, sets)]
     spec = results.spec.get("arms", {}).get(name) or {}
@@ -189,7 +239,27 @@ def _arm(results: Results, name: str, budget: int | None, runs: Sequence[Run], c
         missing=sorted(set(planned[:1] if untrained else planned) - {run.seed for run in finals}),
         search=sorted((run for run in runs if run.phase == "tune"), key=lambda run: run.learning_rate or 0.0),
         cells={label: spread(known) for label, known in values.items() if known},
+        rates=rates,
     )
+
+
+def _by_rate(finals: Sequence[Run]) -> dict[float | None, list[Run]]:
+    """The runs by learning rate: first the rate with the most finished seeds, and of these with the
+    lowest mean loss on held-out training rows."""
+    found: dict[float | None, list[Run]] = {}
+    for run in finals:
+        found.setdefault(run.learning_rate, []).append(run)
+
+    def rank(rate: float | None) -> tuple[int, float]:
+        losses = held_out(found[rate])
+        return -len(losses), fmean(losses) if losses else 0.0
+
+    return {rate: found[rate] for rate in sorted(found, key=rank)}
+
+
+def held_out(runs: Sequence[Run]) -> list[float]:
+    """The losses on held-out training rows of the runs that finished."""
+    return [run.eval_loss for run in runs if run.status == "finished" and run.eval_loss is not None]
 
 
 def _has_all(run: Run, sets: Sequence[str]) -> bool:
@@ -221,6 +291,10 @@ def _compared(arms: Sequence[Arm], baseline: Arm) -> list[Arm]:
     seeds = _corrected([over_seeds(arm.scores, baseline.scores) for arm in against])
     items = _corrected([_over_items(arm, baseline) for arm in against])
     found = {arm.name: replace(arm, seeds=s, items=i) for arm, s, i in zip(against, seeds, items, strict=True)}
+    for name, arm in found.items():
+        pairs = {kind: (arm.values(kind), baseline.values(kind)) for kind in MEASURED}
+        both = {kind: crossed(a, b) for kind, (a, b) in pairs.items() if a is not None and b is not None}
+        found[name] = replace(arm, measured=both)
     return [found.get(arm.name, arm) for arm in arms]
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.arms import tables
+from svdtune.lab.study.arms import left_out, tables
 from svdtune.lab.study.index import write_index
+from svdtune.lab.study.loss_tables import loss_sections
 from svdtune.lab.study.markdown import block, code, escape, table
 from svdtune.lab.study.plots import write_figures
 from svdtune.lab.study.results import RESULTS, Results, Run, read_findings, read_results
@@ -34,6 +35,22 @@ corrected for the arms of its table (Holm), intervals are not; a dash stands whe
 
 The search tried every learning rate once, on held-out loss; in its table the chosen one is bold. Seconds are wall-clock time
 of training; runs may have shared a device, so they compare methods only roughly."""
+
+
+_READING_LOSSES = """\
+Losses are in nats: the mean over a set's items of −log p of each token, the mean over the item's tokens. KL to the base is
+that of the base's next tokens from the trained model's, on text that the run did not train on.
+
+The contrasts were named in the study file before its runs, whose records carry a digest of them. A difference has one 95 %
+interval over seeds and items together: would other seeds, and other items of the kind, say the same? Seeds are not paired and
+their variance is pooled; items are paired. *p* is of no difference, *alike* of one of the margin or more (two one-sided
+tests); both are corrected for the contrasts of the table (Holm). *Could see* is the smallest difference that such a test
+finds four times in five. Everything else is exploratory: its intervals and p values are not corrected, and what it shows is a
+reason to look again.
+
+The learning rate of an arm is the one with the lowest loss on held-out training rows over its seeds; *tied* are those that
+cannot be told from it. ± is the sample standard deviation over seeds. Seconds are wall-clock time of training without that of
+measuring; runs may have shared a device, so they compare methods only roughly."""
 
 
 def write_page(results: Path, folder: Path) -> list[Path]:
@@ -59,10 +76,11 @@ def write_page(results: Path, folder: Path) -> list[Path]:
         parts = [f"# {escape(study.title)}", escape(study.question or "")]
         parts += [f"## What the numbers say\n\n{said}"] if said else []
         parts += ["## How it was run", table(["", ""], _how(study), left=2), _file_of(study)]
-        parts += ["## How to read it", _READING]
+        parts += ["## How to read it", _READING_LOSSES if any(one.by_loss for one in found) else _READING]
         for one in found:
             parts.append(f"## {escape(title(one))}")
-            parts += [f"### {heading}\n\n{body}" for heading, body in all_sections(one)]
+            sections = loss_sections(study, one) if one.by_loss else all_sections(one)
+            parts += [f"### {heading}\n\n{body}" for heading, body in sections]
         if drawn:
             parts.append("## Figures")
             parts += [f"![{escape(caption)}]({name})" for name, caption in drawn]
@@ -103,6 +121,14 @@ def _how(study: Results) -> Iterator[tuple[str, str]]:
     for task in dict.fromkeys(run.task for run in study.runs):
         yield f"task {escape(task)}", escape("; ".join(_task(study, task)))
     yield "seeds", ", ".join(str(seed) for seed in study.spec.get("seeds") or sorted({run.seed for run in finals}))
+    measured = [run.measured for run in finals if run.measured is not None]
+    if measured:
+        last = max(measured, key=lambda one: len(one.steps))
+        sets = ", ".join(f"{escape(name)} ({len(found['nll'].items)})" for name, found in last.sets.items())
+        yield "measured on", f"{sets}; {len(last.steps) - 1} times along a run"
+    for task in dict.fromkeys(run.task for run in study.runs):
+        if out := left_out(study, [run for run in study.runs if run.task == task]):
+            yield "left out", f"{escape(task)}: seeds {', '.join(map(str, out))}, with which not every arm was run"
     yield "runs that count", _outcomes(finals) + (f", {study.not_run} not run yet" if study.not_run else "")
     tune = study.spec.get("tune") or {}
     if searches:

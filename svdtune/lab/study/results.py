@@ -23,6 +23,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+Kind = Literal["answers", "text", "kl"]
+"""Loss of reference answers; loss of text; KL(base ‖ tuned) of text. In nats."""
 Number = Annotated[float | None, BeforeValidator(_finite)]  # NaN and infinity say no more than null
 
 
@@ -86,6 +88,21 @@ class Measurements(_Part):
 
     steps: list[int]
     sets: dict[str, dict[str, Measured]]
+
+    def items(self, kind: Kind) -> np.ndarray:
+        """The values of all items of a kind, set by set, shape [items]; empty where there are
+        none."""
+        return np.concatenate([np.empty(0), *(one.items for one in self._of(kind))])
+
+    def path(self, kind: Kind) -> np.ndarray:
+        """The mean over these items at every checkpoint, shape [steps]."""
+        parts = self._of(kind)
+        weights = [len(one.items) for one in parts]
+        return np.average([np.array(one.path, float) for one in parts], axis=0, weights=weights)
+
+    def _of(self, kind: Kind) -> list[Measured]:
+        sets = [measures for measures in self.sets.values() if ("kl" in measures) == (kind != "answers")]
+        return [measures["kl" if kind == "kl" else "nll"] for measures in sets]
 
 
 class Run(_Part):

@@ -112,7 +112,7 @@ def spread(values: Sequence[float]) -> Spread:
     sd = float(np.std(values, ddof=1))
     if np.ptp(values) <= _SAME:
         return Spread(mean, 0.0, None, n)
-    half = float(_stats().t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
+    half = float(stats().t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
     return Spread(mean, sd, Interval(mean - half, mean + half), n)
 
 
@@ -136,7 +136,7 @@ def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     # Without any variation (one seed among it) there is nothing to measure the difference by.
     if np.ptp(differences) <= _SAME:
         return Difference(value, None, None, len(seeds))
-    test = _stats().ttest_rel(ours, theirs)
+    test = stats().ttest_rel(ours, theirs)
     low, high = test.confidence_interval(0.95)
     return Difference(value, Interval(float(low), float(high)), float(test.pvalue), len(seeds))
 
@@ -183,7 +183,7 @@ def _sign_flip(parts: Sequence[np.ndarray]) -> float:
     for size, count in zip(sizes, counts, strict=True):
         right = np.arange(count + 1)
         sums = np.add.outer(sums, size * (2 * right - count)).ravel()
-        chances = np.multiply.outer(chances, _stats().binom.pmf(right, count, 0.5)).ravel()
+        chances = np.multiply.outer(chances, stats().binom.pmf(right, count, 0.5)).ravel()
     return min(1.0, float(chances[np.abs(sums) >= observed].sum()))
 
 
@@ -214,7 +214,12 @@ def against_levels(score: Spread, n: int, lower: float, upper: float) -> int:
     return -1 if all(high < lower for _, high in intervals) else 0
 
 
-def _stats() -> ModuleType:
+def stats() -> ModuleType:
+    """scipy.stats.
+
+    Raises:
+        SvdtuneError: scipy is not installed.
+    """
     try:
         from scipy import stats
     except ImportError as error:

@@ -10,10 +10,10 @@ from svdtune.evaluation.interval import Interval
 from svdtune.lab.study.arms import Arm, Column, Table
 from svdtune.lab.study.markdown import escape, table
 from svdtune.lab.study.results import Run
-from svdtune.lab.study.statistics import CHANCE, Difference
+from svdtune.lab.study.statistics import CHANCE
 
 _MARKS = {"at chance": "†", "below chance": "‡", "at the base's level": "§"}
-_NONE = "–"
+NONE = "–"
 _NEAR = 0.1  # of the budget, beyond which a row says how far its trained parameters are from it
 
 
@@ -23,13 +23,19 @@ def score_table(found: Table) -> str:
     head = ["arm", "trained", "share", "learning rate", "seeds"]
     head += [f"{escape(column.label)}{', %' if column.share else ''}" for column in found.columns]
     rows = [
-        [_name(arm, found.budget), *_size(arm, found.budget), learning_rate(arm), seeds(arm)]
+        [name_of(arm, found.budget), *size_of(arm, found.budget), learning_rate(arm), seeds(arm)]
         + [_cell(arm, column, column.label == found.main) for column in found.columns]
         + [_seconds(arm)]
         for arm in found.arms
     ]
-    notes = [*_legend(found), *_broken(found), *_collapsed(found)]
-    return "\n\n".join([table([*head, "seconds"], rows), *notes])
+    return "\n\n".join([table([*head, "seconds"], rows), *notes_of(found)])
+
+
+def notes_of(found: Table) -> Iterator[str]:
+    """What the marks mean, and the runs that did not finish or collapsed."""
+    yield from _legend(found)
+    yield from _broken(found)
+    yield from _collapsed(found)
 
 
 def comparison_table(found: Table) -> str:
@@ -75,7 +81,7 @@ def learning_rate(arm: Arm) -> str:
     lie beyond."""
     chosen, tried = _chosen(arm), sorted({run.learning_rate for run in arm.search if run.learning_rate is not None})
     if not chosen:
-        return _NONE
+        return NONE
     text = " to ".join(f"{rate:g}" for rate in dict.fromkeys([chosen[0], chosen[-1]]))
     if len(tried) > 1 and tried[0] in chosen:
         text += " (lowest tried)"
@@ -101,29 +107,31 @@ def seeds(arm: Arm) -> str:
     return "; ".join(told) or str(total)
 
 
-def _name(arm: Arm, budget: int | None) -> str:
+def name_of(arm: Arm, budget: int | None) -> str:
+    """An arm's name, starred where its size was not fitted to the budget."""
     return escape(arm.name) + ("" if budget is None or arm.matched or arm.untrained or arm.trained is None else "*")
 
 
-def _size(arm: Arm, budget: int | None) -> tuple[str, str]:
+def size_of(arm: Arm, budget: int | None) -> tuple[str, str]:
+    """Trained parameters, and their share of all."""
     runs = [run for run in [*arm.finished, *arm.broken] if run.trained_parameters is not None]
     totals = [run.total_parameters for run in runs if run.total_parameters]
     if not arm.trained:
-        return _NONE, _NONE
+        return NONE, NONE
     text = f"{arm.trained:,.0f}"
     if budget and arm.matched and abs(arm.trained / budget - 1) > _NEAR:
         text += f" ({arm.trained / budget:.2g} of the budget)"
-    return text, f"{arm.trained / totals[0]:.3%}" if totals else _NONE
+    return text, f"{arm.trained / totals[0]:.3%}" if totals else NONE
 
 
 def _cell(arm: Arm, column: Column, with_interval: bool) -> str:
     cell = arm.cells.get(column.label)
     if cell is None:
-        return _NONE
+        return NONE
     places = _places(cell.mean, column.share)
-    text = _number(cell.mean, column.share, places)
+    text = number(cell.mean, column.share, places)
     if cell.sd is not None:
-        text += f" ± {_number(cell.sd, column.share, places)}"
+        text += f" ± {number(cell.sd, column.share, places)}"
     if with_interval and cell.interval:
         text += f" ({_between(cell.interval, column.share, places)})"
     return text + _MARKS.get(arm.levels.get(column.label, ""), "")
@@ -132,29 +140,29 @@ def _cell(arm: Arm, column: Column, with_interval: bool) -> str:
 def _seconds(arm: Arm) -> str:
     known = [run.train_seconds for run in arm.finished if run.train_seconds is not None]
     mean = fmean(known) if known else 0.0
-    return f"{mean:,.{0 if mean >= 10 else 1}f}" if known else _NONE
+    return f"{mean:,.{0 if mean >= 10 else 1}f}" if known else NONE
 
 
 def _differences(arm: Arm, share: bool) -> Iterator[str]:
     one = arm.seeds or arm.items
     places = 1 if share else 4
-    yield _number(one.value, share, places, "+") if one else _NONE
+    yield number(one.value, share, places, "+") if one else NONE
     for difference in (arm.seeds, arm.items):
         interval = difference and difference.interval
-        yield _between(interval, share, places, "+") if interval else _NONE
-        yield p_text(difference)
-        yield f"{difference.n:,}" if difference else _NONE
+        yield _between(interval, share, places, "+") if interval else NONE
+        yield p_value(difference.p if difference else None)
+        yield f"{difference.n:,}" if difference else NONE
 
 
-def p_text(difference: Difference | None) -> str:
-    """A corrected p value."""
-    if difference is None or difference.p is None:
-        return _NONE
-    return f"{difference.p:.3f}" if difference.p >= 0.001 else "< 0.001"
+def p_value(p: float | None) -> str:
+    """A p value."""
+    if p is None:
+        return NONE
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def _between(interval: Interval, share: bool, places: int, sign: str = "") -> str:
-    return " to ".join(_number(end, share, places, sign) for end in interval)
+    return " to ".join(number(end, share, places, sign) for end in interval)
 
 
 def _places(value: float, share: bool) -> int:
@@ -165,7 +173,8 @@ def _places(value: float, share: bool) -> int:
     return max(3, 2 - math.floor(math.log10(abs(value)))) if 1e-9 < abs(value) < 0.1 else 3
 
 
-def _number(value: float, share: bool, places: int, sign: str = "") -> str:
+def number(value: float, share: bool, places: int, sign: str = "") -> str:
+    """A number with so many decimals; a share in per cent."""
     text = f"{100 * value if share else value:{sign}.{places}f}"
     return text.replace("-", "−")
 
@@ -176,7 +185,7 @@ def _chosen(arm: Arm) -> list[float]:
 
 
 def _searched(run: Run, chosen: bool) -> str:
-    text = run.status if run.status != "finished" else _NONE if run.eval_loss is None else f"{run.eval_loss:.4f}"
+    text = run.status if run.status != "finished" else NONE if run.eval_loss is None else f"{run.eval_loss:.4f}"
     return f"**{text}**" if chosen else text
 
 
@@ -193,7 +202,7 @@ def _legend(found: Table) -> Iterator[str]:
         yield f"‡ below chance: below what guessing comes to ({levels}), over seeds and items: wrong in kind."
     if "at the base's level" in used:
         yield "§ at the base's level: not above the 95 % interval of the untrained base."
-    if any(_name(arm, found.budget).endswith("*") for arm in found.arms):
+    if any(name_of(arm, found.budget).endswith("*") for arm in found.arms):
         yield "\\* not fitted to the budget: has the trained parameters it has."
 
 

@@ -1,0 +1,182 @@
+"""The page of a study that measures losses: its contrasts answered, what was named before told from
+what was found, whole rounds alone, and the same bytes from the same records."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from made_results import made_run
+from scipy import stats
+
+from svdtune.lab.study.arms import tables
+from svdtune.lab.study.contrasts import answers
+from svdtune.lab.study.loss_tables import loss_sections, tied
+from svdtune.lab.study.page import main
+from svdtune.lab.study.results import Results
+from svdtune.lab.study.spec import plan_of
+
+ARMS = {
+    "base": {"untrained": True},
+    "lora": {"learning_rates": [1e-3, 3e-3]},
+    "lora hot": {"learning_rates": [1e-3, 3e-3]},
+    "sara": {"learning_rates": [1e-3, 3e-3]},
+    "twin": {"learning_rates": [1e-3, 3e-3]},
+}
+# the loss of answers less LoRA's, the loss on held-out rows, the KL
+TRUTH = {"lora": (0.0, 0.40, 0.5), "lora hot": (0.02, 0.39, 0.6), "sara": (-0.03, 0.38, 0.2), "twin": (0.02, 0.41, 0.6)}
+CONTRASTS = [
+    {"arm": "sara", "against": ["lora", "lora hot"], "on": "answers", "margin": 0.005},
+    {"arm": "twin", "against": ["lora hot"], "on": "answers", "margin": 0.005},
+    {"arm": "sara", "against": ["lora"], "on": "kl", "margin": 0.005},
+    {"arm": "sara", "against": ["lora"], "on": "kl at equal loss", "margin": 0.005},
+]
+SPEC = {
+    "tasks": {"math": "math.yaml"},
+    "arms": ARMS,
+    "seeds": [1, 2, 3],
+    "tune": {"learning_rates": [1e-3], "finish": 2},
+    "measure": {"answers": {"svamp": "svamp"}, "text": {"code": "humaneval"}},
+    "contrasts": CONTRASTS,
+}
+N = 300
+
+
+def measured(loss: float, kl: float, seed: int, arm: str) -> dict[str, Any]:
+    items = 0.6 + np.random.default_rng(0).exponential(0.5, N)  # the same of every run
+    own = np.random.default_rng([seed, *arm.encode()])
+    nll = items + loss + own.normal(0, 0.01, N) + own.normal(0, 0.0005)
+    of_text = kl * (1 + own.normal(0, 0.05, 40))
+
+    def one(values: np.ndarray, start: float) -> dict[str, Any]:
+        path = [start + (values.mean() - start) * share for share in (0, 1 / 3, 2 / 3, 1)]
+        return {"path": path, "items": " ".join(f"{value:.4g}" for value in values)}
+
+    text = {"nll": one(3 + of_text, 3.0), "kl": one(of_text, 0.0)}
+    return {"steps": [0, 10, 20, 30], "sets": {"svamp": {"nll": one(nll, 2.0)}, "code": text}}
+
+
+def study(seeds: tuple[int, ...] = (1, 2, 3), without: tuple[str, int] | None = None, **changes: Any) -> dict[str, Any]:
+    """Results of four arms at two rates, the first of them the better one."""
+    plan = plan_of(SPEC)
+    runs = [
+        made_run("base", 1, {}, method=None, budget=None, learning_rate=None, measured=measured(1.0, 0.0, 1, "base"))
+    ]
+    for arm, (loss, held_out, kl) in TRUTH.items():
+        for seed in seeds:
+            for rate, worse in ((1e-3, 0.0), (3e-3, 0.05)):
+                if (arm, seed) != without or not worse:
+                    found = measured(loss + worse, kl, seed, arm)
+                    more = {"learning_rate": rate, "eval_loss": held_out + worse + seed / 1e4, "budget": None}
+                    size = {"saved_bytes": 5_000_000, "peak_bytes": 2**31, "plans": [plan]}
+                    runs.append(made_run(arm, seed, {}, key=f"{arm}{seed}{rate}", measured=found, **more, **size))
+    head = {"title": "Losses", "question": "Which?", "baseline": "lora", "spec": SPEC, "svdtune": "0.2.0"}
+    return {**head, "machines": [{"device": "a GPU"}], "runs": runs} | changes
+
+
+def answered(results: dict[str, Any]):
+    read = Results.model_validate(results)
+    (table,) = tables(read)
+    return read, table, answers(read, table)
+
+
+def test_every_contrast_is_answered_over_seeds_and_items() -> None:
+    _, _, (lower, alike, kl, equal) = answered(study())
+    assert (lower.arm, lower.baseline) == ("sara", "lora hot"), "the one with the lower loss on held-out rows"
+    assert lower.found.value == pytest.approx(-0.05, abs=0.003)
+    assert lower.p < 0.05
+    assert alike.alike < 0.05
+    assert alike.found.interval.low < 0 < alike.found.interval.high
+    assert kl.found.value == pytest.approx(-0.3, abs=0.03)
+    # SARA comes to LoRA's loss, 0.03 above its own end, with a little less than its last KL
+    assert -0.35 < equal.found.value < kl.found.value
+    assert equal.found.items == 1
+    assert all(one.named for one in (lower, alike, kl, equal))
+
+
+def test_corrected_for_as_many_contrasts_as_there_are() -> None:
+    _, _, found = answered(study())
+    ps = sorted(one.found.p for one in found)
+    assert min(one.p for one in found) == pytest.approx(len(found) * ps[0])
+
+
+def test_the_loss_at_which_kl_is_compared_is_one_that_both_come_to() -> None:
+    """Straight paths: the KL at a loss is in proportion."""
+    _, table, (*_, equal) = answered(study())
+    sara, lora = (next(arm for arm in table.arms if arm.name == name) for name in ("sara", "lora"))
+    level = np.mean([run.measured.path("answers")[-1] for run in lora.finished])
+    expected = []
+    for run in sara.finished:
+        losses, kl = run.measured.path("answers"), run.measured.path("kl")
+        expected.append(np.interp(-level, -losses, kl))
+    theirs = [
+        np.interp(-max(level, run.measured.path("answers")[-1]), -run.measured.path("answers"), run.measured.path("kl"))
+        for run in lora.finished
+    ]
+    assert equal.found.value == pytest.approx(np.mean(expected) - np.mean(theirs))
+    assert equal.found.p == pytest.approx(stats.ttest_ind(expected, theirs).pvalue)
+
+
+@pytest.mark.parametrize("changed", ["margin", "plans"])
+def test_a_contrast_that_was_not_named_before_every_run_is_exploratory(changed: str) -> None:
+    results = study()
+    if changed == "margin":
+        contrasts = [{**CONTRASTS[0], "margin": 0.01}]
+        results["spec"] = SPEC | {"contrasts": contrasts}
+    else:
+        results["runs"][3]["plans"] = []
+    read, table, found = answered(results)
+    assert not found[0].named
+    text = dict(loss_sections(read, table))["Contrasts"]
+    assert "lower (exploratory: not named before every run)" in text
+
+
+def test_the_tables_of_a_page() -> None:
+    read, table, _ = answered(study())
+    sections = dict(loss_sections(read, table))
+    assert list(sections) == [
+        "Contrasts",
+        "Losses (exploratory)",
+        "Against lora (exploratory)",
+        "Learning rates",
+        "What a run costs",
+    ]
+    for body in sections.values():
+        heads = [line for line in body.splitlines() if line.startswith("| ")]
+        assert all(line.count(" | ") < 8 for line in heads), "eight columns at most"
+    assert "lower" in sections["Contrasts"]
+    assert "alike within 0.005" in sections["Contrasts"]
+    assert "| sara | 0.001 | 0.3802 | 0.003: 0.4302 |" in sections["Learning rates"]
+    assert "| lora | 62 | 2.00 | 5.00 |" in sections["What a run costs"]
+    assert sections["Losses (exploratory)"].count("\n| ") == 1 + len(ARMS)
+
+
+def test_a_seed_that_not_every_arm_has_made_is_left_out(tmp_path: Path) -> None:
+    whole, part = study(seeds=(1, 2)), study(without=("twin", 3))
+    (found,), (expected,) = (tables(Results.model_validate(one)) for one in (part, whole))
+    assert [len(arm.finished) for arm in found.arms] == [1, 2, 2, 2, 2]
+    assert [arm.cells for arm in found.arms] == [arm.cells for arm in expected.arms]
+    (tmp_path / "results.json").write_text(json.dumps(part))
+    assert main([str(tmp_path)]) == 0
+    assert "| left out | math: seeds 3, with which not every arm was run |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_page_is_made_again_bit_for_bit(tmp_path: Path) -> None:
+    pages = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(study()))
+        assert main([str(folder)]) == 0
+        pages.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert pages[0] == pages[1]
+    text = pages[0]["README.md"].decode()
+    assert set(re.findall(r"\]\(([\w.-]+\.svg)\)", text)) == {name for name in pages[0] if name.endswith(".svg")}
+    assert "| measured on | svamp (300), code (40); 3 times along a run |" in text
+
+
+def test_rates_that_cannot_be_told_apart_are_tied() -> None:
+    assert tied([0.40, 0.41, 0.42], [0.40, 0.41, 0.40])
+    assert not tied([0.50, 0.51, 0.52], [0.40, 0.41, 0.40])
