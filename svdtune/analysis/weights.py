@@ -3,7 +3,7 @@ own."""
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -71,8 +71,8 @@ class Opened:
     @cached_property
     def _checkpoint(self) -> Checkpoint:
         assert self.source.recipe is not None
-        base = Source(self.source.recipe.model.name, recipe=self.source.recipe)
-        return open_checkpoint(base_folder(base), trust_remote_code=base.trust_remote_code)
+        base = replace(self.source, base=self.source.recipe.model.name)
+        return open_checkpoint(base_folder(base), **base.origin)
 
     def _is_wanted(self, name: str) -> bool:
         return self.wanted is None or any(

@@ -1,5 +1,6 @@
 """Adapters: where they go, what they cost, how they start, and what becomes of them."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -317,8 +318,10 @@ def export_lora(
         from svdtune.export.difference import export_difference
         from svdtune.models.loading import locate
 
-        before = name or (found.recipe.model.name if found.recipe else "")
-        tuned, untuned = (open_checkpoint(locate(each)) for each in (found.base, before))
+        before = (
+            Source(name) if name else dataclasses.replace(found, base=found.recipe.model.name if found.recipe else "")
+        )
+        tuned, untuned = (open_checkpoint(locate(each.base), **each.origin) for each in (found, before))
         return export_difference(tuned, untuned, Path(output), cut, uniform=uniform)
     return export_source(found, Path(output), cut=cut, uniform=uniform, base=name, start=begun)
 

@@ -62,9 +62,12 @@ class WantedAdapter:
             return open_shape(name)
         # a configuration is enough
         alone = not weights and Path(name, "config.json").is_file()
-        revision = self.recipe.model.revision if self.recipe else None
+        model = self.recipe.model if self.recipe else None
+        origin: dict[str, Any] = (
+            {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
+        )
         place = name if alone else locate(cast(str | Path, self.model))  # what is no loaded model is a name
-        return open_checkpoint(place, revision=revision, weights=weights)
+        return open_checkpoint(place, weights=weights, **origin)
 
 
 def asked(who: str, model: Any, config: Any) -> WantedAdapter:

@@ -172,7 +172,7 @@ def score_base(
     from svdtune.export import Source, open_source
 
     begun = time.monotonic()
-    loaded = open_source(Source(recipe.model.name), dtype=recipe.model.dtype)
+    loaded = open_source(Source(recipe.model.name, recipe=recipe))
     load = time.monotonic() - begun
     step = step_seconds(loaded, recipe)
     forecast = Forecast({"base": 0.0})

@@ -9,15 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import AutoConfig, GenerationConfig
-
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.decoding import Completion, Decoding, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
 from svdtune.export.source import Source
 from svdtune.methods.files.adapter import read_settings
 from svdtune.models import load_tokenizer, set_end_token
-from svdtune.models.loading import context_length, locate
+from svdtune.models.loading import context_length, load_config, load_decoding, locate
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PIECES = 64
@@ -33,16 +31,16 @@ class VllmEngine:
             raise SvdtuneError(f"vLLM does not read {base} as svdtune does; name a Transformers folder or a hub name")
         self.name = str(source.run or source.adapter or source.base)
         recipe = source.recipe.model if source.recipe else None
-        origin = {"revision": recipe.revision, "trust_remote_code": recipe.trust_remote_code} if recipe else {}
+        origin = source.origin
         self.tokenizer = load_tokenizer(source.base, **origin)
         if recipe and recipe.end_token:
             set_end_token(None, self.tokenizer, recipe.end_token)
-        context = context_length(AutoConfig.from_pretrained(base, **origin))
+        context = context_length(load_config(base, **origin))
         self.context = options.get("max_model_len") or context
-        self._ends = _end_tokens(base, self.tokenizer.eos_token_id)
+        self._ends = _end_tokens(base, self.tokenizer.eos_token_id, origin["revision"])
         self._identity = {
             "engine": "vllm",
-            "weights": _fingerprint(base, source.adapter),
+            "weights": _fingerprint(base, source.adapter, origin["revision"]),
             "end_token_ids": self._ends,
             "dtype": dtype,
         }
@@ -146,11 +144,11 @@ def _served_rank(lora: Path) -> int:
     return next((rank for rank in VLLM_RANKS if rank >= needed), needed)
 
 
-def _end_tokens(base: str | Path, end: int | None) -> list[int]:
+def _end_tokens(base: str | Path, end: int | None, revision: str | None) -> list[int]:
     """The tokenizer's end token and those of the generation config, as `end_token_ids` finds
     them."""
     try:
-        configured = GenerationConfig.from_pretrained(base).eos_token_id
+        configured = load_decoding(base, revision=revision).eos_token_id
     except OSError:
         configured = None
     ids = configured if isinstance(configured, list) else [configured]
@@ -160,13 +158,14 @@ def _end_tokens(base: str | Path, end: int | None) -> list[int]:
     return ends
 
 
-def _fingerprint(base: str | Path, adapter: Path | None) -> str:
+def _fingerprint(base: str | Path, adapter: Path | None, revision: str | None) -> str:
     """SHA-256 over name, size and 64 evenly spread pieces of every file of weights; a hub model is
-    known by its name.
+    known by its name, and its revision where one is asked for.
 
     Any training step moves nearly every value, so that the pieces tell.
     """
-    digest = hashlib.sha256(str(base).encode() if isinstance(base, str) else b"")
+    named = "@".join([base, *([revision] if revision else [])]) if isinstance(base, str) else ""
+    digest = hashlib.sha256(named.encode())
     folders = [folder for folder in (base, adapter) if isinstance(folder, Path)]
     for path in sorted(file for folder in folders for kind in _WEIGHTS for file in folder.glob(kind)):
         size = path.stat().st_size

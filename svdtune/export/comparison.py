@@ -91,7 +91,7 @@ def why_not(source: Source, model: PreTrainedModel, folder: Path, weights: int, 
     if not model.can_generate() or getattr(model.config, "is_encoder_decoder", False):
         return f"{type(model).__name__} is no causal language model"
     try:
-        load_tokenizer(folder)
+        load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
     except SvdtuneError as error:
         return str(error)
     assert source.adapter is not None

@@ -27,7 +27,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.export.change import SavedChange, read_change, since
 from svdtune.export.comparison import probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
-from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, find_source, open_source
+from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
@@ -124,11 +124,11 @@ def export_source(
         SvdtuneError: there is no adapter, or as `export_lora`.
     """
     adapter = adapter_of(source, "export")
-    opened = source if base is None else dataclasses.replace(source, base=base)
+    opened = source if base is None else dataclasses.replace(source, base=base, revision=None)
     report = export_lora(adapter, output, cut=cut, uniform=uniform, base=opened, start=start)
     if base is None or start is not None:
         return report
-    return dataclasses.replace(report, difference=compare(base, adapter, report.output))
+    return dataclasses.replace(report, difference=compare(opened, report.output))
 
 
 def export_lora(
@@ -299,9 +299,9 @@ def truncated(A: Tensor, B: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float]:
     return (QA @ (Vh[:rank].mT * root)).to(A.dtype), (QB @ (U[:, :rank] * root)).to(B.dtype), error
 
 
-def compare(base: str, adapter: Path, lora: Path) -> LogitDifference:
+def compare(adapted_base: Source, lora: Path) -> LogitDifference:
     """The logits of an adapter and of its LoRA on one base model."""
-    source = open_source(find_source(base, adapter))
+    source = open_source(adapted_base)
     model: Any = source.model
     adapted = probe_logits(model, source.tokenizer)
     with model.disable_adapter():

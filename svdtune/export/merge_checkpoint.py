@@ -19,7 +19,6 @@ import torch
 from peft import PeftConfig, PeftType, TaskType
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.checkpoint.rewrite import CARD, copy_other_files, floating, folder_of, write_weights
@@ -33,6 +32,7 @@ from svdtune.export.source import Source, adapter_of, base_folder, check_writes
 from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import TITLES, front, table
 from svdtune.models import load, load_tokenizer, set_end_token
+from svdtune.models.loading import load_decoding
 from svdtune.system import check_new_folder, new_folder, read_json
 from svdtune.training.lock import held
 
@@ -247,9 +247,9 @@ def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
     copy_other_files(base, work)
     end_token = source.recipe.model.end_token if source.recipe else None
     if end_token is not None:
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
         if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            model.generation_config = load_decoding(folder, revision=None)
         set_end_token(model, tokenizer, end_token)
         tokenizer.save_pretrained(work)
         model.config.save_pretrained(work)

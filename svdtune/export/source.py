@@ -2,7 +2,7 @@
 an adapter."""
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,12 +32,22 @@ class Source:
         adapter: Folder of a saved PEFT adapter, None for the base alone.
         run: Folder of the training run both come from, None where they were named directly.
         recipe: That run's recipe; its model section says how the base is loaded.
+        revision: The commit of a hub model that the adapter was made on, where it says so.
     """
 
     base: str
     adapter: Path | None = None
     run: Path | None = None
     recipe: Recipe | None = None
+    revision: str | None = None
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What goes with the base's name wherever a part of it is opened: its revision on the hub,
+        and whether its code may run."""
+        own = self.recipe is not None and self.recipe.model.name == self.base
+        asked = self.recipe.model.revision if self.recipe is not None and own else None
+        return {"revision": self.revision or asked, "trust_remote_code": self.trust_remote_code}
 
     @property
     def trust_remote_code(self) -> bool:
@@ -67,10 +77,11 @@ def find_source(given: str | Path, adapter: str | Path | None = None) -> Source:
         return _source_of_run(folder)
     if not _is_adapter(folder):
         return Source(str(given))
-    base = read_settings(folder).get("base_model_name_or_path")
+    settings = read_settings(folder)
+    base = settings.get("base_model_name_or_path")
     if not base:
         raise SvdtuneError(f"{folder / ADAPTER_CONFIG} does not name its base model; use BASE --adapter {folder}")
-    return Source(base, folder)
+    return Source(base, folder, revision=settings.get("revision"))
 
 
 def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
@@ -88,12 +99,12 @@ def open_source(source: Source, **load_kwargs: Any) -> LoadedModel:
     if not load_kwargs.get("reward"):
         check_writes(source)
     how = source.recipe.model.model_dump(exclude={"name"}) if source.recipe else {}
-    loaded = load(source.base, **how | load_kwargs)
+    loaded = load(source.base, **how | source.origin | load_kwargs)
     if source.adapter is None:
-        return LoadedModel(loaded.model, loaded.tokenizer, str(source.run or source.base))
+        return replace(loaded, name=str(source.run or source.base))
     model = attach_adapter(loaded.model, source.adapter)
     # a PeftModel answers for its base model
-    return LoadedModel(cast(PreTrainedModel, model), loaded.tokenizer, str(source.run or source.adapter))
+    return replace(loaded, model=cast(PreTrainedModel, model), name=str(source.run or source.adapter))
 
 
 def is_reward(source: Source) -> bool:
@@ -126,11 +137,10 @@ def base_folder(source: Source) -> Path:
     found = locate(source.base)
     if isinstance(found, Path):
         return found
-    revision = source.recipe.model.revision if source.recipe else None
     # Weights in other formats than safetensors are left where they are.
     kinds = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "NOTICE*"]
     try:
-        return Path(snapshot_download(found, revision=revision, allow_patterns=kinds))
+        return Path(snapshot_download(found, revision=source.origin["revision"], allow_patterns=kinds))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise SvdtuneError(f"the model {found!r} cannot be fetched: {_shortened(error)}") from error
 
@@ -206,8 +216,8 @@ def _source_of_run(run: Path) -> Source:
     recipe = read_run(run)
     if (run / FULL_MODEL).is_dir():
         return Source(str(run / FULL_MODEL), None, run, recipe)
-    read_settings(run / ADAPTER)
-    return Source(recipe.model.name, run / ADAPTER, run, recipe)
+    commit = read_settings(run / ADAPTER).get("revision")
+    return Source(recipe.model.name, run / ADAPTER, run, recipe, commit)
 
 
 def _stored_keys(adapter: Path) -> set[str]:

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from svdtune.checkpoint.shards import shard_names
 from svdtune.errors import SvdtuneError
@@ -33,12 +37,13 @@ _BOTH = (
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A base model in evaluation mode, its tokenizer (which always has a padding token), and the
-    name asked for."""
+    """A base model in evaluation mode, its tokenizer (which always has a padding token), the name
+    asked for, and the commit that it is of where it came from the hub."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
+    commit: str | None = None
 
 
 def load(
@@ -79,7 +84,8 @@ def load(
     name, path = str(model), locate(model)
     loaded: Any  # of Transformers, whose own annotations here are those of wrappers
     dtype = _dtype(dtype)
-    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    commit = commit_at(path, revision)  # one for all parts, even if the hub moves on meanwhile
+    shared: dict[str, Any] = {"revision": commit or revision, "trust_remote_code": trust_remote_code}
     if isinstance(path, Path) and path.suffix == ".gguf":
         loaded, tokenizer = read_gguf(path)
         loaded = _with_reward(loaded) if reward else loaded
@@ -110,7 +116,7 @@ def load(
     if end_token is not None:
         set_end_token(loaded, tokenizer, end_token)
     _give_padding(tokenizer)
-    return LoadedModel(loaded.eval(), tokenizer, name)
+    return LoadedModel(loaded.eval(), tokenizer, name, commit)
 
 
 def context_length(config: Any) -> int | None:
@@ -122,6 +128,43 @@ def context_length(config: Any) -> int | None:
 def input_device(model: Any) -> torch.device:
     """Where a model takes its token ids."""
     return model.get_input_embeddings().weight.device
+
+
+def load_config(model: str | Path, **origin: Any) -> PretrainedConfig:
+    """A model's configuration alone.
+
+    Args:
+        model: a folder or hub name, as `locate` gives it.
+        **origin: `revision` and `trust_remote_code`.
+
+    Raises:
+        SvdtuneError: there is none, or it is damaged.
+    """
+    try:
+        found: PretrainedConfig = AutoConfig.from_pretrained(model, **origin)
+        return found
+    except Exception as error:  # as for a model
+        raise SvdtuneError(f"the configuration of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def load_decoding(model: str | Path, *, revision: str | None) -> GenerationConfig:
+    """A model's generation settings alone.
+
+    Raises:
+        OSError: it has none.
+    """
+    return GenerationConfig.from_pretrained(model, revision=revision or "main")
+
+
+def commit_at(model: str | Path, revision: str | None) -> str | None:
+    """The commit of the hub that a revision of a model is; None for a model of this disk, or where
+    neither hub nor cache says."""
+    if isinstance(model, Path):
+        return None
+    try:
+        return extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
+    except OSError:  # which loading it explains
+        return None
 
 
 def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from svdtune._version import __version__
 from svdtune.data import read_rows, to_examples
@@ -17,7 +17,7 @@ from svdtune.data.examples import COMPLETION, PROMPT, check_fields
 from svdtune.data.preferences import token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
-from svdtune.models.loading import context_length, locate
+from svdtune.models.loading import context_length, load_config, locate
 from svdtune.training.preview import show_example, show_judged
 from svdtune.training.recipe import check_recipe
 from svdtune.training.task_rows import TaskRows
@@ -203,7 +203,7 @@ def _context(model: str) -> int | None:
     path = locate(model)
     if str(path).endswith(".gguf"):
         return None
-    return context_length(AutoConfig.from_pretrained(path))
+    return context_length(load_config(path))
 
 
 def _length_for(lengths: Sequence[int], context: int | None) -> int:

@@ -96,7 +96,9 @@ def with_steps(name: str, options: dict[str, Any], steps: int) -> dict[str, Any]
     return {"total_step": steps, **options} if name == "adalora" else options
 
 
-def adapt(model: PreTrainedModel, name: str, options: dict[str, Any], task: str = "sft") -> PreTrainedModel | PeftModel:
+def adapt(
+    model: PreTrainedModel, name: str, options: dict[str, Any], task: str = "sft", commit: str | None = None
+) -> PreTrainedModel | PeftModel:
     """Put the method's adapter on the model; `full` trains the model itself, or the layers that its
     `target_modules` name (SORSA, Appendix B.1).
 
@@ -105,6 +107,7 @@ def adapt(model: PreTrainedModel, name: str, options: dict[str, Any], task: str 
         name: the method.
         options: its settings.
         task: as `training.task` of a recipe.
+        commit: of the hub that the model is of.
 
     Raises:
         SvdtuneError: if no module is adapted, or a target name matches only some of its like.
@@ -113,6 +116,7 @@ def adapt(model: PreTrainedModel, name: str, options: dict[str, Any], task: str 
         return _trained(model, options.get(TARGETS))
     config = build_config(name, options, task)
     check_targets(model, config)
+    config.revision = commit  # which AutoPeftModel loads, and svdtune
     return inject(model, config)
 
 

@@ -16,6 +16,7 @@ def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
     """
     settings = recipe.training
     rows = {
+        **({"base at commit": f"`{summary['commit']}`"} if summary.get("commit") else {}),
         **({} if settings.task == "sft" else {"task": settings.task}),
         "data": f"{'; '.join(map(_named, recipe.data.train))}, {summary['rows']:,} rows",
         "held out": "; ".join(map(_named, recipe.data.eval.values())) or "nothing",

@@ -148,7 +148,7 @@ def _train(
     steps = total_steps(recipe, len(train_rows))
     options = with_steps(name, options, steps)
     task = recipe.training.task
-    model = processes.jointly(lambda: adapt(loaded.model, name, options, task))
+    model = processes.jointly(lambda: adapt(loaded.model, name, options, task, loaded.commit))
     init_seconds = time.monotonic() - started
     model.config.use_cache = False
     found = sites(model)
@@ -176,6 +176,7 @@ def _train(
         "svdtune": __version__,
         "method": recipe.method.name,
         "model": recipe.model.name,
+        "commit": loaded.commit,
         "processes": processes.count(),
         "steps": trainer.state.global_step,
         "loss": _loss(trainer, outcome),

@@ -95,7 +95,7 @@ def test_completions_are_those_of_transformers(tiny_folder: Path, tmp_path: Path
         [llm] = FakeLLM.made
         assert (llm.model, llm.dtype) == (str(tiny_folder), "float32")
         serving = {"enable_lora": True, "max_lora_rank": rank} if rank else {}
-        assert llm.options == {"max_model_len": 512} | serving
+        assert llm.options == {"max_model_len": 512, "revision": None, "trust_remote_code": False} | serving
         [(prompts, parameters, tqdm, request)] = llm.requests
         assert prompts == [{"prompt_token_ids": prompt} for prompt in PROMPTS]
         assert parameters[1] == {
