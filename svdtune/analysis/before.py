@@ -6,6 +6,7 @@ from typing import Any
 from svdtune.analysis.weights import Opened
 from svdtune.linalg import Spectrum, rank_at_threshold
 from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.matrices import acting
 from svdtune.spectra import spectra
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -52,7 +53,7 @@ def _spread(count: int, per_doubling: int = 4) -> set[int]:
 
 
 def _rank(module: Any) -> int | None:
-    adapter = getattr(module, "active_adapters", [None])[0]
+    adapter = next(iter(acting(module)), "")
     if isinstance(module, SvdLayer):
         return module.r[adapter]
     found = getattr(module, "r", None)

@@ -107,7 +107,9 @@ class _Shape(Record):
 
 
 class _Spectrum(_Shape):
+    rank: Count | None = None
     k: list[Size]
+    sum: Number | None = None
     values: list[Annotated[list[Number], Field(min_length=2, max_length=2)]]  # index and σ
 
 
@@ -129,6 +131,8 @@ class _Movement(Record):
     delta_d: Number
     relative_change: Number
     angle: Number
+    k: Count | None = None
+    p: Count | None = None
     condition: Number | None
     orthonormality: dict[Name, Number]
 
@@ -137,6 +141,7 @@ class Sample(Record):
     """A line of `during.jsonl`."""
 
     step: Count
+    seconds: Number | None = None
     layers: dict[Name, _Movement]
 
 
