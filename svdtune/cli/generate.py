@@ -1,11 +1,16 @@
-"""`svdtune generate`: one prompt, its answer printed while it is written."""
+"""`svdtune generate`: one prompt, its answer printed while it is written; or a file of them."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from svdtune.cli.options import AdapterFolder, DeviceName, DtypeName, RunOrModel, choose_template
 from svdtune.cli.outcome import for_json
+
+if TYPE_CHECKING:
+    from svdtune.models import LoadedModel
+    from svdtune.training.recipe import Recipe
 
 app = typer.Typer()
 
@@ -13,47 +18,82 @@ app = typer.Typer()
 @app.command()
 def generate(
     source: RunOrModel,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    prompt: Annotated[str | None, typer.Argument(help="What to ask.", show_default=False)] = None,
+    data: Annotated[str | None, typer.Option(help="Ask every row of this file or data set instead.")] = None,
+    output: Annotated[Path | None, typer.Option(help="With --data: the JSONL file to write.")] = None,
+    field: Annotated[
+        str | None, typer.Option(help="With --data: column to ask, or a text with {columns}. Default: as the run.")
+    ] = None,
     adapter: AdapterFolder = None,
     template: Annotated[
         str | None, typer.Option(help="plain, chat, or text with {prompt} in it. Default: as the run, or chat.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="With --data: answers generated together.")] = 16,
     dtype: DtypeName = None,
     device: DeviceName = None,
 ) -> None:
-    """Answer one prompt, greedily, printing the words as they come.
+    """Answer one prompt, greedily, printing the words as they come; or every row of a file.
+
+    Rows are written as they are, with their answer as `generated`. After an interruption the same
+    command goes on.
 
     \b
     svdtune generate runs/sorsa "Tom has 3 apples and buys 4 more. How many does he have?"
     svdtune generate smollm2-135m "What is a singular value?" --max-new-tokens 80
+    svdtune generate runs/sorsa --data prompts.jsonl --output answers.jsonl
     """
-    from transformers import TextStreamer
-
+    from svdtune.cli.answering import answer
     from svdtune.data import Example, prompt_ids
-    from svdtune.evaluation.decoding import complete_batch, end_token_ids
-    from svdtune.evaluation.items import Item, check_items
+    from svdtune.errors import SvdtuneError
     from svdtune.export import find_source, open_source
-    from svdtune.models.loading import context_length
     from svdtune.models.placement import placement
-    from svdtune.system import printable
 
+    if (prompt is None) == (data is None) or (data is None) != (output is None):
+        raise SvdtuneError(
+            "give a prompt, or --data with --output, such as --data prompts.jsonl --output answers.jsonl"
+        )
     found = find_source(source, adapter)
     loaded = open_source(found, **placement(dtype, device))
     template = choose_template(found.recipe, loaded.tokenizer, template)
-    tokens = prompt_ids(Example(prompt), loaded.tokenizer, template)
-    check_items([Item("the prompt", prompt, tuple(tokens), "")], max_new_tokens, context_length(loaded.model.config))
-    ends = end_token_ids(loaded.model, loaded.tokenizer)
+    if data is not None and output is not None:
+        _answer_rows(loaded, found.recipe, data, output, field, template, max_new_tokens, batch_size)
+        return
+    assert prompt is not None
+    said = answer(loaded, prompt_ids(Example(prompt), loaded.tokenizer, template), max_new_tokens)
+    for_json({"prompt": prompt, "answer": said})
 
-    said: list[str] = []
 
-    class Safe(TextStreamer):
-        """Answers may hold what steers a terminal."""
+def _answer_rows(
+    loaded: "LoadedModel",
+    recipe: "Recipe | None",
+    data: str,
+    output: Path,
+    field: str | None,
+    template: str,
+    max_new_tokens: int,
+    batch_size: int,
+) -> None:
+    from rich.console import Console
 
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            said.append(text)
-            super().on_finalized_text(printable(text), stream_end)
+    from svdtune.cli.progress import counting
+    from svdtune.data import read_rows, to_examples
+    from svdtune.evaluation.answers import answer_all
 
-    streamer = Safe(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    complete_batch(loaded.model, [tokens], max_new_tokens, ends, ends[0], streamer)
-    for_json({"prompt": prompt, "answer": "".join(said)})
+    asked = field or (recipe.data.prompt if recipe else "prompt")
+    examples = to_examples(read_rows(data), asked, source=data)
+    try:
+        with counting(f"answering {data}", Console(stderr=True)) as on_progress:
+            cut = answer_all(
+                loaded,
+                examples,
+                output,
+                template=template,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_progress=on_progress,
+            )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {output}.part keeps what is done, the same command goes on") from None
+    for_json({"rows": len(examples), "cut": cut, "output": output})
+    typer.echo(f"{len(examples):,} answers in {output}, {cut:,} of them cut at {max_new_tokens} tokens")

@@ -37,7 +37,7 @@ RUNS: dict[str, list[str]] = {
     "study new": ["MODEL", "ROWS", "--budget", "3k"],
     "study run": ["small/ranks", "--dry-run"],
 }
-NOT_TRIED = {"demo", "study run"}  # minutes; and a study needs its own data
+NOT_TRIED = {"demo", "study run", "chat", "push"}  # minutes; data of its own; a user; a hub
 
 
 def commands() -> set[str]:

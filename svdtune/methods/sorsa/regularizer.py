@@ -159,6 +159,8 @@ class RegularizerHook:
         Raises:
             SvdtuneError: it is of a kind whose steps cannot be told.
         """
+        if type(optimizer).__module__.partition(".")[0] == "accelerate":  # what it prepared; the inner one steps
+            optimizer = optimizer.optimizer
         if is_zero(optimizer):
             self._zero, optimizer = ZeroFactors(optimizer, list(trained_factors(self.layers))), optimizer.optimizer
         if not hasattr(optimizer, "register_step_pre_hook"):
@@ -180,7 +182,7 @@ def regularize(
     """Apply the regularizer at every `optimizer.step()` from now on.
 
     Args:
-        optimizer: any torch optimizer, or the one that DeepSpeed's ZeRO made of it.
+        optimizer: any torch optimizer, or the one that Accelerate or DeepSpeed's ZeRO made of it.
         model: the model with SORSA adapters; layers adapted later are not seen.
         max_learning_rate: η_d. By default the largest `max_lr` (OneCycleLR's) or else `initial_lr`
             of the optimizer's groups, which other schedulers set to the rate they start from or

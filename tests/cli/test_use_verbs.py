@@ -1,0 +1,180 @@
+"""What is trained is used: answers to a file of prompts, a chat, a push to the hub."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from peft import get_peft_model
+from typer.testing import CliRunner, Result
+
+from svdtune import SorsaConfig
+from svdtune.cli import app
+from svdtune.evaluation import answers
+from svdtune.export import find_source
+from svdtune.models import load
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{{ '[assistant]' }}"
+ROWS = [{"ask": "ab" * n, "id": n} for n in (3, 1, 2, 5, 4)]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def svdtune(*words: str | Path, said: str | None = None) -> Result:
+    return CliRunner().invoke(app, [*map(str, words)], input=said)
+
+
+def answer_file(model: Path, *words: str) -> Result:
+    common = ["--field", "ask", "--output", "answers.jsonl", "--max-new-tokens", "3", "--batch-size", "2"]
+    return svdtune("generate", model, "--data", "prompts.jsonl", *common, *words)
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(name).read_text().splitlines()]
+
+
+def test_every_row_is_answered_in_its_order_as_alone(tiny_folder: Path) -> None:
+    made = answer_file(tiny_folder)
+    assert made.exit_code == 0, made.output
+    assert "5 answers in answers.jsonl, " in made.stdout
+    found = rows("answers.jsonl")
+    assert [{name: row[name] for name in ("ask", "id")} for row in found] == ROWS
+    for row in found[:2]:
+        alone = svdtune("generate", tiny_folder, row["ask"], "--max-new-tokens", "3")
+        assert alone.stdout == row["generated"] + "\n"
+    again = answer_file(tiny_folder)
+    assert again.exit_code == 2
+    assert "answers.jsonl is there already; name another --output" in again.stderr
+
+
+def test_an_interrupted_file_goes_on(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert answer_file(tiny_folder).exit_code == 0
+    whole = Path("answers.jsonl").read_text()
+    Path("answers.jsonl").unlink()
+    monkeypatch.setattr(answers, "_BATCHES", 1)
+    asked: list[int] = []
+    complete = answers._complete
+
+    def stopping(engine: Any, prompts: Any, *rest: Any) -> Any:
+        asked.append(len(prompts))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return complete(engine, prompts, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "_complete", stopping)
+        stopped = answer_file(tiny_folder)
+    assert stopped.exit_code == 130
+    assert "answers.jsonl.part keeps what is done, the same command goes on" in stopped.stderr
+    with Path("answers.jsonl.part").open("a") as file:
+        file.write('{"ask": "half a li')
+    monkeypatch.setattr(answers, "_complete", lambda *given: asked.append(len(given[1])) or complete(*given))
+    assert answer_file(tiny_folder).exit_code == 0
+    assert asked[2:] == [2, 1], "the first two are not asked again"
+    assert Path("answers.jsonl").read_text() == whole
+    assert not Path("answers.jsonl.part").exists()
+
+
+def test_another_limit_begins_anew(tiny_folder: Path) -> None:
+    Path("answers.jsonl.part").write_text('{"max_new_tokens": 9}\n{"ask": "x", "generated": "y", "ended": true}\n')
+    assert answer_file(tiny_folder).exit_code == 0
+    assert [row["id"] for row in rows("answers.jsonl")] == [3, 1, 2, 5, 4]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["hi", "--data", "prompts.jsonl", "--output", "x"], ["--data", "prompts.jsonl"], ["hi", "--output", "x"]],
+)
+def test_a_prompt_or_a_file(words: list[str], tiny_folder: Path) -> None:
+    found = svdtune("generate", tiny_folder, *words)
+    assert found.exit_code == 2
+    assert "give a prompt, or --data with --output" in found.stderr
+
+
+@pytest.fixture
+def chatting(tiny_folder: Path, tmp_path: Path) -> Path:
+    """The tiny model with a chat template."""
+    folder = tmp_path / "chatting"
+    folder.mkdir()
+    for file in tiny_folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_a_chat_sees_what_was_said_until_an_empty_line(chatting: Path) -> None:
+    words = ["--max-new-tokens", "2", "--system", "Be short.", "--json", "kept.json"]
+    found = svdtune("chat", chatting, *words, said="one\n\ntwo\nthree\n")
+    assert found.exit_code == 0, found.output
+    assert "each answer sees the conversation" in found.stderr
+    assert "a new conversation" in found.stderr
+    turns = json.loads(Path("kept.json").read_text())["messages"]
+    assert [turn["content"] for turn in turns if turn["role"] != "assistant"] == ["Be short.", "two", "three"]
+    assert [turn["role"] for turn in turns] == ["system", "user", "assistant", "user", "assistant"]
+
+
+def test_without_a_chat_template_each_line_is_asked_alone(tiny_folder: Path) -> None:
+    found = svdtune("chat", tiny_folder, "--max-new-tokens", "3", said="abab\nab\n")
+    assert found.exit_code == 0, found.output
+    assert "each line is asked alone" in found.stderr
+    alone = svdtune("generate", tiny_folder, "ab", "--max-new-tokens", "3").stdout
+    assert found.stdout.endswith(f"> {alone}> ")
+    refused = svdtune("chat", tiny_folder, "--system", "Be short.")
+    assert refused.exit_code == 2
+    assert "--system is for the chat template; the template here is 'plain'" in refused.stderr
+
+
+class Hub:
+    """What would be uploaded."""
+
+    files: dict[str, str]
+    refusal: Exception | None = None
+
+    def create_repo(self, name: str, **settings: Any) -> None:
+        if Hub.refusal is not None:
+            raise Hub.refusal
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> str:
+        Hub.files = {path.name: path.read_text(errors="replace") for path in folder_path.iterdir()}
+        return f"https://hub/{repo_id}"
+
+
+@pytest.fixture
+def adapter(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    Hub.refusal = None
+    model = get_peft_model(load(tiny_folder).model, SorsaConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "checkpoint-1").mkdir()
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_pushed_with_a_base_that_others_have(adapter: Path, tiny_folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()}
+    refused = svdtune("push", adapter, "me/mine")
+    assert refused.exit_code == 2
+    assert f"the adapter's base model is {tiny_folder}, which others do not have" in refused.stderr
+    pushed = svdtune("push", adapter, "me/mine", "--base", "owner/base")
+    assert pushed.exit_code == 0, pushed.output
+    assert pushed.stdout == "pushed to https://hub/me/mine\n"
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} == Hub.files.keys()
+    assert json.loads(Hub.files["adapter_config.json"])["base_model_name_or_path"] == "owner/base"
+    assert str(tiny_folder) not in Hub.files["README.md"]
+    assert {path.name: path.read_bytes() for path in adapter.iterdir() if path.is_file()} == before
+    assert find_source(adapter).base == str(tiny_folder)
+
+
+def test_what_cannot_be_pushed(adapter: Path) -> None:
+    Hub.refusal = OSError("no login")
+    found = svdtune("push", adapter, "me/mine", "--base", "owner/base")
+    assert found.exit_code == 2
+    assert "cannot be pushed to me/mine: no login; expected owner/name, and a login" in found.stderr
+    found = svdtune("push", "adaptor", "me/mine")
+    assert found.exit_code == 2
+    assert "is neither a finished run, nor an adapter, nor a model folder (looked in " in found.stderr
+    assert "did you mean adapter?" in found.stderr
