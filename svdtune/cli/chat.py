@@ -18,7 +18,7 @@ def chat(
     template: Annotated[
         str | None, typer.Option(help="chat, plain, or text with {prompt} in it. Default: as the run, or chat.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length limit of an answer.")] = 256,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length limit of an answer.")] = 256,
     dtype: DtypeName = None,
     device: DeviceName = None,
 ) -> None:

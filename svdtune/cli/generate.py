@@ -29,7 +29,7 @@ def generate(
         str | None, typer.Option(help="plain, chat, or text with {prompt} in it. Default: as the run, or chat.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="With --data: answers generated together.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="With --data: answers generated together.")] = 16,
     dtype: DtypeName = None,
     device: DeviceName = None,
 ) -> None:

@@ -93,11 +93,11 @@ def test_ctrl_c_says_how_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--max-new-tokens", "511"], "do not fit in the model's 512 positions"),
         (["--adapter", "nowhere"], "is not an adapter folder"),
         (["--output", __file__], "is a file"),
-        (["--data", ""], "the data's name is empty; name a file"),
-        (["--seed", str(2**70)], "expected one from 0 to 4294967295"),
+        (["--data", " "], "the data's name is empty; name a file"),
+        (["--seed", str(2**33)], "expected one from 0 to 4294967295"),
         (["--temperature", "nan"], "temperature is nan; expected a finite number"),
-        (["--top-p", "nan"], "top_p is nan"),
-        (["--beams", "2", "--length-penalty", "inf"], "length_penalty is inf"),
+        (["--top-p", "nan"], "--top-p is nan; expected a finite number"),
+        (["--beams", "2", "--length-penalty", "inf"], "--length-penalty is inf; expected a finite number"),
     ],
 )
 def test_bad_inputs_get_one_message(run: Path, words: list[str], message: str) -> None:

@@ -41,7 +41,7 @@ def test_generate_prints_what_greedy_decoding_gives(tiny_folder: Path) -> None:
 def test_generate_refuses_what_it_cannot_answer(tiny_folder: Path, tmp_path: Path) -> None:
     for words, message in [
         ((tiny_folder, "x" * 600), "do not fit in the model's 512 positions"),
-        ((tiny_folder, ""), "its prompt is empty"),
+        ((tiny_folder, ""), f"the value after {tiny_folder} is empty; give one"),
         ((tiny_folder, "Hi", "--template", "chat"), "no chat template"),
         ((tmp_path / "nowhere", "Hi"), "there is no model at"),
     ]:

@@ -25,6 +25,7 @@ WORDS = {
     "data check": ["ROWS"],
     "evaluate": ["MODEL", "--data", "arithmetic", "--max-new-tokens", "1", "--limit", "1", "--output", "NEW"],
     "generate": ["MODEL", "hi", "--max-new-tokens", "1"],
+    "chat": ["MODEL"],
     "analyze": ["MODEL"],
     "merge": ["ADAPTER", "--output", "NEW"],
     "export": ["ADAPTER", "--output", "NEW"],
