@@ -60,7 +60,9 @@ def contrast_table(answered: Sequence[Answer]) -> str:
 
 
 def verdict(one: Answer) -> str:
-    """What a contrast says, in a few words."""
+    """What a contrast says, in a few words; nothing of arms of which one was trained once."""
+    if min(one.found.seeds) < 2:
+        return "not decided: one seed"
     said = []
     if one.p is not None and one.p < _CERTAIN:
         said.append("higher" if one.found.value > 0 else "lower")

@@ -15,9 +15,10 @@ from typing import Any
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.arms import left_out, tables
 from svdtune.lab.study.index import write_index
+from svdtune.lab.study.loss_plots import loss_figures
 from svdtune.lab.study.loss_tables import loss_sections
 from svdtune.lab.study.markdown import block, code, escape, table
-from svdtune.lab.study.plots import write_figures
+from svdtune.lab.study.plots import figures, write_figures
 from svdtune.lab.study.results import RESULTS, Results, Run, read_findings, read_results
 from svdtune.lab.study.table import all_sections, title
 from svdtune.system import explain_write_errors, replace_text
@@ -72,7 +73,7 @@ def write_page(results: Path, folder: Path) -> list[Path]:
     found = tables(study)
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = write_figures(found, folder)
+        drawn = write_figures([*loss_figures(found), *figures(found)], folder)
         parts = [f"# {escape(study.title)}", escape(study.question or "")]
         parts += [f"## What the numbers say\n\n{said}"] if said else []
         parts += ["## How it was run", table(["", ""], _how(study), left=2), _file_of(study)]

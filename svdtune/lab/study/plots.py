@@ -3,7 +3,7 @@ rates."""
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,9 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
         SvdtuneError: matplotlib is not installed.
     """
     for task in dict.fromkeys(table.task for table in tables):
-        of_task = [table for table in tables if table.task == task]
+        of_task = [table for table in tables if table.task == task and not table.by_loss]
+        if not of_task:
+            continue
         if len(of_task) == 1:
             yield from _scores(of_task[0])
             continue
@@ -41,11 +43,11 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
         yield from _lines([losses(table), movement(table), search(table)])
 
 
-def write_figures(tables: Sequence[Table], folder: Path) -> list[tuple[str, str]]:
-    """Write every figure as SVG; (file name, what it shows) of each. The same numbers give the same
+def write_figures(drawn: Iterable[tuple[str, str, "Figure"]], folder: Path) -> list[tuple[str, str]]:
+    """Write figures as SVG; (file name, what it shows) of each. The same numbers give the same
     files."""
     written: dict[str, str] = {}
-    for name, caption, figure in figures(tables):
+    for name, caption, figure in drawn:
         while f"{name}.svg" in written:  # labels that differ only in what a file name cannot have
             name += "-"
         save(figure, folder / f"{name}.svg")
@@ -68,16 +70,16 @@ def by_parameters(tables: Sequence[Table]) -> Lines:
             spread = [_ends(cell.mean, cell.interval, share) for cell in points.values()]
             # arms of one budget would hide each other
             aside = _ASIDE ** (at - (len(names) - 1) / 2)
-            series.append(Series(_label(name), [count * aside for count in points], y, spread))
+            series.append(Series(label_of(name), [count * aside for count in points], y, spread))
     y_label = f"{main}, %" if share else main
     name = f"{tables[0].task}: {main} by trained parameters"
-    file = _file("score", tables[0].task)
+    file = file_of("score", tables[0].task)
     x = "trained parameters (points moved apart)"
     sizes = [table.budget for table in tables if table.budget] + [
         arm.trained for t in tables for arm in t.arms if arm.trained
     ]
-    ticks = _ticks(sizes, _size)
-    return Lines(file, _label(name), x, _label(y_label), series, "x", ticks=ticks)
+    ticks = ticks_at(sizes, size_text)
+    return Lines(file, label_of(name), x, label_of(y_label), series, "x", ticks=ticks)
 
 
 def losses(table: Table) -> Lines:
@@ -85,7 +87,7 @@ def losses(table: Table) -> Lines:
     series = [_curve(arm) for arm in table.arms]
     caption = f"{title(table)}: training loss, mean and range over seeds"
     known = [one for one in series if one]
-    return Lines(_file("loss", table), _label(caption), "step", "training loss", known, "y", band=True)
+    return Lines(file_of("loss", table), label_of(caption), "step", "training loss", known, "y", band=True)
 
 
 def search(table: Table) -> Lines:
@@ -96,10 +98,12 @@ def search(table: Table) -> Lines:
         known = [(run.learning_rate, run.eval_loss) for run in arm.search if run.status == "finished"]
         known = [(rate, loss) for rate, loss in known if rate and loss is not None]
         if known:
-            series.append(Series(_label(arm.name), *zip(*known, strict=True)))
+            series.append(Series(label_of(arm.name), *zip(*known, strict=True)))
     caption = f"{title(table)}: search for the learning rate"
-    ticks = _ticks([rate for one in series for rate in one.x], "{:g}".format)
-    return Lines(_file("search", table), _label(caption), "learning rate", "held-out loss", series, "xy", ticks=ticks)
+    ticks = ticks_at([rate for one in series for rate in one.x], "{:g}".format)
+    return Lines(
+        file_of("search", table), label_of(caption), "learning rate", "held-out loss", series, "xy", ticks=ticks
+    )
 
 
 def movement(table: Table) -> Lines:
@@ -111,15 +115,15 @@ def movement(table: Table) -> Lines:
         steps = sorted(set(paths[0]).intersection(*paths[1:])) if paths else []
         means = [[fmean(path[step][i] for path in paths) for step in steps] for i in (0, 1)]
         if steps:
-            series.append(Series(_label(arm.name), means[0], means[1]))
-    return Lines(_file("movement", table), _label(f"{title(table)}: ΔD against ΔΣ"), "ΔΣ", "ΔD", series)
+            series.append(Series(label_of(arm.name), means[0], means[1]))
+    return Lines(file_of("movement", table), label_of(f"{title(table)}: ΔD against ΔΣ"), "ΔΣ", "ΔD", series)
 
 
 def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
     """Every arm's difference to the baseline as a point, with its intervals over seeds and over
     items."""
     arms = [arm for arm in table.arms if arm.seeds or arm.items]
-    if not arms:
+    if not arms or table.by_loss:
         return
     kinds = {"over seeds": [arm.seeds for arm in arms], "over items": [arm.items for arm in arms]}
     points = {
@@ -130,9 +134,9 @@ def _differences(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
     axes = figure.axes[0]
     axes.axvline(0, color=_GREY, linewidth=1)
     unit = ", points" if table.share else ""
-    axes.set_xlabel(_label(f"{table.main}, less that of {table.baseline}{unit}; 95 % intervals"))
+    axes.set_xlabel(label_of(f"{table.main}, less that of {table.baseline}{unit}; 95 % intervals"))
     axes.legend(frameon=False, fontsize="small")
-    yield _file("differences", table), caption, figure
+    yield file_of("differences", table), caption, figure
 
 
 def _scores(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
@@ -142,11 +146,11 @@ def _scores(table: Table) -> Iterator[tuple[str, str, "Figure"]]:
     if not arms:
         return
     cells = [arm.cells[table.main] for arm in arms]
-    names = [f"{arm.name} · {_size(arm.trained)}" if arm.trained else arm.name for arm in arms]
+    names = [f"{arm.name} · {size_text(arm.trained)}" if arm.trained else arm.name for arm in arms]
     caption = f"{table.task}: {table.main}, and trained parameters"
     figure = _rows(caption, names, {"over seeds": [(cell.mean, cell.interval) for cell in cells]}, table.share)
-    figure.axes[0].set_xlabel(_label(f"{table.main}{', %' if table.share else ''}; 95 % intervals over seeds"))
-    yield _file("score", table.task), caption, figure
+    figure.axes[0].set_xlabel(label_of(f"{table.main}{', %' if table.share else ''}; 95 % intervals over seeds"))
+    yield file_of("score", table.task), caption, figure
 
 
 def _rows(
@@ -157,7 +161,7 @@ def _rows(
 ) -> "Figure":
     """A row for each name, with a point and its interval of every kind, in the kind's own look;
     None is no point."""
-    figure = new_figure(_label(caption), height=1.4 + 0.36 * len(names))
+    figure = new_figure(label_of(caption), height=1.4 + 0.36 * len(names))
     axes = figure.axes[0]
     for i, (kind, found) in enumerate(points.items()):
         shift = 0.26 * (i - (len(points) - 1) / 2)
@@ -170,7 +174,7 @@ def _rows(
         above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
         style = style_of(i) | {"linestyle": "none", "markersize": 4, "capsize": 2}
         axes.errorbar(values, [at for at, _, _ in known], xerr=[below, above], label=kind, **style)
-    axes.set_yticks(range(len(names)), [_label(name) for name in names])
+    axes.set_yticks(range(len(names)), [label_of(name) for name in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(alpha=0.3, axis="x")
     return figure
@@ -190,7 +194,7 @@ def _add_untrained(figure: "Figure", table: Table) -> None:
                 "va": "bottom",
                 "fontsize": "small",
             }
-            axes.text(0.99, y, _label(arm.name), color=_GREY, **side)
+            axes.text(0.99, y, label_of(arm.name), color=_GREY, **side)
 
 
 def _lines(found: Sequence[Lines]) -> Iterator[tuple[str, str, "Figure"]]:
@@ -211,10 +215,10 @@ def _curve(arm: Arm) -> Series | None:
     if not points:
         return None
     spread = [(min(losses), max(losses)) for _, losses in points]
-    return Series(_label(arm.name), [step for step, _ in points], [fmean(losses) for _, losses in points], spread)
+    return Series(label_of(arm.name), [step for step, _ in points], [fmean(losses) for _, losses in points], spread)
 
 
-def _ticks(values: Sequence[float], text: Callable[[float], str]) -> dict[float, str]:
+def ticks_at(values: Sequence[float], text: Callable[[float], str]) -> dict[float, str]:
     """Labels at the values, earlier ones first, as far as a logarithmic axis has room for each."""
     apart = max(0.03, math.log10(max(values) / min(values)) / 8) if values else 0
     kept: list[float] = []
@@ -224,7 +228,7 @@ def _ticks(values: Sequence[float], text: Callable[[float], str]) -> dict[float,
     return {value: text(value) for value in kept}
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """A count in three digits: 305k, 1.22M, 6.74B."""
     rounded = float(f"{count:.3g}")
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
@@ -243,14 +247,14 @@ def _scaled(value: float, share: bool) -> float:
     return 100 * value if share else value
 
 
-def _label(text: str) -> str:
+def label_of(text: str) -> str:
     """Text that matplotlib shows as it is: a dollar starts a formula, an underscore ahead hides a
     legend's line."""
     text = text.replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def _file(kind: str, of: Table | str) -> str:
+def file_of(kind: str, of: Table | str) -> str:
     """A file's name, without its ending."""
     text = of if isinstance(of, str) else f"{of.task}-{of.budget or ''}"
     return re.sub(r"[^A-Za-z0-9.]+", "-", f"{kind}-{text}").strip("-.").lower()

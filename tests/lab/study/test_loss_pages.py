@@ -13,6 +13,7 @@ from scipy import stats
 
 from svdtune.lab.study.arms import tables
 from svdtune.lab.study.contrasts import answers
+from svdtune.lab.study.loss_plots import by_forgetting, by_size, loss_figures, regret
 from svdtune.lab.study.loss_tables import loss_sections, tied
 from svdtune.lab.study.page import main
 from svdtune.lab.study.results import Results
@@ -133,6 +134,13 @@ def test_a_contrast_that_was_not_named_before_every_run_is_exploratory(changed: 
     assert "lower (exploratory: not named before every run)" in text
 
 
+def test_one_seed_decides_nothing() -> None:
+    read, table, found = answered(study(seeds=(1,)))
+    assert found[0].p < 0.05, "over items alone"
+    text = dict(loss_sections(read, table))["Contrasts"]
+    assert text.count("not decided: one seed") == len(CONTRASTS)
+
+
 def test_the_tables_of_a_page() -> None:
     read, table, _ = answered(study())
     sections = dict(loss_sections(read, table))
@@ -180,3 +188,35 @@ def test_a_page_is_made_again_bit_for_bit(tmp_path: Path) -> None:
 def test_rates_that_cannot_be_told_apart_are_tied() -> None:
     assert tied([0.40, 0.41, 0.42], [0.40, 0.41, 0.40])
     assert not tied([0.50, 0.51, 0.52], [0.40, 0.41, 0.40])
+
+
+def test_the_figures_show_the_numbers() -> None:
+    _, table, _ = answered(study())
+    arms = {arm.name: arm for arm in table.arms}
+    for lines in (by_forgetting(table), by_size(table)):
+        assert [one.name for one in lines.series] == list(TRUTH), "the base has no place there"
+        for one in lines.series:
+            arm = arms[one.name]
+            assert one.y[-1] == pytest.approx(
+                arm.values("answers").mean() - arms["lora"].values("answers").mean(), abs=2e-5
+            )
+            low, high = one.spread[-1]
+            assert (low, high) == (arm.measured["answers"].interval if arm.measured else (one.y[-1],) * 2)
+    assert by_forgetting(table).series[2].x[-1] == pytest.approx(0.2, abs=0.01)
+    assert not regret(table).series, "two rates are no curve"
+
+
+def test_regret_is_cut_and_has_the_rates_that_did_not_finish() -> None:
+    results = study()
+    for seed in (1, 2, 3):
+        for arm, more in (("lora", {"measured": measured(0.02, 0.5, seed, "lora")}), ("sara", {"status": "diverged"})):
+            size = {"learning_rate": 1e-2, "budget": None, "eval_loss": 0.6, "plans": []}
+            results["runs"].append(made_run(arm, seed, {}, key=f"{arm}{seed}more", **size | more))
+    _, table, _ = answered(results)
+    lora, sara = regret(table).series
+    assert (lora.x, sara.x) == ([1e-3, 3e-3, 1e-2],) * 2
+    assert lora.y == pytest.approx([0, 0.05, 0.02], abs=2e-3)
+    assert sara.y == pytest.approx([0, 0.05, 0.05], abs=2e-3)
+    assert max(*lora.y, *sara.y) <= 0.05
+    names = [name for name, _, _ in loss_figures([table])]
+    assert names == ["forgetting-math", "size-math", "regret-math"]
