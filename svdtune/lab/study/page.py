@@ -44,10 +44,10 @@ that of the base's next tokens from the trained model's, on text that the run di
 
 The contrasts were named in the study file before its runs, whose records carry a digest of them. A difference has one 95 %
 interval over seeds and items together: would other seeds, and other items of the kind, say the same? Seeds are not paired and
-their variance is pooled; items are paired. *p* is of no difference, *alike* of one of the margin or more (two one-sided
-tests); both are corrected for the contrasts of the table (Holm). *Could see* is the smallest difference that such a test
-finds four times in five. Everything else is exploratory: its intervals and p values are not corrected, and what it shows is a
-reason to look again.
+their variance is pooled; items are paired. With one seed the interval is over items alone, and decides nothing. *p* is of no
+difference, *alike* of one of the margin or more (two one-sided tests); both are corrected for the contrasts of the table
+(Holm). *Could see* is the smallest difference that such a test finds four times in five. Everything else is exploratory: its
+intervals and p values are not corrected, and what it shows is a reason to look again.
 
 The learning rate of an arm is the one with the lowest loss on held-out training rows over its seeds; *tied* are those that
 cannot be told from it. ± is the sample standard deviation over seeds. Seconds are wall-clock time of training without that of

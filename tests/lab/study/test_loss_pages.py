@@ -63,7 +63,16 @@ def study(seeds: tuple[int, ...] = (1, 2, 3), without: tuple[str, int] | None = 
     """Results of four arms at two rates, the first of them the better one."""
     plan = plan_of(SPEC)
     runs = [
-        made_run("base", 1, {}, method=None, budget=None, learning_rate=None, measured=measured(1.0, 0.0, 1, "base"))
+        made_run(
+            "base",
+            1,
+            {},
+            method=None,
+            trained_parameters=0,
+            budget=None,
+            learning_rate=None,
+            measured=measured(1.0, 0.0, 1, "base"),
+        )
     ]
     for arm, (loss, held_out, kl) in TRUTH.items():
         for seed in seeds:
