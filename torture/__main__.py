@@ -1,8 +1,8 @@
 """`python -m torture`: stop, fill and alter for some minutes; say what was tried and what held.
 Exit code 1 if something did not hold.
 
---kills 100 --stops 100 --disks 40 --flips 3200 --minutes 15 --seed 0 are the defaults; the seed
-makes the choices, the machine's pace the moments of the kills.
+--kills 100 --stops 100 --disks 40 --flips 3200 --words 200 --minutes 15 --seed 0 are the defaults;
+the seed makes the choices, the machine's pace the moments of the kills.
 """
 
 import argparse
@@ -22,13 +22,22 @@ from torture.disks import fill, read_only
 from torture.flips import flip
 from torture.kills import stop_at_random
 from torture.verbs import stop_verbs
+from torture.words import odd_words
 from torture.world import call, make_model, write_recipe
 
 
 def main() -> int:
     """Do all of it and print what held."""
     parser = argparse.ArgumentParser(prog="python -m torture")
-    for name, default in {"kills": 100, "stops": 100, "disks": 40, "flips": 3200, "minutes": 15, "seed": 0}.items():
+    for name, default in {
+        "kills": 100,
+        "stops": 100,
+        "disks": 40,
+        "flips": 3200,
+        "words": 200,
+        "minutes": 15,
+        "seed": 0,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -52,6 +61,10 @@ def main() -> int:
         for target, counts in flips.outcomes.items():
             print(f"  {target:38} {', '.join(f'{n} {outcome}' for outcome, n in counts.most_common())}")
         wrong += flips.wrong
+
+        words = odd_words(work, model, asked.words, chance, deadline)
+        print(f"odd command lines: {words.tried}, {words.refused} refused in one sentence")
+        wrong += words.wrong
 
         disks = fill(work, model, run, asked.disks, chance, deadline)
         print(
@@ -80,6 +93,7 @@ def main() -> int:
         f"only {got} of {want} {what} in {asked.minutes} minutes"
         for what, got, want in (
             ("altered files", flips.count, asked.flips),
+            ("odd command lines", words.tried, asked.words),
             ("small disks", disks.tried, asked.disks),
             ("stops of other verbs", stops.count, asked.stops),
             ("stops of train", kills.kills + kills.interrupts, asked.kills),

@@ -18,13 +18,15 @@ import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from svdtune import SorsaConfig
+from svdtune import SorsaConfig, analyze, evaluate
+from svdtune.analysis import read_facts
 from svdtune.data.check import check_file
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.predictions import Prediction, PredictionStore
 from svdtune.export import find_source, open_source
 from svdtune.methods.files.adapter import read_adapter, read_config
 from svdtune.models import load
+from svdtune.reports import gather, render
 from svdtune.spectra import store
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.recipe import load_recipe
@@ -68,7 +70,7 @@ def flip(
     work: Path, model: Path, run: Path, recipe: Path, wanted: int, chance: random.Random, deadline: float
 ) -> Flips:
     """Alter files `wanted` times in all, or until the deadline."""
-    targets = _targets(work, run, recipe) | _base_targets(work, model)
+    targets = _targets(work, run, recipe) | _base_targets(work, model) | _report_targets(work, run)
     share = -(-wanted // len(targets))
     found = Flips()
     for name, target in targets.items():
@@ -201,4 +203,18 @@ def _base_targets(work: Path, model: Path) -> dict[str, Target]:
         "base model.safetensors": Target(file, weights, same=elsewhere),
         "base model.safetensors, its header": Target(file, weights, same=elsewhere, span=header),
         "base config.json": Target(base / "config.json", weights, edited=True),
+    }
+
+
+def _report_targets(work: Path, run: Path) -> dict[str, Target]:
+    """The files of a run that `report` reads: with any of them altered it writes its page, and
+    names what it left out."""
+    folder = shutil.copytree(run, work / "reported")
+    analyze(folder)
+    evaluate(folder, "arithmetic", limit=2, max_new_tokens=2)
+    answered = next(folder.glob("evaluations/*/result.json"))
+    files = [folder / "training.json", folder / "train_log.jsonl", *(folder / "analysis").iterdir(), answered]
+    return {
+        f"report of {file.name}": Target(file, lambda: render(gather([read_facts(folder)])), edited=True)
+        for file in files
     }

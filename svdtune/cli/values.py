@@ -34,20 +34,30 @@ def check_words(words: Sequence[str]) -> None:
         before = word
 
 
-def guard(command: Any) -> Any:
-    """The command, and those that it is made of, which refuse numbers that no option takes."""
-    for inner in getattr(command, "commands", {}).values():
-        guard(inner)
+def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """The commands of a verb that do something, by the words that call them."""
+    if not hasattr(command, "commands"):
+        yield name, command
+    for inner, found in getattr(command, "commands", {}).items():
+        yield from leaves(found, f"{name} {inner}")
+
+
+def guard(verb: Any) -> Any:
+    """The verb, whose commands refuse numbers that no option takes."""
+    for _, command in leaves(verb, ""):
+        command.callback = _checked(command)
+    return verb
+
+
+def _checked(command: Any) -> Any:
     work = command.callback
-    if work is not None and not hasattr(command, "commands"):
 
-        @wraps(work)
-        def checked(**given: Any) -> Any:
-            check_numbers({_shown(option): given.get(option.name) for option in command.params})
-            return work(**given)
+    @wraps(work)
+    def checked(**given: Any) -> Any:
+        check_numbers({_shown(option): given.get(option.name) for option in command.params})
+        return work(**given)
 
-        command.callback = checked
-    return command
+    return checked
 
 
 def check_numbers(given: dict[str, Any]) -> None:

@@ -115,7 +115,7 @@ def read_yaml(text: str, source: str) -> Any:
         tab = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
         raise SvdtuneError(f"{source}{where} is not valid YAML: {problem}{tab}") from error
     except YAMLError as error:
-        raise SvdtuneError(f"{source} is not valid YAML: {error}") from error
+        raise SvdtuneError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise SvdtuneError(f"{source} is not a recipe: its values lie too deep in each other") from error
     # values that look like dates or numbers and are none, by the types of what makes them

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from svdtune import SorsaConfig, cli
-from svdtune.cli.values import check_words
+from svdtune.cli.values import check_words, leaves
 
 NUMBERS = {
     int: ["-1", str(2**70), str(-(2**70)), "x", "nan", "1e3"],
@@ -32,14 +32,6 @@ WORDS = {
     "combine": ["ADAPTER", "--output", "NEW"],
     "study run": ["ROWS", "--dry-run"],
 }
-
-
-def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """The commands that do something, by the words that call them."""
-    if not hasattr(command, "commands"):
-        yield name, command
-    for inner, found in getattr(command, "commands", {}).items():
-        yield from leaves(found, f"{name} {inner}")
 
 
 def options() -> Iterator[tuple[str, str, type]]:
