@@ -32,7 +32,7 @@ _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_A_STEP = 32
 _ANY_LENGTH = 10**9
 _FEW = 40  # rows of which none are held out
-_SCORED = 0.2  # of the rows, where a recipe is to be scored and no test set is named
+SCORED = 0.2  # of the rows, where a recipe is to be scored and no test set is named
 _ANSWERS = (16, 32, 64, 128, 256, 512, 1024)  # tokens
 # By the columns that tell them; SFT is what is left.
 _TASKS = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
@@ -122,7 +122,7 @@ def draft(
     if scoring is not None:
         settings["evaluation"] = _evaluation(scoring, data, prompt, completion, tokenizer)
         if scoring.test is None:
-            settings["data"]["train"] = {"source": data, "without": _SCORED}
+            settings["data"]["train"] = {"source": data, "without": SCORED}
     seen = check_recipe(settings | {"data": settings["data"] | {"max_length": _ANY_LENGTH}}, "the recipe")
     rows = TaskRows(seen, seen.data.train[0].plain).encode(tokenizer, Console(quiet=True))
     lengths = token_counts(rows)
@@ -177,8 +177,8 @@ def _evaluation(
 ) -> dict[str, Any]:
     """The evaluation section: the rows, how they are graded, and room for the longest answer."""
     name = scoring.test or data
-    source = {"source": name} | ({"only": _SCORED} if scoring.test is None else {})
-    rows = read_rows(name, only=None if scoring.test else _SCORED)
+    source = {"source": name} | ({"only": SCORED} if scoring.test is None else {})
+    rows = read_rows(name, only=None if scoring.test else SCORED)
     found = to_examples(rows, prompt or PROMPT, completion or COMPLETION, source=name)
     if scoring.answer is not None:
         for example in found:

@@ -18,7 +18,8 @@ def new(
     budget: Annotated[str, typer.Option(help="Trained parameters of every arm: 300k, or a share, 0.5%.")] = "0.5%",
     test: Annotated[str | None, typer.Option(help="Rows to score on; without, a fifth of DATA is kept for it.")] = None,
     task: Annotated[
-        str | None, typer.Option(help="How to grade: number, exact, letter, or module:function; told by the answers.")
+        str | None,
+        typer.Option(help="number, exact, letter, nll (the answers' loss), module:function; told by the answers."),
     ] = None,
     answer: Annotated[str | None, typer.Option(help="Column to grade against; the completion by default.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt, or a text with {columns}.")] = None,

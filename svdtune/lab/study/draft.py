@@ -2,8 +2,8 @@
 that compares methods on it."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -12,10 +12,11 @@ from rich.console import Console
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.spec import load_study
-from svdtune.training.draft import OTHER_RATE, RATES, Draft, Scoring, draft
+from svdtune.training.draft import OTHER_RATE, RATES, SCORED, Draft, Scoring, draft
 from svdtune.training.method import FULL, method_problems
 from svdtune.training.problems import refuse
 
+NLL = "nll"  # what a user calls the loss of reference answers
 _SEEDS = (1, 2, 3)
 _AROUND = (1 / 3, 1, 3)  # of the rate to start at
 
@@ -54,7 +55,8 @@ def draft_study(
         methods: names of methods, each an arm.
         recipe_name: what the recipe's file will be called, beside the study.
         budget: trained parameters of every arm: 300k, or a share of the model, 0.5%.
-        scoring: what the runs are scored on.
+        scoring: what the runs are scored on; the task "nll" measures the loss of the reference
+            answers in place of answering.
 
     Raises:
         SvdtuneError: the rows are of no format, hold no answers, or a method or the budget is none.
@@ -64,8 +66,13 @@ def draft_study(
         raise SvdtuneError(f"expected different methods, such as lora,sorsa,sara; got {', '.join(methods) or 'none'}")
     refuse([problem for name in methods for problem in method_problems(name, {})], "--methods")
     fields = {"prompt": prompt, "completion": completion}
-    recipe = draft(model, data, method=methods[0], task="sft", scoring=scoring, console=console, **fields)
-    made = StudyDraft(_written(data, methods, recipe_name, budget), recipe, 1 + len(methods) * 2 * len(_SEEDS))
+    by_loss = scoring.task == NLL
+    graded = replace(scoring, task=None) if by_loss else scoring
+    recipe = draft(model, data, method=methods[0], task="sft", scoring=graded, console=console, **fields)
+    text = _written(data, methods, recipe_name, budget)
+    if by_loss:
+        text += _measured(_name(data), data, scoring, fields)
+    made = StudyDraft(text, recipe, 1 + len(methods) * 2 * len(_SEEDS))
     with TemporaryDirectory() as folder:  # as svdtune study will read it
         Path(folder, recipe_name).write_text(recipe.text, encoding="utf-8")
         Path(folder, "study.yaml").write_text(made.text, encoding="utf-8")
@@ -75,7 +82,7 @@ def draft_study(
 
 def _written(data: str, methods: Sequence[str], recipe: str, budget: str) -> str:
     """The study as YAML that says what its parts are for."""
-    name = Path(data).name.split(".")[0] or "rows"
+    name = _name(data)
     arms = "\n".join(_arm(method) for method in methods)
     baseline = "lora" if "lora" in methods else methods[0]
     return f"""\
@@ -96,6 +103,21 @@ tune:  # rates are chosen by the loss on training rows that the search holds out
 
 seeds: {[*_SEEDS]}  # the final runs of every arm
 baseline: {baseline}
+"""
+
+
+def _name(data: str) -> str:
+    return Path(data).name.split(".")[0] or "rows"
+
+
+def _measured(name: str, data: str, scoring: Scoring, fields: Mapping[str, str | None]) -> str:
+    """The lines of a study that takes the loss of the reference answers."""
+    source = {"source": data, "only": SCORED} if scoring.test is None else {"source": scoring.test}
+    items = source | {field: value for field, value in fields.items() if value is not None}
+    return f"""
+measure:  # the loss of every reference answer, which no run trains on
+  answers: {{{name}: {json.dumps(items)}}}
+generate: false  # true also has the recipe's evaluation section answered and graded
 """
 
 

@@ -85,6 +85,23 @@ def test_what_is_scored_and_how(rows: list[dict[str, Any]], words: list[str], ta
 
 
 @pytest.mark.parametrize(
+    "words", [[], ["--test", "test.jsonl"], ["--prompt", "Q: {prompt}"]], ids=["share", "test", "form"]
+)
+def test_answers_are_scored_by_their_loss(words: list[str], tiny_folder: Path) -> None:
+    write("test.jsonl", [row | {"prompt": f"another, {row['prompt']}"} for row in SUMS[:3]])
+    made = study("new", str(tiny_folder), "rows.jsonl", "--task", "nll", "--methods", "lora", "--budget", "3k", *words)
+    assert made.exit_code == 0, made.output
+    text = Path("study.yaml").read_text().replace("[0.0003, 0.001, 0.003]", "[0.001]").replace("[1, 2, 3]", "[1]")
+    Path("study.yaml").write_text(text.replace("budgets", "settings: {training: {epochs: 0.1}}\nbudgets"))
+    ran = study("study.yaml")
+    assert ran.exit_code == 0, ran.output
+    assert "failed" not in ran.stdout, ran.output
+    runs = json.loads(Path("runs/studies/study/results.json").read_text())["runs"]
+    losses = [run["measured"]["sets"]["rows"]["nll"] for run in runs if run["arm"] == "lora"]
+    assert [len(one["items"].split()) for one in losses] == [3 if "--test" in words else 6]
+
+
+@pytest.mark.parametrize(
     ("rows", "words", "message"),
     [
         (SUMS, ["--methods", "lora,lora"], "expected different methods, such as lora,sorsa,sara; got lora, lora"),
