@@ -1,7 +1,9 @@
-"""Command lines that mean nothing: every option of every verb that takes a value, with one that no
-option takes. Each is refused in one sentence, and writes nothing."""
+"""Command lines that mean nothing: every option of every verb that takes a value, with one that few
+options take. Each is refused in one sentence, or does what it says: `~` is a name of a file."""
 
+import os
 import random
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +14,7 @@ import typer
 
 from svdtune import cli
 from svdtune.cli.values import leaves
-from torture.world import call, is_one_sentence
+from torture.world import Done, is_one_sentence, start_call, wait
 
 _ODD = [
     "",
@@ -58,7 +60,7 @@ def odd_words(work: Path, model: Path, wanted: int, chance: random.Random, deadl
         verb, option = chance.choice(options)
         value = chance.choice(_ODD)
         words = [*verb.split(), str(model), f"{option}={value}"]
-        done = call(words, work / "printed")
+        done = _call_in(work / "odd", words, work / "printed")
         found.tried += 1
         found.refused += done.code == 2
         if "Traceback" in done.printed or done.code not in (0, 2):
@@ -66,6 +68,18 @@ def odd_words(work: Path, model: Path, wanted: int, chance: random.Random, deadl
         elif done.code == 2 and done.printed.startswith("svdtune: ") and not is_one_sentence(done):
             found.wrong.append(f"{verb} {option}={value!r}: more than one sentence: {done.printed[-300:]}")
     return found
+
+
+def _call_in(folder: Path, words: list[str], printed: Path) -> Done:
+    """Run a command in a folder of its own, which takes what it writes by a relative path."""
+    folder.mkdir(exist_ok=True)
+
+    def run() -> None:
+        os.chdir(folder)
+        sys.argv = ["svdtune", *words]
+        cli.main()
+
+    return wait(start_call(run, printed), printed)
 
 
 def _options() -> Iterator[tuple[str, str]]:

@@ -25,8 +25,8 @@ def check_words(words: Sequence[str]) -> None:
         if word == "--":
             return
         option, given, value = word.partition("=")
-        if not word or (option.startswith("--") and given and not value):
-            where = option or before
+        if not word.strip() or (option.startswith("--") and given and not value.strip()):
+            where = option.strip() or before
             raise SvdtuneError(
                 f"the value {f'of {where}' if where.startswith('--') else f'after {where}'} is empty; give one, or leave it "
                 "out (a shell's variable that is not set is empty too; in a recipe's setting, null is none)"

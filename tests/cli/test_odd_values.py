@@ -82,9 +82,9 @@ def test_numbers_that_no_option_takes(name: str, option: str, value: str, stand_
 
 
 @pytest.mark.parametrize(("name", "option"), [(name, option) for name, option, _ in OPTIONS])
-@pytest.mark.parametrize("form", [[""], "="])
-def test_empty_values(name: str, option: str, form: list[str] | str) -> None:
-    words = [f"{option}="] if form == "=" else [option, ""]
+@pytest.mark.parametrize("form", ["apart", "=", "blank"])
+def test_empty_values(name: str, option: str, form: str) -> None:
+    words = {"apart": [option, ""], "=": [f"{option}="], "blank": [option, " "]}[form]
     status, said = said_of([*name.split(), *words])
     assert status == 2
     assert said.startswith(f"svdtune: the value of {option} is empty; give one")
