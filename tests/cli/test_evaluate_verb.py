@@ -93,7 +93,7 @@ def test_ctrl_c_says_how_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--max-new-tokens", "511"], "do not fit in the model's 512 positions"),
         (["--adapter", "nowhere"], "is not an adapter folder"),
         (["--output", __file__], "is a file"),
-        (["--data", " "], "the data's name is empty; name a file"),
+        (["--data", " "], "the value of --data is empty; give one, or leave it"),
         (["--seed", str(2**33)], "expected one from 0 to 4294967295"),
         (["--temperature", "nan"], "temperature is nan; expected a finite number"),
         (["--top-p", "nan"], "--top-p is nan; expected a finite number"),

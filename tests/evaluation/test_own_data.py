@@ -14,6 +14,7 @@ from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import get_task
 from svdtune.evaluation.averages import no_average
+from svdtune.evaluation.questions import sets_to_ask
 from svdtune.models import load
 from svdtune.training import train
 from svdtune.training.recipe import check_recipe, dump_recipe
@@ -192,3 +193,11 @@ def test_a_report_averages_neither_graders_nor_parts_of_a_file(tiny_folder: Path
     facts = read_facts("run")
     assert "average of sets (strict)" not in facts["scores"]
     assert any("rows.jsonl is scored more than once" in told for told in facts["missing"])
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_data_set_without_a_name(name: str) -> None:
+    with pytest.raises(
+        SvdtuneError, match="the data's name is empty; name a file, a generator or a data set, or leave"
+    ):
+        sets_to_ask(None, name, None)
