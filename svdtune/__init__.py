@@ -1,7 +1,7 @@
 """svdtune: SVD-based parameter-efficient fine-tuning for Hugging Face PEFT.
 
-Importing it registers SARA, Mo-SARA and SORSA with PEFT; from then on PEFT's own functions know
-them:
+Importing it registers SARA, Mo-SARA and SORSA with PEFT, at once or when PEFT is imported; from
+then on PEFT's own functions know them:
 
     from peft import get_peft_model
     from svdtune import SorsaConfig
@@ -19,13 +19,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from svdtune._version import __version__
+from svdtune.arrival import import_with
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
-from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
 
 if TYPE_CHECKING:
     from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites, start
     from svdtune.api.runs import analyze, evaluate, report, train
+    from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
+    from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
     from svdtune.starts import fast_starts
 
 __all__ = [
@@ -55,15 +56,27 @@ __all__ = [
     "train",
 ]
 
-# Imported when first asked for: the Trainer alone takes seconds, and who only wants the methods
-# does not wait for it.
+# Imported when first asked for: PEFT and the Trainer take seconds each, and who does not need them
+# does not wait.
 _LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites", "start"), "svdtune.api.adapters")
 _LATER |= dict.fromkeys(("analyze", "evaluate", "report", "train"), "svdtune.api.runs")
 
+_LATER |= dict.fromkeys(
+    ("MoSaraConfig", "MoSaraModel", "SaraConfig", "SaraModel", "SorsaConfig", "SorsaModel"), "svdtune.methods"
+)
+_LATER |= dict.fromkeys(
+    ("SorsaRegularizer", "add_regularizer_gradients", "regularize"), "svdtune.methods.sorsa.regularizer"
+)
 _LATER["fast_starts"] = "svdtune.starts"
+
+_ROOMS = ("checkpoint", "linalg", "methods", "spectra")  # there after `import svdtune`, as before
+
+import_with("peft", "svdtune.methods")
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return import_module(f"svdtune.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'svdtune' has no attribute {name!r}")
     found = getattr(import_module(_LATER[name]), name)

@@ -10,6 +10,7 @@ import svdtune
 ROOT = Path(svdtune.__file__).parent
 ORDER = [
     "_version",
+    "arrival",
     "errors",
     "registry",
     "system",

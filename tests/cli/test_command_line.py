@@ -70,6 +70,7 @@ def test_ctrl_c_that_c_code_turned_into_another_error(
 
     monkeypatch.setattr("svdtune.cli.train.app", failing)
     monkeypatch.setattr("sys.argv", ["svdtune", "train"])
+    monkeypatch.setattr(cli, "plain_output", lambda: None)  # which sets variables of the whole process
     # a shell starts its background jobs without it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
