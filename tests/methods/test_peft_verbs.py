@@ -42,9 +42,10 @@ MERGEABLE = set(CONFIGS) - {"mosara", "mosara-front", "mosara-without-v"}
 FAMILIES = ["llama", "gpt2"]
 
 
-def model_of(family: str, dtype=torch.float32):
-    model = tiny_gpt2() if family == "gpt2" else tiny_llama(num_key_value_heads=2, tie_word_embeddings=False)
-    return model.to(dtype)
+def model_of(family: str, dtype=torch.float32, depth: int = 2):
+    if family == "gpt2":
+        return tiny_gpt2(n_layer=depth).to(dtype)
+    return tiny_llama(num_hidden_layers=depth, num_key_value_heads=2, tie_word_embeddings=False).to(dtype)
 
 
 def config_of(name: str, **settings):
@@ -52,8 +53,8 @@ def config_of(name: str, **settings):
     return cls(**(own | settings), task_type="CAUSAL_LM")
 
 
-def adapted(name: str, family: str = "llama", dtype=torch.float32, moved: float = 0.0, **settings):
-    model = get_peft_model(model_of(family, dtype), config_of(name, **settings)).eval()
+def adapted(name: str, family: str = "llama", dtype=torch.float32, moved: float = 0.0, depth: int = 2, **settings):
+    model = get_peft_model(model_of(family, dtype, depth), config_of(name, **settings)).eval()
     return move(model, moved)
 
 

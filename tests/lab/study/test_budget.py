@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def llama():
-    return tiny_llama(num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True).train()
+    return tiny_llama(num_hidden_layers=1, num_key_value_heads=2, vocab_size=64, tie_word_embeddings=True).train()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_a_method_that_cannot_come_near_takes_its_nearest(fits):
     least = fits("lora", 10)
     assert least.value == 1
     assert least.trained == trained(least.method) > 10
-    assert fits("sara", 10).trained == least.trained + 14  # a λ in each of 14 layers
+    assert fits("sara", 10).trained == least.trained + 7  # a λ in each of 7 layers
     most = fits("mosara", 10**7)
     assert most.value == 1.0
     assert most.trained == trained(most.method) < 10**7
@@ -143,13 +143,13 @@ def test_lora_alpha_follows_the_rank(fits, folder):
     ("section", "budget", "starts", "ends", "alpha"),
     [
         ({}, 1, 1, 1, 2),
-        ({}, 2000, 2, 1, 4),
-        ({}, 4000, 4, 3, 8),
-        ({}, 8000, 8, 5, 16),
-        ({"init_r": 12, "target_r": 8, "lora_alpha": 12}, 8000, 8, 5, 8),
-        ({"init_r": 64, "target_r": 64, "lora_alpha": 64}, 8000, 8, 8, 8),
-        ({"init_r": 64, "target_r": 1}, 8000, 8, 1, 16),
-        ({"target_r": 8, "lora_alpha": 5}, 8000, 8, 5, 5),
+        ({}, 1000, 2, 1, 4),
+        ({}, 2000, 4, 3, 8),
+        ({}, 4000, 8, 5, 16),
+        ({"init_r": 12, "target_r": 8, "lora_alpha": 12}, 4000, 8, 5, 8),
+        ({"init_r": 64, "target_r": 64, "lora_alpha": 64}, 4000, 8, 8, 8),
+        ({"init_r": 64, "target_r": 1}, 4000, 8, 1, 16),
+        ({"target_r": 8, "lora_alpha": 5}, 4000, 8, 5, 5),
     ],
 )
 def test_adalora_is_sized_by_the_rank_it_starts_with(folder, section, budget, starts, ends, alpha):
@@ -184,7 +184,7 @@ def test_what_a_section_fixes_by_itself_stays_and_is_counted(folder):
         ({"name": "full"}, 1000, "uniform", "no setting of full says how many"),
         ({"name": "ia3"}, 1000, "uniform", "no setting of ia3 says how many"),
         ({"name": "lora", **ALL}, 0, "uniform", "at least 1; got 0"),
-        ({"name": "lora", **ALL}, 1000, "best", "'uniform', 'sara' or 'random'; got 'best'"),
+        ({"name": "lora", **ALL}, 1000, "best", "'random', 'reverse'; got 'best'"),
         ({"name": "vera", **ALL}, 1000, "sara", "vera takes no ranks by layer"),
         ({"name": "adalora", **ALL}, 1000, "random", "adalora takes no ranks by layer"),
         ({"name": "lora", "target_modules": ["q_porj"]}, 1000, "uniform", "no module is named 'q_porj'"),
