@@ -42,6 +42,13 @@ TRL: dict[str, dict[str, Any]] = {
     "trl-lora-wrapped": {"packing": True, "packing_strategy": "wrapped"},
     "trl-lora-packed-liger": {"packing": True, "use_liger_kernel": True},
     "trl-lora-wrapped-liger": {"packing": True, "packing_strategy": "wrapped", "use_liger_kernel": True},
+    "trl-lora-wrapped-liger-compiled": {
+        "packing": True,
+        "packing_strategy": "wrapped",
+        "use_liger_kernel": True,
+        "torch_compile": True,
+    },
+    "trl-lora-wrapped-compiled": {"packing": True, "packing_strategy": "wrapped", "torch_compile": True},
     "trl-sorsa-wrapped": {"packing": True, "packing_strategy": "wrapped"},
     "trl-sorsa-wrapped-liger": {"packing": True, "packing_strategy": "wrapped", "use_liger_kernel": True},
 }
@@ -53,6 +60,9 @@ SVDTUNE: dict[str, dict[str, Any]] = {
     "svdtune-sorsa-packed": {"packing": True},
     "svdtune-sara-packed": {"packing": True},
     "svdtune-lora-packed": {"packing": True},
+    "svdtune-sorsa-packed-compiled": {"packing": True, "compile": True},
+    "svdtune-sara-packed-compiled": {"packing": True, "compile": True},
+    "svdtune-lora-packed-compiled": {"packing": True, "compile": True},
     "svdtune-sorsa-packed-plain": {"packing": True, "liger": False},
     "svdtune-sorsa-padded": {"padding_free": False, "liger": False},
 }

@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_torch_tf32_available
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
+from svdtune.training.compilation import LIGER_BESIDE, compiles
 from svdtune.training.recipe import Recipe
 
 CONFIGURATIONS = {
@@ -54,6 +55,8 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     if t.task == "reward":
         # Liger's would put a language model's forward in place of the classifier's.
         args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}
+    if compiles(recipe, total_steps(recipe, rows)):
+        args.liger_kernel_config = {**LIGER_BESIDE, **(args.liger_kernel_config or {})}
     if processes.under_deepspeed():
         _check_deepspeed(args)
     if args.n_gpu > 1:
@@ -105,7 +108,6 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
         "bf16": t.precision == "bf16" and not processes.under_deepspeed(),
         "fp16": t.precision == "fp16",
         "use_cpu": not torch.accelerator.is_available(),
-        "torch_compile": t.compile,
         "seed": t.seed,
         "logging_steps": t.logging_steps,
         "logging_first_step": True,

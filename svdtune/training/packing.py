@@ -80,14 +80,16 @@ class PackingCollator:
         # With a cache, Transformers takes a line for one row.
         apart: dict[str, Any] = {"position_ids": positions, "use_cache": False}
         if self.flat:
-            apart |= _row_bounds(starts, sum(lengths), length)
+            apart |= _row_bounds(starts, sum(lengths), length, self.length)
         return {"input_ids": ids, "labels": labels, **apart, TOKENS: torch.tensor(sum(lengths))}
 
 
-def _row_bounds(starts: Sequence[int], tokens: int, length: int) -> dict[str, Any]:
-    """Where rows of one sequence begin, as Transformers hands it to attention; padding is a row."""
-    bounds = torch.tensor([*starts, *{tokens, length}], dtype=torch.int32).sort().values
-    longest = int(bounds.diff().max())
+def _row_bounds(starts: Sequence[int], tokens: int, length: int, longest: int | None) -> dict[str, Any]:
+    """Where rows of one sequence begin, as Transformers hands it to attention; padding is a row,
+    or several where no row is longer than `longest`."""
+    padding = range(tokens, length, longest or length)
+    bounds = torch.tensor([*starts, *padding, length], dtype=torch.int32).sort().values
+    longest = longest or int(bounds.diff().max())
     return {f"cu_seq_lens_{side}": bounds for side in "qk"} | {f"max_length_{side}": longest for side in "qk"}
 
 

@@ -151,7 +151,7 @@ class Training(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Autocast; adapters stay as they are.")
     tf32: bool = Field(False, description="TF32 in float32 matrix products, where the GPU has it.")
     gradient_checkpointing: bool = False
-    compile: bool = Field(False, description="torch.compile the model.")
+    compile: bool | Literal["auto"] = Field("auto", description="torch.compile the blocks; auto: where it pays.")
     padding_free: bool | None = Field(
         None, description="Rows of a batch side by side; null: wherever the model keeps them apart."
     )

@@ -7,7 +7,6 @@ two rows and needs no mask, where a mask costs as much as if all rows were one.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +18,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from svdtune.errors import SvdtuneError
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    _KERNEL: Any = None
+else:
+    _known = {"window_size", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+    _KERNEL = varlen_attn if _known else None
 
 NAME = "svdtune_rows"  # of an attention, as Transformers keeps them
 # What this attention does not do. Transformers hands it over where a model has it.
@@ -63,18 +70,8 @@ def kernel_fits(model: Any, autocast: torch.dtype | None) -> bool:
         and torch.version.hip is None
         and torch.cuda.get_device_capability(weight.device) >= (8, 0)
         and (autocast or weight.dtype) in (torch.bfloat16, torch.float16)
-        and _kernel() is not None
+        and _KERNEL is not None
     )
-
-
-@cache
-def _kernel() -> Any:
-    """`varlen_attn` of a PyTorch whose arguments are known, or None."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if {"window_size", "scale"} <= set(inspect.signature(varlen_attn).parameters) else None
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None) -> Tensor:
@@ -90,11 +87,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: i
 
     Returns: as `query`.
     """
-    kernel = _kernel()
-    if kernel is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
+    if _KERNEL is None or not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return attend_in_turn(query, key, value, starts, scale)
     key, value = (_for_heads(x, query.shape[1]) for x in (key, value))
-    found: Tensor = kernel(query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
+    found: Tensor = _KERNEL(query, key, value, starts, starts, longest, longest, scale=scale, window_size=(-1, 0))
     return found
 
 

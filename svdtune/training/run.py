@@ -33,6 +33,7 @@ from svdtune.training.arguments import total_steps
 from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.collators import make_collator
+from svdtune.training.compilation import compiled_blocks, compiles
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, digest_of, start_run, take_up, write_summary
 from svdtune.training.health import WatchNumbers
 from svdtune.training.lock import held
@@ -158,11 +159,16 @@ def _train(
     collator = None
     if task == "sft":
         collator = processes.jointly(lambda: make_collator(model, prepared, recipe, console, attending))
-    if torch.cuda.is_available() and not recipe.training.compile and task != "grpo":
+    watching = [*callbacks]
+    quantized = getattr(model, "is_quantized", False)
+    compiled = compiles(recipe, steps) and not (recipe.training.compile == "auto" and quantized)
+    if compiled:
+        watching.append(attending.enter_context(compiled_blocks(model, one_shape=recipe.training.packing)))
+        console.print("compile   the model's blocks, which the first steps wait for", highlight=False)
+    if torch.cuda.is_available() and not compiled and task != "grpo":
         tokens = sum(token_counts(train_rows)) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
             console.print(f"advice    {advice}", highlight=False)
-    watching = [*callbacks]
     if recipe.analysis is not None and processes.is_main():
         watching.append(SampleMovement(model, folder, **recipe.analysis.model_dump()))
     processes.jointly(lambda: check_room(recipe, model, found.count, steps) if processes.is_main() else None)

@@ -19,6 +19,7 @@ from svdtune.training.arguments import optimizer_error
 from svdtune.training.batches import fill_up
 from svdtune.training.callbacks import is_measured
 from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, fault, keep_newest, note_processes, seal
+from svdtune.training.compilation import any_number_of_rows
 from svdtune.training.groups import split_groups
 from svdtune.training.packing import TOKENS
 from svdtune.training.sharded import saved_state, spread_optimizer_state, whole_optimizer_state
@@ -114,7 +115,9 @@ class RunTrainer(Trainer):
         self._tokens = self._tokens + (inputs["attention_mask"].sum() if counted is None else counted)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return super()._prepare_inputs({name: value for name, value in inputs.items() if name != TOKENS})
+        prepared = super()._prepare_inputs({name: value for name, value in inputs.items() if name != TOKENS})
+        any_number_of_rows(prepared)
+        return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         if self.resumed_at is None:

@@ -131,5 +131,7 @@ def test_a_sequence_of_all_rows_says_where_they_begin(length: int | None) -> Non
     batch = PackingCollator(0, flat=True, multiple_of=8, length=length)(rows(5, 2, 3))
     size = 16 if length is None else 40  # three rows of 12, rounded up
     assert batch["input_ids"].shape == (1, size)
-    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 7, 10, size]
-    assert batch["max_length_k"] == max(5, size - 10)
+    # Padding is one more row; where all batches have one shape, none is longer than a sequence.
+    padding = [size] if length is None else [22, 34, size]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 7, 10, *padding]
+    assert batch["max_length_k"] == (6 if length is None else length)

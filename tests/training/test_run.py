@@ -236,7 +236,7 @@ def test_gradient_checkpointing_does_not_change_the_losses(recipe: dict[str, Any
 @pytest.mark.slow
 def test_compiling_does_not_change_the_losses(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["method"]["dropout"] = 0.0
-    recipe["training"]["max_steps"] = 4
+    recipe["training"]["max_steps"] = 50
     plain = log_of(go(recipe)[0])
     recipe["output"]["dir"] = str(tmp_path / "compiled")
     recipe["training"]["compile"] = True

@@ -1,0 +1,113 @@
+"""A model's repeated blocks run through `torch.compile` while a run trains.
+
+A block is compiled, not the model: all blocks share one graph (the first has one of its own, since
+its input needs no gradient), so it takes about as long for 80 blocks as for two, and no module
+changes its name.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from svdtune import processes
+from svdtune.training.recipe import Recipe
+
+ENOUGH_STEPS = 600
+"""Steps from which `auto` compiles. At 1.1B shapes it takes SORSA 30 s, and a step of 8,192 tokens
+0.05 s less (docs/performance.md); SARA and LoRA gain more."""
+
+LIGER_BESIDE = dict.fromkeys(("rope", "rms_norm", "layer_norm", "swiglu", "geglu"), False)
+"""Liger's kernels that compiled blocks do without: the compiler fuses more than they do."""
+
+ROW_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def compiles(recipe: Recipe, steps: int) -> bool:
+    """Whether a run compiles its blocks: where the recipe says so, and with `auto` where that pays
+    and every batch has one shape: on a GPU, packed, whole in one process.
+
+    Args:
+        recipe: the recipe.
+        steps: optimizer steps of the run.
+    """
+    t = recipe.training
+    if isinstance(t.compile, bool):
+        return t.compile
+    whole = not processes.under_deepspeed() and not processes.under_fsdp()
+    return t.packing and torch.cuda.is_available() and whole and steps >= ENOUGH_STEPS
+
+
+@contextmanager
+def compiled_blocks(model: nn.Module, *, one_shape: bool, backend: str = "inductor") -> Iterator["KeepGraphs"]:
+    """Compile the blocks of a model until the `with` block ends.
+
+    Args:
+        model: with or without an adapter.
+        one_shape: whether all full batches have one shape, as packed ones have.
+        backend: of `torch.compile`.
+
+    Yields: a callback that the trainer needs.
+    """
+    blocks = blocks_of(model)
+    tuner = getattr(model, "base_model", None)
+    together = getattr(tuner, "together", None)
+    before = getattr(together, "enabled", None)
+    if together is not None:
+        together.enabled = False  # it would look for layers that the compiler took in
+    for block in blocks:
+        block.compile(dynamic=False if one_shape else None, backend=backend)
+    try:
+        yield KeepGraphs(1 if one_shape else _SHAPES_SEEN)
+    finally:
+        torch.compiler.set_stance("default")
+        for block in blocks:
+            block._compiled_call_impl = None
+        if together is not None:
+            together.enabled = before
+
+
+_SHAPES_SEEN = 5  # steps after which a graph for every shape is there
+
+
+class KeepGraphs(TrainerCallback):
+    """Compile nothing after the first steps: what fits no graph, such as an epoch's last batch or
+    an evaluation, runs as written.
+
+    Args:
+        steps: after how many.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self._taken = 0
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._taken += 1
+        if self._taken == self.steps:
+            torch.compiler.set_stance("eager_on_recompile")
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of the outermost lists of two and more of one class; the model where it has no
+    such list."""
+    found: list[nn.Module] = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(inside) or not isinstance(module, nn.ModuleList):
+            continue
+        if len(module) > 1 and len({type(block) for block in module}) == 1:
+            found += module
+            inside += (f"{name}.",)
+    return found or [model]
+
+
+def any_number_of_rows(inputs: dict[str, Any]) -> None:
+    """Tell the compiler that batches have different numbers of rows, before it sees a second."""
+    for name in ROW_BOUNDS:
+        bounds = inputs.get(name)
+        if isinstance(bounds, Tensor):
+            torch._dynamo.maybe_mark_dynamic(bounds, 0)
