@@ -111,9 +111,13 @@ def official(outputs: list[str], references: list[list[str]]) -> list[float]:
     return json.loads(done.stdout)
 
 
-def test_the_five_metrics_of_a_few_texts():
+@pytest.fixture(scope="module")
+def metrics():
     needs_java()
-    metrics = e2e_metrics(OUTPUTS, REFERENCES)
+    return get_task("e2e").metrics(OUTPUTS, REFERENCES)
+
+
+def test_the_five_metrics_of_a_few_texts(metrics):
     # BLEU is sacrebleu's, NIST pymteval's of e2e-metrics, the others are what `official` gives.
     expected = {"BLEU": 0.4277631, "NIST": 4.5316905, "METEOR": 0.4291270, "ROUGE-L": 0.7307883, "CIDEr": 3.9894574}
     assert {name: metric.value for name, metric in metrics.items()} == pytest.approx(expected, abs=1e-7)
@@ -121,12 +125,11 @@ def test_the_five_metrics_of_a_few_texts():
         assert metric.interval.low <= metric.value <= metric.interval.high
 
 
-def test_two_of_the_metrics_need_no_java(monkeypatch: pytest.MonkeyPatch):
-    whole = get_task("e2e").metrics(OUTPUTS, REFERENCES)
+def test_two_of_the_metrics_need_no_java(monkeypatch: pytest.MonkeyPatch, metrics):
     monkeypatch.setenv("PATH", "")
     without = get_task("e2e_bleu")
     without.check(REFERENCES[0])
-    assert without.metrics(OUTPUTS, REFERENCES) == {name: whole[name] for name in ("BLEU", "NIST")}
+    assert without.metrics(OUTPUTS, REFERENCES) == {name: metrics[name] for name in ("BLEU", "NIST")}
     with pytest.raises(SvdtuneError, match="needs a sentence or a list of sentences"):
         without.check([])
 

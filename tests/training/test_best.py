@@ -219,12 +219,15 @@ def test_evaluations_since_the_best() -> None:
     [
         {"trl": {"neftune_noise_alpha": 5.0}},
         {"learning_rate_ratios": {"sorsa_s": 16.0, "sorsa_V": 0.5}},
-        *({"optimizer": name} for name in ("adafactor", "sgd", "rmsprop", "adagrad", "adamw_torch_fused")),
-        *(
-            {"schedule": name}
-            for name in ("cosine_with_restarts", "polynomial", "inverse_sqrt", "constant_with_warmup")
-        ),
-        {"schedule": "cosine_with_min_lr", "trl": {"lr_scheduler_kwargs": {"min_lr": 1e-4}}},
+        {"optimizer": "adafactor", "schedule": "cosine_with_restarts"},
+        {"optimizer": "sgd", "schedule": "polynomial"},
+        {"optimizer": "rmsprop", "schedule": "inverse_sqrt"},
+        {"optimizer": "adagrad", "schedule": "constant_with_warmup"},
+        {
+            "optimizer": "adamw_torch_fused",
+            "schedule": "cosine_with_min_lr",
+            "trl": {"lr_scheduler_kwargs": {"min_lr": 1e-4}},
+        },
         {"schedule": "warmup_stable_decay", "trl": {"lr_scheduler_kwargs": {"num_decay_steps": 3}}},
     ],
     ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
