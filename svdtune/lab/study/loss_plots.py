@@ -35,7 +35,7 @@ def loss_figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]
                 figure = draw(numbers)
                 figure.axes[0].axhline(0, color="#50565e", linewidth=1)
                 ends = [end for one in numbers.series for end in one.spread[-1]]
-                room = 0.1 * (max(ends) - min(ends))
+                room = 0.1 * (max(ends) - min(ends)) or 0.1 * _CLIP  # one arm, one seed
                 # The way down begins far above all ends, which would lie on each other.
                 figure.axes[0].set_ylim(min(ends) - room, max(ends) + 4 * room)
                 yield numbers.name, numbers.title.replace(r"\$", "$"), figure

@@ -187,6 +187,11 @@ def regularize(
         max_learning_rate: η_d. By default the largest `max_lr` (OneCycleLR's) or else `initial_lr`
             of the optimizer's groups, which other schedulers set to the rate they start from or
             rise to, or `lr` where there is no scheduler yet. A step at a larger one is refused.
+
+    Returns: the hook; `remove()` ends it, and `last` is L_reg at the last step.
+
+    Raises:
+        SvdtuneError: the optimizer is of a kind whose steps cannot be told.
     """
     known = max_learning_rate is not None
     found = max_learning_rate if max_learning_rate is not None else largest_learning_rate(optimizer.param_groups)
