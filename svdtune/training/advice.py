@@ -29,5 +29,5 @@ def launch_bound(model: nn.Module, batch_size: int, tokens: float) -> str | None
     return (
         f"{batch_size} rows of about {tokens:.0f} tokens are too few for this GPU: it waits for launches. Up to "
         f"training.batch_size: {enough} a pass takes hardly longer (lower training.gradient_accumulation to match); "
-        "training.compile: true spares launches, after minutes of compiling"
+        "training.compile: true spares launches, after half a minute of compiling"
     )

@@ -28,6 +28,11 @@ RATES = {"sara": "1e-2", "mosara": "3e-2", "sorsa": "1e-4", "full": "1e-4"}
 OTHER_RATE = "1e-3"  # LoRA's and its relatives'
 _GENTLER = 0.1  # of the rate, for tasks that move a model a little from a reference
 _NO_RANK = ("full", "mosara")
+# What the guide recommends beside the paper's form, which stays the default.
+_BESIDE = {
+    "sorsa": "\n  # components: middle  # forgets less than the paper's first ones, with learning_rate 3e-3 at rank 4",
+    "sara": "\n  # init: zero_v  # starts as the model does and forgets less than the paper's start, with learning_rate 3e-2",
+}
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _ROWS_A_STEP = 32
 _ANY_LENGTH = 10**9
@@ -222,7 +227,7 @@ def _amount(rows: int) -> dict[str, Any]:
 def _written(settings: dict[str, Any], lengths: Sequence[int]) -> str:
     """The settings as YAML that says what they are for."""
     model, method, data, training = (settings[name] for name in ("model", "method", "data", "training"))
-    rank = f"\n  r: {method['r']}" if "r" in method else ""
+    rank = (f"\n  r: {method['r']}" if "r" in method else "") + _BESIDE.get(method["name"], "")
     fields = "".join(f"\n  {name}: {json.dumps(data[name])}" for name in ("prompt", "completion") if name in data)
     overlong = data.get("overlong", "error")
     scored = settings.get("evaluation")
