@@ -1,7 +1,7 @@
 """svdtune: SVD-based parameter-efficient fine-tuning for Hugging Face PEFT.
 
-Importing it registers SARA, Mo-SARA and SORSA with PEFT, at once or when PEFT is imported; from
-then on PEFT's own functions know them:
+Importing it registers SARA, Mo-SARA and SORSA with PEFT; from then on PEFT's own functions know
+them:
 
     from peft import get_peft_model
     from svdtune import SorsaConfig
@@ -15,11 +15,13 @@ like with svdtune's decompositions. What stands in `__all__` is stable; docs/api
 it.
 """
 
+import sys
 from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from svdtune._version import __version__
-from svdtune.arrival import import_with
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 
 if TYPE_CHECKING:
@@ -71,7 +73,12 @@ _LATER["fast_starts"] = "svdtune.starts"
 
 _ROOMS = ("checkpoint", "linalg", "methods", "spectra")  # there after `import svdtune`, as before
 
-import_with("peft", "svdtune.methods")
+
+def _is_command() -> bool:
+    """Whether this process is the command line, whose help shall not wait for PEFT: a verb that has
+    to do with adapters imports the methods itself."""
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    return name in ("svdtune", "svdtune.exe") or ("-m", "svdtune") in pairwise(sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:
@@ -86,3 +93,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+if not _is_command():
+    import_module("svdtune.methods")

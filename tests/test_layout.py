@@ -10,7 +10,6 @@ import svdtune
 ROOT = Path(svdtune.__file__).parent
 ORDER = [
     "_version",
-    "arrival",
     "errors",
     "registry",
     "system",
