@@ -58,12 +58,13 @@ def import_function(path: str, what: str) -> Callable[..., Any]:
     sys.path.append(here)
     try:
         found: Any = getattr(import_module(module), name, None)
-    except (ImportError, ValueError) as error:  # a path that begins with a dot or has no module is a ValueError
+    except Exception as error:  # whatever the module does while it is imported
         raise SvdtuneError(
             f"{what}: {path!r} cannot be imported: {error}; expected package.module:function, found from here or installed"
         ) from error
     finally:
-        sys.path.remove(here)
+        if sys.path[-1:] == [here]:  # and not an entry before it that is the user's own
+            del sys.path[-1]
     if not callable(found):
         raise SvdtuneError(f"{what}: {module} has no function {name!r}")
     function: Callable[..., Any] = found

@@ -1,6 +1,7 @@
 """What every verb has besides its own options: `--quiet`, and `--json` for what it found."""
 
 import json
+import math
 import os
 import sys
 import warnings
@@ -131,4 +132,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple | set):
         return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, str | int | float | bool) else str(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # JSON has no other numbers
+    return value if value is None or isinstance(value, str | int | bool) else str(value)

@@ -11,7 +11,8 @@ from svdtune.names import meant
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE
 
 _CARD = "README.md"
-_KEPT_BACK = ("checkpoint-*", "*.pt", "*.bin", "optimizer*", ".*")
+_WEIGHTS = (".safetensors", ".bin")
+_KEPT_BACK = ("checkpoint-*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", ".*")
 
 
 def push(source: str | Path, name: str, *, base: str | None = None, private: bool = False) -> str:
@@ -28,12 +29,15 @@ def push(source: str | Path, name: str, *, base: str | None = None, private: boo
         The address of what was uploaded.
 
     Raises:
-        SvdtuneError: there is no such folder, its base is on this disk alone, or the hub refuses.
+        SvdtuneError: there is no such folder, it holds no weights, its base is on this disk alone,
+            or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     folder = _result_of(Path(source).expanduser())
+    if not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
+        raise SvdtuneError(f"{folder} holds no weights ({', '.join(_WEIGHTS)}), so there is nothing to push")
     with TemporaryDirectory() as place:
         copy = Path(place) / "upload"
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns(*_KEPT_BACK), copy_function=_linked)

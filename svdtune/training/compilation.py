@@ -28,7 +28,8 @@ ROW_BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 def compiles(recipe: Recipe, steps: int) -> bool:
     """Whether a run compiles its blocks: where the recipe says so, and with `auto` where that pays
-    and every batch has one shape: on a GPU, packed, whole in one process.
+    and every batch has one shape: on a GPU, packed, whole in one process. A quantized model's
+    blocks are compiled like others; where the compiler cannot take a layer in, it goes around it.
 
     Args:
         recipe: the recipe.
@@ -74,16 +75,21 @@ _SHAPES_SEEN = 5  # steps after which a graph for every shape is there
 
 
 class KeepGraphs(TrainerCallback):
-    """Compile nothing after the first steps: what fits no graph, such as an epoch's last batch or
-    an evaluation, runs as written.
+    """Compile in the first steps alone: an evaluation before them runs as written, since the
+    compiler keeps few graphs, and later what fits none, such as an epoch's last batch.
 
     Args:
-        steps: after how many.
+        steps: how many.
     """
 
     def __init__(self, steps: int):
         self.steps = steps
         self._taken = 0
+        torch.compiler.set_stance("force_eager")
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        if self._taken == 0:
+            torch.compiler.set_stance("default")
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._taken += 1

@@ -1,7 +1,9 @@
 """Refuse to train on what the run is scored on: the rows of data.eval, and the data sets of the
 evaluation section."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
 
 from rich.console import Console
 
@@ -13,14 +15,22 @@ from svdtune.training.recipe import Recipe
 from svdtune.training.sections import DataSource, TrainSource, is_local
 
 
+class _Asked(NamedTuple):
+    """Questions, and which of the training sources they were held out of."""
+
+    questions: Questions
+    origin: int | None
+
+
 def check_leaks(
-    recipe: Recipe, train: Questions, held_out: Mapping[str, Questions], console: Console | None = None
+    recipe: Recipe, train: Sequence[Questions], held_out: Mapping[str, Questions], console: Console | None = None
 ) -> dict[str, int]:
     """Look for test questions among the training questions.
 
     Args:
         recipe: its `data.allow_leaks` names the sets that may leak.
-        train: what is trained on.
+        train: what each source of data.train asks, in their order. What was held out of one is
+            compared with the others.
         held_out: what the rows of data.eval ask, by its names.
         console: where to say what is allowed, and which sets are not at hand.
 
@@ -38,11 +48,13 @@ def check_leaks(
                 f"data.allow_leaks names {name!r}, which this recipe is not scored on: {', '.join(asked)}"
             )
     allowed = {}
-    for name, test in asked.items():
+    for name, (test, origin) in asked.items():
+        others = [at for at in range(len(train)) if at != origin]
+        trained = Questions.join(train[at] for at in others)
         if name not in recipe.data.allow_leaks:
-            refuse_leaks(test, train, name, " and ".join(source.source for source in recipe.data.train))
+            refuse_leaks(test, trained, name, " and ".join(recipe.data.train[at].source for at in others))
             continue
-        allowed[name] = len(leaks(test, train))
+        allowed[name] = len(leaks(test, trained))
         if console is not None:
             console.print(
                 f"leak      {allowed[name]} of the {len(test)} questions of {name} are trained on, as allowed",
@@ -51,39 +63,49 @@ def check_leaks(
     return allowed
 
 
-def _drawn_from(train: Sequence[TrainSource]) -> list[DataSource]:
-    """The shares that were left out of the training rows."""
-    plain = (source.plain for source in train if source.without is not None)
-    return [source.model_copy(update={"only": source.without, "without": None}) for source in plain]
+def _origin(source: DataSource, train: Sequence[TrainSource]) -> int | None:
+    """Which of the training sources a source is the held-out share of."""
+    for at, one in enumerate(train):
+        if one.without is not None and one.plain.model_copy(update={"only": one.without, "without": None}) == source:
+            return at
+    return None
 
 
-def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Console | None) -> dict[str, Questions]:
+def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Console | None) -> dict[str, _Asked]:
     """The questions of every set the run is scored on, by the set's name."""
-    sources = recipe.data.eval
-    # What was drawn from the training rows asks nothing that they ask; chats may share a turn.
-    drawn = _drawn_from(recipe.data.train)
-    own = [name for name in held_out if sources[name] in drawn]
-    asked = {name or sources[name].source: rows.first() for name, rows in held_out.items() if name not in own}
+    asked: dict[str, _Asked] = {}
+
+    def add(name: str, source: DataSource, ask: Callable[[], Questions]) -> None:
+        origin = _origin(source, recipe.data.train)
+        # What was drawn from the only source asks nothing that it asks; chats may share a turn.
+        if origin is None or len(recipe.data.train) > 1:
+            asked[name] = _Asked(ask(), origin)
+
+    for name, rows in held_out.items():
+        source = recipe.data.eval[name]
+        add(name or source.source, source, rows.first)
     section = recipe.evaluation
     for source in section.sources if section else []:
-        if source in drawn:
-            continue
-        if not is_local(source):
-            asked[source.source] = _not_compared(source.source, "on the hub", console)
-            continue
-        rows = read_rows(**source.model_dump())[: section.limit if section else None]
-        prompt = (section and section.prompt) or recipe.data.prompt
-        examples = to_examples(rows, prompt, source=source.source)
-        texts = [questions(one.prompt, str(one.row.get(COMPLETION, "")))[0] for one in examples]
-        asked[source.source] = Questions.of(texts)
+        add(source.source, source, partial(_own_questions, recipe, source, console))
     for dataset in section.known if section else []:
         if all(dataset.find(split) is None for split in dataset.files):
-            asked[dataset.name] = _not_compared(dataset.name, "not in the data folder", console)
+            asked[dataset.name] = _Asked(_not_compared(dataset.name, "not in the data folder", console), None)
             continue
         split = (section and section.split) or dataset.test
         examples = to_examples(read_rows(dataset.name, split), dataset.prompt, source=dataset.name)
-        asked[dataset.name] = Questions.of([question_text(example.prompt) for example in examples])
+        asked[dataset.name] = _Asked(Questions.of([question_text(example.prompt) for example in examples]), None)
     return asked
+
+
+def _own_questions(recipe: Recipe, source: DataSource, console: Console | None) -> Questions:
+    """The questions of a source of the evaluation section."""
+    section = recipe.evaluation
+    if not is_local(source):
+        return _not_compared(source.source, "on the hub", console)
+    rows = read_rows(**source.model_dump())[: section.limit if section else None]
+    prompt = (section and section.prompt) or recipe.data.prompt
+    examples = to_examples(rows, prompt, source=source.source)
+    return Questions.of([questions(one.prompt, str(one.row.get(COMPLETION, "")))[0] for one in examples])
 
 
 def _not_compared(name: str, where: str, console: Console | None) -> Questions:

@@ -49,7 +49,12 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
     check_grader(recipe.evaluation.task if recipe.evaluation else None)
     train = TrainRows(recipe)
     held_out = {name: TaskRows(recipe, source) for name, source in recipe.data.eval.items()}
-    check_leaks(recipe, train.questions, {name: rows.questions for name, rows in held_out.items()}, console)
+    check_leaks(
+        recipe,
+        [part.questions for part in train.parts],
+        {name: rows.questions for name, rows in held_out.items()},
+        console,
+    )
     more: dict[str, Any] = {}
     if recipe.training.task == "grpo":
         more["reward_funcs"] = load_rewards(

@@ -160,8 +160,7 @@ def _train(
     if task == "sft":
         collator = processes.jointly(lambda: make_collator(model, prepared, recipe, console, attending))
     watching = [*callbacks]
-    quantized = getattr(model, "is_quantized", False)
-    compiled = compiles(recipe, steps) and not (recipe.training.compile == "auto" and quantized)
+    compiled = compiles(recipe, steps)
     if compiled:
         watching.append(attending.enter_context(compiled_blocks(model, one_shape=recipe.training.packing)))
         console.print("compile   the model's blocks, which the first steps wait for", highlight=False)

@@ -112,6 +112,7 @@ def test_an_error_is_told_in_quiet_too() -> None:
 
 
 def test_what_json_lacks_is_text(tmp_path: Path) -> None:
+    assert outcome._plain([float("nan"), -float("inf"), 0.5]) == [None, None, 0.5]
     found = outcome._plain({"config": SorsaConfig, 1: (tmp_path, {2})})
     assert found["1"] == [str(tmp_path), [2]]
 

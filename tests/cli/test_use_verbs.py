@@ -174,6 +174,10 @@ def test_what_cannot_be_pushed(adapter: Path) -> None:
     found = svdtune("push", adapter, "me/mine", "--base", "owner/base")
     assert found.exit_code == 2
     assert "cannot be pushed to me/mine: no login; expected owner/name, and a login" in found.stderr
+    weights = adapter / "adapter_model.safetensors"
+    weights.rename(adapter / "optimizer.pt")
+    found = svdtune("push", adapter, "me/mine", "--base", "owner/base")
+    assert "holds no weights (.safetensors, .bin), so there is nothing to push" in found.stderr
     found = svdtune("push", "adaptor", "me/mine")
     assert found.exit_code == 2
     assert "is neither a finished run, nor an adapter, nor a model folder (looked in " in found.stderr

@@ -125,6 +125,7 @@ def undecided(completion, reference):
 
 def test_a_function_of_ones_own_grades(tiny_folder: Path) -> None:
     Path("my_grading.py").write_text(GRADER)
+    Path("my_slip.py").write_text("def f(:")
     found = evaluate(tiny_folder, {"data": "rows.jsonl", "task": "my_grading:near", "answer": "sum", "limit": 2})
     assert found.exit_code == 0, found.output
     assert "2 of 2 correct" in found.stdout
@@ -138,6 +139,7 @@ def test_a_function_of_ones_own_grades(tiny_folder: Path) -> None:
     for path, message in (
         ("my_grading:no", "the task: my_grading has no function 'no'"),
         ("no_such_module_here:f", "the task: 'no_such_module_here:f' cannot be imported: No module named"),
+        ("my_slip:f", "the task: 'my_slip:f' cannot be imported: invalid syntax"),
     ):
         with pytest.raises(SvdtuneError) as refused:
             get_task(path)

@@ -55,7 +55,11 @@ def test_all_blocks_share_one_graph_and_give_the_same_step(method: str) -> None:
     wanted = [step(model, seed) for seed in range(2)]
     torch._dynamo.utils.counters.clear()
     with compiled_blocks(model, one_shape=True, backend="aot_eager") as keep:
+        with torch.no_grad():
+            model(**batch(4, sequences=3))  # as an evaluation before training does
+        assert graphs() == 0
         for seed, (loss, gradients) in enumerate(wanted):
+            keep.on_step_begin()
             found, got = step(model, seed)
             keep.on_step_end()
             assert found == pytest.approx(loss, rel=1e-5)

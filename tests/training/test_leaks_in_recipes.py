@@ -67,3 +67,15 @@ def test_data_sets_of_the_evaluation_section(
     raw["data"]["allow_leaks"] = ["winogrande"]
     with pytest.raises(SvdtuneError, match="allow_leaks names 'winogrande', which this recipe is not scored on: boolq"):
         train(check_recipe(raw), overwrite=True)
+
+
+def test_what_is_held_out_of_one_file_is_compared_with_the_others(tmp_path: Path, tiny_folder: Path) -> None:
+    one, same = write(tmp_path / "a.json", ROWS), write(tmp_path / "b.json", ROWS)
+    other = write(tmp_path / "c.json", [row | {"instruction": f"{row['instruction']} Now?"} for row in ROWS])
+    without, only = {"source": one, "without": 0.4}, {"source": one, "only": 0.4}
+    raw = settings(tmp_path, tiny_folder, train=[without, same])
+    with pytest.raises(SvdtuneError, match=r"questions of .*\(training row"):
+        train(check_recipe(settings(tmp_path, tiny_folder, train=[without, same], eval=only)))
+    with pytest.raises(SvdtuneError, match=r"questions of .*a\.json"):
+        train(check_recipe(raw | {"evaluation": {"data": [only], "task": "number", "answer": "answer"}}))
+    train(check_recipe(settings(tmp_path, tiny_folder, train=[without, other], eval=only)))

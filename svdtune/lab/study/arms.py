@@ -148,20 +148,17 @@ def _whole_rounds(results: Results, runs: list[Run]) -> list[Run]:
 
 
 def left_out(results: Results, runs: Sequence[Run]) -> list[int]:
-    """The seeds of a study of losses that some but not all runs were made with, where another is
-    whole."""
+    """The seeds of a study of losses with which some arm made fewer runs than with another seed,
+    where a seed is whole."""
     if not results.spec.get("measure"):
         return []
-    tune, arms = results.spec.get("tune") or {}, results.spec.get("arms") or {}
-    wanted = 0
-    for arm in arms.values():
-        searched = arms[arm["tuned_as"]] if arm.get("tuned_as") else arm
-        candidates = searched.get("learning_rates") or tune.get("learning_rates") or [1]
-        budgets = len(results.spec.get("budgets") or ()) if arm.get("budget", True) else 1
-        wanted += 0 if arm.get("untrained") else min(tune.get("finish", 1), len(candidates)) * max(1, budgets)
-    made = Counter(run.seed for run in runs if run.phase == "final" and run.method)
-    whole = [seed for seed, count in made.items() if count >= wanted]
-    return sorted(made.keys() - set(whole)) if whole else []
+    made = Counter((run.arm, run.budget, run.seed) for run in runs if run.phase == "final" and run.method)
+    seeds = {seed for _, _, seed in made}
+    short = set()
+    for arm, budget in {key[:2] for key in made}:
+        each = {seed: made[arm, budget, seed] for seed in seeds}
+        short |= {seed for seed, count in each.items() if count < max(each.values())}
+    return sorted(short) if short < seeds else []
 
 
 def _table(results: Results, task: str, budget: int | None, runs: Sequence[Run]) -> Table:

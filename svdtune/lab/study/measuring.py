@@ -62,12 +62,15 @@ class Measuring(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
+        began = time.monotonic()
         kept = [line for line in read_samples(self.path) if 0 < line["step"] <= state.global_step]
         self.peak = max((line["peak_bytes"] or 0 for line in kept), default=0)
         first = read_samples(self.path)[:1] if state.global_step else []
         self.prepare(more["processing_class"], [*first, *kept])
         if state.global_step == 0:
-            self.take(more["model"], 0)
+            self.take(more["model"], 0, began)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # the start's
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         if state.global_step in sampled_steps(self.section.checkpoints + 1, state.max_steps):
@@ -81,11 +84,12 @@ class Measuring(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
-    def take(self, model: nn.Module, step: int) -> None:
-        """Measure every set, and append the line."""
-        began = time.monotonic()
+    def take(self, model: nn.Module, step: int, began: float | None = None) -> None:
+        """Measure every set, and append the line, with the seconds since `began` or now."""
+        began = time.monotonic() if began is None else began
         cuda = torch.cuda.is_available()
-        self.peak = max(self.peak, torch.cuda.max_memory_allocated() if cuda else 0)
+        if step:  # what came before the first step is not the steps' memory
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated() if cuda else 0)
         dtype = _AUTOCAST.get(self.recipe.training.precision)
         device = next(model.parameters()).device
         autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()

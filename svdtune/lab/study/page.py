@@ -50,8 +50,8 @@ difference, *alike* of one of the margin or more (two one-sided tests); both are
 intervals and p values are not corrected, and what it shows is a reason to look again.
 
 The learning rate of an arm is the one with the lowest loss on held-out training rows over its seeds; *tied* are those that
-cannot be told from it. ± is the sample standard deviation over seeds. Seconds are wall-clock time of training without that of
-measuring; runs may have shared a device, so they compare methods only roughly."""
+cannot be told from it. ± is the sample standard deviation over seeds. Seconds are wall-clock time of training, in which
+loading what measuring needs may be, but not measuring; runs may have shared a device, so they compare methods only roughly."""
 
 
 def write_page(results: Path, folder: Path) -> list[Path]:

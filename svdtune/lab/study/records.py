@@ -219,8 +219,9 @@ def machine() -> dict[str, Any]:
 
 
 def _training_seconds(summary: dict[str, Any], measured: list[dict[str, Any]]) -> float | None:
-    """The time of the steps, without that of measuring."""
-    seconds = summary.get("train_seconds")
+    """The time of the steps, without that of measuring; None of a resumed run, whose summary knows
+    its last session alone."""
+    seconds = None if measured and summary.get("resumed_from") else summary.get("train_seconds")
     return None if seconds is None else round(seconds - sum(line["seconds"] for line in measured), 3)
 
 

@@ -180,7 +180,8 @@ class Results(_Part):
         tune, planned = self.spec.get("tune") or {}, 0
         for arm in (self.spec.get("arms") or {}).values():
             untrained = arm.get("untrained", False)
-            rates = min(tune.get("finish", 1), len(arm.get("learning_rates") or tune.get("learning_rates") or [1]))
+            searched = self.spec["arms"].get(arm.get("tuned_as"), arm)
+            rates = min(tune.get("finish", 1), len(searched.get("learning_rates") or tune.get("learning_rates") or [1]))
             planned += (1 if untrained else seeds * rates) * (
                 1 if untrained or not arm.get("budget", True) else budgets
             )

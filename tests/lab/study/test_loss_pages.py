@@ -11,7 +11,7 @@ import pytest
 from made_results import made_run
 from scipy import stats
 
-from svdtune.lab.study.arms import tables
+from svdtune.lab.study.arms import left_out, tables
 from svdtune.lab.study.contrasts import answers
 from svdtune.lab.study.loss_plots import by_forgetting, by_size, loss_figures, regret
 from svdtune.lab.study.loss_tables import loss_sections, tied
@@ -178,6 +178,13 @@ def test_a_seed_that_not_every_arm_has_made_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps(part))
     assert main([str(tmp_path)]) == 0
     assert "| left out | math: seeds 3, with which not every arm was run |" in (tmp_path / "README.md").read_text()
+
+
+def test_a_rate_that_an_arm_never_made_leaves_the_rule_as_it_is() -> None:
+    part = study(without=("twin", 3))
+    part["runs"] = [run for run in part["runs"] if (run["arm"], run["learning_rate"]) != ("sara", 3e-3)]
+    results = Results.model_validate(part)
+    assert left_out(results, results.runs) == [3]
 
 
 def test_a_page_is_made_again_bit_for_bit(tmp_path: Path) -> None:
