@@ -101,7 +101,17 @@ class Columns(Sequence[Row]):
 
     def take(self, order: Sequence[int]) -> "Columns":
         """The rows at these places, in this order."""
-        return Columns.of([self[at] for at in order])
+        places = np.asarray(order, dtype=np.int64)
+        arrays: dict[str, NDArray[Any]] = {}
+        for name in self.names if len(places) else ():
+            if not self.is_list(name):
+                arrays[name] = self.arrays[name][places]
+                continue
+            lengths, ends = self.lengths(name)[places], self.arrays[name + _ENDS][places]
+            slices = zip(ends - lengths, ends, strict=True)
+            arrays[name] = np.concatenate([self.arrays[name][start:end] for start, end in slices])
+            arrays[name + _ENDS] = np.cumsum(lengths)
+        return Columns(arrays)
 
     def __len__(self) -> int:
         return self._size

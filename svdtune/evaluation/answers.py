@@ -58,7 +58,8 @@ def answer_all(
     items = [Item(one.name, "", tuple(prompt_ids(one, loaded.tokenizer, template)), "") for one in examples]
     check_items(items, max_new_tokens, engine.context)
     tokens = [item.tokens for item in items]
-    settings = {"prompts": content_of("", tokens), "max_new_tokens": max_new_tokens, **engine.identity()}
+    asked = {"rows": content_of("", [one.row for one in examples]), "prompts": content_of("", tokens)}
+    settings = {**asked, "max_new_tokens": max_new_tokens, **engine.identity()}
     part = output.with_name(f"{output.name}.part")
     with explain_write_errors(output):
         done = _begun(part, settings)

@@ -191,6 +191,13 @@ class Training(Section):
             raise ValueError(f"expected one of {', '.join(names)}; got {schedule!r}")
         return schedule
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _known_choice(cls, choice: Any) -> Any:
+        if not isinstance(choice, bool) and choice != "auto":
+            raise ValueError(f"expected true, false or auto; got {choice!r}")
+        return choice
+
     @field_validator("learning_rate_ratios")
     @classmethod
     def _positive(cls, ratios: dict[str, float]) -> dict[str, float]:

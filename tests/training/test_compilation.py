@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from svdtune.errors import SvdtuneError
 from svdtune.training.compilation import ENOUGH_STEPS, blocks_of, compiled_blocks, compiles
 from svdtune.training.packing import ROW_LENGTHS, TOKENS, PackingCollator
-from svdtune.training.recipe import check_recipe
+from svdtune.training.recipe import Recipe, check_recipe
 from tiny import tiny_gpt2, tiny_llama
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -39,6 +40,18 @@ def step(model: Any, seed: int, sequences: int = 2) -> tuple[float, list[torch.T
     loss = model(**batch(seed, sequences)).loss
     loss.backward()
     return float(loss.detach()), [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+
+def recipe_of(**training: Any) -> Recipe:
+    return check_recipe(
+        {
+            "model": {"name": "m"},
+            "method": {"name": "sorsa", "r": 2, "target_modules": ["q_proj"]},
+            "data": {"train": "arithmetic"},
+            "training": {"max_steps": 1, "learning_rate": 1e-3, **training},
+            "output": {"dir": "runs/x"},
+        }
+    )
 
 
 def graphs() -> int:
@@ -89,6 +102,12 @@ def test_blocks_are_the_outermost_lists_of_like_modules() -> None:
     assert blocks_of(alone) == [alone]
 
 
+@pytest.mark.parametrize("choice", ["yes", 1, None, "always"])
+def test_when_to_compile_is_one_of_three(choice: Any) -> None:
+    with pytest.raises(SvdtuneError, match=r"training\.compile: .*expected true, false or auto; got "):
+        recipe_of(compile=choice)
+
+
 @pytest.mark.parametrize(
     ("compile_", "packing", "gpu", "steps", "expected"),
     [
@@ -104,14 +123,4 @@ def test_where_a_run_compiles(
     monkeypatch: pytest.MonkeyPatch, compile_: Any, packing: bool, gpu: bool, steps: int, expected: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    training = {"max_steps": 1, "learning_rate": 1e-3, "compile": compile_, "packing": packing}
-    recipe = check_recipe(
-        {
-            "model": {"name": "m"},
-            "method": {"name": "sorsa", "r": 2, "target_modules": ["q_proj"]},
-            "data": {"train": "arithmetic"},
-            "training": training,
-            "output": {"dir": "runs/x"},
-        }
-    )
-    assert compiles(recipe, steps) is expected
+    assert compiles(recipe_of(compile=compile_, packing=packing), steps) is expected

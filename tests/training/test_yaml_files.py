@@ -41,7 +41,7 @@ def test_what_only_yaml_1_1_reads_is_a_text(written: str) -> None:
     assert read_yaml(f"a: {written}", "it") == {"a": written}
 
 
-@pytest.mark.parametrize("setting", ["max_steps", "learning_rate", "compile", "seed"])
+@pytest.mark.parametrize("setting", ["max_steps", "learning_rate", "packing", "seed"])
 @pytest.mark.parametrize("written", [text for text in TEXTS if text != "1,000"])
 def test_and_no_number_or_truth_value(setting: str, written: str) -> None:
     with pytest.raises(SvdtuneError, match=rf"training\.{setting}: expected a valid "):
