@@ -71,8 +71,6 @@ _LATER |= dict.fromkeys(
 )
 _LATER["fast_starts"] = "svdtune.starts"
 
-_ROOMS = ("checkpoint", "linalg", "methods", "spectra")  # there after `import svdtune`, as before
-
 
 def _is_command() -> bool:
     """Whether this process is the command line, whose help shall not wait for PEFT: a verb that has
@@ -82,8 +80,6 @@ def _is_command() -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name in _ROOMS:
-        return import_module(f"svdtune.{name}")
     if name not in _LATER:
         raise AttributeError(f"module 'svdtune' has no attribute {name!r}")
     found = getattr(import_module(_LATER[name]), name)

@@ -226,6 +226,30 @@ def check_new_folder(output: Path) -> None:
         raise SvdtuneError(f"{output} exists and is not a folder; name another output")
 
 
+def check_new_file(output: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, unless it may be replaced.
+
+    Raises:
+        SvdtuneError: Saying what to do.
+    """
+    if output.exists() and not overwrite:
+        raise SvdtuneError(f"{output} is there already; name another --output, or give --overwrite")
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that is appended to, without their ends; the half line that a power cut
+    can leave at the end is cut off the file.
+
+    Raises:
+        OSError: If the file cannot be read or cut.
+    """
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        os.truncate(path, len(whole))
+    return whole.split(b"\n")[:-1]
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

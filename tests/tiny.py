@@ -36,3 +36,12 @@ def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes:
     tiny_llama(**settings | changes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def with_template(folder: Path, model: Path, template: str) -> Path:
+    """A new folder with the model of another one, and a chat template."""
+    folder.mkdir()
+    for file in model.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder

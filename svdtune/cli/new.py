@@ -34,12 +34,10 @@ def new(
     """
     from rich.console import Console
 
-    from svdtune.errors import SvdtuneError
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.system import check_new_file, explain_write_errors, replace_text
     from svdtune.training.draft import draft
 
-    if output.exists() and not overwrite:
-        raise SvdtuneError(f"{output} is there already; name another --output, or give --overwrite")
+    check_new_file(output, overwrite)
     console = Console(stderr=True)
     made = draft(model, data, method=method, task=task, prompt=prompt, completion=completion, console=console)
     typer.echo(f"format    {made.format}")

@@ -63,14 +63,12 @@ def write(
     \b
     svdtune recipes write small --output mine.yaml
     """
-    from svdtune.errors import SvdtuneError
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.system import check_new_file, explain_write_errors, replace_text
     from svdtune.training.shipped import find_file, whole_text
 
     found = find_file(name, "recipe")
     output = output or Path(found.name)
-    if output.exists() and not overwrite:
-        raise SvdtuneError(f"{output} is there already; name another --output, or give --overwrite")
+    check_new_file(output, overwrite)
     with explain_write_errors(output):
         replace_text(output, whole_text(found))
     for_json({"name": name, "recipe": output})

@@ -5,7 +5,7 @@ after an interruption goes on, another begins anew.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from svdtune.evaluation.decoding import GREEDY, plan_batches
 from svdtune.evaluation.engines import TransformersEngine
 from svdtune.evaluation.items import Item, check_items
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import explain_write_errors, replace_text, whole_lines
 
 ANSWER = "generated"  # the column that is added
 _BATCHES = 8  # whose prompts are sorted by length together
@@ -92,21 +92,10 @@ def _complete(
 
 def _begun(part: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that an earlier call with these settings wrote; without one, a new file."""
-    lines = list(_whole_lines(part))
+    written = whole_lines(part) if part.is_file() else []
+    lines = [json.loads(line.decode(errors="replace")) for line in written]
     if lines and lines[0] == settings:
         return lines[1:]
     part.parent.mkdir(parents=True, exist_ok=True)
     part.write_text(json.dumps(settings) + "\n", encoding="utf-8")
     return []
-
-
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file up to one that was not written whole, which is cut off."""
-    if not path.is_file():
-        return
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    for line in whole.split("\n")[:-1]:
-        yield json.loads(line)

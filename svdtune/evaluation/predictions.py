@@ -11,7 +11,7 @@ from typing import Any
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks import Reference
-from svdtune.system import replace_text
+from svdtune.system import replace_text, whole_lines
 
 
 @dataclass(frozen=True)
@@ -118,16 +118,11 @@ class PredictionStore:
             raise SvdtuneError(f"{self.folder} holds predictions made with other settings ({differences}); {_WAY_OUT}")
 
     def _read(self) -> dict[tuple[int, int], Prediction]:
-        """Read what an earlier run wrote; the half line that a power cut can leave at the end is
-        cut off."""
+        """Read what an earlier run wrote."""
         if not self._predictions.exists():
             return {}
-        text = self._predictions.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if len(whole) < len(text):
-            os.truncate(self._predictions, len(whole))
         done = {}
-        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+        for number, line in enumerate(whole_lines(self._predictions), start=1):
             try:
                 prediction = _parsed(line)
             except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -14,7 +14,7 @@ from svdtune.training.preparation import Prepared
 from svdtune.training.recipe import Recipe
 from svdtune.training.row_attention import attention_by_rows, kernel_fits
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def make_collator(
@@ -38,7 +38,7 @@ def make_collator(
     spread = processes.under_deepspeed() or processes.under_fsdp()
     if (wanted is None or must) and not spread:
         length = recipe.data.max_length if recipe.training.packing else None
-        if kernel_fits(model, _AUTOCAST.get(recipe.training.precision)):
+        if kernel_fits(model, AUTOCAST.get(recipe.training.precision)):
             with ExitStack() as trying:
                 trying.enter_context(attention_by_rows(model))
                 if keeps_rows_apart(model, flat=True):

@@ -9,6 +9,7 @@ from typer.testing import CliRunner, Result
 
 from svdtune.cli import app
 from svdtune.training.recipe import load_recipe
+from tiny import with_template
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
 ASKED, SAID = {"role": "user", "content": "two and two?"}, {"role": "assistant", "content": "four"}
@@ -43,7 +44,7 @@ def test_every_format_is_told_and_its_recipe_trains(format: str, tiny_folder: Pa
     rows = [ROWS[format]] * 4 if format != "labelled" else [{**ROWS[format], "label": at % 2 == 0} for at in range(4)]
     model = str(tiny_folder)
     if format.startswith("chats"):
-        model = str(with_template(tmp_path, tiny_folder))
+        model = str(with_template(tmp_path / "with-template", tiny_folder, TEMPLATE))
     found = new(model, write(tmp_path, rows), "--method", "lora")
     assert found.exit_code == 0, found.output
     assert f"format    {format}" in found.stdout
@@ -55,16 +56,6 @@ def test_every_format_is_told_and_its_recipe_trains(format: str, tiny_folder: Pa
     trained = CliRunner().invoke(app, ["train", "recipe.yaml", "--training.epochs", "1", "--method.r", "2"])
     assert trained.exit_code == 0, trained.output
     assert "trained 1 steps" in trained.stdout
-
-
-def with_template(folder: Path, model: Path) -> Path:
-    """The model with a chat template."""
-    own = folder / "with-template"
-    own.mkdir()
-    for file in model.iterdir():
-        (own / file.name).symlink_to(file)
-    (own / "chat_template.jinja").write_text(TEMPLATE)
-    return own
 
 
 def test_columns_of_no_format_are_named_and_can_be_said(tiny_folder: Path, tmp_path: Path) -> None:

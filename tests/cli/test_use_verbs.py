@@ -14,6 +14,7 @@ from svdtune.cli import app
 from svdtune.evaluation import answers
 from svdtune.export import find_source
 from svdtune.models import load
+from tiny import with_template
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{{ '[assistant]' }}"
 ROWS = [{"ask": "ab" * n, "id": n} for n in (3, 1, 2, 5, 4)]
@@ -99,12 +100,7 @@ def test_a_prompt_or_a_file(words: list[str], tiny_folder: Path) -> None:
 @pytest.fixture
 def chatting(tiny_folder: Path, tmp_path: Path) -> Path:
     """The tiny model with a chat template."""
-    folder = tmp_path / "chatting"
-    folder.mkdir()
-    for file in tiny_folder.iterdir():
-        (folder / file.name).symlink_to(file)
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
-    return folder
+    return with_template(tmp_path / "chatting", tiny_folder, TEMPLATE)
 
 
 def test_a_chat_sees_what_was_said_until_an_empty_line(chatting: Path) -> None:

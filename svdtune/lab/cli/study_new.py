@@ -37,15 +37,13 @@ def new(
     """
     from rich.console import Console
 
-    from svdtune.errors import SvdtuneError
     from svdtune.lab.study.draft import draft_study
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.system import check_new_file, explain_write_errors, replace_text
     from svdtune.training.draft import Scoring
 
     recipe = output.with_name(f"{output.stem}-recipe.yaml")
     for path in (output, recipe):
-        if path.exists() and not overwrite:
-            raise SvdtuneError(f"{path} is there already; name another --output, or give --overwrite")
+        check_new_file(path, overwrite)
     made = draft_study(
         model,
         data,

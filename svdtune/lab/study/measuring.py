@@ -24,6 +24,7 @@ from svdtune.data.encoding import IGNORED
 from svdtune.data.leaks import refuse_leaks
 from svdtune.lab.study.spec import Measure, MeasuredSet
 from svdtune.system import replace_text
+from svdtune.training.collators import AUTOCAST
 from svdtune.training.folder import ANALYSIS
 from svdtune.training.mixture import TrainRows
 from svdtune.training.movement import read_samples, sampled_steps
@@ -32,7 +33,6 @@ from svdtune.training.recipe import Recipe
 from svdtune.training.task_rows import TaskRows
 
 MEASURED = f"{ANALYSIS}/measured.jsonl"
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _BATCH = 4096  # tokens of a batch, padding among them
 _ROWS = 1024  # rows of logits in float32 at a time: 200 MB for 49,152 tokens
 
@@ -63,9 +63,10 @@ class Measuring(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         began = time.monotonic()
-        kept = [line for line in read_samples(self.path) if 0 < line["step"] <= state.global_step]
+        earlier = read_samples(self.path)
+        kept = [line for line in earlier if 0 < line["step"] <= state.global_step]
         self.peak = max((line["peak_bytes"] or 0 for line in kept), default=0)
-        first = read_samples(self.path)[:1] if state.global_step else []
+        first = earlier[:1] if state.global_step else []
         self.prepare(more["processing_class"], [*first, *kept])
         if state.global_step == 0:
             self.take(more["model"], 0, began)
@@ -90,7 +91,7 @@ class Measuring(TrainerCallback):
         cuda = torch.cuda.is_available()
         if step:  # what came before the first step is not the steps' memory
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() if cuda else 0)
-        dtype = _AUTOCAST.get(self.recipe.training.precision)
+        dtype = AUTOCAST.get(self.recipe.training.precision)
         device = next(model.parameters()).device
         autocast = torch.autocast(device.type, dtype) if dtype else nullcontext()
         with undisturbed(model), autocast:
@@ -125,10 +126,10 @@ def measured_rows(recipe: Recipe, section: Measure, tokenizer: PreTrainedTokeniz
     """
     quiet = Console(quiet=True)
     train = TrainRows(recipe)
-    found = {}
+    trained, found = train.questions, {}
     for name, one in (section.answers | section.text).items():
         rows = TaskRows(_recipe_of(recipe, one, text=name in section.text), one.rows())
-        refuse_leaks(rows.questions, train.questions, name, train.name)
+        refuse_leaks(rows.questions, trained, name, train.name)
         encoded = rows.encode(tokenizer, quiet)
         assert isinstance(encoded, Columns)
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(0))

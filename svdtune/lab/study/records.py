@@ -67,7 +67,7 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
         error: why it failed.
     """
     summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).is_file() else {}
-    lines, measured = _log(run / LOG), read_samples(run / MEASURED)
+    lines, measured = read_samples(run / LOG), read_samples(run / MEASURED)
     curve = [[line["step"], line["loss"]] for line in lines if "loss" in line]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     numbers = [loss for _, loss in curve] + held_out
@@ -261,14 +261,6 @@ _MOVED = ("delta_sigma", "delta_d", "angle")
 def _mean(values: Iterable[float]) -> float:
     found = list(values)
     return float(f"{sum(found) / len(found):.6g}")
-
-
-def _log(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
 
 
 def _thinned(curve: list[list[float]]) -> list[list[float]]:
