@@ -13,13 +13,16 @@ from svdtune.models.loading import locate
 from svdtune.spectra import spectra
 
 
-def base(model: str, modules: Sequence[str] | None = None, progress: bool | None = None) -> dict[str, Any]:
+def base(
+    model: str, modules: Sequence[str] | None = None, progress: bool | None = None, **origin: Any
+) -> dict[str, Any]:
     """Spectra and ranks of a model's weights, before any training.
 
     Args:
         model: a model folder or hub name.
         modules: names of the layers ("q_proj"); by default those that SARA adapts, q and v.
         progress: show a bar; None: where it takes long.
+        **origin: `revision` and `trust_remote_code` of a hub model.
 
     Returns:
         As `before`; no layer has a `rank`.
@@ -27,7 +30,7 @@ def base(model: str, modules: Sequence[str] | None = None, progress: bool | None
     Raises:
         SvdtuneError: there is no such model, it has no weights, or no layer of these names.
     """
-    checkpoint = open_checkpoint(locate(model))
+    checkpoint = open_checkpoint(locate(model), **origin)
     config = SaraConfig(r=1, target_modules=None if modules is None else list(modules))
     check_targets(checkpoint.model, config)
     places = list(sites(checkpoint, config))

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -32,11 +32,13 @@ class WantedAdapter:
         model: as it was given: a name, a path, or opened.
         config: the adapter's configuration; None for what is on the model.
         recipe: that both come from; None where a model was given.
+        origin: `revision` and `trust_remote_code` of a model that is named.
     """
 
     model: ModelLike
     config: PeftConfig | None
     recipe: "Recipe | None" = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     def open(self, *, weights: bool = True) -> Model:
         """The model, with its weights where they are asked for, and the target names looked up in
@@ -62,12 +64,8 @@ class WantedAdapter:
             return open_shape(name)
         # a configuration is enough
         alone = not weights and Path(name, "config.json").is_file()
-        model = self.recipe.model if self.recipe else None
-        origin: dict[str, Any] = (
-            {"revision": model.revision, "trust_remote_code": model.trust_remote_code} if model else {}
-        )
         place = name if alone else locate(cast(str | Path, self.model))  # what is no loaded model is a name
-        return open_checkpoint(place, weights=weights, **origin)
+        return open_checkpoint(place, weights=weights, **self.origin)
 
 
 def asked(who: str, model: Any, config: Any) -> WantedAdapter:
@@ -112,10 +110,10 @@ def _of_folder(folder: str | Path) -> WantedAdapter:
 
     source = find_source(folder)
     if source.adapter is None:
-        return WantedAdapter(source.base, None)
+        return WantedAdapter(source.base, None, origin=source.origin)
     config = read_config(source.adapter)
     config.inference_mode = False  # saved adapters are marked so, and would count as not trained
-    return WantedAdapter(source.base, config, source.recipe)
+    return WantedAdapter(source.base, config, source.recipe, source.origin)
 
 
 def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:
@@ -125,11 +123,11 @@ def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:
         SvdtuneError: it has none.
     """
     config = _built(who, {"name": recipe.method.name, **recipe.method.options})
-    return WantedAdapter(recipe.model.name, config, recipe)
+    return WantedAdapter(recipe.model.name, config, recipe, recipe.model.origin)
 
 
-def of_section(who: str, model: ModelLike, section: Mapping[str, Any]) -> WantedAdapter:
-    """The adapter of a recipe's `method` section, for a model.
+def of_section(who: str, model: ModelLike, section: Mapping[str, Any], **origin: Any) -> WantedAdapter:
+    """The adapter of a recipe's `method` section, for a model; `origin` as in `WantedAdapter`.
 
     Raises:
         SvdtuneError: with all problems of the section.
@@ -139,7 +137,7 @@ def of_section(who: str, model: ModelLike, section: Mapping[str, Any]) -> Wanted
 
     name, options = section.get("name"), {key: value for key, value in section.items() if key != "name"}
     refuse(list(method_problems(str(name), options)), who)
-    return WantedAdapter(model, _built(who, section))
+    return WantedAdapter(model, _built(who, section), origin=origin)
 
 
 def _built(who: str, section: Mapping[str, Any]) -> PeftConfig:

@@ -34,6 +34,7 @@ class Checkpoint:
         folder: where it lies; None for a GGUF file and for a model known by its shape alone.
         shards: its safetensors files.
         names: of the parameters in those files.
+        commit: of the hub; None for a model of this disk.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Checkpoint:
     folder: Path | None = None
     shards: tuple[Shard, ...] = ()
     names: StoredNames = field(default_factory=StoredNames)
+    commit: str | None = None
 
     @property
     def has_weights(self) -> bool:
@@ -133,7 +135,8 @@ def open_checkpoint(
         raise SvdtuneError(f"{folder / 'config.json'} describes no model that can be built: {reason:.200}") from error
     names = match_names(skeleton, stored)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
-    return Checkpoint(str(model), skeleton, _readers(names, stored), size, folder, shards, names)
+    commit = None if path.is_dir() else folder.name  # as the hub's cache names its snapshots
+    return Checkpoint(str(model), skeleton, _readers(names, stored), size, folder, shards, names, commit)
 
 
 def _readers(names: StoredNames, stored: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:

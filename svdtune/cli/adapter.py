@@ -23,6 +23,7 @@ def asked(
     settings: Mapping[str, Any],
     words: Sequence[str],
     options: Sequence[str],
+    **origin: Any,
 ) -> "WantedAdapter":
     """Make sense of a command line.
 
@@ -34,6 +35,7 @@ def asked(
         settings: of the method, by options of their own (`--r`); None for those not given.
         words: what is left of the command line: dotted settings and their values.
         options: the verb's own options, to name the nearest where one is mistaken.
+        **origin: `revision` and `trust_remote_code`; beside a recipe they go before its own.
 
     Raises:
         SvdtuneError: with everything that is wrong.
@@ -47,11 +49,12 @@ def asked(
     recipe = is_recipe(what)
     refuse(list(_unknown(changes, recipe, options)), verb)
     if recipe:
-        return of_recipe(verb, load_recipe(what, words))
+        own = [f"--model.{name}={json.dumps(value)}" for name, value in origin.items() if value]
+        return of_recipe(verb, load_recipe(what, [*words, *own]))
     given: dict[str, Any] = {"method": {"name": default}}
     for dotted, value in changes:
         set_at(given, dotted, value)
-    return of_section(verb, what, given["method"])
+    return of_section(verb, what, given["method"], **origin)
 
 
 def _as_words(method: str | None, settings: Mapping[str, Any]) -> Iterator[str]:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def analyze(
         Path | None, typer.Option(help="Of an untrained model: a folder for its figures as SVG and CSV.")
     ] = None,
     items: Annotated[int, typer.Option(min=1, help="So many items of each data set for the router.")] = 8,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compute spectra and ranks, the trained change, and routing of finished runs.
 
@@ -59,20 +62,21 @@ def analyze(
     from svdtune.api.runs import analyze as find_out
     from svdtune.training.folder import RECIPE
 
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     for run in runs:
         if not Path(run, RECIPE).is_file() and (not Path(run).exists() or Path(run, "config.json").is_file()):
-            typer.echo("\n".join(_untrained(run, modules, figures)))
+            typer.echo("\n".join(_untrained(run, modules, figures, **origin)))
             continue
         found = find_out(run, modules=modules, data=data, items=items, k=k)
         for_json(found)
         typer.echo("\n".join(_lines(found)))
 
 
-def _untrained(model: str, modules: list[str] | None, figures: Path | None) -> Iterator[str]:
+def _untrained(model: str, modules: list[str] | None, figures: Path | None, **origin: Any) -> Iterator[str]:
     """The rank of each kind of layer at every threshold, by depth."""
     from svdtune.analysis import base
 
-    found = base(model, modules)
+    found = base(model, modules, **origin)
     for_json({"model": model} | found)
     yield f"{model}: {len(found['layers'])} layers; rank at θ = {', '.join(f'{t:g}' for t in found['thresholds'])}"
     yield from (f"  {name}: {', '.join(map(str, layer['k']))}" for name, layer in found["layers"].items())

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ def init(
     device: Annotated[
         str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Write a new adapter, reading one weight at a time and never building the model.
 
@@ -62,8 +65,9 @@ def init(
     check_device(device)
     if plan is not None:
         method = json.dumps(_section(plan))
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"r": r, "threshold": threshold, "target_modules": names(target_modules), "compact": compact or None}
-    wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx))
+    wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx), **origin)
     made = begin("svdtune init", wanted, output, _band(components), seed, device)
     for_json(made)
     size = sum(file.stat().st_size for file in made.adapter.iterdir())

@@ -1,10 +1,11 @@
 """`svdtune new`: a model and a file become a recipe."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
 
 app = typer.Typer()
@@ -19,6 +20,8 @@ def new(
     task: Annotated[str | None, typer.Option(help="sft, dpo, kto or reward; told by the columns.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt, or a text with {columns}.")] = None,
     completion: Annotated[str | None, typer.Option(help="Column of the answer, likewise.")] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a recipe that is there.")] = False,
 ) -> None:
     """Look at data, and write a recipe for it.
@@ -39,7 +42,9 @@ def new(
 
     check_new_file(output, overwrite)
     console = Console(stderr=True)
-    made = draft(model, data, method=method, task=task, prompt=prompt, completion=completion, console=console)
+    fields: dict[str, Any] = {"prompt": prompt, "completion": completion}
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
+    made = draft(model, data, method=method, task=task, origin=origin, console=console, **fields)
     typer.echo(f"format    {made.format}")
     typer.echo(f"rows      {made.rows:,}, {made.tokens:,} tokens, the longest {made.longest:,}")
     counts = [f"{count:,} at {length:,}" for length, count in sorted(made.overlong.items()) if count]

@@ -16,6 +16,8 @@ AdapterFolder = Annotated[Path | None, typer.Option(help="Adapter folder to put 
 DtypeName = Annotated[
     str | None, typer.Option(help="float32, bfloat16, float16 or auto. Default: as the run, or auto.")
 ]
+Revision = Annotated[str | None, typer.Option(help="Revision of a model on the hub: a branch, tag or commit.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code from the model's repository run.")]
 DeviceName = Annotated[str | None, typer.Option(help="cuda, cuda:1, cpu... Default: a GPU where there is one.")]
 
 

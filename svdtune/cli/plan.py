@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
     ] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     chart: Annotated[Path | None, typer.Option(help="Draw rank by layer here (.svg, .png or .pdf).")] = None,
 ) -> None:
     """Show ranks, trained parameters, memory and time, reading one weight at a time and never
@@ -91,8 +94,9 @@ def plan(
     check_device(device)
     sizes: dict[str, Any] = {"threshold": threshold, "budget": budget, "match_lora": match_lora}
     _check_one(sizes | {"r": r})
+    origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     settings = {"r": r, "target_modules": names(target_modules)}
-    wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx))
+    wanted = asked("svdtune plan", model, "sara", method, settings, ctx.args, options_of(ctx), **origin)
     assert wanted.config is not None
     by_spectrum = getattr(wanted.config, "threshold", None) is not None
     checkpoint = wanted.open(weights=by_spectrum or ranks != "sara" or any(size is not None for size in sizes.values()))

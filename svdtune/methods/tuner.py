@@ -84,6 +84,8 @@ class SvdTuner(StoringTuner):
             self._copy_if_reference(adapter_name)
             self._resolution.check_patterns()
             self._resolution.record()
+            if not config.initialized:  # Transformers before 5.10 or so remembers it
+                config.revision = config.revision or getattr(getattr(model, "config", None), "_commit_hash", None)
         except SvdtuneError:
             if isinstance(model, PreTrainedModel):  # whose adapters the tuner took as its own
                 self.peft_config.pop(adapter_name, None)

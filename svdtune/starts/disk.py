@@ -76,7 +76,7 @@ def start_lora(
     if not whole:
         folder_of(checkpoint)
         _check_weights(checkpoint, planned)
-        planned.config.base_model_name_or_path = str(output / RESIDUAL)
+        planned.config.base_model_name_or_path, planned.config.revision = str(output / RESIDUAL), None
     disable = None if progress is None else not progress
     where = devices_for_work(device)[0]
     with new_folder(output) as work:
@@ -167,7 +167,7 @@ def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) ->
             "biases, convolutions, embeddings and the like); put it on the loaded model inside svdtune.fast_starts()"
         )
     completed.inference_mode = True
-    completed.base_model_name_or_path = checkpoint.name
+    completed.base_model_name_or_path, completed.revision = checkpoint.name, checkpoint.commit
     return _PlannedLora(planned, completed)
 
 

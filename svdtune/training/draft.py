@@ -3,7 +3,7 @@ them."""
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,7 @@ def draft(
     prompt: str | None = None,
     completion: str | None = None,
     scoring: Scoring | None = None,
+    origin: Mapping[str, Any] | None = None,
     console: Console,
 ) -> Draft:
     """Look at rows, and write a recipe for them.
@@ -113,6 +114,7 @@ def draft(
             no format.
         completion: likewise.
         scoring: what its runs are scored on; None for a recipe that says nothing of it.
+        origin: `revision` and `trust_remote_code` of a hub model, which the recipe keeps.
         console: where the first example is shown.
 
     Raises:
@@ -122,8 +124,10 @@ def draft(
     columns = sorted({name for row in read_rows(data, limit=100) for name in row})
     task = task or next((name for name, told in _TASKS.items() if {*told} <= {*columns}), "sft")
     found = _format_of(columns, prompt, completion)
-    tokenizer = load_tokenizer(model)
+    origin = {name: value for name, value in (origin or {}).items() if value}
+    tokenizer = load_tokenizer(model, **origin)
     settings = _settings(model, data, method, task, _template(tokenizer, columns, prompt), prompt, completion)
+    settings["model"] |= origin
     if scoring is not None:
         settings["evaluation"] = _evaluation(scoring, data, prompt, completion, tokenizer)
         if scoring.test is None:
@@ -132,7 +136,7 @@ def draft(
     rows = TaskRows(seen, seen.data.train[0].plain).encode(tokenizer, Console(quiet=True))
     lengths = token_counts(rows)
     (show_example if task == "sft" else show_judged)(console, rows[0], tokenizer)
-    settings["data"]["max_length"] = longest = _length_for(lengths, _context(model))
+    settings["data"]["max_length"] = longest = _length_for(lengths, _context(model, **origin))
     settings["training"] |= _amount(len(rows))
     if longest < max(lengths):
         settings["data"]["overlong"] = "drop"
@@ -203,12 +207,12 @@ def _evaluation(
     }
 
 
-def _context(model: str) -> int | None:
+def _context(model: str, **origin: Any) -> int | None:
     """How many tokens a model can see, None where that is not said."""
     path = locate(model)
     if str(path).endswith(".gguf"):
         return None
-    return context_length(load_config(path))
+    return context_length(load_config(path, **origin))
 
 
 def _length_for(lengths: Sequence[int], context: int | None) -> int:
@@ -234,11 +238,12 @@ def _written(settings: dict[str, Any], lengths: Sequence[int]) -> str:
     kept = len(lengths) >= _FEW and scored is None
     held_out = "\n  eval: 5%  # of the rows, held out for a loss that is not trained on" if kept else ""
     gpu = torch.cuda.is_available()
+    origin = "".join(f"\n  {name}: {json.dumps(value)}" for name, value in model.items() if name != "name")
     return f"""\
 # Written by svdtune {__version__} for {len(lengths):,} rows of {sum(lengths):,} tokens, the longest of {max(lengths):,}.
 # Every setting can be changed for one run: svdtune train FILE --method.r 64
 model:
-  name: {json.dumps(model["name"])}
+  name: {json.dumps(model["name"])}{origin}
   dtype: {"bfloat16" if gpu else "float32"}
 
 method:

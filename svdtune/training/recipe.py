@@ -31,6 +31,11 @@ class Model(Section):
     chat_template: str | None = Field(None, description="A Jinja file in place of the tokenizer's chat template.")
     end_token: str | None = Field(None, description="Make this the end token everywhere, where they disagree.")
 
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What goes with the name wherever a part of the model is opened."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
 
 class MethodSection(BaseModel):
     """The method and its own settings: those of its PEFT configuration class."""

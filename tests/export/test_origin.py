@@ -2,23 +2,30 @@
 the hub stays at the commit that was trained on."""
 
 import ast
+import functools
+import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+import transformers.dynamic_module_utils
+from peft import get_peft_model
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from runs import go
+from svdtune import SaraConfig
 from svdtune.analysis.weights import open_run
+from svdtune.cli import app
 from svdtune.export.source import Source, base_folder, find_source, open_source
 from svdtune.methods.files.adapter import read_settings
 from svdtune.models.loading import load
 from svdtune.system import read_json
-from svdtune.training.recipe import check_recipe
+from svdtune.training.recipe import check_recipe, load_recipe
+from tiny import tiny_llama
 
 ROOT = Path(__file__).parents[2] / "svdtune"
 # What opens a part of a model by its name, beside the methods of Transformers' classes.
@@ -28,18 +35,20 @@ CLASSES = ("AutoModel", "AutoTokenizer", "AutoConfig", "GenerationConfig")
 DOORS = {"models/loading.py", "models/smollm2.py", "checkpoint/model.py", "checkpoint/gguf.py", "export/source.py",
          "evaluation/vllm.py", "export/split.py"}  # fmt: skip
 CARRYING = {"load", "load_tokenizer", "load_config", "load_decoding", "open_checkpoint"}
-# Where a name comes alone, from a command line or a study, or is a folder of this disk.
-ALONE = {"training/draft.py", "analysis/base.py", "lab/study/counting.py", "lab/study/runner.py", "registry.py",
-         "methods/registration.py"}  # fmt: skip
+# Where what is loaded is no model.
+ALONE = {"registry.py", "methods/registration.py"}
 OLD, NEW = "0" * 39 + "1", "0" * 39 + "2"
 
 
-def calls() -> Iterator[tuple[str, str, ast.Call]]:
+@functools.cache
+def calls() -> list[tuple[str, str, ast.Call]]:
     """(file, what is called, the call) of the whole package."""
-    for path in sorted(ROOT.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Call):
-                yield str(path.relative_to(ROOT)), ast.unparse(node.func), node
+    return [
+        (str(path.relative_to(ROOT)), ast.unparse(node.func), node)
+        for path in sorted(ROOT.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call)
+    ]
 
 
 def test_models_are_opened_by_the_doors_alone() -> None:
@@ -116,3 +125,79 @@ def test_another_base_has_another_revision(tiny_folder: Path, tmp_path: Path) ->
     recipe.model.revision = "v1"
     assert Source("some/model", recipe=recipe).origin == {"revision": "v1", "trust_remote_code": True}
     assert Source(str(tiny_folder), recipe=recipe).origin == {"revision": None, "trust_remote_code": True}
+
+
+OWN = """\
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+LAYERS = ["--target-modules", "q_proj"]
+ORIGIN = ["--revision", NEW, "--trust-remote-code"]
+STUDY = {"title": "One", "tasks": {"one": "recipe.yaml"}, "budgets": ["1%"], "seeds": [1],
+         "arms": {"sara": {"method": {"name": "sara", "r": 2, "target_modules": ["q_proj"]}}}}  # fmt: skip
+
+
+@pytest.fixture
+def own(hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of the hub has code of its own, and no `main`; two recipes, a study and rows."""
+    (hub / "refs" / "main").unlink()
+    folder = hub / "snapshots" / NEW
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(
+        json.dumps(read_json(folder / "config.json") | {"model_type": "own", "auto_map": auto})
+    )
+    (folder / "own.py").write_text(OWN)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{n} + 2", "completion": str(n + 2)} for n in range(10)]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = recipe_of("some/model", tmp_path).model_dump(mode="json", exclude_unset=True)
+    settings["evaluation"] = {"data": {"source": "arithmetic", "limit": 2}}
+    for name, origin in (("recipe", {"revision": NEW, "trust_remote_code": True}), ("bare", {})):
+        model = {"name": "some/model", **origin}
+        Path(f"{name}.yaml").write_text(json.dumps(settings | {"model": model}))
+    Path("study.yaml").write_text(json.dumps(STUDY))
+    change = {"settings": {"model": {"revision": NEW, "trust_remote_code": True}}}
+    Path("changed.yaml").write_text(json.dumps(STUDY | {"tasks": {"one": "bare.yaml"}} | change))
+
+
+@pytest.mark.parametrize("words", [
+    ["new", "some/model", "rows.jsonl", "--overwrite", *ORIGIN],
+    ["plan", "some/model", "--threshold", "0.1", *LAYERS, *ORIGIN],
+    ["plan", "bare.yaml", *ORIGIN],
+    ["init", "some/model", "--r", "2", "--output", "made", *LAYERS, *ORIGIN],
+    ["init", "some/model", "--method", "lora", "--method.init_lora_weights", "mica", "--r", "2", "--output", "made",
+     *LAYERS, *ORIGIN],
+    ["analyze", "some/model", "--modules", "q_proj", *ORIGIN],
+    ["study", "new", "some/model", "rows.jsonl", "--methods", "sara", "--overwrite",
+     *ORIGIN],
+    ["study", "study.yaml", "--dry-run"],
+    ["study", "changed.yaml", "--dry-run"],
+], ids=lambda words: f"{words[0]}-{words[1]}".replace("/", "-").replace(".", "-"))  # fmt: skip
+def test_verbs_take_the_origin_of_a_model(words: list[str], own: None) -> None:
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    if words[0] == "init":
+        assert read_json(Path("made/adapter_config.json"))["revision"] == NEW
+        assert find_source("made").origin["revision"] == NEW
+    if "new" in words:
+        written = load_recipe("study-recipe.yaml" if words[0] == "study" else "recipe.yaml")
+        assert written.model.origin == {"revision": NEW, "trust_remote_code": True}
+
+
+@pytest.mark.parametrize("left", [ORIGIN[:2], ORIGIN[2:]], ids=["code", "revision"])
+def test_without_its_origin_the_model_is_not_opened(left: list[str], own: None) -> None:
+    assert CliRunner().invoke(app, ["plan", "some/model", *LAYERS, *left]).exit_code == 2
+
+
+def test_an_adapter_remembers_the_commit_that_its_model_says(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config._commit_hash = OLD
+    made = get_peft_model(model, SaraConfig(r=1, target_modules=["q_proj"]))
+    made.save_pretrained(tmp_path)
+    assert read_settings(tmp_path)["revision"] == OLD

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
 
 Model = Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, or smollm2-135m.")]
@@ -24,6 +25,8 @@ def new(
     answer: Annotated[str | None, typer.Option(help="Column to grade against; the completion by default.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Column of the prompt, or a text with {columns}.")] = None,
     completion: Annotated[str | None, typer.Option(help="Column of the answer, likewise.")] = None,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
 ) -> None:
     """Look at data, and write a study of methods on it.
@@ -53,6 +56,7 @@ def new(
         scoring=Scoring(test, task, answer),
         prompt=prompt,
         completion=completion,
+        origin={"revision": revision, "trust_remote_code": trust_remote_code},
         console=Console(stderr=True),
     )
     seen = made.recipe

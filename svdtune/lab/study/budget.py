@@ -52,7 +52,14 @@ class Fitted:
     value: float | int | None
 
 
-def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = "uniform", seed: int = 0) -> Fitted:
+def fit(
+    method: dict[str, Any],
+    model: str,
+    budget: int | None,
+    ranks: Source = "uniform",
+    seed: int = 0,
+    **origin: Any,
+) -> Fitted:
     """Set a method's size so that what it trains comes nearest to a budget without going over it.
 
     The setting is `r` for most methods, `threshold` for SARA and Mo-SARA (each method by the other
@@ -81,13 +88,14 @@ def fit(method: dict[str, Any], model: str, budget: int | None, ranks: Source = 
         ranks: "uniform": as the method sets them; "sara": SARA's; "random": SARA's, shuffled;
             "reverse": SARA's, the largest where the smallest was.
         seed: of the shuffling.
+        **origin: `revision` and `trust_remote_code` of a hub model.
 
     Raises:
         SvdtuneError: unknown settings; a budget for a method that no setting sizes; ranks by layer
             for one that has none.
     """
     _check(method, budget, ranks)
-    checkpoint = opened(str(model))
+    checkpoint = opened(str(model), **origin)
     if ranks != "uniform":
         within = count(checkpoint, method) if budget is None else budget
         return _by_layer(checkpoint, method, within, ranks, seed)

@@ -15,9 +15,9 @@ from svdtune.training.method import FULL, TARGETS, build_config
 
 
 @lru_cache(maxsize=4)
-def opened(model: str) -> Checkpoint:
+def opened(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Checkpoint:
     """The model as `svdtune.planning` opens it, once."""
-    return open_checkpoint(locate(model))
+    return open_checkpoint(locate(model), revision=revision, trust_remote_code=trust_remote_code)
 
 
 def config_of(checkpoint: Checkpoint, method: Mapping[str, Any]) -> PeftConfig:

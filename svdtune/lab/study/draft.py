@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from rich.console import Console
 
@@ -46,12 +47,13 @@ def draft_study(
     scoring: Scoring,
     prompt: str | None = None,
     completion: str | None = None,
+    origin: Mapping[str, Any] | None = None,
     console: Console,
 ) -> StudyDraft:
     """Look at rows, and write a study of methods on them.
 
     Args:
-        model, data, prompt, completion, console: as for `svdtune.training.draft.draft`.
+        model, data, prompt, completion, origin, console: as for `svdtune.training.draft.draft`.
         methods: names of methods, each an arm.
         recipe_name: what the recipe's file will be called, beside the study.
         budget: trained parameters of every arm: 300k, or a share of the model, 0.5%.
@@ -65,10 +67,11 @@ def draft_study(
     if not methods or twice:
         raise SvdtuneError(f"expected different methods, such as lora,sorsa,sara; got {', '.join(methods) or 'none'}")
     refuse([problem for name in methods for problem in method_problems(name, {})], "--methods")
-    fields = {"prompt": prompt, "completion": completion}
+    fields: dict[str, Any] = {"prompt": prompt, "completion": completion}
     by_loss = scoring.task == NLL
     graded = replace(scoring, task=None) if by_loss else scoring
-    recipe = draft(model, data, method=methods[0], task="sft", scoring=graded, console=console, **fields)
+    how: Any = {"method": methods[0], "task": "sft", "scoring": graded, "origin": origin, "console": console}
+    recipe = draft(model, data, **how, **fields)
     text = _written(data, methods, recipe_name, budget)
     if by_loss:
         text += _measured(_name(data), data, scoring, fields)

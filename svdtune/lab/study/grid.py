@@ -18,6 +18,7 @@ from svdtune.lab.study.spec import ArmSection, Settings, Study, Tune, arm_settin
 from svdtune.planning import parse_budget
 from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.inheritance import merge
+from svdtune.training.recipe import Model
 
 Phase = Literal["tune", "final"]
 _LONGEST = 160  # characters of a run's name before its key: file systems take 255 in all
@@ -174,11 +175,13 @@ class Fits:
         except (OSError, ValueError, TypeError):
             self._known = {}
 
-    def __call__(self, method: Settings, model: str, budget: int | None, ranks: Source, seed: int) -> Settings:
+    def __call__(
+        self, method: Settings, model: str, budget: int | None, ranks: Source, seed: int, **origin: Any
+    ) -> Settings:
         """`fit(...).method`, from the file where it is there."""
-        key = json.dumps([__version__, RULES, method, model, budget, ranks, seed], sort_keys=True)
+        key = json.dumps([__version__, RULES, method, model, budget, ranks, seed, origin], sort_keys=True)
         if key not in self._known:
-            self._known[key] = fit(method, model, budget, ranks, seed).method
+            self._known[key] = fit(method, model, budget, ranks, seed, **origin).method
             if self.path is not None:
                 with explain_write_errors(self.path):
                     self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -201,8 +204,7 @@ def cells(study: Study, tasks: dict[str, Settings], fits: Fits | None = None) ->
     fits = fits or Fits()
     for task, base in tasks.items():
         here: dict[tuple[str, int | None], Cell] = {}
-        model = model_name(base)
-        budgets: Sequence[int | None] = [count_of(str(given), model) for given in study.budgets] or [None]
+        budgets: Sequence[int | None] = [count_of(str(given), base) for given in study.budgets] or [None]
         for budget in budgets:
             for name, arm in study.arms.items():
                 size = budget if arm.budget and not arm.untrained else None
@@ -252,7 +254,7 @@ def _fitted(recipe: Settings, arm: ArmSection, budget: int | None, fits: Fits, w
     def by_seed(seed: int) -> Settings:
         drawn = seed if arm.ranks == "random" else 0
         try:
-            return fits(recipe["method"], model_name(recipe), budget, arm.ranks, drawn)
+            return fits(recipe["method"], model_name(recipe), budget, arm.ranks, drawn, **origin_of(recipe))
         except SvdtuneError as error:
             raise SvdtuneError(f"{where}: {error}") from error
 
@@ -266,13 +268,13 @@ def _rounded(rate: float, best: float) -> float:
     return next((found for found in tried if found != best and (found < best) == (rate < best)), rate)
 
 
-def count_of(budget: str, model: str) -> int:
-    """A budget in trained parameters; a share is one of the base model's own."""
+def count_of(budget: str, recipe: Settings) -> int:
+    """A budget in trained parameters; a share is one of the recipe's base model's own."""
     share, count = parse_budget(budget)
     if count is not None:
         return count
     assert share is not None
-    return round(share * sum(p.numel() for p in opened(model).model.parameters()))
+    return round(share * sum(p.numel() for p in opened(model_name(recipe), **origin_of(recipe)).model.parameters()))
 
 
 def file_name(text: str) -> str:
@@ -281,5 +283,14 @@ def file_name(text: str) -> str:
 
 
 def model_name(recipe: Settings) -> str:
-    model: Any = recipe["model"]
-    return model if isinstance(model, str) else model["name"]
+    return _model(recipe).name
+
+
+def origin_of(recipe: Settings) -> Settings:
+    """The revision of the model, and whether its code may run."""
+    return _model(recipe).origin
+
+
+def _model(recipe: Settings) -> Model:
+    given: Any = recipe["model"]
+    return Model.model_validate({"name": given} if isinstance(given, str) else given)

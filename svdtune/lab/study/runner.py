@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.grid import Fits, Job, cells, model_name
+from svdtune.lab.study.grid import Fits, Job, cells, model_name, origin_of
 from svdtune.lab.study.making import Making, take_up
 from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, write_record
 from svdtune.lab.study.results import RESULTS
@@ -119,8 +119,9 @@ def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path)
 def _check_sources(recipes: Sequence[Settings]) -> None:
     """Make sure that the tasks' models and training rows are there, which every run would find out
     for itself."""
-    for model in dict.fromkeys(model_name(recipe) for recipe in recipes):
-        open_checkpoint(locate(model), weights=False)
+    models = {(model_name(recipe), *origin_of(recipe).items()): recipe for recipe in recipes}
+    for recipe in models.values():
+        open_checkpoint(locate(model_name(recipe)), weights=False, **origin_of(recipe))
     listed = [given if isinstance(given, list) else [given] for given in (r["data"]["train"] for r in recipes)]
     plain = [TrainSource.model_validate(one).plain for given in listed for one in given]
     for source in {source.model_dump_json(): source for source in plain}.values():

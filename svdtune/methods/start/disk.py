@@ -155,7 +155,7 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
     completed = found.config
     assert isinstance(completed, SvdConfig)
     vars(completed).update(r=config.r, threshold=config.threshold, ranks={}, base_fingerprint={}, inference_mode=True)
-    completed.base_model_name_or_path = checkpoint.name
+    completed.base_model_name_or_path, completed.revision = checkpoint.name, checkpoint.commit
     return _Planned(layers, completed, given)
 
 
