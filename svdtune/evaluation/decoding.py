@@ -233,6 +233,18 @@ def complete_in_rounds(
     return [done[row] for row in range(len(prompts))]
 
 
+@torch.inference_mode()
+def reads_padding(model: PreTrainedModel) -> bool:
+    """Whether the model takes padding on the left for tokens, whatever the attention mask says, as
+    the recurrence of RWKV does: whether the logits of one token change with what the mask hides."""
+    hidden = torch.arange(8, device=input_device(model)).view(2, 4)
+    ids = torch.nn.functional.pad(hidden, (0, 1), value=1)
+    mask = torch.zeros_like(ids)
+    mask[:, -1] = 1
+    one, other = model(input_ids=ids, attention_mask=mask).logits[:, -1].float()
+    return bool((one - other).norm() > 1e-2 * one.norm())
+
+
 def _pad_left(prompts: Sequence[Sequence[int]], pad: int, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (prompts, longest), where the model takes them."""
     width = max(map(len, prompts))

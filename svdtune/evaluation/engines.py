@@ -3,13 +3,14 @@ model by Transformers."""
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svdtune.evaluation.decoding import Completion, Decoding, complete_in_rounds, end_token_ids
+from svdtune.evaluation.decoding import Completion, Decoding, complete_in_rounds, end_token_ids, reads_padding
 from svdtune.models import LoadedModel
 from svdtune.models.loading import context_length
 
@@ -71,9 +72,22 @@ class TransformersEngine:
     def complete(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, decoding: Decoding, seeds: Sequence[int]
     ) -> list[Completion]:
-        """Complete a batch, padded on the left; all of it is drawn with the first seed."""
+        """Complete a batch, padded on the left; all of it is drawn with the first seed. A model
+        that takes padding for tokens completes prompts of one length at a time."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._ends[0]
-        return complete_in_rounds(self._model, prompts, max_new_tokens, self._ends, pad, decoding, seeds[0])
+        lengths = [len(prompt) for prompt in prompts]
+        apart = len(set(lengths)) > 1 and self._reads_padding
+        groups = [[at for at, found in enumerate(lengths) if found == length] for length in dict.fromkeys(lengths)]
+        completed: dict[int, Completion] = {}
+        for group in groups if apart else [range(len(prompts))]:
+            some, seed = [prompts[at] for at in group], seeds[group[0]]
+            made = complete_in_rounds(self._model, some, max_new_tokens, self._ends, pad, decoding, seed)
+            completed |= zip(group, made, strict=True)
+        return [completed[at] for at in range(len(prompts))]
+
+    @cached_property
+    def _reads_padding(self) -> bool:
+        return reads_padding(self._model)
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

@@ -5,10 +5,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Cache, MistralConfig, MistralForCausalLM, PreTrainedModel
+from transformers import (
+    Cache,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 
+from finch import FinchConfig, FinchForCausalLM
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import decoding
+from svdtune.evaluation import TransformersEngine, decoding
 from svdtune.evaluation.decoding import (
     Decoding,
     complete_batch,
@@ -16,8 +27,10 @@ from svdtune.evaluation.decoding import (
     end_token_ids,
     is_loop,
     plan_batches,
+    reads_padding,
 )
 from svdtune.models import LoadedModel, load
+from tiny import tiny_gpt2, tiny_llama
 
 PROMPTS = [[5], [9, 40, 77, 12, 90, 33, 21], [101, 17, 5], [60, 60, 60, 60]]
 
@@ -50,6 +63,33 @@ def test_equals_the_plain_loop_and_stops_at_end_tokens(loaded: LoadedModel) -> N
         assert completion.tokens == tokens[:stop]
         assert completion.ended is (stop is not None)
     assert complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)[3].tokens == []
+
+
+_RECURRENT = {"vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 2}
+MODELS = {
+    "llama": (lambda: tiny_llama(vocab_size=258), False),
+    "gpt2": (lambda: tiny_gpt2(vocab_size=258), False),
+    "mamba": (lambda: MambaForCausalLM(MambaConfig(**_RECURRENT, state_size=4)), False),
+    "rwkv4": (lambda: RwkvForCausalLM(RwkvConfig(**_RECURRENT, rescale_every=0)), True),
+    "rwkv6": (lambda: FinchForCausalLM(FinchConfig(**_RECURRENT, head_size=8)), True),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_prompts_of_many_lengths_complete_as_alone_where_a_model_reads_padding(
+    kind: str, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    torch.manual_seed(0)
+    build, reads = MODELS[kind]
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1)
+    assert reads_padding(model) is reads
+    engine = TransformersEngine(LoadedModel(model, tiny_tokenizer, kind))
+    alone = [engine.complete([prompt], 6, Decoding(), [0]) for prompt in PROMPTS]
+    assert len({token for (completion,) in alone for token in completion.tokens}) > 4, "repeats itself: tests nothing"
+    assert engine.complete(PROMPTS, 6, Decoding(), [0] * 4) == [completion for (completion,) in alone]
 
 
 class Counted:

@@ -13,6 +13,7 @@ from test_peft_verbs import layers
 from torch import nn
 from torch.nn import functional as F
 
+from finch import FinchConfig, FinchForCausalLM
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.export.lora import export_lora
 from svdtune.methods.layers.slices import FusedLinear
@@ -132,6 +133,10 @@ FAMILIES = {
         ),
         ["key", "value", "receptance", "output"],
     ),
+    "rwkv6": _text(
+        lambda: FinchForCausalLM(FinchConfig(hidden_size=32, num_hidden_layers=2, head_size=8, vocab_size=60)),
+        "all-linear",
+    ),
     "t5": Family(
         lambda: tf.T5ForConditionalGeneration(tf.T5Config(**_T5)),
         {"input_ids": TOKENS, "decoder_input_ids": TOKENS[:, :5]},
@@ -241,3 +246,21 @@ def test_an_adapters_life(name, family, tmp_path):
     merged = model.merge_and_unload(safe_merge=True)
     assert not layers(merged)
     assert torch.allclose(seen(merged, family), after, atol=1e-4 * scale)
+
+
+def test_rwkv6_gives_the_logits_of_the_published_package(tmp_path, monkeypatch):
+    """`pip install rwkv` has inference alone, for files of the training code's names."""
+    for name in ("RWKV_JIT_ON", "RWKV_CUDA_ON"):
+        monkeypatch.setenv(name, "0")
+    package = pytest.importorskip("rwkv.model", reason="pip install rwkv")
+    model = model_of("rwkv6")
+    names = {"rwkv.": "", "embeddings": "emb", "attention": "att", "feed_forward": "ffn", "pre_ln": "ln0"}
+    published = {}
+    for key, tensor in model.state_dict().items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        published[key] = tensor.clone()
+    torch.save(published, tmp_path / "model.pth")
+    theirs = package.RWKV(str(tmp_path / "model"), strategy="cpu fp32", verbose=False)
+    for tokens, logits in zip(TOKENS.tolist(), seen(model, "rwkv6"), strict=True):
+        assert torch.equal(theirs.forward(tokens, None, full_output=True)[0], logits)

@@ -1,6 +1,8 @@
 """The recipes that ship: each is valid, its method fits its model's architecture, and it has the
 paper's values."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,16 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
+    PreTrainedTokenizerFast,
+    dynamic_module_utils,
 )
 
+import finch
+from runs import go, log_of
+from svdtune.checkpoint import open_checkpoint
 from svdtune.data.catalogue import CATALOGUE
-from svdtune.methods.sites import sites
-from svdtune.training.method import FULL, adapt
+from svdtune.methods.sites import count, sites
+from svdtune.training.method import FULL, adapt, build_config
 from svdtune.training.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
@@ -38,6 +45,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
     "gemma": GemmaConfig(**_SIZES),
     "gpt2": GPT2Config(n_embd=256, n_layer=1, n_head=2, vocab_size=32, n_positions=64),
     "gpt-j": GPTJConfig(n_embd=256, n_layer=1, n_head=2, vocab_size=32, n_positions=64, rotary_dim=32),
+    "finch": finch.FinchConfig(hidden_size=256, num_hidden_layers=1, vocab_size=32),
 }
 
 
@@ -54,15 +62,75 @@ def test_a_recipe_is_valid_and_its_method_fits_the_model(path: Path) -> None:
     if source in CATALOGUE:
         assert (train.split or "train") in CATALOGUE[source].splits
     assert recipe.evaluation is None or (recipe.evaluation.known and not recipe.evaluation.sources)
-    if recipe.method.name == FULL or "rwkv" in path.stem:
-        return  # nothing to fit, or an architecture that only its own repository has
+    if recipe.method.name == FULL:
+        return
     kind = next(kind for kind in ARCHITECTURES if kind in recipe.model.name.lower().replace("_", "-"))
     model = adapt(AutoModelForCausalLM.from_config(ARCHITECTURES[kind]), recipe.method.name, recipe.method.options)
     if recipe.method.name == "prefix_tuning":
         assert model.get_nb_trainable_parameters()[0] > 0
         return
     wanted = recipe.method.options.get("target_modules", ["q_proj", "v_proj"])
+    if wanted == "all-linear":
+        wanted = RWKV6
     assert {site.module.rpartition(".")[2] for site in sites(model)} >= set(wanted)
+
+
+RWKV6 = {"receptance", "key", "value", "gate", "output"}  # of time mixing; channel mixing has three of the names
+
+
+def finch_folder(folder: Path, *, weights: bool, **sizes: int) -> Path:
+    """A folder like the published one of RWKV-6, with code that Transformers lacks; 7B unless
+    told."""
+    config = finch.FinchConfig(**sizes, architectures=["FinchForCausalLM"])
+    config.auto_map = {"AutoConfig": "finch.FinchConfig", "AutoModelForCausalLM": "finch.FinchForCausalLM"}
+    (finch.FinchForCausalLM(config) if weights else config).save_pretrained(folder)
+    shutil.copy(finch.__file__, folder)
+    return folder
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A place of this test for the code that comes with models."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+
+
+def test_rwkv6_has_the_papers_176_million_at_the_published_shapes(tmp_path: Path, modules: None) -> None:
+    folder = finch_folder(tmp_path / "7b", weights=False, num_hidden_layers=1)  # of 32 that are alike
+    checkpoint = open_checkpoint(folder, weights=False, trust_remote_code=True)
+    for name in ("sorsa", "lora", "pissa", "adalora"):
+        method = load_recipe(RECIPES / "sorsa" / f"rwkv6-7b-math-{name}.yaml").method
+        found = count(checkpoint, build_config(method.name, method.options))
+        assert round(32 * found.trained / 1e6) == 176
+
+
+@pytest.mark.parametrize("method", ["sorsa", "adalora"])
+def test_rwkv6_trains_by_its_recipe_with_the_code_of_the_models_folder(
+    method: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, modules: None
+) -> None:
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "head_size": 32,
+        "vocab_size": len(tiny_tokenizer),
+        "eos_token_id": 0,
+    }
+    folder = finch_folder(tmp_path / "tiny", weights=True, **sizes)
+    tiny_tokenizer.save_pretrained(folder)
+    words = {
+        "model.name": str(folder),
+        "data.train": "{source: arithmetic, limit: 4}",
+        "data.prompt": "question",
+        "data.completion": "solution",
+        "training.gradient_accumulation": "1",
+        "training.logging_steps": "1",
+        "output.dir": str(tmp_path / "run"),
+        "evaluation": "null",
+    }
+    path = RECIPES / "sorsa" / f"rwkv6-7b-math-{method}.yaml"
+    run, _ = go(load_recipe(path, [f"--{name}={value}" for name, value in words.items()]))
+    assert [line["loss"] > 0 for line in log_of(run)] == [True, True]
+    assert json.loads((run / "training.json").read_text())["adapted_modules"] == 8
 
 
 def test_every_row_of_the_tables_that_peft_can_train_has_a_recipe() -> None:
