@@ -168,16 +168,21 @@ def replace_bytes(path: Path, data: bytes) -> None:
         with path.open("wb") as stream:
             stream.write(data)
         return
+    with fresh_file(path) as fresh:
+        fresh.write_bytes(data)
+
+
+@contextmanager
+def fresh_file(path: Path) -> Iterator[Path]:
+    """Give a place beside `path` to write to. What is written there is moved to `path` if the body
+    succeeds, and vanishes if it does not."""
     fresh = path.with_name(path.name + ".new")
     try:
-        with fresh.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield fresh
+        to_disk(fresh)
         fresh.replace(path)
-    except OSError:
+    finally:
         fresh.unlink(missing_ok=True)
-        raise
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Adapters: where they go, what they cost, how they start, and what becomes of them."""
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -273,6 +274,7 @@ def export_lora(
     uniform: bool = False,
     base: str | Path | None = None,
     start: str | Path | None = None,
+    to: str = "lora",
 ) -> "LoraReport":
     """Write an adapter as the LoRA that does the same, which PEFT, vLLM and llama.cpp load without
     svdtune; or the difference of two models.
@@ -283,13 +285,15 @@ def export_lora(
 
     Args:
         source: a run or adapter folder, of SARA, Mo-SARA, SORSA or LoRA; or a tuned model.
-        output: folder to create.
+        output: folder to create; a file `to` "gguf".
         rank: cut every layer to this rank, and state the error. None: no loss.
         error: cut every layer to the smallest rank with ‖ΔW_lora − ΔW‖ <= error · ‖ΔW‖ (Frobenius).
         uniform: pad all layers to one rank, as llama.cpp needs.
         base: a model; given, the logits of both adapters on it are compared. For a tuned model, the
             one that it was tuned from (a run's own by default); with `start`, the untouched one.
         start: the adapter as `svdtune.start` wrote it, where it took its start off the weights.
+        to: "lora", PEFT's folder, or "gguf", llama.cpp's file, for which the base's configuration
+            is read.
 
     Returns:
         `output`; `ranks` by layer; `errors`, ‖ΔW_lora − ΔW‖ / ‖ΔW‖ (Frobenius) of the layers that
@@ -298,8 +302,21 @@ def export_lora(
 
     Raises:
         SvdtuneError: there is no adapter, it is damaged, another method's or has several heads, or
-            `output` exists or cannot be written.
+            `output` exists or cannot be written; llama.cpp has no such LoRA.
     """
+    if to not in ("lora", "gguf"):
+        raise SvdtuneError(f"export_lora writes to 'lora' or 'gguf'; got {to!r}")
+    if to == "gguf":
+        from svdtune.export.gguf import write_gguf
+
+        path = Path(output).expanduser()
+        if path.exists():
+            raise SvdtuneError(f"{path} is there already, and nothing is overwritten; name another output")
+        with tempfile.TemporaryDirectory() as work:
+            lora = Path(work, "lora")
+            report = export_lora(source, lora, rank=rank, error=error, uniform=uniform, base=base, start=start)
+            write_gguf(lora, path, None if base is None else str(base))
+        return dataclasses.replace(report, output=path, notes=[])
     from svdtune.export import Source
     from svdtune.export.lora import Cut, export_source
     from svdtune.export.lora import export_lora as write

@@ -18,14 +18,26 @@ from svdtune.errors import SvdtuneError
 from svdtune.system import is_out_of_memory
 
 
+def need_gguf(doing: str) -> None:
+    """Refuse what needs the package gguf where it is not installed.
+
+    Args:
+        doing: what needs it, the begin of the message.
+
+    Raises:
+        SvdtuneError: saying how to get it.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        raise SvdtuneError(f"{doing} needs the package gguf: pip install 'svdtune[gguf]'")
+
+
 def check_gguf_support(path: Path) -> None:
     """Refuse a GGUF file where the packages here cannot read it.
 
     Raises:
         SvdtuneError: naming the package, and what is installed.
     """
-    if importlib.util.find_spec("gguf") is None:
-        raise SvdtuneError(f"reading {path.name} needs the package gguf: pip install 'svdtune[gguf]'")
+    need_gguf(f"reading {path.name}")
     if int(transformers.__version__.split(".")[0]) < 5:
         raise SvdtuneError(
             f"reading {path.name} needs Transformers 5.0 or newer, and {transformers.__version__} is installed: "

@@ -18,18 +18,21 @@ class ExportFormat(StrEnum):
     """What an adapter can be exported to."""
 
     LORA = "lora"
+    GGUF = "gguf"
 
 
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="Run or adapter folder, or a tuned model.")],
-    output: Annotated[Path, typer.Option(help="Folder to create.")],
-    to: Annotated[ExportFormat, typer.Option(help="The format.")] = ExportFormat.LORA,
+    output: Annotated[Path, typer.Option(help="Folder to create; a file for gguf.")],
+    to: Annotated[ExportFormat, typer.Option(help="PEFT's folder, or llama.cpp's file.")] = ExportFormat.LORA,
     rank: Annotated[int | None, typer.Option(help="Cut to this rank and state the error. Default: no loss.")] = None,
     error: Annotated[
         float | None, typer.Option(help="Cut every layer to the smallest rank within this relative error.")
     ] = None,
-    uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
+    uniform: Annotated[
+        bool, typer.Option(help="Pad all layers to one rank, as llama.cpp's own converter needs.")
+    ] = False,
     base: Annotated[
         str | None, typer.Option(help="Base model; given, the outputs of both adapters are compared.")
     ] = None,
@@ -45,6 +48,7 @@ def export(
 
     \b
     svdtune export runs/sorsa --to lora --output lora
+    svdtune export my-adapter --to gguf --output adapter.gguf
     svdtune export my-adapter --to lora --output lora --rank 64 --base my-model
     svdtune export my-lora --output smaller --error 1e-2
     svdtune export tuned-model --base my-model --output lora --rank 16
@@ -52,7 +56,7 @@ def export(
     """
     from svdtune.api.adapters import export_lora
 
-    report = export_lora(source, output, rank=rank, error=error, uniform=uniform, base=base, start=start)
+    report = export_lora(source, output, rank=rank, error=error, uniform=uniform, base=base, start=start, to=to)
     for_json(report)
     typer.echo(summary(report))
     if report.difference is not None:
