@@ -14,6 +14,7 @@ ORDER = [
     "registry",
     "system",
     "names",
+    "cache",
     "processes",
     "linalg",
     "spectra",

@@ -100,7 +100,7 @@ def test_the_command_lines_last_resort(error: Exception, message: str, monkeypat
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr("svdtune.spectra.store.cache_dir", fail)
+    monkeypatch.setattr("svdtune.cache.cache_dir", fail)
     result = CliRunner().invoke(app, ["cache", "list"])
     assert result.exit_code == 2
     assert result.stderr == f"svdtune: {message}\n"
@@ -110,7 +110,7 @@ def test_a_fault_of_svdtunes_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
     def fail() -> None:
         raise KeyError("a fault")
 
-    monkeypatch.setattr("svdtune.spectra.store.cache_dir", fail)
+    monkeypatch.setattr("svdtune.cache.cache_dir", fail)
     assert isinstance(CliRunner().invoke(app, ["cache", "list"]).exception, KeyError)
 
 

@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from svdtune import SorsaConfig, analyze, evaluate
 from svdtune.analysis import read_facts
+from svdtune.cache import entries
 from svdtune.data.check import check_file
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.predictions import Prediction, PredictionStore
@@ -131,7 +132,7 @@ def _targets(work: Path, run: Path, recipe: Path) -> dict[str, Target]:
     assert newest is not None
     shutil.copytree(newest, checkpoints / newest.name)
     store.store("spectrum", "key", {"values": torch.arange(50.0)}, {"a": "b"})
-    cached = next(entry.path for entry in store.entries() if entry.key == "key")
+    cached = next(entry.path for entry in entries() if entry.key == "key")
     answers, aside = work / "answers", work / "aside.jsonl"
     kept = PredictionStore(answers, {"seed": 0})
     kept.append(Prediction(i, str(i), "2+2=", f"it is {i}", "4", str(i), False, None, None, 4, True) for i in range(20))

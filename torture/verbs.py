@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from svdtune.cache import trim
 from svdtune.spectra import store
 from torture.world import Done, call, is_interrupted, start, start_call, wait
 
@@ -172,7 +173,7 @@ def _stop_the_cache(folder: Path, printed: Path, chance: random.Random, found: S
             read = store.load("spectrum", f"key{number}")
             if read is not None and not torch.equal(read[0]["values"], _values(number)):
                 found.wrong.append("a cache file is read as something else than was written")
-        store.trim(0)
+        trim(0)
         if list(folder.glob("*/.*.tmp")):
             found.wrong.append("clearing the cache leaves what a killed writer left")
 

@@ -22,14 +22,14 @@ def show() -> None:
 
       svdtune cache list
     """
-    from svdtune.spectra import store
+    from svdtune.cache import cache_dir, cache_limit, entries
 
-    folder = store.cache_dir()
-    for_json({"folder": folder, "entries": list(store.entries()) if folder else []})
+    folder = cache_dir()
+    for_json({"folder": folder, "entries": list(entries()) if folder else []})
     if folder is None:
         typer.echo("the cache is switched off (SVDTUNE_CACHE=off)")
         return
-    found = sorted(store.entries(), key=lambda entry: entry.used)
+    found = sorted(entries(), key=lambda entry: entry.used)
     table = Table("kind", "key", "KB", "last used")
     table.columns[2].justify = "right"
     for entry in found:
@@ -39,7 +39,7 @@ def show() -> None:
     if found:
         console.print(table)
     total = sum(entry.size for entry in found)
-    limit = store.cache_limit()
+    limit = cache_limit()
     console.print(f"{folder}: {len(found)} files, {total / 1e6:.1f} MB of at most {limit / 1e9:g} GB", soft_wrap=True)
 
 
@@ -53,15 +53,15 @@ def clear(
 
       svdtune cache clear --yes
     """
-    from svdtune.spectra import store
+    from svdtune.cache import cache_dir, entries, trim
 
-    found = list(store.entries())
+    found = list(entries())
     if not found:
         for_json({"removed": 0})
         typer.echo("the cache is empty")
         return
     if not yes:
-        typer.confirm(f"Remove {len(found)} files from {store.cache_dir()}?", abort=True)
-    removed = store.trim(0)
+        typer.confirm(f"Remove {len(found)} files from {cache_dir()}?", abort=True)
+    removed = trim(0)
     for_json({"removed": len(removed)})
     typer.echo(f"removed {len(removed)} files, {sum(entry.size for entry in removed) / 1e6:.1f} MB")

@@ -17,10 +17,10 @@ import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from svdtune.cache import cache_dir, default_dir
 from svdtune.checkpoint.gguf import check_gguf_support
 from svdtune.errors import SvdtuneError
 from svdtune.models.end_token import check_end_token, set_end_token
-from svdtune.spectra import store
 from svdtune.system import is_out_of_memory, to_disk
 
 SMOLLM2 = "smollm2-135m"
@@ -31,7 +31,7 @@ GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 def models_cache() -> Path:
     """The folder of converted models: `models` in svdtune's cache folder. With the cache off, in
     its default place: a conversion has to lie somewhere."""
-    return (store.cache_dir() or store.default_dir()) / "models"
+    return (cache_dir() or default_dir()) / "models"
 
 
 def fetch_smollm2(cache: Path | None = None) -> Path:

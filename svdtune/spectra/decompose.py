@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from svdtune import processes
+from svdtune.cache import cache_dir, trim
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Components, Factors, Spectrum, band_factors, band_of, factors_at_threshold, settled_spectrum
 from svdtune.linalg import spectrum as decompose
@@ -159,7 +160,7 @@ def factors(
                 name, lambda: on_device(lambda there: band_factors(there, start, stop, exact=exact), weight, where)
             )
 
-        if not remember or store.cache_dir() is None:
+        if not remember or cache_dir() is None:
             return found_anew()
         band = str(stop) if start == 0 else f"{start}-{stop}"
         key = f"{content_key(weight)}-{band}{'-exact' if exact else ''}"
@@ -207,7 +208,7 @@ def _each(
             yield crew.next()
     finally:
         crew.dismiss()
-        store.trim()
+        trim()
 
 
 class _Crew:
@@ -302,7 +303,7 @@ def _named(name: str, compute: Callable[[], Result]) -> Result:
 def _key(weight: Tensor) -> str | None:
     """The cache key of a weight; None with the cache off, since then hashing it would be for
     nothing."""
-    return None if store.cache_dir() is None else content_key(weight)
+    return None if cache_dir() is None else content_key(weight)
 
 
 def _load_spectrum(key: str | None) -> Spectrum | None:

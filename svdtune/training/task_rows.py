@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from svdtune.cache import trim
 from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.data.cache import content_of, key_of, tokenizer_facts
 from svdtune.data.columns import Columns
@@ -153,7 +154,7 @@ class TaskRows:
         made = make()
         if key is not None and self._file == content_of(self.source.source, None):  # as it was when it was read
             store.store(kind, key, *made)
-            store.trim()
+            trim()
         return *made, False
 
     def _key(self, kind: str, content: str, how: list[Any]) -> str:

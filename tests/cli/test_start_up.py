@@ -33,8 +33,11 @@ def run(code: str, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
 
 
-@pytest.mark.parametrize("words", [["--version"], ["--help"], ["train", "--help"], ["plan", "--help"]], ids=" ".join)
-def test_help_loads_nothing_heavy(words: list[str]) -> None:
+LIGHT = [["--version"], ["--help"], ["train", "--help"], ["plan", "--help"], ["cache", "list"]]
+
+
+@pytest.mark.parametrize("words", LIGHT, ids=" ".join)
+def test_what_needs_no_model_loads_nothing_heavy(words: list[str]) -> None:
     count, *names = run(COUNTED, *words).stderr.splitlines()[-1].split()
     assert not HEAVY & {*names}
     assert int(count) < 1000

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from svdtune.cache import entries
 from svdtune.linalg import rank_at_threshold
 from svdtune.spectra import ranks, store
 
@@ -21,7 +22,7 @@ ANYTHING = st.recursive(
 
 def stored():
     store.store("spectrum", "key", VALUES, FACTS)
-    return next(entry.path for entry in store.entries())
+    return next(entry.path for entry in entries())
 
 
 def is_absent_or_as_stored():
@@ -73,6 +74,6 @@ def test_ranks_do_not_depend_on_what_the_cache_holds(data):
     weights = {"layer": torch.arange(30.0).reshape(5, 6).cos()}
     expected = {"layer": rank_at_threshold(torch.linalg.svdvals(weights["layer"].double()), 0.5)}
     assert ranks(weights, 0.5) == expected
-    for entry in store.entries():
+    for entry in entries():
         entry.path.write_bytes(data)
     assert ranks(weights, 0.5) == expected

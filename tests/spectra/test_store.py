@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import new_process
+from svdtune.cache import cache_dir, cache_limit, entries, trim
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold, top_factors
 from svdtune.spectra import decompose, factors, ranked_factors, ranks, spectra, store
@@ -49,7 +50,7 @@ def nothing_decomposes(monkeypatch):
 
 
 def files():
-    return [entry.path for entry in store.entries()]
+    return [entry.path for entry in entries()]
 
 
 def test_a_second_start_decomposes_nothing(weights, expected, nothing_decomposes):
@@ -127,7 +128,7 @@ def test_large_weights_are_hashed_in_chunks(monkeypatch):
 )
 def test_damaged_files_are_computed_again(weights, expected, damage):
     ranks(weights, THRESHOLD)
-    keys = {entry.key for entry in store.entries()}
+    keys = {entry.key for entry in entries()}
     for path in files():
         data = path.read_bytes()
         assert damage(data) != data
@@ -165,7 +166,7 @@ def test_a_full_disk_is_reported_once_and_changes_nothing(weights, expected, mon
     assert len([record for record in caplog.records if "No space left" in record.getMessage()]) == 1
     assert "SVDTUNE_CACHE" in caplog.text
     assert not files()
-    assert not list(store.cache_dir().glob("*/.*.tmp"))
+    assert not list(cache_dir().glob("*/.*.tmp"))
 
 
 def test_a_folder_that_cannot_be_made_is_reported_and_changes_nothing(weights, expected, monkeypatch, tmp_path, caplog):
@@ -187,20 +188,20 @@ def test_off_keeps_nothing(weights, expected, monkeypatch, tmp_path):
 def test_the_folder_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.delenv("SVDTUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert store.cache_dir() == tmp_path / "svdtune"
+    assert cache_dir() == tmp_path / "svdtune"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert store.cache_dir() == tmp_path / ".cache" / "svdtune"
+    assert cache_dir() == tmp_path / ".cache" / "svdtune"
 
 
 def test_the_files_unused_for_longest_go_first(weights):
     ranks(weights, THRESHOLD)
-    found = sorted(store.entries(), key=lambda entry: entry.path.name)
+    found = sorted(entries(), key=lambda entry: entry.path.name)
     for age, entry in enumerate(found):
         os.utime(entry.path, (1000 + age, 1000 + age))
     ranks({"layer": weights["layer0"]}, THRESHOLD)  # a look-up is a use
-    used = next(e for e in store.entries() if e.used > 2000)
-    removed = store.trim(2 * found[0].size + 100)
+    used = next(e for e in entries() if e.used > 2000)
+    removed = trim(2 * found[0].size + 100)
     assert len(files()) == 2
     assert used.path in files()
     assert used.path not in [entry.path for entry in removed]
@@ -209,14 +210,14 @@ def test_the_files_unused_for_longest_go_first(weights):
 def test_the_cache_is_trimmed_to_its_limit_after_a_run(weights, expected, monkeypatch):
     monkeypatch.setenv("SVDTUNE_CACHE_GB", "0.0000015")
     assert ranks(weights, THRESHOLD) == expected
-    assert 0 < sum(entry.size for entry in store.entries()) <= 1500
+    assert 0 < sum(entry.size for entry in entries()) <= 1500
 
 
 @pytest.mark.parametrize("text", ["many", "-1", "nan"])
 def test_a_limit_that_is_no_size_is_refused(monkeypatch, text):
     monkeypatch.setenv("SVDTUNE_CACHE_GB", text)
     with pytest.raises(SvdtuneError, match="SVDTUNE_CACHE_GB"):
-        store.cache_limit()
+        cache_limit()
 
 
 def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(weights):
@@ -226,17 +227,17 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_live_one_writes_is_not(
     stale.write_bytes(b"x")
     fresh.write_bytes(b"x")
     os.utime(stale, (time.time() - 7200,) * 2)
-    store.trim()
+    trim()
     assert not stale.exists()
     assert fresh.exists()
 
 
 def test_trimming_leaves_other_files_in_the_folder_alone(weights):
     ranks(weights, THRESHOLD)
-    other = store.cache_dir() / "models" / "mine.safetensors"
+    other = cache_dir() / "models" / "mine.safetensors"
     other.parent.mkdir()
     other.write_bytes(b"x")
-    store.trim(0)
+    trim(0)
     assert other.exists()
     assert not files()
 

@@ -8,6 +8,7 @@ import pytest
 from test_training_tasks import rows_of, write
 
 from runs import go, log_of, timeless
+from svdtune.cache import entries, trim
 from svdtune.data import cores
 from svdtune.errors import SvdtuneError
 from svdtune.spectra import store
@@ -113,7 +114,7 @@ def test_damaged_files_of_the_cache_are_made_anew(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     first = again(recipe)
-    files = [entry.path for entry in store.entries() if entry.kind in ("rows", "questions")]
+    files = [entry.path for entry in entries() if entry.kind in ("rows", "questions")]
     assert sorted(path.parent.name for path in files) == ["questions", "rows"]
     if damage == "other version":
         monkeypatch.setattr(store, "VERSION", "0")
@@ -137,7 +138,7 @@ def test_several_processes_encode_what_one_does(
 ) -> None:
     recipe["data"]["train"] = write(tmp_path / "many.jsonl", PROMPTS * 200)
     one = again(recipe)
-    store.trim(0)
+    trim(0)
     monkeypatch.setattr(cores, "_cores", lambda: 2)
     monkeypatch.setattr(cores, "_FEW", cores.CHUNK)
     assert again(recipe) == one
