@@ -1,5 +1,5 @@
-"""A study's figures: scores, differences to the baseline, training loss, movement, learning
-rates."""
+"""A study's figures: scores, differences to the baseline, training loss and gradient norms,
+movement, learning rates."""
 
 import math
 import re
@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from svdtune.evaluation.interval import Interval
 from svdtune.lab.study.arms import Arm, Table
+from svdtune.lab.study.results import Run
 from svdtune.lab.study.table import title
 from svdtune.reports.figures import draw, new_figure, save, style_of
 from svdtune.reports.numbers import Lines, Series
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Points = Sequence[tuple[float | None, float | None]]
 
 _ASIDE = 1.025
 _GREY = "#50565e"
@@ -40,7 +43,7 @@ def figures(tables: Sequence[Table]) -> Iterator[tuple[str, str, "Figure"]]:
             yield name, caption, figure
     for table in tables:
         yield from _differences(table)
-        yield from _lines([losses(table), movement(table), search(table)])
+        yield from _lines([losses(table), grad_norms(table), movement(table), search(table)])
 
 
 def write_figures(drawn: Iterable[tuple[str, str, "Figure"]], folder: Path) -> list[tuple[str, str]]:
@@ -84,10 +87,19 @@ def by_parameters(tables: Sequence[Table]) -> Lines:
 
 def losses(table: Table) -> Lines:
     """Training loss by step: the mean over the finished seeds, and their range as a band."""
-    series = [_curve(arm) for arm in table.arms]
-    caption = f"{title(table)}: training loss, mean and range over seeds"
-    known = [one for one in series if one]
-    return Lines(file_of("loss", table), label_of(caption), "step", "training loss", known, "y", band=True)
+    return _by_step(table, "loss", "training loss", lambda run: run.curve)
+
+
+def grad_norms(table: Table) -> Lines:
+    """The gradient's norm by step, before it is clipped, as SORSA's Figure 3 beside the loss; runs
+    of before 0.2 did not record it."""
+    return _by_step(table, "grad-norm", "gradient norm", lambda run: run.grad_norms)
+
+
+def _by_step(table: Table, kind: str, what: str, curve_of: Callable[[Run], Points]) -> Lines:
+    known = [one for arm in table.arms if (one := _curve(arm, curve_of))]
+    caption = label_of(f"{title(table)}: {what}, mean and range over seeds")
+    return Lines(file_of(kind, table), caption, "step", what, known, "y", band=True)
 
 
 def search(table: Table) -> Lines:
@@ -203,19 +215,19 @@ def _lines(found: Sequence[Lines]) -> Iterator[tuple[str, str, "Figure"]]:
             yield numbers.name, numbers.title.replace(r"\$", "$"), draw(numbers)
 
 
-def _curve(arm: Arm) -> Series | None:
+def _curve(arm: Arm, curve_of: Callable[[Run], Points]) -> Series | None:
     """Over the steps that every finished seed has logged; None if there is none."""
     curves = [
-        {step: loss for step, loss in run.curve if step is not None and loss is not None}
+        {step: value for step, value in logged if step is not None and value is not None}
         for run in arm.finished
-        if run.curve
+        if (logged := curve_of(run))
     ]
     steps = sorted(set(curves[0]).intersection(*curves[1:])) if curves else []
-    points = [(step, [curve[step] for curve in curves]) for step in steps]
+    points = [[curve[step] for curve in curves] for step in steps]
     if not points:
         return None
-    spread = [(min(losses), max(losses)) for _, losses in points]
-    return Series(label_of(arm.name), [step for step, _ in points], [fmean(losses) for _, losses in points], spread)
+    spread = [(min(values), max(values)) for values in points]
+    return Series(label_of(arm.name), steps, [fmean(values) for values in points], spread)
 
 
 def ticks_at(values: Sequence[float], text: Callable[[float], str]) -> dict[float, str]:

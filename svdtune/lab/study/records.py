@@ -20,7 +20,7 @@ from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.folder import LOG, SUMMARY
 from svdtune.training.movement import DURING, read_samples
 
-_CURVE = 60  # points kept of a loss curve
+_CURVE = 60  # points kept of a curve
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
     """
     summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).is_file() else {}
     lines, measured = read_samples(run / LOG), read_samples(run / MEASURED)
-    curve = [[line["step"], line["loss"]] for line in lines if "loss" in line]
+    curve, norms = ([[line["step"], line[name]] for line in lines if name in line] for name in ("loss", "grad_norm"))
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     numbers = [loss for _, loss in curve] + held_out
     diverged = not all(math.isfinite(number) for number in numbers)
@@ -88,7 +88,8 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
         "train_seconds": _training_seconds(summary, measured),
         "saved_bytes": summary.get("saved_bytes"),
         "peak_bytes": measured[-1]["peak_bytes"] if measured else None,
-        "curve": [[step, _finite(loss)] for step, loss in _thinned(curve)],
+        "curve": _thinned(curve),
+        "grad_norms": _thinned(norms),
         "scores": scores,
         "movement": _movement(run),
         "measured": _measured(measured) if status == "finished" else None,
@@ -263,11 +264,12 @@ def _mean(values: Iterable[float]) -> float:
     return float(f"{sum(found) / len(found):.6g}")
 
 
-def _thinned(curve: list[list[float]]) -> list[list[float]]:
-    """At most `_CURVE` points, evenly spread, the first and the last among them."""
-    if len(curve) <= _CURVE:
-        return curve
-    return [curve[round(i * (len(curve) - 1) / (_CURVE - 1))] for i in range(_CURVE)]
+def _thinned(curve: list[list[float]]) -> list[tuple[float, float | None]]:
+    """At most `_CURVE` points, evenly spread, the first and the last among them; None where a value
+    is not finite."""
+    n = len(curve)
+    kept = curve if n <= _CURVE else [curve[round(i * (n - 1) / (_CURVE - 1))] for i in range(_CURVE)]
+    return [(step, _finite(value)) for step, value in kept]
 
 
 def _short(method: dict[str, Any]) -> dict[str, Any]:

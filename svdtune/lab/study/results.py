@@ -106,7 +106,8 @@ class Measurements(_Part):
 
 
 class Run(_Part):
-    """One run; what a failed one did not come to is None, and the method of an untrained model."""
+    """One run; what a failed one did not come to is None, and the method of an untrained model.
+    `curve` has the training loss and `grad_norms` the gradient's norm before clipping, by step."""
 
     key: str
     arm: str
@@ -126,6 +127,7 @@ class Run(_Part):
     eval_loss: Number = None
     train_seconds: Number = None
     curve: list[tuple[Number, Number]] = []
+    grad_norms: list[tuple[Number, Number]] = []
     scores: dict[str, SetScore] = {}
     movement: dict[str, Any] | None = None
     measured: Measurements | None = None

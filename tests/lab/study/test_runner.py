@@ -66,6 +66,8 @@ def test_a_study_searches_then_runs_every_seed_and_scores_it(write_study) -> Non
         assert chosen == {min(searched, key=searched.get)}
         assert {found["trained_parameters"] <= 600 for found in finals if found["arm"] == arm} == {True}
     assert (finals[0]["loss"], finals[0]["curve"]) != (finals[1]["loss"], finals[1]["curve"])
+    for found in finals:
+        assert [step for step, norm in found["grad_norms"] if norm > 0] == [step for step, _ in found["curve"]]
 
 
 def test_nothing_is_run_twice_not_even_for_another_study(write_study) -> None:

@@ -5,6 +5,7 @@ import html
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,12 +15,13 @@ from made_results import SEEDS, made_results, made_run, read, search, whole_stud
 from markdown_it import MarkdownIt
 
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.arms import tables
+from svdtune.lab.study.arms import Table, tables
 from svdtune.lab.study.index import write_index
 from svdtune.lab.study.markdown import block, code, escape
 from svdtune.lab.study.page import main, write_page
-from svdtune.lab.study.plots import by_parameters, figures, losses, movement
+from svdtune.lab.study.plots import by_parameters, figures, grad_norms, losses, movement
 from svdtune.lab.study.plots import search as search_figure
+from svdtune.reports.numbers import Lines
 
 ODD = "a|b <script>alert(1)</script> `x` *y* _z_ [l](u) $m$ \\ & ~~"
 
@@ -180,10 +182,12 @@ def test_a_task_without_a_trained_arm_has_no_figure_of_scores() -> None:
     assert not list(figures(tables(read([base]))))
 
 
-def test_a_loss_curve_has_the_steps_that_all_seeds_logged() -> None:
-    runs = [made_run(seed=1, curve=[[1, 4.0], [5, 2.0]]), made_run(seed=2, curve=[[1, 2.0], [6, 1.0], [7, None]])]
-    (curve,) = losses(tables(read(runs))[0]).series
-    assert (list(curve.x), list(curve.y)) == ([1], [3.0])
+@pytest.mark.parametrize(("drawn", "recorded"), [(losses, "curve"), (grad_norms, "grad_norms")], ids=["loss", "norm"])
+def test_a_curve_has_the_steps_that_all_seeds_logged(drawn: Callable[[Table], Lines], recorded: str) -> None:
+    points = {1: [[1, 4.0], [5, 2.0]], 2: [[1, 2.0], [6, 1.0], [7, None]]}
+    runs = [made_run(seed=seed, curve=[]) | {recorded: points[seed]} for seed in points]
+    (curve,) = drawn(tables(read(runs))[0]).series
+    assert (list(curve.x), list(curve.y), list(curve.spread)) == ([1], [3.0], [(2.0, 4.0)])
 
 
 def test_movement_is_drawn_where_it_was_sampled() -> None:
