@@ -14,9 +14,12 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svdtune.errors import SvdtuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _REASONS = {
     errno.ENOSPC: "the disk is full",
@@ -34,7 +37,19 @@ _REASONS = {
     errno.EIO: "the disk does not answer as it should (an input/output error)",
 }
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # the direction of a line
+_UNWRAPPED = 1000  # characters, which no line of ours has
 _READING = {errno.EACCES: "you have no permission to read it", errno.EPERM: "you have no permission to read it"}
+
+
+def open_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
+    """A console on standard output or standard error. It wraps lines in a terminal and in a
+    notebook; elsewhere what reads them wants them whole."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, quiet=quiet)
+    if not made.is_terminal and not made.is_jupyter and "COLUMNS" not in os.environ:
+        made.width = _UNWRAPPED
+    return made
 
 
 @contextmanager

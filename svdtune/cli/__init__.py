@@ -171,7 +171,8 @@ def _svdtune(
 
 def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
-    plain_output()
+    if not {*sys.argv[1:2]} & {*_OTHERS}:
+        plain_output()
     if (
         not sys.warnoptions
     ):  # what a library will change in how others call it: a command's user can do nothing about it

@@ -4,10 +4,10 @@ from datetime import datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from svdtune.cli.outcome import for_json
+from svdtune.system import open_console
 
 app = typer.Typer(
     name="cache", help="List or clear the cache of spectra, factors and encoded rows.", no_args_is_help=True
@@ -35,7 +35,7 @@ def show() -> None:
     for entry in found:
         used = datetime.fromtimestamp(entry.used).isoformat(" ", "minutes")
         table.add_row(entry.kind, entry.key[:16] + entry.key[64:], f"{entry.size / 1e3:.0f}", used)
-    console = Console()
+    console = open_console()
     if found:
         console.print(table)
     total = sum(entry.size for entry in found)

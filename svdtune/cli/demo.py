@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from svdtune.cli.demo_table import Row, table
 from svdtune.cli.forecast import Forecast, PassTimer, in_minutes, step_seconds
 from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from svdtune.evaluation import Evaluation
     from svdtune.export import Source
     from svdtune.models import LoadedModel
@@ -91,9 +92,9 @@ def demo(
     """
     from svdtune.models import SMOLLM2
     from svdtune.models.loading import locate
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.system import explain_write_errors, open_console, replace_text
 
-    console, size, started = Console(), QUICK if quick else FULL, time.monotonic()
+    console, size, started = open_console(), QUICK if quick else FULL, time.monotonic()
     if not console.is_terminal:
         console.width = 140  # a log has no width of its own; the table should not fold in it
     check_output(output)
@@ -157,7 +158,7 @@ def check_output(output: Path) -> None:
 
 
 def score_base(
-    recipe: "Recipe", size: Size, output: Path, console: Console, started: float
+    recipe: "Recipe", size: Size, output: Path, console: "Console", started: float
 ) -> tuple[Forecast, "Evaluation"]:
     """The untrained model's accuracy; on the way, once its first steps are timed, say how long the
     demo will take.
@@ -225,7 +226,7 @@ def answer_tokens(loaded: "LoadedModel", recipe: "Recipe") -> int:
     return max(len(loaded.tokenizer.encode(row[recipe.data.completion])) for row in rows) + 1
 
 
-def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, console: Console) -> "Evaluation":
+def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, console: "Console") -> "Evaluation":
     """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all
     at once."""
     from svdtune.cli.progress import counting
@@ -250,7 +251,7 @@ def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, con
         )
 
 
-def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation", console: Console) -> Row:
+def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation", console: "Console") -> Row:
     """Train, score and merge one method."""
     from svdtune.export import find_source, open_source
     from svdtune.training import train
@@ -286,7 +287,7 @@ def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation",
     )
 
 
-def merge_or_reason(source: "Source", method: Method, console: Console) -> str:
+def merge_or_reason(source: "Source", method: Method, console: "Console") -> str:
     """Merge the run, which also checks the merged logits; where the method rules merging out, say
     so."""
     from svdtune.errors import SvdtuneError

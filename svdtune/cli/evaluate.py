@@ -127,12 +127,11 @@ def evaluate(
 @contextmanager
 def _watched(name: str, folder: Path) -> Iterator[Callable[[int, int], None]]:
     """Show the progress on one data set; a Ctrl-C says how to go on."""
-    from rich.console import Console
-
     from svdtune.cli.progress import counting
+    from svdtune.system import open_console
 
     try:
-        with counting(f"evaluating on {name}", Console(stderr=True)) as on_progress:
+        with counting(f"evaluating on {name}", open_console(stderr=True)) as on_progress:
             yield on_progress
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {folder} keeps what is done, the same command goes on") from None

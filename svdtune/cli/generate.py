@@ -74,16 +74,15 @@ def _answer_rows(
     max_new_tokens: int,
     batch_size: int,
 ) -> None:
-    from rich.console import Console
-
     from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
     from svdtune.evaluation.answers import answer_all
+    from svdtune.system import open_console
 
     asked = field or (recipe.data.prompt if recipe else "prompt")
     examples = to_examples(read_rows(data), asked, source=data)
     try:
-        with counting(f"answering {data}", Console(stderr=True)) as on_progress:
+        with counting(f"answering {data}", open_console(stderr=True)) as on_progress:
             cut = answer_all(
                 loaded,
                 examples,

@@ -35,13 +35,11 @@ def new(
 
     svdtune new smollm2-135m questions.csv --prompt question --completion answer --method sara
     """
-    from rich.console import Console
-
-    from svdtune.system import check_new_file, explain_write_errors, replace_text
+    from svdtune.system import check_new_file, explain_write_errors, open_console, replace_text
     from svdtune.training.draft import draft
 
     check_new_file(output, overwrite)
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     fields: dict[str, Any] = {"prompt": prompt, "completion": completion}
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     made = draft(model, data, method=method, task=task, origin=origin, console=console, **fields)

@@ -17,7 +17,7 @@ import typer
 from svdtune.errors import SvdtuneWarning
 
 _found: list[Any] = []  # of the verb that runs
-_WIDTH, _HELP_WIDTH = "1000", "110"  # of what is printed where no terminal has one
+_HELP_WIDTH = "110"
 
 
 def for_json(document: Any) -> None:
@@ -26,14 +26,14 @@ def for_json(document: Any) -> None:
 
 
 def plain_output() -> None:
-    """Where standard error is no terminal, no bars; where standard output is none, no lines that
-    are wrapped. Before anything is imported that looks."""
+    """Where standard error is no terminal, no bars; where standard output is none, help of a fixed
+    width. Before anything is imported that looks, and for svdtune's own verbs alone: these are
+    settings of the process."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not sys.stdout.isatty():
-        os.environ.setdefault("COLUMNS", _WIDTH)
-        os.environ.setdefault("TERMINAL_WIDTH", _HELP_WIDTH)  # of Typer's help, which fills it
+        os.environ.setdefault("TERMINAL_WIDTH", _HELP_WIDTH)  # which Typer's help fills
 
 
 def reporting(command: Any) -> Any:

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
+from svdtune.system import open_console
 
 if TYPE_CHECKING:
     from svdtune.cli.fit import Fitting
@@ -111,7 +111,7 @@ def _tell(made: "Plan", fitting: "Fitting", chart: Path | None) -> None:
     """Print a plan, and write the files that were asked for."""
     from svdtune.planning import draw
 
-    console = Console()
+    console = open_console()
     if made.sites.ranks:
         console.print(_ranks_table(made))
     console.print(_in_all(made))

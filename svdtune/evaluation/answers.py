@@ -17,6 +17,7 @@ from svdtune.evaluation.engines import TransformersEngine
 from svdtune.evaluation.items import Item, check_items
 from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors, replace_text, whole_lines
+from svdtune.training.lock import held_file
 
 ANSWER = "generated"  # the column that is added
 _BATCHES = 8  # whose prompts are sorted by length together
@@ -48,10 +49,8 @@ def answer_all(
 
     Raises:
         SvdtuneError: the file is there, a prompt is empty or leaves too little room, or the file
-            cannot be written.
+            cannot be written, or another process is writing it.
     """
-    if output.exists():
-        raise SvdtuneError(f"{output} is there already; name another --output, or remove it")
     if batch_size < 1:
         raise SvdtuneError(f"batch_size must be at least 1, got {batch_size}")
     engine = TransformersEngine(loaded)
@@ -61,7 +60,9 @@ def answer_all(
     asked = {"rows": content_of("", [one.row for one in examples]), "prompts": content_of("", tokens)}
     settings = {**asked, "max_new_tokens": max_new_tokens, **engine.identity()}
     part = output.with_name(f"{output.name}.part")
-    with explain_write_errors(output):
+    with explain_write_errors(output), held_file(output, "generate"):
+        if output.exists():
+            raise SvdtuneError(f"{output} is there already; name another --output, or remove it")
         done = _begun(part, settings)
         on_progress(len(done), len(items))
         for start in range(len(done), len(items), batch_size * _BATCHES):

@@ -26,7 +26,7 @@ from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors
+from svdtune.system import explain_write_errors, open_console
 from svdtune.training.adalora import AllocateRanks
 from svdtune.training.advice import launch_bound
 from svdtune.training.arguments import total_steps
@@ -102,7 +102,7 @@ def train(
         Interrupted: if stopped by Ctrl-C, after writing a checkpoint.
     """
     main = processes.is_main()
-    console = console or Console(stderr=True, quiet=not main)
+    console = console or open_console(stderr=True, quiet=not main)
     if not main:
         disable_progress_bar()
     joined = processes.start(not torch.accelerator.is_available(), _PATIENCE)

@@ -1,5 +1,6 @@
 """`--quiet` and `--json` on every verb; no bars and no wrapped lines where there is no terminal."""
 
+import io
 import json
 import os
 import subprocess
@@ -14,6 +15,15 @@ from typer.testing import CliRunner
 
 from svdtune import SorsaConfig, cli
 from svdtune.cli import app, outcome
+from svdtune.system import open_console
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
 
 RUNS: dict[str, list[str]] = {
     "new": ["MODEL", "ROWS"],
@@ -123,3 +133,16 @@ def test_without_a_terminal_no_bar_is_drawn_and_no_line_is_wrapped(places: dict[
     ended = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=True)
     assert "%|" not in ended.stderr
     assert any(len(line) > 80 for line in ended.stdout.splitlines()), ended.stdout
+
+
+@pytest.mark.parametrize("stderr", [False, True])
+def test_each_console_looks_at_its_own_stream(stderr: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No width of the process, which a bar would take that is in a terminal."""
+    for name in ("COLUMNS", "TERMINAL_WIDTH", "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    outcome.plain_output()
+    assert "COLUMNS" not in os.environ
+    assert open_console(stderr=stderr).width == 1000
+    monkeypatch.setattr("sys.stderr" if stderr else "sys.stdout", Terminal())
+    assert open_console(stderr=stderr).width < 1000

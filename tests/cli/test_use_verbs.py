@@ -1,6 +1,7 @@
 """What is trained is used: answers to a file of prompts, a chat, a push to the hub."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from svdtune.cli import app
 from svdtune.evaluation import answers
 from svdtune.export import find_source
 from svdtune.models import load
+from svdtune.training.lock import held_file
 from tiny import with_template
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{{ '[assistant]' }}"
@@ -78,7 +80,15 @@ def test_an_interrupted_file_goes_on(tiny_folder: Path, monkeypatch: pytest.Monk
     assert answer_file(tiny_folder).exit_code == 0
     assert asked[2:] == [2, 1], "the first two are not asked again"
     assert Path("answers.jsonl").read_text() == whole
-    assert not Path("answers.jsonl.part").exists()
+    assert [path.name for path in Path().iterdir() if path.name != "prompts.jsonl"] == ["answers.jsonl"]
+
+
+def test_two_do_not_write_one_file(tiny_folder: Path) -> None:
+    with held_file(Path("answers.jsonl"), "generate"):
+        second = answer_file(tiny_folder)
+    assert second.exit_code == 2
+    assert f"the file answers.jsonl is in use by `svdtune generate`, process {os.getpid()} on" in second.stderr
+    assert answer_file(tiny_folder).exit_code == 0
 
 
 def test_another_limit_begins_anew(tiny_folder: Path) -> None:

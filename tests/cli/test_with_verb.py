@@ -1,5 +1,6 @@
 """`svdtune with`: programs that do not import svdtune know the methods all the same."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,10 +37,12 @@ def test_a_program_is_run_as_python_would(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.exit_code == 3, found.stderr
 
 
-def test_a_program_in_a_new_process_knows_the_methods(tmp_path: Path) -> None:
-    write_program(tmp_path)
+def test_a_program_in_a_new_process_knows_the_methods_and_has_its_own_settings(tmp_path: Path) -> None:
+    ours = {"COLUMNS", "TERMINAL_WIDTH", "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    (tmp_path / "program.py").write_text(f"import os\nassert not {ours} & {{*os.environ}}\n{PROGRAM}")
     command = [sys.executable, "-m", "svdtune", "with", "--", "program.py", "--its", "options", "3"]
-    found = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert found.stdout.strip() == SAID
     assert found.returncode == 3, found.stderr
 

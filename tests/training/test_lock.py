@@ -106,7 +106,7 @@ def test_a_run_that_does_not_begin_leaves_nothing(tmp_path) -> None:
 def test_a_place_that_cannot_be(tmp_path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(SvdtuneError, match=r"cannot use .*file/run: Not a directory; set output\.dir"),
+        pytest.raises(SvdtuneError, match=r"cannot use the run .*file/run: Not a directory; name another output"),
         held(tmp_path / "file" / "run", "train"),
     ):
         pass

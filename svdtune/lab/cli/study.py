@@ -52,17 +52,16 @@ def study(
     svdtune study small/math
     svdtune study studies/small/*.yaml --per-gpu 6 --drop-weights
     """
-    from rich.console import Console
-
     from svdtune.lab.study.page import write_page
     from svdtune.lab.study.records import KnownRuns
     from svdtune.lab.study.results import read_results
     from svdtune.lab.study.runner import How, devices, run_studies
     from svdtune.lab.study.spec import load_study
+    from svdtune.system import open_console
 
     _check_names(files)
     studies = {path.stem: load_study(path) for path in files}
-    tell = partial(Console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
+    tell = partial(open_console(stderr=True).print, markup=False, highlight=False, soft_wrap=True)
     if dry_run:
         _describe(studies, output, KnownRuns(output, published, retry))
         return

@@ -38,10 +38,8 @@ def new(
     svdtune study new smollm2-135m rows.jsonl --methods lora,sorsa,sara
     svdtune study new smollm2-135m train.csv --test test.csv --prompt question --completion answer
     """
-    from rich.console import Console
-
     from svdtune.lab.study.draft import draft_study
-    from svdtune.system import check_new_file, explain_write_errors, replace_text
+    from svdtune.system import check_new_file, explain_write_errors, open_console, replace_text
     from svdtune.training.draft import Scoring
 
     recipe = output.with_name(f"{output.stem}-recipe.yaml")
@@ -57,7 +55,7 @@ def new(
         prompt=prompt,
         completion=completion,
         origin={"revision": revision, "trust_remote_code": trust_remote_code},
-        console=Console(stderr=True),
+        console=open_console(stderr=True),
     )
     seen = made.recipe
     typer.echo(f"format    {seen.format}")

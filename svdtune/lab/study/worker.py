@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from filelock import FileLock
 from peft import PeftModel
-from rich.console import Console
 from transformers import TrainerCallback
 
 from svdtune.data import read_rows, to_examples
@@ -34,7 +33,7 @@ from svdtune.lab.study.measuring import Measuring
 from svdtune.lab.study.records import Place, record_of, scores_of, write_record
 from svdtune.lab.study.spec import Measure
 from svdtune.models import LoadedModel
-from svdtune.system import is_out_of_memory, replace_text
+from svdtune.system import is_out_of_memory, open_console, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
@@ -104,7 +103,7 @@ def _train(recipe: Recipe, run: Path, callbacks: list[TrainerCallback]) -> None:
     # Only a checkpoint of this very recipe: held-out rows may have come to lie elsewhere since.
     resume = not finished and latest_checkpoint(run)[0] is not None and read_run(run) == from_anywhere(recipe)
     overwrite = not resume and (run / RECIPE).is_file()
-    train(recipe, resume=resume, overwrite=overwrite, console=Console(stderr=True), callbacks=callbacks)
+    train(recipe, resume=resume, overwrite=overwrite, console=open_console(stderr=True), callbacks=callbacks)
 
 
 def _measure_base(recipe: Recipe, measure: Measure, run: Path) -> None:
