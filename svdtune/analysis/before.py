@@ -1,6 +1,7 @@
 """Before training: each layer's spectrum, and its rank at thresholds from 0.1 to 0.9 (SARA, Fig. 2
 and 8)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from svdtune.analysis.weights import Opened
@@ -31,12 +32,12 @@ def before(run: Opened, progress: bool | None = None) -> dict[str, Any]:
     return {"thresholds": list(THRESHOLDS), "layers": found}
 
 
-def described(spectrum: Spectrum) -> dict[str, Any]:
+def described(spectrum: Spectrum, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
     """What is kept of a spectrum: its `k`, `sum` and `values`, as `before` has them."""
     count = len(spectrum.values)
     shown = [i for i in range(count) if i in {count - 1, *_spread(count)}]
     return {
-        "k": [rank_at_threshold(spectrum, threshold) for threshold in THRESHOLDS],
+        "k": [rank_at_threshold(spectrum, threshold) for threshold in thresholds],
         "sum": spectrum.total,
         "values": [[i + 1, float(f"{float(spectrum.values[i]):.6g}")] for i in shown],
     }

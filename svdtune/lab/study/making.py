@@ -26,6 +26,7 @@ class Making:
         models: by task, the model.
         folder: where its results go.
         records: by key, the runs that are done.
+        ranks: from `svdtune.lab.study.layers.ranks_by_layer`.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Making:
     models: dict[str, str]
     folder: Path
     records: dict[str, Record] = field(default_factory=dict)
+    ranks: dict[str, Any] = field(default_factory=dict)
 
     def next_jobs(self, cell: Cell) -> list[Job]:
         """What a cell waits for: the rest of its search, or its final runs; nothing where it is
@@ -101,9 +103,8 @@ class Making:
         known = [self.records[job.key] | job.cell for job in jobs if job.key in self.records]
         with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
             self.folder.mkdir(parents=True, exist_ok=True)
-            replace_text(
-                self.folder / RESULTS, json.dumps(results_of(self.study, self.models, known, command), indent=1) + "\n"
-            )
+            results = results_of(self.study, self.models, known, command, self.ranks)
+            replace_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, int, Job]]:

@@ -15,6 +15,7 @@ from typing import Any
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.arms import left_out, tables
 from svdtune.lab.study.index import write_index
+from svdtune.lab.study.layers import layer_figures, layer_sections
 from svdtune.lab.study.loss_plots import loss_figures
 from svdtune.lab.study.loss_tables import loss_sections
 from svdtune.lab.study.markdown import block, code, escape, table
@@ -71,9 +72,10 @@ def write_page(results: Path, folder: Path) -> list[Path]:
     study = read_results(results)
     said = read_findings(results.parent)
     found = tables(study)
+    by_layers = [one for each in found for one in layer_figures(each, study.ranks.get(each.task))]
     with explain_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        drawn = write_figures([*loss_figures(found), *figures(found)], folder)
+        drawn = write_figures([*loss_figures(found), *figures(found), *by_layers], folder)
         parts = [f"# {escape(study.title)}", escape(study.question or "")]
         parts += [f"## What the numbers say\n\n{said}"] if said else []
         parts += ["## How it was run", table(["", ""], _how(study), left=2), _file_of(study)]
@@ -81,6 +83,7 @@ def write_page(results: Path, folder: Path) -> list[Path]:
         for one in found:
             parts.append(f"## {escape(title(one))}")
             sections = loss_sections(study, one) if one.by_loss else all_sections(one)
+            sections = [*sections, *layer_sections(one, study.ranks.get(one.task))]
             parts += [f"### {heading}\n\n{body}" for heading, body in sections]
         if drawn:
             parts.append("## Figures")

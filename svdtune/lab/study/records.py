@@ -183,9 +183,11 @@ class KnownRuns:
         return done or self.published.get(job.key) or failed
 
 
-def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str) -> dict[str, Any]:
-    """`results.json` of a study: its settings, by task the model, the machines, and every run in
-    the order of the study.
+def results_of(
+    study: Study, models: dict[str, str], records: Iterable[dict[str, Any]], command: str, ranks: dict[str, Any]
+) -> dict[str, Any]:
+    """`results.json` of a study: its settings, by task the model and the ranks of its layers where
+    arms train groups of them, the machines, and every run in the order of the study.
 
     Where there are several machines, a run's `machine` says which of them made it, counted from 0.
     """
@@ -201,6 +203,7 @@ def results_of(study: Study, models: dict[str, str], records: Iterable[dict[str,
         "baseline": study.baseline,
         "spec": study.model_dump(mode="json"),
         "models": models,
+        **({"ranks": ranks} if ranks else {}),
         "svdtune": __version__,
         "command": command,
         "machines": machines,

@@ -105,6 +105,13 @@ class Measurements(_Part):
         return [measures["kl" if kind == "kl" else "nll"] for measures in sets]
 
 
+class LayerRanks(_Part):
+    """SARA's ranks of a model: `k` is [layers][thresholds], a mean over a layer's matrices."""
+
+    thresholds: list[float]
+    k: list[list[float]]
+
+
 class Run(_Part):
     """One run; what a failed one did not come to is None, and the method of an untrained model.
     `curve` has the training loss and `grad_norms` the gradient's norm before clipping, by step."""
@@ -172,6 +179,7 @@ class Results(_Part):
     svdtune: str
     machines: list[dict[str, Any]] = []
     models: dict[str, str] = {}
+    ranks: dict[str, LayerRanks] = {}
     command: str | None = None
     runs: list[Run]
 

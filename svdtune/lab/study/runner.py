@@ -28,6 +28,7 @@ from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.grid import Fits, Job, cells, model_name, origin_of
+from svdtune.lab.study.layers import ranks_by_layer
 from svdtune.lab.study.making import Making, take_up
 from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, write_record
 from svdtune.lab.study.results import RESULTS
@@ -94,6 +95,8 @@ def run_studies(
     with _only_runner(output), explain_write_errors(output, "the same command goes on"):
         known = KnownRuns(output, how.published, how.retry)
         making = planned(studies, output)
+        for one in making:
+            one.ranks = ranks_by_layer(one.study, studies[one.name][1])
         _Runner(making, known, output, how, tell).run()
     return [one.folder / RESULTS for one in making]
 

@@ -37,7 +37,7 @@ def run(*files: Path, how: How | None = None) -> list[dict]:
 def test_a_study_searches_then_runs_every_seed_and_scores_it(write_study) -> None:
     arms = {
         "lora": {"method": {"name": "lora", "target_modules": QV}},
-        "sara": {"method": {"name": "sara", "target_modules": QV}},
+        "sara": {"method": {"name": "sara", "target_modules": QV, "layers_to_transform": [0, 1]}},
         "base": {"untrained": True},
     }
     tune = {"learning_rates": [1e-3, 1e-2], "share": 0.25, "extend": 1}
@@ -66,6 +66,7 @@ def test_a_study_searches_then_runs_every_seed_and_scores_it(write_study) -> Non
         assert chosen == {min(searched, key=searched.get)}
         assert {found["trained_parameters"] <= 600 for found in finals if found["arm"] == arm} == {True}
     assert (finals[0]["loss"], finals[0]["curve"]) != (finals[1]["loss"], finals[1]["curve"])
+    assert len(read_results(Path("out/study/results.json")).ranks["math"].k) == 2
     for found in finals:
         assert [step for step, norm in found["grad_norms"] if norm > 0] == [step for step, _ in found["curve"]]
 
