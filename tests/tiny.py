@@ -1,11 +1,25 @@
-"""Tiny random models with weights from seed 0: one Llama and one GPT-2, with whatever a test wants
-different."""
+"""Tiny random models with weights from seed 0: a Llama, a GPT-2 and mixtures of experts, with
+whatever a test wants different."""
 
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+)
 
 LLAMA = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 60}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "bos_token_id": 0, "eos_token_id": 0}
@@ -45,3 +59,32 @@ def with_template(folder: Path, model: Path, template: str) -> Path:
         (folder / file.name).symlink_to(file)
     (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+def _sized(config: type[PretrainedConfig], **own: Any) -> PretrainedConfig:
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_experts_per_tok": 2}
+    return config(**sizes | {"num_key_value_heads": 1, "head_dim": 8, "vocab_size": 60} | own)
+
+
+# The experts' parameters are [experts, 2 · inner, hidden] and [experts, hidden, inner]; those of
+# gpt-oss are turned round, and have biases.
+EXPERTS = {
+    "qwen3_moe": lambda **own: _sized(Qwen3MoeConfig, num_experts=3, moe_intermediate_size=8, **own),
+    "mixtral": lambda **own: _sized(MixtralConfig, num_local_experts=3, **own),
+    "gpt_oss": lambda **own: _sized(GptOssConfig, num_local_experts=3, **own),
+}
+
+
+def tiny_experts(kind: str, **changes: Any) -> PreTrainedModel:
+    """A model of one layer with three fused experts, whose spectra differ; no weight is 0."""
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("before Transformers 5 experts are layers")
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(EXPERTS[kind](**changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-0.3, 0.3)
+            if parameter.ndim == 3:
+                parameter[:, :, 0] *= torch.tensor([1.0, 5.0, 25.0])[:, None]
+    return model

@@ -17,6 +17,7 @@ from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.export.source import Source, find_source, open_source
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.experts import ON_DISK
 from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter, read_config
 from svdtune.methods.files.card import TITLES
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
@@ -61,6 +62,8 @@ def read_change(folder: Path, base: Source | None = None) -> SavedChange:
     config = read_config(folder)
     if type(config) is LoraConfig:
         return _of_lora(folder, config)
+    if isinstance(config, SvdConfig) and config.target_parameters:
+        raise SvdtuneError(f"what the adapter {folder} adds is read layer by layer: {ON_DISK}")
     saved = _read_whole(folder, base)
     method = layer_class(saved.config)
     pairs = {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}

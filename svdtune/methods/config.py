@@ -26,11 +26,6 @@ from svdtune.methods.files.integrity import (
 from svdtune.methods.settings import written
 from svdtune.system import read_json
 
-NO_PARAMETERS = (
-    "`target_parameters` names tensors that are no layer's weight, such as those of all experts together, and SARA, Mo-SARA "
-    "and SORSA adapt layers: leave it out and name layers in `target_modules`, or adapt those tensors with LoRA"
-)
-
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
@@ -49,6 +44,10 @@ class SvdConfig(PeftConfig):
         dropout: probability with which entries of the adapter's input are zeroed during training.
         target_modules, exclude_modules, layers_to_transform, layers_pattern, modules_to_save, bias:
             as in LoRA.
+        target_parameters: parameters [experts, out, in] of fused experts to adapt, by their whole
+            names or the last parts of them, as in LoRA: ["experts.gate_up_proj"]. Each expert has a
+            rank and factors of its own. Without `target_modules` nothing else is adapted. Not for
+            Mo-SARA, whose gate looks at tokens.
         init_weights: True decomposes the weights. False fills the factors at random, so that the
             adapter changes the outputs from the start: for tests.
         compact: save without the frozen factors (SORSA's P₀ and V₀, Mo-SARA's U and V) and
@@ -61,8 +60,8 @@ class SvdConfig(PeftConfig):
             "auto": of every projection known to be fused, the slices that the paper adapts.
         ranks: the resolved rank of every adapted layer by module name. Written by svdtune; loading
             reads ranks from here.
-        slices: [groups, width, start, stop] of every adapted slice, by its name. Written by
-            svdtune.
+        slices: [groups, width, start, stop] of every adapted slice, by its name; of fused experts
+            rows of their matrices under each other. Written by svdtune.
         kernels: groups, shape [in / groups, k, ...], dilation and padding mode of every adapted
             convolution. Written by svdtune.
         initialized: True in a saved adapter's configuration: factors are loaded, nothing is
@@ -97,6 +96,9 @@ class SvdConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata=_help("Indices of the layers to adapt."))
     layers_pattern: list[str] | str | None = field(
         default=None, metadata=_help("Name of the module list that `layers_to_transform` counts in.")
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata=_help("Names of fused experts' parameters to adapt, such as experts.gate_up_proj.")
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata=_help("Modules trained and saved whole beside the adapter.")
@@ -140,12 +142,6 @@ class SvdConfig(PeftConfig):
     embedding_weights: ClassVar[Collection[str]] = ()  # of an instance: their names in the model last saved
     paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
 
-    def __new__(cls, *_: Any, **settings: Any) -> Self:
-        """Refuse a setting of LoRA that has no counterpart here."""
-        if settings.get("target_parameters"):
-            raise SvdtuneError(f"{cls.__name__}: {NO_PARAMETERS}; got {settings['target_parameters']!r:.100}")
-        return super().__new__(cls)
-
     def __post_init__(self) -> None:
         super().__post_init__()
         from peft import PeftType  # resolved late: the member exists once the method is registered
@@ -158,6 +154,8 @@ class SvdConfig(PeftConfig):
         problems = list(self._kinds()) or list(self._problems())
         if problems:
             raise SvdtuneError(f"{type(self).__name__}: " + "; ".join(problems))
+        if self.target_parameters and self.target_modules is None:
+            self.target_modules = []  # no method's own default beside what was named
 
     def _kinds(self) -> Iterator[str]:
         """Yield which fields are of another kind: what PEFT and `re` would only find out while a
@@ -167,9 +165,9 @@ class SvdConfig(PeftConfig):
                 yield f"`{name}` must be a dict by module name; got {value!r:.60}"
             else:
                 yield from (f"`{name}`: {key!r} is no name" for key in value if not isinstance(key, str))
-        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
             value = getattr(self, name)
-            if isinstance(value, str) and name != "modules_to_save":
+            if isinstance(value, str) and name not in ("modules_to_save", "target_parameters"):
                 yield from _no_expression(name, value)
             elif value is not None and not _all_of(value, str):
                 yield f"`{name}` must be a list of names; got {value!r:.60}"
@@ -203,6 +201,16 @@ class SvdConfig(PeftConfig):
         if self.compact and not self.init_weights:
             yield "`compact` needs `init_weights=True`: factors filled at random cannot be recomputed"
         yield from self._problems_with_slices()
+        if self.target_parameters and self.dropout > 0:
+            yield (
+                "`dropout` is on the input of layers, and `target_parameters` changes weights, for which no input is known; "
+                "leave one of them out"
+            )
+        if self.target_parameters and self.layers_to_transform is not None:
+            yield (
+                "`layers_to_transform` chooses among `target_modules` alone; write out the parameters that `target_parameters` "
+                "is to take, as model.layers.0.mlp.experts.gate_up_proj"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             yield "`layers_pattern` needs `layers_to_transform`, the indices it counts"
 

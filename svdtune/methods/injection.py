@@ -80,8 +80,9 @@ def method_name(config: PeftConfig) -> str:
 
 
 def by_kind(names: Collection[str]) -> Counter[str]:
-    """Count module names by what they are in their layer: "self_attn.q_proj" → 30."""
-    return Counter(re.sub(r"^.*?\.\d+\.", "", name) for name in names)
+    """Count module names by what they are in their layer: "self_attn.q_proj" → 30; the experts of
+    one parameter are of one kind."""
+    return Counter(re.sub(r"^.*?\.\d+\.|\.\d+$", "", name) for name in names)
 
 
 def _as_given(targets: Any) -> list[str] | str | None:

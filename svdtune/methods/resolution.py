@@ -25,6 +25,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import TITLES
 from svdtune.methods.layers.base import Shapes, SvdLayer
 from svdtune.methods.layers.convolution import kernel_of
+from svdtune.methods.layers.experts import ExpertStack, layers_of
 from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import given_rank
@@ -59,7 +60,8 @@ class Resolution:
         ranks: by layer.
         fingerprints: of the base weights, by layer, where they have one.
         factors: by layer, where the adapter starts from them.
-        parts: the slices to adapt, by fused module.
+        parts: the slices to adapt, by fused module, or by parameter of fused experts.
+        experts: their layers by parameter, or the matrices that layers are to stand around.
         kernels: by convolution.
         shapes: of the adapter's tensors, by layers of one size.
     """
@@ -72,6 +74,7 @@ class Resolution:
         self.fingerprints: dict[str, str] = {}
         self.factors: dict[str, Factors] = {}
         self.parts: dict[str, Parts] = {}
+        self.experts: dict[str, list[nn.Module]] = {}
         self.kernels: dict[str, dict[str, Any]] = {}
         self.shapes: Shapes = {}
 
@@ -96,6 +99,13 @@ class Resolution:
             for part, rows in parts.items():
                 adapted = fused.slice(part) if fused else None
                 yield f"{name}.{part}", adapted or RowSlice(fused.get_base_layer() if fused else module, rows)
+
+    def experts_of(self, stacks: Mapping[str, ExpertStack]) -> Iterator[tuple[str, nn.Module]]:
+        """The experts' layers to adapt, by name, of parameters as `asked_stacks` gives them."""
+        for name, stack in stacks.items():
+            self.experts[name] = layers_of(self.model, name, stack)
+            self.parts[name] = {str(one.index): one.rows for one in stack.slices()}
+            yield from ((f"{name}.{index}", layer) for index, layer in enumerate(self.experts[name]))
 
     def _parts_of(self, name: str, module: nn.Module) -> Parts:
         config = self.config

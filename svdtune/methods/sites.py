@@ -21,10 +21,12 @@ from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
+from svdtune.methods.experts import ON_DISK, expert_at
 from svdtune.methods.files.integrity import PEFT_ROOT
 from svdtune.methods.injection import inject, method_name
+from svdtune.methods.layers.experts import ExpertSlice
 from svdtune.methods.layers.rows import Rows
-from svdtune.methods.layers.slices import FusedLinear, RowSlice
+from svdtune.methods.layers.slices import Fused, RowSlice
 from svdtune.methods.ranks import pattern_rank, with_rank, with_ranks
 
 Model = nn.Module | Checkpoint
@@ -36,13 +38,14 @@ class Site:
 
     Attributes:
         name: of the layer in the base model; a slice of a fused weight is called
-            `<module>.<slice>`.
-        module: the base model's module that holds its weight.
+            `<module>.<slice>`, one of fused experts `<parameter>.<expert>`.
+        module: the base model's module that holds its weight; of fused experts the parameter.
         rows: which rows of that weight's matrix; None for all of them.
         shape: (out, in) of the layer's matrix; None where the module has no single matrix.
         rank: None for a method without ranks.
         trained: numbers that get gradients there, a trained bias among them.
         frozen: numbers that the adapter adds there without training them.
+        expert: whether its matrix is one of fused experts'.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Site:
     rank: int | None
     trained: int
     frozen: int
+    expert: bool = False
 
     def weight(self, model: Model) -> Tensor:
         """The layer's matrix [out, in] in a checkpoint or a loaded model, read now.
@@ -60,7 +64,11 @@ class Site:
             SvdtuneError: it is not there.
         """
         if isinstance(model, Checkpoint):
+            if self.expert:
+                raise SvdtuneError(f"the weight of {self.name!r} is not read from disk: {ON_DISK}")
             whole = model.weight(self.module)
+        elif self.expert:
+            return spectra.base_weight(expert_at(model, self.name))
         else:
             whole = spectra.base_weight(model.get_submodule(self.module))
         return whole if self.rows is None else self.rows.matrix(whole)
@@ -254,7 +262,7 @@ def _read(model: nn.Module) -> Sites:
 def _layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
     """The adapted layers by their names in `model`; of a fused projection, its slices."""
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, FusedLinear):
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, Fused):
             yield name, module
 
 
@@ -272,7 +280,8 @@ def _site(name: str, layer: BaseTunerLayer, trained: int, frozen: int) -> Site:
     ranks = getattr(layer, "r", None)
     if isinstance(ranks, Mapping):
         ranks = next((ranks[adapter] for adapter in layer.active_adapters if adapter in ranks), None)
-    return Site(name, module, rows, _shape(base), ranks if isinstance(ranks, int) else None, trained, frozen)
+    rank = ranks if isinstance(ranks, int) else None
+    return Site(name, module, rows, _shape(base), rank, trained, frozen, isinstance(base, ExpertSlice))
 
 
 def _shape(base: nn.Module) -> tuple[int, int] | None:

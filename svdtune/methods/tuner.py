@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
+from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -24,13 +25,14 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig, as_set
-from svdtune.methods.experts import say_experts_left_out
+from svdtune.methods.experts import asked_stacks, say_experts_left_out
 from svdtune.methods.files.integrity import (
     check_base,
     check_same_layers,
 )
 from svdtune.methods.firstuse import forget_first_use, watch_first_use
 from svdtune.methods.layers.base import SvdLayer
+from svdtune.methods.layers.experts import FusedExperts
 from svdtune.methods.layers.loading import parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
@@ -71,6 +73,8 @@ class SvdTuner(StoringTuner):
         self._resolution = Resolution(config, model, self.tuner_layer_cls, load_only)
         self._places = shared_places(model)
         # PEFT takes the modules' names from the keys, and a slice is no module yet
+        if config.target_parameters:
+            state_dict = None  # PEFT finds parameters by the configuration alone
         if state_dict is not None:
             keys = {key: key.rpartition(".") for key in state_dict}
             state_dict = {f"{config.module_of(at)}.{part}": state_dict[key] for key, (at, _, part) in keys.items()}
@@ -129,11 +133,14 @@ class SvdTuner(StoringTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
-        if not ours(peft_config).initialized:
-            say_experts_left_out(model, ours(peft_config).target_modules)
+        own = ours(peft_config)
+        stacks = asked_stacks(model, own.target_parameters or ())
+        if not own.initialized:
+            say_experts_left_out(model, own.target_modules, stacks)
         config = self._named_layers(ours(peft_config), model)
         check_called(model, [name for name, _ in self._targets(config, model)])
         targets = dict(self._resolution.layers(dict(self._targets(config, model))))
+        targets |= self._resolution.experts_of(stacks)
         if config.initialized:
             check_same_layers(config.ranks, targets)
             if self._resolution.present:
@@ -209,6 +216,25 @@ class SvdTuner(StoringTuner):
                 fused.add_module(part, layer)
         if fused is not target:
             self._replace_module(parent, target_name, fused, target)
+
+    def _inject_parameters(
+        self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """The experts, in place of PEFT's own way, which has one rank for all of a parameter."""
+        for name, found in self._resolution.experts.items():
+            place, _, key = name.rpartition(".")
+            module = model.get_submodule(place)  # the second parameter of a module finds it adapted
+            fused = module if isinstance(module, FusedExperts) else FusedExperts(module)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                layers = [
+                    self._adapted(ours(peft_config), adapter_name, layer, f"{name}.{index}")
+                    for index, layer in enumerate(found)
+                ]
+            fused.add_module(key, nn.ModuleList(layers))
+            if fused is not module:
+                parent, _, own = place.rpartition(".")
+                self._replace_module(model.get_submodule(parent), own, fused, module)
+        return list(self._resolution.experts)
 
     def _adapted(self, config: SvdConfig, adapter_name: str, target: nn.Module, name: str) -> SvdLayer[Any]:
         """The layer `target` with one more adapter; a new layer around it where it has none yet."""

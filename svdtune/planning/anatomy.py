@@ -38,8 +38,10 @@ class Anatomy:
         copies: of the adapter's factors in the dtype of the products, kept between forward and
             backward.
         kept: per token, what the adapter keeps for the backward pass beside what the base keeps.
-        widths: Σ (in + out) over the adapted layers, what the adapter's products read and write per
-            token.
+        widths: Σ (in + out) over the adapted layers but fused experts, what the adapter's products
+            read and write per token.
+        changed: of the parameters of fused experts that are adapted: W + ΔW is kept for the
+            backward pass.
     """
 
     method: str
@@ -57,6 +59,7 @@ class Anatomy:
     copies: int
     kept: int
     widths: int
+    changed: int = 0
 
 
 def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
@@ -65,7 +68,8 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
     blocks = _blocks(model)
     inside: list[Any] = [module for block in blocks for module in block.modules() if _is_linear(module)]
     head = model.get_output_embeddings()
-    sized = [(site, *site.shape) for site in plan.sites if site.shape is not None]
+    sized = [(site, *site.shape) for site in plan.sites if site.shape is not None and not site.expert]
+    experts = [site.shape for site in plan.sites if site.shape is not None and site.expert]
     dora = getattr(plan.config, "use_dora", False)
     return Anatomy(
         method="dora" if dora else plan.method,
@@ -83,6 +87,7 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
         copies=sum(_padded(site.rank or 0) * n for site, _, n in sized) if plan.method == "mosara" else plan.trained,
         kept=_kept(plan.method, sized),
         widths=sum(out + n for _, out, n in sized),
+        changed=sum(out * n for out, n in experts),
     )
 
 

@@ -176,11 +176,13 @@ def _working(sizes: Anatomy, setting: Setting) -> tuple[int, int, int]:
     values counted as often as they are used), gate, its activation and up (6 I), and two bytes for
     each number that the adapter keeps. Beside the layers, the embeddings' output and the last norm
     (6 H). A layer's backward pass works on gradients of the MLP (6 I) and of its inputs (10 H).
+    Weights of fused experts with their adapters' additions are kept too, and have gradients.
     """
     H, wide, tokens = sizes.hidden, sizes.intermediate, setting.tokens
-    layer = tokens * (16 * H + 6 * wide + 2 * sizes.kept // sizes.depth)
+    changed = 2 * sizes.changed // sizes.depth
+    layer = tokens * (16 * H + 6 * wide + 2 * sizes.kept // sizes.depth) + changed
     ends = 6 * H * tokens
-    backward = tokens * (10 * H + 6 * wide)
+    backward = tokens * (10 * H + 6 * wide) + changed
     logits = 12 * tokens * sizes.vocabulary
     if setting.gradient_checkpointing:
         kept, backward = sizes.depth * 2 * H * tokens, backward + layer

@@ -71,13 +71,15 @@ class Plan:
         """Arguments for `peft.LoraConfig` with the same ranks; α = r in every layer, a scaling of
         1.
 
-        LoRA knows no slices: a module that is adapted by slice gets the sum of their ranks.
+        LoRA knows no slices: a module that is adapted by slice gets the sum of their ranks. It has
+        one rank for all experts of a parameter, which gets their highest.
         """
         ranks: Counter[str] = Counter()
         for site in self.sites:
-            ranks[site.module] += site.rank or 0
+            before, rank = ranks[site.module], site.rank or 0
+            ranks[site.module] = max(before, rank) if site.expert else before + rank
         r, pattern = common_rank(ranks), rank_pattern(ranks)
-        known = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        known = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
         targets = {name: value for name, value in chosen(self.config).items() if name in known}
         return {**targets, "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern)}
 
@@ -233,5 +235,7 @@ def _lora(model: Model, found: Sites, r: int) -> int:
     """What a LoRA of rank r trains on the modules of these sites."""
     if r < 1:
         raise SvdtuneError(f"match_lora must be a rank >= 1; got {r}")
-    modules = "|".join(re.escape(name) for name in dict.fromkeys(site.module for site in found))
-    return count(model, LoraConfig(r=r, target_modules=modules)).trained
+    modules = "|".join(re.escape(name) for name in dict.fromkeys(site.module for site in found if not site.expert))
+    experts = list(dict.fromkeys(site.module for site in found if site.expert))
+    lora = LoraConfig(r=r, target_modules=modules or [], target_parameters=experts or None)
+    return count(model, lora).trained

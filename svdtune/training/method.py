@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods import registration
-from svdtune.methods.config import NO_PARAMETERS, SvdConfig
 from svdtune.methods.injection import check_names, check_targets, inject
 from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
@@ -54,8 +53,6 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
     good = {}
     for option, value in options.items():
         message = type_error(hints[option], value) if option in known else unknown(option, known)
-        if option == "target_parameters" and issubclass(cls, SvdConfig):
-            message = NO_PARAMETERS
         if message:
             yield Problem(f"method.{option}", message)
         else:

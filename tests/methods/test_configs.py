@@ -4,7 +4,6 @@ value and the range."""
 import pytest
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
-from svdtune.training.method import method_problems
 
 
 def test_defaults_are_the_papers():
@@ -83,14 +82,3 @@ def test_a_saved_configuration_says_its_factors_exist_and_the_living_one_does_no
 def test_which_modules_is_settled_before_a_model_is_touched(settings, message):
     with pytest.raises(SvdtuneError, match=message):
         SorsaConfig(r=2, **settings)
-
-
-@pytest.mark.parametrize("config", [SaraConfig, MoSaraConfig, SorsaConfig])
-def test_tensors_that_are_no_layers_weight_are_refused(config):
-    wanted = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    with pytest.raises(SvdtuneError, match=r"`target_parameters` names tensors .* name layers in `target_modules`, or"):
-        config(target_parameters=wanted, target_modules=["q_proj"])
-    (problem,) = method_problems(config.method, {"target_parameters": wanted})
-    assert problem.path == "method.target_parameters"
-    assert "or adapt those tensors with LoRA" in problem.message
-    assert not list(method_problems("lora", {"target_parameters": wanted}))

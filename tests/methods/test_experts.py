@@ -1,16 +1,272 @@
-"""Experts that are fused into one tensor are said to be left out, where their names were asked
-for."""
+"""Fused experts: a rank and factors for each expert of a parameter, against the literal form; and
+those that are left out are said."""
 
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.func import functional_call
 
-from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
+from pairwise import all_pairs
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, plan, sites
+from svdtune.checkpoint import open_checkpoint
+from svdtune.export import Source, merge
+from svdtune.export.lora import export_lora
+from svdtune.linalg import rank_at_threshold
+from svdtune.methods.sorsa.reference import orthonormal_regularizer
+from svdtune.methods.sorsa.regularizer import add_regularizer_gradients
+from svdtune.methods.start.disk import start
+from svdtune.training.method import method_problems
+from tiny import EXPERTS, tiny_experts
 
 CONFIGS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig}
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+TOKENS = torch.arange(1, 25).view(2, 12)
+OPTIONS = {
+    "sara": {"r": 2},
+    "sara-spectral": {"threshold": 0.4, "init": "spectral"},
+    "sara-no-lambda": {"threshold": 0.4, "use_lambda": False},
+    "sorsa": {"r": 2},
+    "sorsa-threshold": {"threshold": 0.4},
+    "sorsa-last": {"r": 3, "components": "last"},
+}
+
+
+def config_of(name: str, **own):
+    return CONFIGS[name.partition("-")[0]](**{"target_parameters": BOTH} | OPTIONS[name] | own)
+
+
+def base_of(kind: str, dtype: torch.dtype):
+    """The model; in float64 its experts are computed one by one, for grouped products have none."""
+    model = tiny_experts(kind)
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model.to(dtype)
+
+
+def made(kind: str, name: str, dtype=torch.float32, **own) -> PeftModel:
+    return get_peft_model(base_of(kind, dtype), config_of(name, **own)).eval()
+
+
+def moved(model: PeftModel) -> PeftModel:
+    """The model with every trained factor away from where it starts."""
+    with torch.no_grad():
+        trained = (p for name, p in model.named_parameters() if "sorsa_" in name or "sara_" in name)
+        for at, parameter in enumerate(trained):
+            parameter += 0.1 * torch.arange(parameter.numel()).view_as(parameter).add(at).sin()
+    return model
+
+
+def stacks(model: nn.Module, kind: str) -> dict[str, torch.Tensor]:
+    """The parameters of the experts as [experts, out, in], by their last name."""
+    found = {name: p for name, p in model.named_parameters() if name.endswith(("gate_up_proj", "down_proj"))}
+    return {name.rpartition(".")[2]: p.mT if kind == "gpt_oss" else p for name, p in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"), all_pairs(list(EXPERTS), list(OPTIONS), [torch.float32, torch.float64]), ids=str
+)
+def test_outputs_and_gradients_are_those_of_the_literal_form(kind, name, dtype):
+    """ΔW of every expert is formed by itself and added to its matrix; autograd does the rest."""
+    model = moved(made(kind, name, dtype))
+    model(TOKENS, labels=TOKENS).loss.backward()
+    factors = {key: p.detach().to(dtype).requires_grad_(p.requires_grad) for key, p in model.named_parameters()
+               if key.endswith(".default")}  # fmt: skip
+    base = base_of(kind, dtype)
+    changed = {}
+    for key, parameter in base.named_parameters():
+        if not key.endswith(tuple(BOTH)):
+            continue
+        matrices = parameter.mT if kind == "gpt_oss" else parameter
+        summed = []
+        for index, matrix in enumerate(matrices.detach()):
+            at = f"base_model.model.{key}.{index}"
+            own = {part.removeprefix(f"{at}.").removesuffix(".default"): t for part, t in factors.items()
+                   if part.startswith(f"{at}.")}  # fmt: skip
+            if "sorsa_U" in own:
+                delta = (
+                    own["sorsa_U"] @ torch.diag(own["sorsa_s"]) @ own["sorsa_V"].mT
+                    - own["frozen_P0"] @ own["frozen_V0"].mT
+                )
+            else:
+                delta = own["sara_U"] * own.get("sara_lambda", 1) @ own["sara_V"].mT
+            summed.append(matrix + delta)
+        whole = torch.stack(summed)
+        changed[key] = whole.mT if kind == "gpt_oss" else whole
+    assert len(changed) == 2
+    wanted = functional_call(base, changed, (TOKENS,), {"labels": TOKENS})
+    wanted.loss.backward()
+    torch.testing.assert_close(model(TOKENS).logits, wanted.logits.detach(), rtol=1e-4, atol=1e-5)
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    for key, parameter in trained.items():
+        torch.testing.assert_close(parameter.grad.to(dtype), factors[key].grad, rtol=1e-3, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_ranks_and_starts_are_each_experts_own(kind):
+    base = stacks(tiny_experts(kind), kind)
+    model = made(kind, "sorsa-threshold", rank_pattern={"experts.down_proj": 3, r"down_proj\.1": 4})
+    ranks = model.peft_config["default"].ranks
+    spectra = {index: torch.linalg.svdvals(W.double()) for index, W in enumerate(base["gate_up_proj"])}
+    found = [ranks[f"model.layers.0.mlp.experts.gate_up_proj.{index}"] for index in spectra]
+    assert found == [rank_at_threshold(s, 0.4) for s in spectra.values()]
+    assert len(set(found)) == 3
+    assert [ranks[f"model.layers.0.mlp.experts.down_proj.{index}"] for index in range(3)] == [3, 4, 3]
+    for index, W in enumerate(base["gate_up_proj"]):
+        U, s, Vh = torch.linalg.svd(W)
+        layer = model.get_submodule(f"base_model.model.model.layers.0.mlp.experts.gate_up_proj.{index}")
+        k = found[index]
+        start = layer.frozen_P0["default"] @ layer.frozen_V0["default"].mT
+        torch.testing.assert_close(start, U[:, :k] * s[:k] @ Vh[:k], rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(TOKENS).logits, tiny_experts(kind)(TOKENS).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "name", "dtype"), all_pairs(list(EXPERTS), ["sara", "sorsa"], [torch.float32, torch.bfloat16]), ids=str
+)
+def test_merging_gives_what_the_adapter_gave_and_takes_it_back(kind, name, dtype):
+    model = moved(made(kind, name, dtype))
+    before = {key: value.clone() for key, value in tiny_experts(kind).to(dtype).state_dict().items()}
+    after = model(TOKENS).logits
+    model.merge_adapter(safe_merge=True)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+    torch.testing.assert_close(model(TOKENS).logits, after, **close)
+    with model.disable_adapter():  # which unmerges
+        assert torch.equal(model(TOKENS).logits, tiny_experts(kind).to(dtype)(TOKENS).logits)
+    assert torch.equal(model(TOKENS).logits, after)
+    merged = model.merge_and_unload()
+    assert merged.state_dict().keys() == before.keys()
+    assert type(merged.model.layers[0].mlp.experts) is type(tiny_experts(kind).model.layers[0].mlp.experts)
+    torch.testing.assert_close(merged(TOKENS).logits, after, **close)
+    assert all(torch.equal(value, before[key]) for key, value in merged.state_dict().items() if "experts" not in key)
+
+
+@torch.no_grad()
+def test_two_adapters_add_up_and_each_loads_alone(tmp_path):
+    model = made("mixtral", "sorsa", target_modules=["q_proj"])
+    model.add_adapter("other", config_of("sorsa-threshold", target_parameters=BOTH[:1]))
+    moved(model)
+    one = model(TOKENS).logits
+    model.base_model.set_adapter(["default", "other"])
+    both = model(TOKENS).logits
+    model.set_adapter("other")
+    other = model(TOKENS).logits
+    assert not torch.equal(one, both)
+    assert not torch.equal(other, both)
+    model.save_pretrained(tmp_path)
+    for name, wanted in (("", one), ("other", other)):
+        loaded = PeftModel.from_pretrained(tiny_experts("mixtral"), tmp_path / name).eval()
+        assert torch.equal(loaded(TOKENS).logits, wanted)
+    again = tiny_experts("mixtral")  # by Transformers' own way
+    again.load_adapter(str(tmp_path))
+    assert torch.equal(again(TOKENS).logits, one)
+
+
+def test_a_compact_adapter_comes_back(tmp_path):
+    model = moved(made("gpt_oss", "sorsa", compact=True))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_experts("gpt_oss"), tmp_path).eval()
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+    with pytest.raises(SvdtuneError, match="made from another base model"):
+        PeftModel.from_pretrained(tiny_experts("gpt_oss", head_dim=4), tmp_path)
+
+
+def test_the_regularizer_is_that_of_all_experts():
+    model = moved(made("qwen3_moe", "sorsa"))
+    factors = {key: p for key, p in model.named_parameters() if key.endswith(("sorsa_U.default", "sorsa_V.default"))}
+    add_regularizer_gradients(model, 1e-2)
+    copies = {key: p.detach().clone().requires_grad_() for key, p in factors.items()}
+    pairs = [(copies[key], copies[key.replace("sorsa_U", "sorsa_V")]) for key in copies if "sorsa_U" in key]
+    gamma = model.peft_config["default"].gamma
+    (gamma / 1e-2 * sum(orthonormal_regularizer(U, V) for U, V in pairs) / (2 * len(pairs))).backward()
+    assert len(pairs) == 6
+    for key, parameter in factors.items():
+        torch.testing.assert_close(parameter.grad, copies[key].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_plan_says_what_is_put_on(kind):
+    model, config = tiny_experts(kind), config_of("sara", target_modules=["q_proj"])
+    for size in ({}, {"threshold": 0.3}, {"budget": 500}, {"match_lora": 2}):
+        planned = plan(model, replace(config, **({"r": None} if size else {})), **size)
+        adapted = get_peft_model(tiny_experts(kind), replace(planned.config))
+        assert (planned.trained, planned.sites.count.total) == adapted.get_nb_trainable_parameters()
+        assert planned.sites.ranks == adapted.peft_config["default"].ranks
+        assert [site.expert for site in planned.sites] == [False] + [True] * 6
+    lora = LoraConfig(**planned.lora_section())
+    of_lora = get_peft_model(tiny_experts(kind), lora).get_nb_trainable_parameters()[0]
+    assert (
+        planned.trained
+        <= sites(model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=BOTH)).count.trained
+    )
+    assert of_lora >= planned.trained - len(planned.sites) * max(planned.sites.ranks.values())
+
+
+def test_what_reads_layer_by_layer_from_disk_says_what_to_do(tmp_path):
+    folder, adapter = tmp_path / "model", tmp_path / "adapter"
+    tiny_experts("gpt_oss").save_pretrained(folder)
+    made("gpt_oss", "sara").save_pretrained(adapter)
+    checkpoint = open_checkpoint(folder)
+    assert (
+        plan(checkpoint, config_of("sara")).sites.ranks.keys()
+        == made("gpt_oss", "sara").peft_config["default"].ranks.keys()
+    )
+    for refused in (
+        lambda: plan(checkpoint, config_of("sorsa-threshold")),
+        lambda: start(checkpoint, config_of("sara"), tmp_path / "started"),
+        lambda: merge(Source(str(folder), adapter), tmp_path / "merged"),
+        lambda: export_lora(adapter, tmp_path / "lora"),
+    ):
+        with pytest.raises(SvdtuneError, match="a checkpoint may hold fused experts one by one"):
+            refused()
+
+
+REFUSED = [
+    ({"dropout": 0.1}, "`dropout` is on the input of layers"),
+    (
+        {"layers_to_transform": [0], "target_modules": ["q_proj"]},
+        "`layers_to_transform` chooses among `target_modules`",
+    ),
+    ({"target_parameters": "experts.down_proj"}, "`target_parameters` must be a list of names"),
+]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), REFUSED, ids=lambda part: next(iter(part)) if type(part) is dict else ""
+)
+@pytest.mark.parametrize("method", ["sara", "sorsa"])
+def test_settings_that_experts_cannot_have(method, settings, message):
+    with pytest.raises(SvdtuneError, match=message):
+        config_of(method, **settings)
+
+
+def test_mosara_is_refused_and_names_are_looked_up():
+    with pytest.raises(SvdtuneError, match="Mo-SARA's gate looks at tokens"):
+        MoSaraConfig(r=2, target_parameters=BOTH)
+    assert "gate looks at tokens" in next(method_problems("mosara", {"target_parameters": BOTH})).message
+    assert not list(method_problems("sara", {"target_parameters": BOTH}))
+    model = tiny_experts("mixtral")
+    with pytest.raises(SvdtuneError, match=r"named 'experts.w1' .* this model has mlp.experts.gate_up_proj \(×1\)"):
+        get_peft_model(model, config_of("sara", target_parameters=["experts.w1"]))
+    with pytest.raises(SvdtuneError, match="this model has none"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3)), config_of("sara", target_parameters=["0.weight"]))
+    experts = model.model.layers[0].mlp.experts
+    experts._hf_hook = SimpleNamespace(offload=True)
+    with pytest.raises(SvdtuneError, match="is quantized, offloaded or spread"):
+        get_peft_model(model, config_of("sara"))
+    del experts._hf_hook
+    weight = experts.gate_up_proj
+    experts.gate_up_proj = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(SvdtuneError, match="is quantized, offloaded or spread"):
+        get_peft_model(model, config_of("sara"))
+    experts.gate_up_proj = weight
+    get_peft_model(model, config_of("sara", target_parameters=BOTH[:1]))  # and the model is as it was
 
 
 class Experts(nn.Module):

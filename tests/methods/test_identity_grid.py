@@ -12,6 +12,7 @@ from test_slices import model_of as fused_model_of
 from torch import nn
 
 from pairwise import all_pairs
+from tiny import EXPERTS, tiny_experts
 
 METHODS = ["sara", "mosara", "sorsa"]
 VARIANTS = ["sara-spectral", "mosara-one-head", "mosara-front"]
@@ -42,6 +43,10 @@ def build(kind: str, dtype: torch.dtype):
         x = torch.linspace(-2, 2, 2 * 3 * 40).view(2, 3, 40).sin().to(dtype)
         settings = {"target_modules": ["one", "groups", "wide"], "rank_pattern": {".*": 2}}
         return Convolutions().to(dtype).eval(), lambda model: model(x), settings
+    if kind in EXPERTS:
+        settings = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"], "target_modules": ["q_proj"]}
+        tokens = FAMILIES["llama"].inputs
+        return tiny_experts(kind).to(dtype), lambda model: model(**tokens).logits, settings
     if kind in FUSED_MODELS and kind not in FAMILIES:
         name = fused_name(kind)
         settings = {"target_modules": [name], "fused_slices": {name: ["q", "v"]}}
@@ -99,6 +104,11 @@ def check(kind: str, name: str, dtype: torch.dtype, folder) -> None:
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
 @pytest.mark.parametrize(("name", "kind", "dtype"), all_pairs(METHODS, KINDS, DTYPES), ids=str)
 def test_every_kind_of_layer(name, kind, dtype, tmp_path):
+    check(kind, name, dtype, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "kind", "dtype"), all_pairs(["sara", "sorsa"], EXPERTS, DTYPES), ids=str)
+def test_fused_experts(name, kind, dtype, tmp_path):
     check(kind, name, dtype, tmp_path)
 
 

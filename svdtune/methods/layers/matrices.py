@@ -21,7 +21,7 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import orthonormality_error
 from svdtune.methods.layers.base import SvdLayer
-from svdtune.methods.layers.slices import FusedLinear
+from svdtune.methods.layers.slices import Fused
 from svdtune.methods.mosara.layer import MoSaraLinear
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import sorsa_pair
@@ -153,7 +153,7 @@ def trained_layers(model: nn.Module) -> list[Observed]:
 
 
 def _carries(module: nn.Module) -> bool:
-    if not isinstance(module, BaseTunerLayer) or isinstance(module, FusedLinear) or not acting(module):
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, Fused) or not acting(module):
         return False
     return isinstance(module, SvdLayer) or (hasattr(module, "merge") and _is_linear(module.get_base_layer()))
 

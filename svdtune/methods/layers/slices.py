@@ -85,8 +85,9 @@ class RowSlice(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, rows={self.rows.as_list()}"
 
 
-class FusedLinear(nn.Module, BaseTunerLayer):
-    """A fused projection; its adapted slices are submodules by the slices' names."""
+class Fused(nn.Module, BaseTunerLayer):
+    """A module that is adapted in slices of its weights, each an adapted layer below it. PEFT takes
+    it for an adapted layer too."""
 
     adapter_layer_names = ()
     other_param_names = ()
@@ -94,15 +95,10 @@ class FusedLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__()
         self.base_layer = base_layer
-        self.out_features, self.in_features = spectra.matrix_shape(base_layer)
 
     def slices(self) -> Iterator[SvdLayer[Any]]:
         """The adapted slices."""
         return (module for module in self.children() if isinstance(module, SvdLayer))
-
-    def slice(self, part: str) -> SvdLayer[Any] | None:
-        """The adapted slice of a name, None where it is not adapted."""
-        return cast(SvdLayer[Any] | None, self._modules.get(part))  # no other modules have such names
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -111,19 +107,6 @@ class FusedLinear(nn.Module, BaseTunerLayer):
     @property
     def merged_adapters(self) -> list[str]:  # type: ignore[override]  # the slices' own, which nobody sets here
         return next(self.slices()).merged_adapters
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The fused layer's output with every slice's addition in its rows."""
-        # The slices come first: one that was merged and is now disabled takes its change out of the
-        # weight.
-        added = [(_rows(part), part(x)) for part in self.slices() if not part.is_silent()]
-        y = self.base_layer(x, *args, **kwargs)
-        if added and type(self.base_layer) not in (nn.Linear, Conv1D):
-            # what other layers give may be a view, or be kept for their own backward pass
-            y = y.clone()
-        for rows, addition in added:
-            rows.of(y, -1).add_(rows.apart(addition, -1))
-        return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing: PEFT merges every tuner layer, and the slices are such."""
@@ -137,7 +120,7 @@ class FusedLinear(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The fused layer alone, with adapters merged into it or as it was before any."""
+        """The base module alone, with adapters merged into it or as it was before any."""
         for part in self.slices():
             part.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return self.get_base_layer()
@@ -147,6 +130,31 @@ class FusedLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return f"svdtune.{super().__repr__()}"
+
+
+class FusedLinear(Fused):
+    """A fused projection; its adapted slices are submodules by the slices' names."""
+
+    def __init__(self, base_layer: nn.Module):
+        super().__init__(base_layer)
+        self.out_features, self.in_features = spectra.matrix_shape(base_layer)
+
+    def slice(self, part: str) -> SvdLayer[Any] | None:
+        """The adapted slice of a name, None where it is not adapted."""
+        return cast(SvdLayer[Any] | None, self._modules.get(part))  # no other modules have such names
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The fused layer's output with every slice's addition in its rows."""
+        # The slices come first: one that was merged and is now disabled takes its change out of the
+        # weight.
+        added = [(_rows(part), part(x)) for part in self.slices() if not part.is_silent()]
+        y = self.base_layer(x, *args, **kwargs)
+        if added and type(self.base_layer) not in (nn.Linear, Conv1D):
+            # what other layers give may be a view, or be kept for their own backward pass
+            y = y.clone()
+        for rows, addition in added:
+            rows.of(y, -1).add_(rows.apart(addition, -1))
+        return y
 
 
 def _rows(part: SvdLayer[Any]) -> Rows:

@@ -47,6 +47,11 @@ class MoSaraConfig(SvdConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
+        if self.target_parameters:
+            yield (
+                "`target_parameters` changes weights before any token comes, and Mo-SARA's gate looks at tokens; use SARA or "
+                "SORSA for experts, or name layers in `target_modules`"
+            )
         if self.gate not in GATES:
             yield f"`gate` must be one of {GATES.listed()}; got {self.gate!r}"
         yield from one_of("v_position", self.v_position, ("after", "front"))
