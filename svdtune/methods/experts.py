@@ -25,7 +25,7 @@ def asked_stacks(model: nn.Module, targets: Collection[str]) -> dict[str, Expert
     """The parameters that `target_parameters` names, in whole or by their last parts, by name.
 
     Raises:
-        SvdtuneError: a name is no such parameter's, or a parameter has not all its numbers in memory.
+        SvdtuneError: a name is no such parameter's, or its numbers are not all in memory.
     """
     there = dict(stacks_in(model))
     asked = {target: [name for name in there if f".{name}".endswith(f".{target}")] for target in sorted(targets)}
