@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
 
 from svdtune.errors import SvdtuneWarning
+from svdtune.methods.settings import explain
 from svdtune.registry import load
 
 
@@ -41,6 +42,7 @@ def register(config_cls: Any, tuner_cls: type[BaseTuner]) -> None:
     else:
         extend_enum(member)
     register_peft_method(name=name, config_cls=config_cls, model_cls=tuner_cls, prefix=tuner_cls.prefix)
+    explain(config_cls)
 
 
 def config_class(peft_type: str) -> type[PeftConfig] | None:

@@ -1,6 +1,7 @@
 """The settings of a PEFT configuration: the fields that a user gives, apart from those that saving
 and loading write."""
 
+import inspect
 from dataclasses import MISSING, Field, fields
 from enum import Enum
 from typing import Any
@@ -24,6 +25,16 @@ def settings(config: PeftConfig | type[PeftConfig]) -> list[Field[Any]]:
         for field in fields(config)
         if field.init and field.name not in _OF_PEFT and not field.metadata.get("written", False)
     ]
+
+
+def explain(config: type[PeftConfig]) -> None:
+    """Put every setting with its default at the end of a class's docstring, for `help()`."""
+    usual = config()
+    lines = [
+        f"    {each.name} = {getattr(usual, each.name)!r}: {each.metadata.get('help')}" for each in settings(config)
+    ]
+    words = [inspect.cleandoc(config.__doc__ or ""), "", "Every setting, with its default:", *lines]
+    config.__doc__ = "\n".join(words)
 
 
 def chosen(config: PeftConfig) -> dict[str, Any]:

@@ -1,9 +1,12 @@
 """Configurations: defaults, and every bad value refused in one message that names the field, the
 value and the range."""
 
+import pydoc
+
 import pytest
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
+from svdtune.methods.settings import settings
 
 
 def test_defaults_are_the_papers():
@@ -11,6 +14,14 @@ def test_defaults_are_the_papers():
     assert (MoSaraConfig().threshold, MoSaraConfig().num_heads, MoSaraConfig().v_position) == (0.5, 5, "after")
     sorsa = SorsaConfig()
     assert (sorsa.r, sorsa.layout, sorsa.gamma, sorsa.reduction) == (64, "delta", 4e-4, "mean")
+
+
+@pytest.mark.parametrize("config", [SaraConfig, MoSaraConfig, SorsaConfig])
+def test_help_has_every_setting_with_its_default(config):
+    shown = pydoc.render_doc(config, renderer=pydoc.plaintext)
+    for setting in settings(config):
+        assert f"{setting.name} = {getattr(config(), setting.name)!r}: {setting.metadata['help']}" in shown
+    assert {setting.name for setting in settings(config)} > {"r", "threshold", "compact", "dropout"}
 
 
 def test_a_rank_replaces_the_default_threshold():
