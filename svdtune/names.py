@@ -1,7 +1,8 @@
-"""Names that a user types for what is on this disk or on the hub: answered here where they can, and
-with what comes near, before a network is asked."""
+"""What a user types: names of what is on this disk or on the hub, answered here where they can, and
+with what comes near, before a network is asked; and numbers."""
 
 import difflib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,21 @@ from typing import Literal
 from svdtune.errors import SvdtuneError
 
 _NEAR = 0.75  # of 1, how alike two names are
+# How YAML 1.2's core schema writes numbers (section 10.3.2).
+INTEGER = "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
+FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_BASES = {"0o": 8, "0x": 16}
+
+
+def number_of(text: str) -> int | float | None:
+    """The number that a text is in a recipe; None where it is none there, as `1_000` and `nan`."""
+    text = text.strip()
+    if re.fullmatch(INTEGER, text):
+        try:
+            return int(text, _BASES.get(text[:2], 10))
+        except ValueError:  # of more digits than Python reads
+            return None
+    return float(text.lower().replace(".inf", "inf").replace(".nan", "nan")) if re.fullmatch(FLOAT, text) else None
 
 
 def meant(given: str | Path, known: Sequence[str] = (), *, folders: bool = False) -> str:

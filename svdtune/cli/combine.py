@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from svdtune.cli.outcome import for_json
+from svdtune.names import number_of
 
 app = typer.Typer()
 
@@ -59,10 +60,7 @@ def weight_of(given: str) -> tuple[str, float]:
     if "=" not in given or Path(given).exists():
         return given, 1.0
     name, _, text = given.rpartition("=")
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
+    weight = number_of(text)
+    if weight is None or not math.isfinite(weight):
         raise SvdtuneError(f"{given!r}: expected ADAPTER=WEIGHT with a number, such as {name}=0.5; got {text!r}")
-    return name, weight
+    return name, float(weight)

@@ -8,6 +8,7 @@ import typer
 
 from svdtune.cli.options import Revision, TrustRemoteCode
 from svdtune.cli.outcome import for_json
+from svdtune.names import number_of
 
 if TYPE_CHECKING:
     from svdtune.linalg import Components
@@ -81,8 +82,8 @@ def init(
 
 def _band(text: str) -> "Components":
     """A word, or "64:128" as (64, 128)."""
-    start, colon, stop = text.partition(":")
-    return (int(start), int(stop)) if colon and start.isdigit() and stop.isdigit() else text
+    start, stop = map(number_of, text.split(":")) if text.count(":") == 1 else (None, None)
+    return (start, stop) if isinstance(start, int) and isinstance(stop, int) else text
 
 
 def _section(plan: Path) -> dict[str, Any]:

@@ -1,12 +1,15 @@
-"""What no option of any verb takes: a number that is none or fits no machine, and a word that is
-empty."""
+"""What no option of any verb takes: a number that is none in a recipe or fits no machine, and a
+word that is empty."""
 
+import inspect
 import math
-from collections.abc import Iterator, Sequence
+import typing
+from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
 from typing import Any
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import number_of
 
 _LARGEST = 2**63  # whole numbers are kept in 64 bits: by torch, by files, and by the shapes of tensors
 
@@ -43,10 +46,59 @@ def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def guard(verb: Any) -> Any:
-    """The verb, whose commands refuse numbers that no option takes."""
+    """The verb, whose commands read numbers as recipes do, and refuse those that no option
+    takes."""
     for _, command in leaves(verb, ""):
+        command.parse_args = _reading(command)
         command.callback = _checked(command)
     return verb
+
+
+def _reading(command: Any) -> Any:
+    parse = command.parse_args
+    hints = typing.get_type_hints(inspect.unwrap(command.callback))
+    kinds = {name: {hint, *typing.get_args(hint)} & {int, float} for name, hint in hints.items()}
+    options = {word: float in kinds[each.name] for each in command.params if kinds.get(each.name) for word in each.opts}
+
+    @wraps(parse)
+    def read(ctx: Any, words: list[str]) -> Any:
+        return parse(ctx, list(with_numbers(words, options)))
+
+    return read
+
+
+def with_numbers(words: Sequence[str], options: Mapping[str, bool]) -> Iterator[str]:
+    """The words of a command line, numbers written as Python reads them.
+
+    Args:
+        words: what follows the verb.
+        options: those that take numbers, and whether other ones than whole.
+
+    Raises:
+        SvdtuneError: a value of theirs is no number in a recipe, where `1_000` and `nan` are texts.
+    """
+    waiting, before = iter(words), ""
+    for word in waiting:
+        option, given, value = word.partition("=")
+        if word == "--":
+            yield word
+            yield from waiting
+        elif before in options:
+            yield _written(before, word, options[before])
+            word = ""
+        else:
+            yield f"{option}={_written(option, value, options[option])}" if given and option in options else word
+        before = word
+
+
+def _written(option: str, text: str, any_number: bool) -> str:
+    number = number_of(text)
+    if number is None or not (any_number or isinstance(number, int)):
+        expected = (
+            "number as recipes have it, such as 1000, 0.5 or 1e-3" if any_number else "whole number, such as 1000"
+        )
+        raise SvdtuneError(f"{option} is {text!r:.60}; expected a {expected}")
+    return str(number)
 
 
 def _checked(command: Any) -> Any:

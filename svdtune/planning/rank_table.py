@@ -7,6 +7,7 @@ from torch import Tensor
 
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Spectrum
+from svdtune.names import number_of
 
 # How a layer's rank comes from its singular values s.
 RULES = {
@@ -109,20 +110,14 @@ def parse_budget(text: str) -> tuple[float | None, int | None]:
     Raises:
         SvdtuneError: anything else, or nothing above 0.
     """
-    cleaned = text.strip().lower().replace(",", "").replace("_", "")
-    units = {"k": 1e3, "m": 1e6, "b": 1e9}
-    try:
-        if cleaned.endswith("%"):
-            share = float(cleaned[:-1]) / 100
-            if 0 < share < 1:
-                return share, None
-        else:
-            scale = units.get(cleaned[-1:], 1.0)
-            count = float(cleaned[:-1] if cleaned[-1:] in units else cleaned) * scale
-            if 1 <= count < 1e15:
-                return None, int(count)
-    except ValueError:
-        pass
+    cleaned = text.strip().lower().replace(",", "")
+    units = {"%": 1.0, "k": 1e3, "m": 1e6, "b": 1e9}
+    unit = cleaned[-1:] if cleaned[-1:] in units else ""
+    size = (number_of(cleaned.removesuffix(unit)) or 0) * units.get(unit, 1.0)
+    if unit == "%" and 0 < size < 100:
+        return size / 100, None
+    if unit != "%" and 1 <= size < 1e15:
+        return None, int(size)
     raise SvdtuneError(
         f"budget {text!r} is neither a share of all parameters above 0% and below 100% ('0.1%') nor a count ('500k', '1.5M')"
     )

@@ -18,6 +18,7 @@ from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.resolver import VersionedResolver
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import FLOAT, INTEGER
 from svdtune.system import explain_read_error
 
 _MOST_VALUES, _DEEPEST = 100_000, 30
@@ -27,11 +28,8 @@ _TAG = "tag:yaml.org,2002:"
 _CORE = {
     "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": ("true|True|TRUE|false|False|FALSE", [*"tTfF"]),
-    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", [*"-+0123456789"]),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        [*"-+.0123456789"],
-    ),
+    "int": (INTEGER, [*"-+0123456789"]),
+    "float": (FLOAT, [*"-+.0123456789"]),
     "merge": ("<<", ["<"]),
 }
 _PLAIN = ("str", "map", "seq")  # tags that say nothing about how a value is written

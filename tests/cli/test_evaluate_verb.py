@@ -95,9 +95,9 @@ def test_ctrl_c_says_how_to_go_on(run: Path, monkeypatch: pytest.MonkeyPatch) ->
         (["--output", __file__], "is a file"),
         (["--data", " "], "the value of --data is empty; give one, or leave it"),
         (["--seed", str(2**33)], "expected one from 0 to 4294967295"),
-        (["--temperature", "nan"], "temperature is nan; expected a finite number"),
-        (["--top-p", "nan"], "--top-p is nan; expected a finite number"),
-        (["--beams", "2", "--length-penalty", "inf"], "--length-penalty is inf; expected a finite number"),
+        (["--temperature", "nan"], "temperature is 'nan'; expected a number as recipes have it"),
+        (["--top-p", ".nan"], "--top-p is nan; expected a finite number"),
+        (["--beams", "2", "--length-penalty", "1e999"], "--length-penalty is inf; expected a finite number"),
     ],
 )
 def test_bad_inputs_get_one_message(run: Path, words: list[str], message: str) -> None:

@@ -10,12 +10,14 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from svdtune import SorsaConfig, cli
-from svdtune.cli.values import check_words, leaves
+from svdtune import SorsaConfig, SvdtuneError, cli
+from svdtune.cli.values import check_words, leaves, with_numbers
+from svdtune.names import number_of
+from svdtune.training.yaml_files import read_yaml
 
 NUMBERS = {
-    int: ["-1", str(2**70), str(-(2**70)), "x", "nan", "1e3"],
-    float: ["nan", "inf", "-inf", "1e999", "-1", "x", "-1e300"],
+    int: ["-1", str(2**70), str(-(2**70)), "x", "nan", "1e3", "1_0"],
+    float: ["nan", ".inf", "-inf", "1e999", "-1", "x", "-1e300", "1_0"],
 }
 # The least of each verb that runs, with what stands for the tiny model, an adapter and a file.
 WORDS = {
@@ -98,3 +100,39 @@ def test_an_empty_word_is_refused_but_for_another_programs() -> None:
 
 def test_every_command_with_numbers_is_tried() -> None:
     assert {name for name, _, kind in OPTIONS if kind in NUMBERS} <= WORDS.keys()
+
+
+WRITTEN = ["1000", "010", "+5", "-0", "0x1f", "0o17", "1e3", "1.5e-3", ".5", "5.", "-.inf", ".nan", "1_000", "1e1_0", "0b1",
+           "inf", "nan", "1:30", "٣", "1,5", "true", "~", "9" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRITTEN, ids=lambda text: text[:8].encode("unicode_escape").decode())
+def test_a_number_is_what_it_is_in_a_recipe(text: str) -> None:
+    try:
+        read = read_yaml(text, "it")
+    except SvdtuneError:  # of more digits than Python reads
+        read = None
+    number = number_of(text)
+    assert repr(number) == repr(read if isinstance(read, int | float) and not isinstance(read, bool) else None)
+
+
+def test_options_that_take_numbers_are_read_so() -> None:
+    words = ["a", "--n", "0x10", "--m=010", "--name", "1_0", "--n=.5", "--", "--n", "1_0"]
+    assert list(with_numbers(words, {"--n": True, "--m": False})) == [
+        "a", "--n", "16", "--m=10", "--name", "1_0", "--n=0.5", "--", "--n", "1_0"
+    ]  # fmt: skip
+    with pytest.raises(SvdtuneError, match="--n is '1_0'; expected a number as recipes have it"):
+        list(with_numbers(["--n", "1_0"], {"--n": True}))
+    with pytest.raises(SvdtuneError, match="expected a whole number"):
+        list(with_numbers(["--m=1.0"], {"--m": False}))
+
+
+def test_numbers_in_other_words_are_read_so(stand_ins: dict[str, str], tmp_path: Path) -> None:
+    status, said = said_of(["combine", f"{stand_ins['ADAPTER']}=1_0", "--output", str(tmp_path / "new")])
+    assert (status, "expected ADAPTER=WEIGHT" in said) == (2, True)
+    for size in ("1_000", "٣k", "1e1_0", "k", "1kk"):
+        status, said = said_of(["plan", stand_ins["MODEL"], "--budget", size])
+        assert (status, "is neither a share" in said) == (2, True)
+    status, said = said_of(["init", stand_ins["MODEL"], "--method", "lora", "--method.init_lora_weights", "pissa", "--r", "2",
+                            "--components", "²:4", "--output", str(tmp_path / "new")])  # fmt: skip
+    assert (status, "components must be one of" in said) == (2, True)
