@@ -9,20 +9,20 @@ see the whole job.
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
-from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig, as_set
 from svdtune.methods.experts import asked_stacks, say_experts_left_out
@@ -35,6 +35,7 @@ from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.experts import FusedExperts
 from svdtune.methods.layers.loading import parameters_go_to_meta
 from svdtune.methods.layers.quantized import backend_of, device_and_dtype
+from svdtune.methods.layers.samples import BASE, Samples
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.resolution import Resolution, check_called, shared_places
 from svdtune.methods.storing import StoringTuner, ours
@@ -296,14 +297,62 @@ class SvdTuner(StoringTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT calls around a forward pass that may name an adapter for each sample, which it
-        knows for LoRA alone."""
-        if kwargs.get("adapter_names") is not None:
+        """What PEFT calls around a forward pass or `generate`, which may name an adapter for each
+        sample.
+
+        Raises:
+            SvdtuneError: names that are no adapters', a model in training, or merged adapters.
+        """
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        self._check_samples(names)
+        beams = kwargs.get("num_beams") or 1
+        samples, expanded = Samples(names), Samples([name for name in names for _ in range(beams)])
+        encoder: Any = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        # which sees each sample once; of a model without one, transformers gives the model itself
+        inside = set() if encoder in (None, self.model) else set(encoder.modules())
+        hooks = []
+        try:
+            for module in self.model.modules():
+                if isinstance(module, SvdLayer | FusedLinear | AuxiliaryTrainingWrapper):
+                    handed = partial(_hand_over, samples if module in inside else expanded)
+                    hooks.append(module.register_forward_pre_hook(handed, with_kwargs=True))
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_samples(self, names: Any) -> None:
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise SvdtuneError(
-                f"`adapter_names`, an adapter for each sample of a batch, is there for LoRA alone. {WAY_ROUND}; or call the "
-                "model once for each adapter, with set_adapter before"
+                f"`adapter_names` must be a list of an adapter's name for each sample of the batch; got {names!r:.60}"
             )
-        yield
+        if unknown := [name for name in names if name != BASE and name not in self.peft_config]:
+            raise SvdtuneError(
+                f"`adapter_names` has {unknown[0]!r}, which is none of the model's adapters: {', '.join(self.peft_config)} (or "
+                f"{BASE!r} for none). Load it with load_adapter first"
+            )
+        if self.training:
+            raise SvdtuneError(
+                "`adapter_names` is for inference, and the model is in training mode: call model.eval() first, or train each "
+                "adapter by itself, with set_adapter before"
+            )
+        for name, module in self.model.named_modules():
+            if isinstance(module, SvdLayer | FusedExperts) and "expert" in name:
+                raise SvdtuneError(
+                    f"`adapter_names` cannot be heeded by {name!r}: experts are given tokens, of any sample. Call the model once "
+                    "for each adapter, with set_adapter before"
+                )
+            if isinstance(module, SvdLayer):
+                module.check_samples(set(names))
+
+
+def _hand_over(
+    samples: Samples, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return args, kwargs | {"adapter_names": samples}
 
 
 def _compiled_in_place(model: nn.Module) -> nn.Module:

@@ -60,14 +60,6 @@ class TestOneMethod:
         merged = model.merge_and_unload(adapter_names=["default", "second"])
         assert torch.allclose(logits(merged), together, atol=1e-5)
 
-    def test_an_adapter_for_each_sample_is_refused_not_ignored(self):
-        model = get_peft_model(base(), sorsa())
-        model.add_adapter("second", sorsa())
-        with pytest.raises(SvdtuneError, match=rf"`adapter_names`.* is there for LoRA alone\. {WAY_ROUND}"):
-            model(input_ids=TOKENS, adapter_names=["default", "second"])
-        with pytest.raises(SvdtuneError, match="`adapter_names`"):
-            model.generate(input_ids=TOKENS, adapter_names=["default", "second"], max_new_tokens=1)
-
     def test_a_weighted_sum_names_the_command(self):
         model = get_peft_model(base(), sorsa())
         with pytest.raises(SvdtuneError, match=r"`svdtune combine first=0\.7 second=0\.3 --output combined`"):

@@ -80,11 +80,13 @@ def restore(
     for name, (layer, _) in given.items():
         if not probes[name]:
             layer.recomputable.discard(adapter)
-        elif layer.awaits(adapter):
-            lacking.append(name)
-        else:  # an adapter that is resumed has them
-            tensors = layer.adapter_tensors(adapter)
+        elif (other := _with_the_same(layer, adapter)) is not None:
+            tensors = layer.adapter_tensors(other)
             found[name] = {part: tensors[part] for part in layer.frozen}
+            if other in layer.recomputable:
+                layer.recomputable.add(adapter)
+        else:
+            lacking.append(name)
     if lacking:
         weights = {name: partial(spectra.base_weight, given[name][0]) for name in lacking}
         ranks = {name: given[name][0].r[adapter] for name in lacking}
@@ -96,6 +98,16 @@ def restore(
         check_probes(name.removeprefix(PEFT_ROOT), frozen, probes[name])
         given[name][1].update(frozen)
         state_dict |= {f"{name}.{part}.{adapter}": tensor for part, tensor in frozen.items()}
+
+
+def _with_the_same(layer: SvdLayer[Any], adapter: str) -> str | None:
+    """An adapter that has the frozen tensors which recomputing would give: itself where it is
+    resumed, or another one of the layer that was recomputed."""
+    if not layer.awaits(adapter):
+        return adapter
+    wanted = layer.r[adapter], layer.configs[adapter].triplets
+    there = (name for name in layer.recomputable if not layer.awaits(name))
+    return next((name for name in there if (layer.r[name], layer.configs[name].triplets) == wanted), None)
 
 
 def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any]) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from svdtune.methods.layers.frozen import FrozenTensors
 from svdtune.methods.layers.loading import Loading, parameters_go_to_meta
 from svdtune.methods.layers.merge import Merging
 from svdtune.methods.layers.quantized import device_and_dtype
+from svdtune.methods.layers.samples import Samples
 
 Config = TypeVar("Config", bound=SvdConfig)
 
@@ -181,14 +182,20 @@ class SvdLayer(Loading, Merging, Generic[Config]):
         self.r[adapter_name] = r
         self.configs[adapter_name] = config
         tensors = self._starting_tensors(r, config, factors, load_only, {} if shapes is None else shapes)
+        trains = () if config.inference_mode or adapter_name not in self.active_adapters else self.trained
         for name, tensor in tensors.items():
-            getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in self.trained)
-        dropout = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        getattr(self, f"{self.method}_dropout")[adapter_name] = dropout
+            getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in trains)
+        dropouts = getattr(self, f"{self.method}_dropout")
+        # one module for all that drop out alike: of a thousand adapters they would fill the memory
+        alike = (other for other in dropouts.values() if getattr(other, "p", 0.0) == config.dropout)
+        new = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        dropouts[adapter_name] = next(alike, new)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         if load_only:
             self._awaited.add(adapter_name)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        else:
+            for name in self.frozen:
+                getattr(self, name).share(adapter_name, getattr(self, name)[adapter_name])
 
     def _starting_tensors(
         self, r: int, config: Config, factors: Factors | None, load_only: bool, shapes: Shapes
@@ -238,6 +245,12 @@ class SvdLayer(Loading, Merging, Generic[Config]):
         """Whether an adapter of it changes the layer's output before it is trained."""
         return False
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if self._values is not None:
+            self.keep_values()
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._awaited.discard(adapter_name)
@@ -256,10 +269,23 @@ class SvdLayer(Loading, Merging, Generic[Config]):
 
     # Forward
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output with every active adapter's addition."""
+    def check_samples(self, names: Collection[str]) -> None:
+        """Raise `SvdtuneError` where samples of a batch cannot have these adapters."""
+        if self.merged:
+            raise SvdtuneError(
+                f"`adapter_names` cannot be heeded while an adapter is merged ({', '.join(self.merged_adapters)}): every "
+                "sample would have it. Call model.unmerge_adapter() first"
+            )
+        self._check_loaded(names)
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Samples | None = None, **kwargs: Any) -> Tensor:
+        """The base layer's output with every active adapter's addition; with `adapter_names`, with
+        that of each sample's own adapter."""
         if not torch.compiler.is_compiling() and not self.called:
             self.called = True
+        if adapter_names is not None and not self._disable_adapters:
+            adapter_names.check(x)
+            return self.add_by_sample(self.base_layer(x, *args, **kwargs), x, adapter_names)
         sole = None if args or kwargs else self.sole_adapter()
         if sole is not None:
             p = self.dropout_p(sole)
@@ -315,7 +341,22 @@ class SvdLayer(Loading, Merging, Generic[Config]):
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output, to which the adapters in `present` are added (or whose weight
         holds them already)."""
-        return self.base_layer(x, *args, **kwargs)
+        return self.made_whole(self.base_layer(x, *args, **kwargs), x, present)
+
+    def made_whole(self, y: Tensor, x: Tensor, present: Collection[str]) -> Tensor:
+        """The base layer's output y with what its stored weight lacks, where none in `present` adds
+        it."""
+        return y
+
+    def add_by_sample(self, y: Tensor, x: Tensor, samples: Samples) -> Tensor:
+        """The base layer's output y [N, ...] with the addition of each sample's own adapter to its
+        part of the batch, one adapter after the other."""
+        whole = torch.empty_like(y)  # y may be a view, or be kept for the base's own backward pass
+        for adapter, where in samples.places(x.device).items():
+            present = [adapter] if adapter in self.r else []
+            own = self.made_whole(y[where], x[where], present)
+            whole[where] = self.add(own, x[where], adapter) if present else own
+        return whole
 
     def _may_read_weight(self) -> bool:
         """Whether computing with the base layer's weight equals calling the layer.

@@ -7,13 +7,39 @@ which PEFT's tools know what is trained, and would be sent as weights of the bas
 with them while the base weight holds the adapter, so for that time they are buffers. At other times
 they are parameters: DistributedDataParallel broadcasts buffers before each pass, FSDP rounds them
 for good under mixed precision, and neither FSDP nor ZeRO-3 shards them.
+
+They follow from the base weight, so adapters of one rank have the same: of a thousand adapters they
+are in memory once.
 """
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 class FrozenTensors(nn.ParameterDict):
     """Frozen tensors by adapter. Their keys in a state dict are the same in sight and out of it."""
+
+    def share(self, adapter: str, tensor: Tensor) -> bool:
+        """Give an adapter the very parameter that another one has, if that equals `tensor`; whether
+        one does."""
+        own = self._parameters.get(adapter)
+        dtype = tensor.dtype if own is None else own.dtype
+        seen = {id(own)}
+        for name, other in reversed(self._parameters.items()):
+            # sharded ones are of other types
+            if name == adapter or type(other) is not nn.Parameter or id(other) in seen:
+                continue
+            seen.add(id(other))
+            alike = other.dtype == dtype and other.shape == tensor.shape and not (other.is_meta or tensor.is_meta)
+            if alike and torch.equal(other, tensor.to(other)):
+                self[adapter] = other
+                return True
+        return False
+
+    def is_shared(self, adapter: str) -> bool:
+        """Whether another adapter has the very parameter of this one."""
+        own = self._parameters.get(adapter)
+        return any(other is own for name, other in self._parameters.items() if name != adapter)
 
     def hide(self) -> None:
         """Make them buffers."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
+from svdtune.methods.layers.frozen import FrozenTensors
 from svdtune.methods.layers.unrounded import Unrounded
 
 
@@ -46,6 +47,12 @@ class Loading(Unrounded):
         """
         for name, tensor in tensors.items():
             own = self.adapter_tensor(name, adapter)
+            of_name = self._modules[name]
+            if isinstance(of_name, FrozenTensors):
+                if of_name.share(adapter, tensor):
+                    continue
+                if own is not None and of_name.is_shared(adapter):
+                    of_name[adapter] = own = nn.Parameter(own.detach().clone(), requires_grad=False)
             if own is None or not own.is_meta:
                 self._modules[name][adapter].copy_(tensor)  # type: ignore[index]  # a ParameterDict
             else:
@@ -66,7 +73,7 @@ class Loading(Unrounded):
 
     _filled: Collection[str] = ()
 
-    def _check_loaded(self, active: list[str]) -> None:
+    def _check_loaded(self, active: Collection[str]) -> None:
         for adapter in active:
             if adapter in self._awaited:
                 raise SvdtuneError(

@@ -2,7 +2,7 @@
 every kind of weight."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -33,7 +33,7 @@ class Merging(nn.Module, BaseTunerLayer):
         """What an adapter adds to the base weight [out, in]."""
 
     @abstractmethod
-    def _check_loaded(self, active: list[str]) -> None:
+    def _check_loaded(self, active: Collection[str]) -> None:
         """Raise `SvdtuneError` for an adapter whose values have not come yet."""
 
     def _start_merging(self) -> None:

@@ -20,6 +20,7 @@ from svdtune.methods.compute.lowrank import compute_dtype
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.quantized import device_and_dtype, is_quantized
 from svdtune.methods.layers.rows import Rows
+from svdtune.methods.layers.samples import Samples
 
 
 class RowSlice(nn.Module):
@@ -143,11 +144,12 @@ class FusedLinear(Fused):
         """The adapted slice of a name, None where it is not adapted."""
         return cast(SvdLayer[Any] | None, self._modules.get(part))  # no other modules have such names
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Samples | None = None, **kwargs: Any) -> Tensor:
         """The fused layer's output with every slice's addition in its rows."""
         # The slices come first: one that was merged and is now disabled takes its change out of the
         # weight.
-        added = [(_rows(part), part(x)) for part in self.slices() if not part.is_silent()]
+        heard = [part for part in self.slices() if adapter_names is not None or not part.is_silent()]
+        added = [(_rows(part), part(x, adapter_names=adapter_names)) for part in heard]
         y = self.base_layer(x, *args, **kwargs)
         if added and type(self.base_layer) not in (nn.Linear, Conv1D):
             # what other layers give may be a view, or be kept for their own backward pass

@@ -22,28 +22,28 @@ class Unrounded(nn.Module):
     step."""
 
     trained: ClassVar[tuple[str, ...]]
-    # by a tensor's name and its adapter
-    _values: dict[tuple[str, str], Tensor]
+    # by a tensor's name and its adapter; None once they are trained
+    _values: dict[tuple[str, str], Tensor] | None
 
     def keep_values(self) -> None:
-        """Note the values that the trained tensors have now. It costs no memory while they keep
-        their own."""
+        """Note the values that the tensors which are trained have now. It costs no memory while
+        they keep their own."""
         self._values = {
             (name, adapter): tensor.detach()
             for name in self.trained
-            for adapter, tensor in getattr(self, name).items()
-            if not tensor.is_meta
+            for adapter, tensor in getattr(self, name)._parameters.items()
+            if tensor.requires_grad and not tensor.is_meta
         }
 
     def forget_values(self) -> None:
         """Called once the tensors are trained."""
-        self._values = {}
+        self._values = None
 
     @torch.no_grad()
     def put_values_back(self) -> None:
         """Undo the rounding of the trained tensors, and warn of it."""
         rounded = False
-        for (name, adapter), values in self._values.items():
+        for (name, adapter), values in (self._values or {}).items():
             tensor: nn.Parameter | None = getattr(self, name)._parameters.get(adapter)
             if tensor is not None and _is_rounded(tensor, values):
                 tensor.data = values.to(tensor.device)
@@ -60,14 +60,14 @@ class Unrounded(nn.Module):
     def train(self, mode: bool = True) -> "Unrounded":
         """As PyTorch's. Trainers call it before the first pass."""
         self.put_values_back()
-        if self._values:
+        if self._values is not None:
             self.keep_values()  # they may have moved
         return super().train(mode)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "Unrounded":
         self.put_values_back()
         super()._apply(*args, **kwargs)
-        if self._values:
+        if self._values is not None:
             self.keep_values()
         return self
 

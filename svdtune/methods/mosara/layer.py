@@ -12,10 +12,12 @@ from svdtune.methods.compute.lowrank import compute_dtype
 from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.convolution import as_channels, expand, per_position, project
+from svdtune.methods.layers.samples import Samples
 from svdtune.methods.mosara.config import MoSaraConfig
 from svdtune.methods.mosara.gates import GATES, Gate, mean_head
 from svdtune.methods.mosara.math import (
     add_mosara,
+    add_mosara_by_sample,
     mixed_values,
     mosara_linear,
     mosara_pair,
@@ -36,15 +38,16 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     method = "mosara"
     trained = ("mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
     frozen = ("frozen_U", "frozen_V")
+    frozen_U: nn.ParameterDict
     frozen_V: nn.ParameterDict
 
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
-        self._ready: dict[str, tuple[tuple[Any, ...], Tensor]] = {}
+        self._ready: tuple[Tensor, tuple[Any, ...], Tensor] | None = None
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._ready.pop(adapter_name, None)
+        self._ready = None
 
     def new_tensors(self, r: int, config: MoSaraConfig, factors: Factors | None) -> dict[str, Tensor | None]:
         lam, w1, w2 = random_start(r, config.num_heads, config.has_router)
@@ -78,16 +81,15 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         return U, V, mean_head(lam) if self._gate(adapter) == "none" else lam, v, w1, w2, self._front(adapter)
 
     def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
-        """V in the dtype of the products, kept from one step to the next where that is not V
-        itself."""
+        """V in the dtype of the products, the last one kept from one step to the next where that is
+        not V itself."""
         V, dtype = self.frozen_V[adapter], compute_dtype(x)
         if self._front(adapter) or dtype == V.dtype or torch.compiler.is_compiling() or under_transform():
             return None
-        key = (dtype, V.device, id(V), V._version)
-        known = self._ready.get(adapter)
-        if known is None or known[0] != key:
-            self._ready[adapter] = known = (key, ready(V.detach(), dtype))
-        return known[1]
+        key = (dtype, V.device, V._version)
+        if self._ready is None or self._ready[0] is not V or self._ready[1] != key:
+            self._ready = (V, key, ready(V.detach(), dtype))
+        return self._ready[2]
 
     def _front(self, adapter: str) -> bool:
         return self.configs[adapter].v_position == "front"
@@ -131,6 +133,50 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
             gate = other.weights(gate)
         t = as_channels((rows * mixed_values(gate, lam).to(rows.dtype)).view(z.shape), positions)
         return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
+
+    def add_by_sample(self, y: Tensor, x: Tensor, samples: Samples) -> Tensor:
+        """As for every method, but all samples at once where their adapters are of one kind."""
+        if self._is_convolution:
+            return super().add_by_sample(y, x, samples)
+        if self not in samples.kept:
+            samples.kept[self] = self._by_kind(samples, x.device)
+        y = y.clone()  # it may be a view, or be kept for the base's own backward pass
+        for one, where, (lam, v, w1, w2) in samples.kept[self]:
+            other, U, V = self._other_gate(one), self.frozen_U[one], self.frozen_V[one]
+            how = self._front(one), self._ready_V(x, one), other.weights if other else None
+            own, own_x = (y, x) if where is None else (y[where], x[where])
+            add_mosara_by_sample(own, own_x, U, V, lam, v, w1, w2, *how)
+            if where is not None:
+                y[where] = own
+        return y
+
+    def _by_kind(self, samples: Samples, device: torch.device) -> list[Any]:
+        """Samples whose adapters differ in values alone: of each kind one of its adapters, the
+        indices of its samples, and λ, v, w₁ and w₂, a sample after the other.
+
+        Of a single kind it is all samples (None), with zeros for those without an adapter here.
+        """
+        kinds: dict[Any, list[int]] = {}
+        for place, adapter in enumerate(samples):
+            if adapter in self.r:
+                U, V, lam, v, w1, _, front = self._tensors(adapter)
+                kind = (id(U), id(V), lam.shape, v is None, w1 is None, front, self._gate(adapter))
+                kinds.setdefault(kind, []).append(place)
+        found: list[Any] = []
+        for places in kinds.values():
+            whole = len(kinds) == 1
+            own = [self._tensors(samples[place])[2:6] for place in places]
+            stacks = [None if some[0] is None else torch.stack(some) for some in zip(*own, strict=True)]
+            where = torch.tensor(places, device=device)
+            if whole:
+                stacks = [
+                    None
+                    if stack is None
+                    else stack.new_zeros(len(samples), *stack.shape[1:]).index_copy(0, where, stack)
+                    for stack in stacks
+                ]
+            found.append((samples[places[0]], None if whole else where, stacks))
+        return found
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:

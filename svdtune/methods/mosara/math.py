@@ -258,6 +258,48 @@ def add_mosara(
     return _linear()(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
+def add_mosara_by_sample(
+    y: Tensor,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor,
+    lam: Tensor,
+    v: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    front: bool = False,
+    V_ready: Tensor | None = None,
+    weights: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Eq. 5's second term with another adapter for each of N samples, added to y [N, ..., out] in
+    place.
+
+    x [N, ..., in], λ [N, m, k], v [N, out] (or [N, in] in front), w₁ [N, k], w₂ [N, m]; U and V are
+    the same for all, so that both products with them are of the whole batch. `weights`, if given,
+    makes another gate of Eq. 6's.
+    """
+    dtype, k = compute_dtype(x), lam.shape[2]
+    x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
+    before = x if v is None or not front else x * v[:, None].to(dtype)
+    z = before @ (ready(V, dtype) if V_ready is None else V_ready)
+    values = lam
+    if w1 is not None and w2 is not None:
+        reads, through = (x, w1.to(V.dtype) @ V.mT) if front else (z[..., :k], w1)
+        a = torch.bmm(reads, through[..., None].to(dtype)).to(w2.dtype)
+        gate = torch.softmax(a * w2[:, None], -1)
+        if weights is not None:
+            gate = weights(gate.flatten(0, 1)).view(gate.shape)
+        values = gate @ lam
+    added = (z * filled(values, z.shape[-1]).to(dtype)) @ ready(U, dtype).mT
+    flat = y.view(len(y), -1, y.shape[-1])
+    added = added.to(y.dtype)
+    if v is None or front:
+        flat.add_(added)
+    else:
+        flat.addcmul_(added, v[:, None].to(y.dtype))
+    return y
+
+
 def mosara_pair(U: Tensor, V: Tensor, lam: Tensor, v: Tensor | None, front: bool = False) -> tuple[Tensor, Tensor]:
     """Eq. 5 for one head, λ [1, k]: A [in, k] and B [out, k] with ΔW = B Aᵀ.
 

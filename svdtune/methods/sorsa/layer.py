@@ -1,7 +1,6 @@
 """SorsaLinear: SORSA's layer."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +86,7 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
     def is_silent(self) -> bool:
         return super().is_silent() and self.stored_apart is None
 
-    def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
-        y = super().base_output(x, present, *args, **kwargs)
+    def made_whole(self, y: Tensor, x: Tensor, present: Collection[str]) -> Tensor:
         adapter = self.stored_apart
         if adapter is None or adapter in present:
             return y
