@@ -6,6 +6,7 @@ layer that cannot be decomposed leaves the model as it was, and the disk cache a
 see the whole job.
 """
 
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -340,10 +341,11 @@ class SvdTuner(StoringTuner):
                 "adapter by itself, with set_adapter before"
             )
         for name, module in self.model.named_modules():
-            if isinstance(module, SvdLayer | FusedExperts) and "expert" in name:
+            of_expert = isinstance(module, SvdLayer) and re.search(r"expert\w*\.\d+\.", name)
+            if of_expert or isinstance(module, FusedExperts):
                 raise SvdtuneError(
-                    f"`adapter_names` cannot be heeded by {name!r}: experts are given tokens, of any sample. Call the model once "
-                    "for each adapter, with set_adapter before"
+                    f"`adapter_names` cannot be heeded by {name!r}: experts are given tokens, of any sample. Call the model "
+                    "once for each adapter, with set_adapter before"
                 )
             if isinstance(module, SvdLayer):
                 module.check_samples(set(names))

@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import svdtune.lab.gates  # noqa: F401
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
-from tiny import tiny_gpt2, tiny_llama
+from tiny import tiny_experts, tiny_gpt2, tiny_llama
 
 NAMES = ["default", "__base__", "elsewhere", "wide", "default"]
 TOKENS = torch.arange(1, 31).view(5, 6)
@@ -204,6 +204,24 @@ class TestRefused:
             other(input_ids=TOKENS, adapter_names=NAMES)
         other.unmerge_adapter()
         assert torch.equal(alone(other, "default", TOKENS), before)
+
+    @pytest.mark.parametrize("fused", [True, False], ids=["fused", "list"])
+    def test_experts_who_are_given_tokens(self, fused):
+        class Listed(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)})])
+
+            def forward(self, x):
+                return self.experts[0]["up"](x)
+
+        config = {"target_parameters": ["experts.down_proj"]} if fused else {"target_modules": ["up"]}
+        base, tokens = (tiny_experts("mixtral"), TOKENS) if fused else (Listed(), torch.randn(5, 4))
+        model = get_peft_model(base, SaraConfig(r=2, **config)).eval()
+        with pytest.raises(
+            SvdtuneError, match=r"by '.*experts.*': experts are given tokens, of any sample\. Call the model"
+        ):
+            model(tokens, adapter_names=["default"] * 5)
 
     def test_no_hook_stays_after_an_error(self, model):
         hooks = [len(module._forward_pre_hooks) for module in model.modules()]
