@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,18 +256,48 @@ def check_new_file(output: Path, overwrite: bool) -> None:
         raise SvdtuneError(f"{output} is there already; name another --output, or give --overwrite")
 
 
-def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a file that is appended to, without their ends; the half line that a power cut
-    can leave at the end is cut off the file.
+def whole_lines(path: Path, *, cut: bool = False) -> list[bytes]:
+    """The lines of a file that is appended to, without their ends or the half line that a power cut
+    can leave at the end.
+
+    Args:
+        path: The file.
+        cut: Take that half line off the file, which is then gone on with.
 
     Raises:
         OSError: If the file cannot be read or cut.
     """
     text = path.read_bytes()
     whole = text[: text.rfind(b"\n") + 1]
-    if len(whole) < len(text):
+    if cut and len(whole) < len(text):
         os.truncate(path, len(whole))
     return whole.split(b"\n")[:-1]
+
+
+def read_objects(path: Path, damaged: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """The whole lines of a file that is appended to, each a JSON object; none where there is no
+    file.
+
+    Args:
+        path: The file.
+        damaged: Takes a sentence for each line that is something else, which is left out.
+
+    Raises:
+        ValueError: A line is something else, and `damaged` is None.
+    """
+    found = []
+    for number, line in enumerate(whole_lines(path) if path.is_file() else [], 1):
+        try:
+            read = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
+            if not isinstance(read, dict):
+                raise ValueError(f"expected a JSON object, found a {type(read).__name__}")
+            found.append(read)
+        except (ValueError, RecursionError) as error:
+            reason = "its values lie too deep in each other" if isinstance(error, RecursionError) else str(error)
+            if damaged is None:
+                raise ValueError(f"line {number}: {reason}") from error
+            damaged(f"line {number} of {path.name} is damaged and is left out: {reason}")
+    return found
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from svdtune.system import unique_keys
+from svdtune.system import read_objects, unique_keys
 from svdtune.training.problems import from_pydantic
 
 RESULT = "result.json"  # of an evaluation
@@ -215,28 +215,30 @@ def read_record(folder: Path, name: str, kind: type[Record], problems: list[str]
     Returns:
         None where there is no such file, or it is damaged.
     """
-    return _read(folder / name, problems, lambda text: _record(text, kind))
+    path = folder / name
+    return _read(
+        path, problems, lambda: _valid(json.loads(path.read_text("utf-8"), object_pairs_hook=unique_keys), kind)
+    )
 
 
 def read_lines(folder: Path, name: str, kind: type[Record], problems: list[str]) -> list[dict[str, Any]]:
     """The same of a file with an object a line; what a power cut left of the last line does not
     count."""
-    return _read(folder / name, problems, lambda text: _records(text, kind)) or []
+    return _read(folder / name, problems, lambda: _each_valid(read_objects(folder / name), kind)) or []
 
 
-def _read(path: Path, problems: list[str], parse: Callable[[str], Found]) -> Found | None:
+def _read(path: Path, problems: list[str], read: Callable[[], Found]) -> Found | None:
     if not path.is_file():
         return None
     try:
-        return parse(path.read_text("utf-8"))
+        return read()
     except (OSError, ValueError, RecursionError) as error:
         shown = path.name if path.name != RESULT else f"{printable(path.parent.name)}/{path.name}"
         problems.append(f"{shown} is damaged and was left out: {_reason(error)}")
         return None
 
 
-def _record(text: str, kind: type[Record]) -> dict[str, Any]:
-    found = json.loads(text, object_pairs_hook=unique_keys)
+def _valid(found: Any, kind: type[Record]) -> dict[str, Any]:
     try:
         return kind.model_validate(found).model_dump(by_alias=True)
     except ValidationError as error:
@@ -244,14 +246,13 @@ def _record(text: str, kind: type[Record]) -> dict[str, Any]:
         raise ValueError(f"{problem.path or 'it'}: {problem.message}") from error
 
 
-def _records(text: str, kind: type[Record]) -> list[dict[str, Any]]:
+def _each_valid(lines: list[dict[str, Any]], kind: type[Record]) -> list[dict[str, Any]]:
     found = []
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if line.endswith("\n"):
-            try:
-                found.append(_record(line, kind))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(_valid(line, kind))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
     return found
 
 

@@ -93,7 +93,7 @@ def _complete(
 
 def _begun(part: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows that an earlier call with these settings wrote; without one, a new file."""
-    written = whole_lines(part) if part.is_file() else []
+    written = whole_lines(part, cut=True) if part.is_file() else []
     lines = [json.loads(line.decode(errors="replace")) for line in written]
     if lines and lines[0] == settings:
         return lines[1:]

@@ -122,7 +122,7 @@ class PredictionStore:
         if not self._predictions.exists():
             return {}
         done = {}
-        for number, line in enumerate(whole_lines(self._predictions), start=1):
+        for number, line in enumerate(whole_lines(self._predictions, cut=True), start=1):
             try:
                 prediction = _parsed(line)
             except (ValueError, TypeError, AttributeError, RecursionError) as error:

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from svdtune import processes
-from svdtune.system import replace_text
+from svdtune.training.checkpoints import keep_steps
 
 # What a line of the log holds first, where known; behind it, what a task's trainer measures.
 LOGGED = ("loss", "eval_loss", "grad_norm", "learning_rate", "l_reg", "tokens_per_second")
@@ -34,11 +34,8 @@ class JsonlLog(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero or not self.path.is_file():
-            return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= state.global_step]
-        replace_text(self.path, "".join(kept))
+        if state.is_world_process_zero:
+            keep_steps(self.path, state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -55,15 +52,6 @@ class JsonlLog(TrainerCallback):
 def is_measured(name: str) -> bool:
     """Whether what Trainer logs by a name is a measurement of the run, and no time or count."""
     return not _NOT_LOGGED.fullmatch(name)
-
-
-def _step_of(line: str) -> int | None:
-    """The step of a line of the log; None for what a kill left of a line, or a damaged one."""
-    try:
-        step = json.loads(line)["step"] if line.endswith("\n") else None
-    except (ValueError, TypeError, KeyError):
-        return None
-    return step if isinstance(step, int) else None
 
 
 class ShowProgress(TrainerCallback):

@@ -11,11 +11,13 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from svdtune.system import replace_text
+from svdtune.errors import SvdtuneWarning
+from svdtune.system import read_objects, replace_text
 
 SEAL = "sealed.json"
 PROCESSES = "processes.json"
@@ -105,6 +107,24 @@ def keep_up_to(run: Path, step: int) -> None:
     for later, path in list(_numbered(run)):
         if later > step:
             discard(path)
+
+
+def keep_steps(path: Path, step: int) -> None:
+    """Take the lines of later steps out of a file of a run that has a JSON object a line: a resumed
+    run takes those steps again.
+
+    A damaged line goes too, with a warning, and so does one that names no step.
+    """
+    if not path.is_file():
+        return
+    told: list[str] = []
+    lines = read_objects(path, told.append)
+    dated = [line for line in lines if isinstance(line.get("step"), int)]
+    if len(dated) < len(lines):
+        told.append(f"{len(lines) - len(dated)} lines of {path.name} name no step and are left out")
+    for message in told:
+        warnings.warn(message, SvdtuneWarning, stacklevel=2)
+    replace_text(path, "".join(json.dumps(line) + "\n" for line in dated if line["step"] <= step))
 
 
 def keep_newest(run: Path, count: int, best: Path | None = None) -> None:

@@ -25,7 +25,7 @@ from svdtune.linalg.deviation import compared_factors, condition_number, deviati
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed, Pair, observed_layers
 from svdtune.spectra import matrix_shape
-from svdtune.system import replace_text
+from svdtune.training.checkpoints import keep_steps
 
 log = logging.getLogger(__name__)
 Found = TypeVar("Found")
@@ -120,10 +120,7 @@ class SampleMovement(TrainerCallback):
             return
         self._began = time.monotonic()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # a resumed run takes the later steps again
-        kept = read_samples(self.path) if state.global_step else []
-        lines = [json.dumps(sample) + "\n" for sample in kept if sample["step"] <= state.global_step]
-        replace_text(self.path, "".join(lines))
+        keep_steps(self.path, state.global_step or -1)
         if state.global_step == 0:
             self.sample(0)
 
@@ -210,14 +207,6 @@ def sampled_steps(samples: int, max_steps: int) -> set[int]:
     """The steps at which a run of `max_steps` steps is sampled: 0, the last, and others evenly
     between."""
     return {round(i * max_steps / max(1, samples - 1)) for i in range(samples)} | {max_steps}
-
-
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The samples in a file; what a power cut left of the last line does not count."""
-    if not path.is_file():
-        return []
-    whole = [line for line in path.read_text("utf-8").splitlines(keepends=True) if line.endswith("\n")]
-    return [json.loads(line) for line in whole]
 
 
 def _matches(name: str, patterns: list[str]) -> bool:

@@ -1,12 +1,14 @@
 """A checkpoint counts once it is sealed, and as long as its files are what was sealed."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from svdtune.training.checkpoints import SEAL, fault, keep_newest, keep_up_to, latest_checkpoint, seal
+from svdtune.analysis.records import LogLine, read_lines
+from svdtune.training.checkpoints import SEAL, fault, keep_newest, keep_steps, keep_up_to, latest_checkpoint, seal
 
 
 def checkpoint(run: Path, step: int, sealed: bool = True) -> Path:
@@ -63,3 +65,35 @@ def test_old_ones_go_and_the_newest_sealed_stay(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     keep_up_to(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+BROKEN = {
+    "half": (b'{"step": 3, "lo', None),
+    "bytes": (b'{"step": 3, "loss": "\xff"}\n', "line 3 of log.jsonl is damaged and is left out: 'utf-8' codec"),
+    "list": (b"[3]\n", "expected a JSON object, found a list"),
+    "twice": (b'{"step": 3, "step": 1}\n', "the key 'step' stands there twice"),
+    "deep": (b"[" * 100_000 + b"\n", "line 3 of log.jsonl is damaged"),
+    "no-step": (b'{"loss": 1}\n', "1 lines of log.jsonl name no step and are left out"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_the_lines_of_a_log_are_read_in_one_way(kind: str, tmp_path: Path) -> None:
+    """By a run that goes on, which leaves a damaged line out, and by a report, which leaves out the
+    file."""
+    broken, said = BROKEN[kind]
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1, "loss": NaN}\n{"step": 2}\n' + broken)
+    problems: list[str] = []
+    read = read_lines(tmp_path, "log.jsonl", LogLine, problems)
+    assert [line["step"] for line in read] == ([] if problems else [1, 2])
+    assert len(problems) == (kind != "half")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        keep_steps(tmp_path / "log.jsonl", 1)
+    assert [str(one.message) for one in caught if said and said in str(one.message)] == [
+        str(one.message) for one in caught
+    ]
+    assert len(caught) == (said is not None)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": NaN}\n'
+    keep_steps(tmp_path / "none.jsonl", 1)
+    assert not (tmp_path / "none.jsonl").exists()

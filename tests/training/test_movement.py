@@ -15,8 +15,9 @@ from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
 from svdtune.linalg.deviation import compared_factors, deviation
 from svdtune.methods.layers.matrices import observed_layers
+from svdtune.system import read_objects
 from svdtune.training import check_recipe, train
-from svdtune.training.movement import SampleMovement, movement, read_samples, sampled_steps, side_by_side, start_of
+from svdtune.training.movement import SampleMovement, movement, sampled_steps, side_by_side, start_of
 from tiny import tiny_llama
 
 TARGETS = ["q_proj", "v_proj"]
@@ -49,7 +50,7 @@ def test_a_sample_of_every_method(method: str, tmp_path: Path) -> None:
                 parameter += 0.05 * torch.randn_like(parameter)
     (tmp_path / "analysis").mkdir()
     sampler.sample(7)
-    (sample,) = read_samples(sampler.path)
+    (sample,) = read_objects(sampler.path)
     assert sample["step"] == 7
     assert len(sample["layers"]) == 4
     for layer in sampler.layers:
@@ -98,13 +99,13 @@ def test_samples_that_would_take_too_long_are_left_out_but_never_the_last(tmp_pa
     for step in range(1, 11):
         state.global_step = step
         sampler.on_step_end(None, state, None)
-    assert [sample["step"] for sample in read_samples(sampler.path)] == [0, 10]
+    assert [sample["step"] for sample in read_objects(sampler.path)] == [0, 10]
 
 
 def test_a_half_written_line_does_not_count(tmp_path: Path) -> None:
     (tmp_path / "during.jsonl").write_text('{"step": 0, "layers": {}}\n{"step": 5, "lay')
-    assert [sample["step"] for sample in read_samples(tmp_path / "during.jsonl")] == [0]
-    assert read_samples(tmp_path / "nothing.jsonl") == []
+    assert [sample["step"] for sample in read_objects(tmp_path / "during.jsonl")] == [0]
+    assert read_objects(tmp_path / "nothing.jsonl") == []
 
 
 @pytest.mark.parametrize("modules", [["o_proj"], ["*.nothing"]])
@@ -142,7 +143,7 @@ def test_a_run_takes_them_and_trains_the_same(settings: dict[str, Any], method: 
     if method == "full":
         settings |= {"method": {"name": "full"}}
     folder = train(check_recipe(settings)).folder
-    samples = read_samples(folder / "analysis" / "during.jsonl")
+    samples = read_objects(folder / "analysis" / "during.jsonl")
     assert [sample["step"] for sample in samples] == [0, 2, 4]
     start, end = (next(iter(sample["layers"].values())) for sample in (samples[0], samples[-1]))
     assert start["relative_change"] < 1e-6

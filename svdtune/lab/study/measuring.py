@@ -23,11 +23,11 @@ from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED
 from svdtune.data.leaks import refuse_leaks
 from svdtune.lab.study.spec import Measure, MeasuredSet
-from svdtune.system import replace_text
+from svdtune.system import read_objects, replace_text
 from svdtune.training.collators import AUTOCAST
 from svdtune.training.folder import ANALYSIS
 from svdtune.training.mixture import TrainRows
-from svdtune.training.movement import read_samples, sampled_steps
+from svdtune.training.movement import sampled_steps
 from svdtune.training.preparation import load_base
 from svdtune.training.recipe import Recipe
 from svdtune.training.task_rows import TaskRows
@@ -63,7 +63,7 @@ class Measuring(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
         began = time.monotonic()
-        earlier = read_samples(self.path)
+        earlier = read_objects(self.path)
         kept = [line for line in earlier if 0 < line["step"] <= state.global_step]
         self.peak = max((line["peak_bytes"] or 0 for line in kept), default=0)
         first = earlier[:1] if state.global_step else []

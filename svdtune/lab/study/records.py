@@ -16,9 +16,9 @@ from svdtune.lab.study.grid import Job, file_name
 from svdtune.lab.study.measuring import MEASURED
 from svdtune.lab.study.results import RESULTS, pack, read_results
 from svdtune.lab.study.spec import Study
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import explain_write_errors, read_objects, replace_text
 from svdtune.training.folder import LOG, SUMMARY
-from svdtune.training.movement import DURING, read_samples
+from svdtune.training.movement import DURING
 
 _CURVE = 60  # points kept of a curve
 
@@ -67,7 +67,7 @@ def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str
         error: why it failed.
     """
     summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).is_file() else {}
-    lines, measured = read_samples(run / LOG), read_samples(run / MEASURED)
+    lines, measured = read_objects(run / LOG), read_objects(run / MEASURED)
     curve, norms = ([[line["step"], line[name]] for line in lines if name in line] for name in ("loss", "grad_norm"))
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     numbers = [loss for _, loss in curve] + held_out
@@ -249,7 +249,7 @@ def _measured(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _movement(run: Path) -> dict[str, Any] | None:
     """ΔΣ and ΔD, their means over the sampled layers, at the end and at every sample."""
-    samples = read_samples(run / DURING)
+    samples = read_objects(run / DURING)
     if not samples:
         return None
     means = [

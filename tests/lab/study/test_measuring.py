@@ -16,10 +16,10 @@ from svdtune.lab.study.results import read_results
 from svdtune.lab.study.runner import How, run_studies
 from svdtune.lab.study.spec import Measure, load_study
 from svdtune.models import load
+from svdtune.system import read_objects
 from svdtune.training import check_recipe, train
 from svdtune.training.inheritance import read_settings
 from svdtune.training.method import adapt
-from svdtune.training.movement import read_samples
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 METHODS = {
@@ -73,7 +73,7 @@ def test_a_run_that_is_measured_takes_the_same_steps_bit_for_bit(name: str, text
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert alone.summary["loss"] == measured.summary["loss"]
-    lines = read_samples(measuring.path)
+    lines = read_objects(measuring.path)
     assert [line["step"] for line in lines] == [0, 2, 4]
     moved = [np.mean(line["sets"]["prose"]["kl"]) for line in lines]
     assert moved[-1] > 1e-9, "the run moves the model"
