@@ -176,8 +176,12 @@ def _file_of(study: Results) -> str:
 
 
 def _said(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those that are empty."""
-    said = {name: _said(value) if isinstance(value, dict) else value for name, value in settings.items()}
+    """The settings without those that are empty. Those of methods and recipes stand whole: to both
+    an empty list says something."""
+    said = {
+        name: _said(value) if isinstance(value, dict) and name not in ("method", "settings") else value
+        for name, value in settings.items()
+    }
     return {name: value for name, value in said.items() if value is not None and value != {} and value != []}
 
 

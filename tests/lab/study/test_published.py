@@ -1,5 +1,6 @@
 """Every published study's page, made again from its results, is the page that is published."""
 
+import json
 import re
 from operator import sub
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from svdtune.lab.study.index import write_index
 from svdtune.lab.study.page import write_page
 from svdtune.lab.study.results import FINDINGS, read_results
+from svdtune.training.yaml_files import read_yaml
 
 PUBLISHED = Path(__file__).parents[3] / "docs" / "results"
 STUDIES = sorted(path.parent for path in PUBLISHED.glob("*/results.json"))
@@ -55,6 +57,17 @@ def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path, monkeypatc
     again = f"make it again: python -m svdtune.lab.study.page docs/results/{study.name}"
     assert (tmp_path / "README.md").read_bytes() == (study / "README.md").read_bytes(), again
     assert {path.name for path in written} == {path.name for path in (study / "README.md", *study.glob("*.svg"))}, again
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+def test_the_study_file_on_the_page_has_every_arm_as_it_ran(study: Path) -> None:
+    """Empty lists too: of IA3's feed-forward layers, one says that there are none."""
+    arms = (json.loads((study / "results.json").read_text())["spec"] or {"arms": {}})["arms"]
+    shown = re.findall("<summary>Study file</summary>\n\n```yaml\n(.*?)```", (study / "README.md").read_text(), re.S)
+    for name, arm in (read_yaml(shown[0], "page")["arms"] if arms else {}).items():
+        assert {key: arm.get(key, {}) for key in ("method", "settings")} == {
+            key: arms[name][key] or {} for key in ("method", "settings")
+        }
 
 
 def said_and_made(name: str) -> tuple[str, str]:
