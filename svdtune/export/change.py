@@ -17,7 +17,6 @@ from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.export.source import Source, find_source, open_source
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.experts import ON_DISK
 from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter, read_config
 from svdtune.methods.files.card import TITLES
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
@@ -63,7 +62,10 @@ def read_change(folder: Path, base: Source | None = None) -> SavedChange:
     if type(config) is LoraConfig:
         return _of_lora(folder, config)
     if isinstance(config, SvdConfig) and config.target_parameters:
-        raise SvdtuneError(f"what the adapter {folder} adds is read layer by layer: {ON_DISK}")
+        raise SvdtuneError(
+            f"the adapter {folder} is on fused experts (target_parameters), each with a rank of its own, and LoRA has one rank "
+            "for all of them; merge it instead: svdtune merge"
+        )
     saved = _read_whole(folder, base)
     method = layer_class(saved.config)
     pairs = {layer: method.low_rank_pair(tensors, saved.config) for layer, tensors in saved.layers.items()}

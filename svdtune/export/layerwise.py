@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.experts import ON_DISK
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, check_same_layers
 
 # Settings that choose layers among many, or train something beside them: a model of one layer has
@@ -58,8 +57,6 @@ class LayerwiseAdapter:
             raise SvdtuneError(
                 f"the adapter {folder} is {PeftType(config.peft_type).value}, which changes no weight and cannot be merged"
             )
-        if isinstance(config, SvdConfig) and config.target_parameters:
-            raise SvdtuneError(f"the adapter {folder} is merged layer by layer: {ON_DISK}")
         self.folder, self.config = folder, config
         self._tensors = read_shard(folder, ADAPTER_WEIGHTS).tensors
         self.layers: dict[str, list[str]] = {}

@@ -1,5 +1,5 @@
 """Merge an adapter into a plain Transformers checkpoint on disk, weight by weight, and compare what
-it gives with the adapter.
+it gives with the adapter. (One of fused experts is merged in the loaded model.)
 
 No model is built for it: each tensor of the base checkpoint is copied, or merged and written, one
 in memory at a time. Files, their names and the dtype stay those of the base. A comparison of logits
@@ -28,9 +28,11 @@ from svdtune.checkpoint.writer import Computed
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
 from svdtune.export.layerwise import LayerwiseAdapter
-from svdtune.export.source import Source, adapter_of, base_folder, check_writes
+from svdtune.export.source import Source, adapter_of, base_folder, check_writes, open_source
+from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import TITLES, front, table
+from svdtune.methods.layers.experts import stacks_in
 from svdtune.models import load, load_tokenizer, set_end_token
 from svdtune.models.loading import load_decoding
 from svdtune.system import check_new_folder, new_folder, read_json
@@ -96,8 +98,15 @@ def merge(
     config = read_config(folder)
     kept = nullcontext() if source.run is None else held(source.run, "merge")
     with kept, new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
-        adapter = LayerwiseAdapter(folder, config, base.model)
-        untied, dtypes = _write_weights(base, work, adapter, target)
+        if isinstance(config, SvdConfig) and config.target_parameters:
+            layers, untied, dtypes = (
+                len({*map(config.module_of, config.ranks)}),
+                False,
+                _write_loaded(source, work, target),
+            )
+        else:
+            adapter = LayerwiseAdapter(folder, config, base.model)
+            layers, (untied, dtypes) = len(adapter.layers), _write_weights(base, work, adapter, target)
         _copy_other_files(base, work, source)
         _edit_config(work, untied, target)
         weights = sum(_cast(stored, target).nbytes for stored in base.tensors.values())
@@ -107,8 +116,8 @@ def merge(
             raise SvdtuneError(f"the merged checkpoint cannot be compared with the adapter: {unchecked}")
         comparison = None if unchecked else compare_checkpoint(source, work, dtype, device, dtypes)
         words = ", ".join(sorted(str(each).removeprefix("torch.") for each in dtypes))
-        report = MergeReport(output, words, len(adapter.layers), comparison, unchecked)
-        (work / CARD).write_text(_card(source, adapter, report), encoding="utf-8")
+        report = MergeReport(output, words, layers, comparison, unchecked)
+        (work / CARD).write_text(_card(source, config, report), encoding="utf-8")
     return report
 
 
@@ -135,6 +144,19 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
         loaded.tokenizer.save_pretrained(converted)
         del loaded
         yield open_checkpoint(converted, **how)
+
+
+def _write_loaded(source: Source, work: Path, target: torch.dtype | None) -> set[torch.dtype]:
+    """Merge in the loaded model, and write every weight; the dtypes of the experts'.
+
+    Fused experts are a parameter in the model, and in a checkpoint often tensors of their own, from
+    which Transformers makes the one and back.
+    """
+    # the sum is rounded once, to the dtype that is asked for
+    model: Any = open_source(source, dtype="auto" if target is None else "float32").model
+    merged = model.merge_and_unload(safe_merge=True)
+    (merged if target is None else merged.to(target)).save_pretrained(work)
+    return {stack.weight.dtype for _, stack in stacks_in(merged)}
 
 
 def _write_weights(
@@ -257,8 +279,8 @@ def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
             model.generation_config.save_pretrained(work)
 
 
-def _card(source: Source, adapter: LayerwiseAdapter, report: MergeReport) -> str:
-    method = PeftType(adapter.config.peft_type).value
+def _card(source: Source, adapter: PeftConfig, report: MergeReport) -> str:
+    method = PeftType(adapter.peft_type).value
     found = report.comparison
     error = f"relative difference {found.relative:.1e}, at {found.positions} positions" if found else "not compared"
     rows = {

@@ -15,8 +15,8 @@ from svdtune.methods.start.memory import is_sharded
 _NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"}
 
 ON_DISK = (
-    "a checkpoint may hold fused experts one by one, or turned round, so an adapter on `target_parameters` is started, merged "
-    "and exported on the loaded model alone (get_peft_model, merge_and_unload, save_pretrained). Load the model, or leave "
+    "a checkpoint may hold fused experts one by one, or turned round, so an adapter on `target_parameters` is planned by "
+    "spectra and started on the loaded model alone (svdtune.plan, get_peft_model). Load the model, or leave "
     "`target_parameters` out"
 )
 

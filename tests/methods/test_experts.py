@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
+from transformers import AutoModelForCausalLM
 
 from pairwise import all_pairs
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, plan, sites
@@ -208,7 +210,29 @@ def test_a_plan_says_what_is_put_on(kind):
     assert of_lora >= planned.trained - len(planned.sites) * max(planned.sites.ranks.values())
 
 
-def test_what_reads_layer_by_layer_from_disk_says_what_to_do(tmp_path):
+@pytest.mark.parametrize(("kind", "dtype"), [("qwen3_moe", "auto"), ("gpt_oss", "bfloat16")])
+def test_a_checkpoint_is_merged_in_the_form_of_its_base(kind, dtype, tiny_tokenizer, tmp_path):
+    folder = tmp_path / "model"
+    tokens = {
+        "eos_token_id": tiny_tokenizer.eos_token_id,
+        "pad_token_id": tiny_tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    tiny_experts(kind, vocab_size=len(tiny_tokenizer), **tokens).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    moved(get_peft_model(base, config_of("sorsa", target_modules=["q_proj"]))).save_pretrained(tmp_path / "adapter")
+    report = merge(Source(str(folder), tmp_path / "adapter"), tmp_path / "merged", check=True, dtype=dtype)
+    assert report.layers == 3
+    assert report.comparison.effect > 10 * report.comparison.relative
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "merged"))
+    assert {name: tensor.shape for name, tensor in before.items()} == {
+        name: tensor.shape for name, tensor in after.items()
+    }
+    assert {tensor.dtype for tensor in after.values()} == {torch.float32 if dtype == "auto" else torch.bfloat16}
+
+
+def test_what_is_read_layer_by_layer_says_what_to_do(tmp_path):
     folder, adapter = tmp_path / "model", tmp_path / "adapter"
     tiny_experts("gpt_oss").save_pretrained(folder)
     made("gpt_oss", "sara").save_pretrained(adapter)
@@ -220,11 +244,11 @@ def test_what_reads_layer_by_layer_from_disk_says_what_to_do(tmp_path):
     for refused in (
         lambda: plan(checkpoint, config_of("sorsa-threshold")),
         lambda: start(checkpoint, config_of("sara"), tmp_path / "started"),
-        lambda: merge(Source(str(folder), adapter), tmp_path / "merged"),
-        lambda: export_lora(adapter, tmp_path / "lora"),
     ):
         with pytest.raises(SvdtuneError, match="a checkpoint may hold fused experts one by one"):
             refused()
+    with pytest.raises(SvdtuneError, match="LoRA has one rank for all of them; merge it instead"):
+        export_lora(adapter, tmp_path / "lora")
 
 
 REFUSED = [
