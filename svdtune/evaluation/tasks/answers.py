@@ -26,7 +26,14 @@ _FORMULA = re.compile(r"(?<!\\)\$(?:[^$\n]|\n(?!\n))+?(?<!\\)\$|\\\(.+?\\\)|\\\[
 _CHECKED = re.compile(
     r"\b(?:check|verify|confirm)\w*\s+(?:\w+\s+){0,2}$", re.IGNORECASE
 )  # "We check our answer: 2 + 3 = 5"
-_NO_CLAIM = re.compile(r"(?:not|never|neither)\b", re.IGNORECASE)
+_NO_CLAIM = re.compile(r"(?:not|never|neither|no\s+longer|hardly)\b", re.IGNORECASE)
+_WRONG_ONE = re.compile(r"\b(?:wrong|incorrect|false|tempting)\s+$", re.IGNORECASE)
+_HOLDS_ONE = re.compile(r"\d|\b[A-E]\b|\\|\b(?:[Tt]rue|[Ff]alse)\b")  # an answer, of one task or another
+_TAKEN_BACK = re.compile(
+    r"[.!?]?\s+(?:but\s+|oh,?\s+|wait,?\s+|actually,?\s+)*(?:no\b[,.]|scratch\s+that|correction|oops|sorry"
+    r"|(?:that|this|it)(?:\s+(?:is|was)|'s)\s+(?:wrong|incorrect|not\s+(?:right|correct)))[\s,.:;!]*(?=[^\n]*\S)",
+    re.IGNORECASE,
+)
 
 
 def boxed(text: str) -> str | None:
@@ -65,7 +72,7 @@ def marked_answers(text: str) -> Iterator[str]:
     marks += [
         (found.start(), found.end(), "stated")
         for found in _STATED.finditer(text)
-        if not _CHECKED.search(text[: found.start()])
+        if not _CHECKED.search(text[: found.start()]) and not _WRONG_ONE.search(text[: found.start()])
     ]
     marks += [(found.start("answer"), found.end("answer"), "before") for found in _IS_THE_ANSWER.finditer(text)]
     for start, end, kind in sorted(marks, reverse=True):
@@ -86,6 +93,9 @@ def _sentence(rest: str) -> str:
     ends = [end.start() for end in _SENTENCE_END.finditer(rest)]
     ends = [end for end in ends if not any(start < end < stop for start, stop in formulas)]  # a formula is taken whole
     for at, end in enumerate(ends):
+        # "12? No, 15.", "12. Scratch that, 15."
+        if (back := _TAKEN_BACK.match(rest, end)) and _HOLDS_ONE.search(rest[back.end() :].split("\n")[0]):
+            return _sentence(rest[back.end() :])
         sentence = rest[:end]
         # "not 5. It is 6.": the next sentence says it
         if at or not _NO_CLAIM.match(sentence) or re.search(r"\bbut\b|[,;]", sentence):
@@ -106,5 +116,8 @@ def without_denied(text: str, item: str) -> str:
         item: The pattern of an item, without groups that count.
     """
     filler = r"(?:(?:be|option|choice|answer|the|exactly|equal\s+to|either)\s+)*"
-    denied = rf"\b(?:not|never|neither|nor|instead\s+of|rather\s+than|rule[sd]?\s+out|eliminate[sd]?)\s+{filler}{item}"
-    return re.sub(rf"{denied}(?:\s+(?:or|nor)\s+{item})*", " ", text, flags=re.IGNORECASE)
+    denied = r"\b(?:not|never|neither|hardly|no\s+longer|anything\s+but|nor|instead\s+of|rather\s+than|over)"
+    listed = r"\b(?:none\s+of|rule[sd]?\s+out|eliminate[sd]?)"  # "not A, B" says B, "none of A, B" neither
+    others = rf"(?:\s*,\s*{item})*(?:,?\s*\b(?:and|or|nor)\s+{item})?"
+    text = re.sub(rf"{listed}\s+{filler}{item}{others}", " ", text, flags=re.IGNORECASE)
+    return re.sub(rf"{denied}\s+{filler}{item}(?:\s+(?:or|nor)\s+{item})*", " ", text, flags=re.IGNORECASE)

@@ -16,20 +16,30 @@ from svdtune.evaluation.tasks.task import Grade, Reference, Task
 
 _LETTER = re.compile(r"[A-E]")
 # "(D)", "D)", "D.", "D:" or "D" alone: a letter that stands for a choice, and not the article "A".
-_STANDING = re.compile(r"\(([A-E])\)|(?<![\w'])([A-E])(?=[).:,;]|\s*$|\s+(?:and|or|because|since)\b|\s+is[.!]?\s*$)")
+_STANDING = re.compile(
+    r"\(([A-E])\)|(?<![\w'])([A-E])(?=[).:,;]|\s*$|\s+(?:and|or|because|since)\b|\s+is[.!]?\s*$)"
+    r"|(?<=\band )([A-E])(?![\w'])|(?<=\bor )([A-E])(?![\w'])"
+)
 _OPENING = re.compile(r"(?:option|choice|letter|answer)?\s*\(?([A-E])(?![\w'])", re.IGNORECASE)
 _LATEX = re.compile(
     r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|mbox|operatorname)\s*\{\s*([^{}]*?)\s*\}|\\[()\[\]]|[$*`\"{}]"
 )
+_QUOTED = re.compile(r"[\[\"“‘'`]\(?([A-E]|(?i:answer|solution|ending|option)\s?\d|[Tt]rue|[Ff]alse)\)?[\]\"”’'`]")
 _LINKS = re.compile(r"(?:[\s,;:]|but\b|rather\b|instead\b|it\s+is\b|it's\b)+", re.IGNORECASE)
-_WRONG = r"\s+(?:is|are|was|were|seems?|must\s+be)\s+(?:not|wrong|incorrect|impossible|excluded|eliminated|ruled\s+out|too)\b"
-_RIGHT = r"\s+(?:is|must\s+be|seems)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|better)\b"
+_WRONG = (
+    r"\s+(?:(?:is|are|was|were|seems?|must\s+be)\s+"
+    r"(?:not|wrong|incorrect|impossible|excluded|eliminated|ruled\s+out|too|worse)|(?:does|do|did|can|could|would|will)\s+not)\b"
+)
+_RIGHT = (
+    r"\s+(?:(?:is|must\s+be|seems)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|better|left)\b"
+    r"|(?:remains|fits|works|does)\b(?!\s+not))"
+)
 _CHOSEN = (
     r"(?:(?:correct|right|best)\s+(?:option|choice|solution|ending|one|letter)\s+(?:is|would\s+be|must\s+be)"
-    r"|\b(?:choose|pick|select|choice\s+is|option\s+is|go(?:ing)?\s+with)|\b(?:therefore|thus|hence|so)(?:\s+it\s+is|\s+it's)?)"
+    r"|\b(?:choose|pick|select|prefer|say|choice\s+is|option\s+is|go(?:ing)?\s+with)|\b(?:therefore|thus|hence|so)(?:\s+it\s+is|\s+it's)?)"
     r"\s*[:,]?\s*(?:the\s+)?(?:option\s+|choice\s+|answer\s+)?"
 )
-_REASON = r"\s*(?:,|;|\.|:|-|–|—|because\b|since\b|as\b|for\b|\bwould\b|$)"
+_REASON = r"\s*(?:over\b|,|;|\.|:|-|–|—|because\b|since\b|as\b|for\b|\bwould\b|$)"
 
 # What LLM-Adapters looks for in each data set, by the kind of its answers.
 _FAMILIES = {
@@ -59,6 +69,7 @@ def answer_letter(text: str) -> str | None:
     text = plain_words(text)
     for marked in marked_answers(text):
         clause = _links_left(without_denied(_without_latex(marked), r"\(?[A-E]\)?(?![\w'])"))
+        clause = clause[:1] + _without_wrong(clause[1:], r"(?-i:(?<![\w'])[A-E](?![\w']))")
         opening = _OPENING.match(clause)
         # "The answer is a number": a small letter is meant as a choice only where nothing follows
         if opening and (opening[1].isupper() or opening.end() == len(clause.rstrip(" ).:"))):
@@ -72,6 +83,7 @@ def answer_letter(text: str) -> str | None:
 
 
 def _without_latex(text: str) -> str:
+    text = _QUOTED.sub(lambda found: f"({found[1]})" if len(found[1]) == 1 else found[1], text)
     return _LATEX.sub(lambda found: found[1] or "", text).strip()
 
 
@@ -87,21 +99,27 @@ def _chosen(text: str, item: str, named: Callable[[str], set[str]]) -> str | Non
     wrong."""
     bracketed = rf"\(?(?<![\w'])({item})(?![\w'])\)?"
     loose = rf"\(?(?<![\w'])(?:{item})(?![\w'])\)?"
-    kept = without_denied(text, loose)
-    kept = re.sub(
-        rf"(?:options?\s+|choices?\s+)?{loose}(?:\s*(?:,|and|or)\s*{loose})*{_WRONG}", " ", kept, flags=re.IGNORECASE
-    )
+    stated = re.sub(r"(?<![^.!?\n])[^.!?\n]*\?", " ", text)  # "true or false? false"
+    kept = _without_wrong(without_denied(stated if named(stated) else text, loose), loose)
     for pattern in (rf"{bracketed}{_RIGHT}", rf"{_CHOSEN}{bracketed}(?={_REASON})(?!\s*(?:and|or)\b)"):
         if found := re.findall(pattern, kept, re.IGNORECASE):
             return str(found[-1])
-    if opening := re.match(rf"\s*{bracketed}(?=\s*[.):,;]?\s*(?:because|since|as|for|–|—)\b)", kept, re.IGNORECASE):
+    if opening := re.match(
+        rf"\s*{bracketed}(?=\s*[.):,;]?\s*(?:(?:because|since|as|for)\b|[-–—]\s(?!\(?[A-E]\b)))", kept, re.IGNORECASE
+    ):
         return opening[1]
     left = named(kept)
     return left.pop() if len(left) == 1 else None
 
 
+def _without_wrong(text: str, item: str) -> str:
+    """A text without the items that it calls wrong, and that it says so."""
+    joined = rf"(?:options?\s+|choices?\s+)?{item}(?:\s*(?:,|and|or)\s*{item})*"
+    return re.sub(joined + _WRONG, " ", text, flags=re.IGNORECASE)
+
+
 def _standing(text: str) -> set[str]:
-    return {found[1] or found[2] for found in _STANDING.finditer(text)}
+    return {next(filter(None, found.groups())) for found in _STANDING.finditer(text)}
 
 
 def _others(marked: str, letter: str) -> bool:

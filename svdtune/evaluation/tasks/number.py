@@ -14,7 +14,8 @@ from functools import lru_cache
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.answers import marked_answers, plain_words, without_denied
-from svdtune.evaluation.tasks.quantities import Quantity, first_quantity, last_quantity, plain
+from svdtune.evaluation.tasks.notation import plain
+from svdtune.evaluation.tasks.quantities import Quantity, first_quantity, last_quantity
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
 
 _PAPER_NUMBER = re.compile(r"-?\d+\.?\d*")

@@ -32,7 +32,12 @@ _VALUES = {word: n for n, word in enumerate(_WORDS)} | {word: 10 * n for n, word
 def number_in_words(text: str) -> int | None:
     """The number that a sentence opens with, None where it opens with none, or with one that what
     follows makes another: "two and a half", "one of them", "two or three"."""
-    words = re.findall(r"[a-z]+", text.lower())
+    text = re.sub(r"^\W*(?:about|around|approximately|roughly|nearly|almost|exactly|only|just)\s+", "", text.lower())
+    # "a million", "half a million"
+    text = re.sub(rf"\b(half\s+)?an?\s+(?={'|'.join(MAGNITUDES)})", r"\1one ", text)
+    words = re.findall(r"[a-z]+", text)
+    halved = words[:2] == ["half", "one"]
+    words = words[halved:]
     total, part, read = 0, 0, 0
     for word in words:
         if word in _VALUES:
@@ -51,4 +56,4 @@ def number_in_words(text: str) -> int | None:
         or rest[:1] in (["half"], ["of"], ["or"], ["more"], ["less"])
     ):
         return None
-    return total + part
+    return (total + part) // (1 + halved)

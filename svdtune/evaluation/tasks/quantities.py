@@ -1,5 +1,5 @@
 r"""Numbers as people write them, read exactly: 1,234.5, 1 000, 1½, \frac{3}{4}, 1.5 million,
-3 × 10^5, 0.\overline{3}, 5 + 3 = 8 apples.
+3 × 10^5, 0.\overline{3}, 5 + 3 = 8 apples, in texts that `notation.plain` has gone over.
 
 What stands between numbers decides what they are. A range (10-15, "10 to 15"), a ratio or a time
 (3:1), a date, a list, an interval, a multiple of a letter (2x, 2π) is no number, and so is no
@@ -29,24 +29,28 @@ _NUMBER = re.compile(
     rf"(?P<repeat>\\overline\s?\(?\d+\)?|(?<=\.\d)\(\d+\)(?=\W|$)|(?<=\.\d\d)\(\d+\)(?=\W|$)|\.\.+)?"
     rf"(?P<power>[eE][-+]?\d{{1,3}}(?![\w]))?)"
 )
-_SHORT = {"k": 10**3, "K": 10**3}
-_SHORT_MONEY = {**_SHORT, "m": 10**6, "M": 10**6, "mn": 10**6, "bn": 10**9, "b": 10**9, "B": 10**9}
+_SHORT = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}
+_SHORT_MONEY = {**_SHORT, "m": 10**6, "mn": 10**6, "bn": 10**9, "b": 10**9}
 _MAGNITUDE = re.compile(rf"\s*(?:(?P<word>{'|'.join(MAGNITUDES)})s?|(?P<short>k|K|mn|bn|[mMbB]))(?![\w^])")
+_PART = re.compile(rf"\s+(?:and\s+)?(\d[\d,]*)\s+({'|'.join(MAGNITUDES)})s?\b")
 _START = re.compile(r"(?:[$£€]\s?-?)?\.?\d|\((?=[-+]?[$£€]?[\d.(])|\\sqrt|√")
 _OPERATOR = re.compile(r"\s*(?P<sign>[-+*/^]|(?<=\d)\s*x\s*(?=\d))\s*")
 _EQUALS = re.compile(r"\s*(?:=|≈)\s*")
 # "5 apples + 6 apples": words that say what is counted, before a sign.
-_COUNTED = re.compile(r"(?:\s+[A-Za-z]+){1,3}(?=\s*(?:[+*=]|-\s)\s*[-$£€(]?\s*[\d(])")
+_COUNTED = re.compile(r"(?:\s+[A-Za-z]+){1,3}(?=(?:\s*[+*=]|\s+/\s|\s*-\s)\s*[-$£€(]?\s*[\d(])")
 _EITHER = re.compile(r"\s*(?:\bor\b|\bto\b|\band\b)\s*")
 _AND_LETTER = re.compile(r"\s*(?:,|;|and|or|,\s*and)?\s*[A-Za-z]\s*=\s*")
 _FEW_WORDS = 5  # of a text that is a number in words and nothing else
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
-_MONTH = r"(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*"
+_MONTH = (
+    r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
+    r"|Nov(?:ember)?|Dec(?:ember)?)"
+)
 _JOINED = re.compile(
-    r"(?:\s+[A-Za-z]+){0,2}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
+    r"(?:\s+[A-Za-z]+){0,2}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
 )
 _CONTINUED = re.compile(
-    rf"\s*(?:\*\s*)?(?:[xyzniπ√∞](?![a-z])|\\(?:pi|sqrt|infty|theta))|[a-dxyzn]\b(?=\s*[-+*/^=)])|\s*{_MONTH}\b"
+    rf"\s*(?:\*\s*)?(?:[xyzniπ√∞](?![a-z])|\\(?:pi|sqrt|infty|theta))|[a-dxyzn]\b(?=\s*[-+*/^=)])|(?:st|nd|rd|th)?(?:\s+of)?\s*{_MONTH}\b|'\s?\d"
 )
 _COMPARED = re.compile(
     r"(?:\b(?:more|less|fewer|greater|larger|smaller|other)\s+than|\b(?:over|under|above|below|between|except)|[<>≤≥±]|\\(?:le|ge|lt|gt|leq|geq|pm))\s*$"
@@ -54,19 +58,6 @@ _COMPARED = re.compile(
 _RANGED = re.compile(r"\bfrom\s*$", re.IGNORECASE)
 _DEEPEST = 20  # brackets in brackets
 _LARGEST_POWER, _LARGEST_BASE = 400, 10**30
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
-_HALVES = {
-    "½": "1/2",
-    "⅓": "1/3",
-    "⅔": "2/3",
-    "¼": "1/4",
-    "¾": "3/4",
-    "⅕": "1/5",
-    "⅛": "1/8",
-    "⅜": "3/8",
-    "⅝": "5/8",
-    "⅞": "7/8",
-}
 
 
 @dataclass(frozen=True)
@@ -87,55 +78,6 @@ class Quantity:
     unit: str | None
     start: int
     end: int
-
-
-def plain(text: str) -> str:
-    """A text with LaTeX's and Unicode's ways to write numbers as ASCII has them."""
-    for sign, written in _HALVES.items():
-        text = text.replace(sign, f" {written}")
-    text = re.sub(
-        r"[⁰¹²³⁴-⁹⁻]+",
-        lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})" if _digit_before(found) else found[0],
-        text,
-    )
-    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1", text)
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
-    while (made := re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", _fraction, text)) != text:
-        text = made
-    text = re.sub(
-        r"(?<=\d)\{,\}(?=\d)|(?<=\d),?\\[,!;:](?:\s*)(?=\d{3})|(?<=\d)\\[,!]",
-        lambda f: "," if "," in f[0] else "",
-        text,
-    )
-    text = re.sub(r"(?<=\d)\\(?:ldots|dots|cdots)(?![A-Za-z])", "...", text)
-    text = re.sub(r"\\(?:left|right|[,!;:]|quad|displaystyle)(?![A-Za-z])|[{}](?=\s*\\overline)", " ", text)
-    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∙]", "*", re.sub(r"\\div(?![A-Za-z])|÷", "/", text))
-    text = re.sub(r"(?<=\d)\s*\*\*\s*(?=[\d(])", "^", text)
-    text = re.sub(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree", "°", text).replace("\\%", "%").replace("…", "...")
-    text = re.sub(r"\\overline\s*\{(\d+)\}", r"\\overline(\1)", text).replace("{", "(").replace("}", ")")
-    text = re.sub(r"\$([^$]*)\$", r" \1 ", text.replace("\\$", "＄")).replace("＄", "$")
-    text = re.sub(r"\\[\[\]()]", " ", text).replace("\u202f", " ").replace("\u00a0", " ").replace("\u2009", " ")
-    text = re.sub(
-        r"\b(?:negative|minus)\s+(?=[$£€]?\d)",
-        "-",
-        re.sub(r"(?<=\d)\s*–\s*(?=[$£€]?\d)", "–", text),
-        flags=re.IGNORECASE,
-    )
-    return re.sub(r"(?<![\w)\]])-\s+(?=[$\d(])", "-", text.replace("−", "-"))
-
-
-def _digit_before(found: re.Match[str]) -> bool:
-    return bool(re.search(r"[\d)]$", found.string[: found.start()]))
-
-
-def _fraction(found: re.Match[str]) -> str:
-    top, bottom = (side.strip() for side in found.groups())
-    if re.fullmatch(r"\d+", top) and re.fullmatch(r"\d+", bottom):
-        return (
-            f" {top}/{bottom} " if not re.search(r"\^\s*\{?$", found.string[: found.start()]) else f"({top}/{bottom})"
-        )
-    return f"(({top})/({bottom}))"
 
 
 def quantities(text: str) -> list[Quantity]:
@@ -288,10 +230,12 @@ class _Expression:
             times = MAGNITUDES.get(magnitude["word"] or "") or short.get(magnitude["short"] or "", 0)
             if times and not (magnitude["short"] and magnitude[0] != magnitude["short"] and not number["currency"]):
                 value, self.at = value * times, magnitude.end()
-                written = str(value)
                 while more := re.compile(rf"\s*({'|'.join(MAGNITUDES)})s?\b").match(self.text, self.at):
                     value, self.at = value * MAGNITUDES[more[1]], more.end()
-                    written = str(value)
+                if part := _PART.match(self.text, self.at):  # 1 million 200 thousand
+                    smaller = int(part[1].replace(",", "")) * MAGNITUDES[part[2]]
+                    value, self.at = (value + smaller, part.end()) if smaller < times else (value, self.at)
+                written = str(value)
         self.parts.append(written)
         self._after()
         return value

@@ -31,7 +31,7 @@ _NAMES = {
     "month": "month months",
     "year": "year years yr yrs",
     "ml": "ml milliliter milliliters millilitre millilitres",
-    "l": "l liter liters litre litres",
+    "l": "l L liter liters litre litres",
     "gal": "gal gallon gallons",
     "qt": "quart quarts",
     "pt": "pint pints",
@@ -43,16 +43,28 @@ _NAMES = {
     "%": "% percent",
     "°": "° degree degrees",
     "rad": "rad radian radians",
+    "N": "N newton newtons",
+    "J": "J joule joules",
+    "W": "W watt watts",
+    "kW": "kw kilowatt kilowatts",
+    "kWh": "kwh kilowatt-hour kilowatt-hours",
+    "kB": "kb kilobyte kilobytes",
+    "MB": "mb megabyte megabytes",
+    "GB": "gb gigabyte gigabytes",
+    "TB": "tb terabyte terabytes",
     "mi/h": "mph",
     "km/h": "kph kmh kmph",
 }
 _UNITS = {written: name for name, ways in _NAMES.items() for written in ways.split()}
 _CURRENCIES = {"$": "$", "£": "£", "€": "€"}
+_RAISED = r"\s*\^\s*\(?\{?\d\}?\)?|[²³]"
 _UNIT = re.compile(
-    r"\s*(?P<squared>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>[A-Za-z]+|[%°¢])(?P<power>\s*\^\s*\(?\{?\d\}?\)?|[²³])?(?P<scale>\s*[CF]\b)?"
+    rf"\s*(?P<squared>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>[A-Za-z]+(?:-hours?)?|[%°¢])(?P<power>{_RAISED})?(?P<scale>\s*[CF]\b)?"
 )
-_PER = re.compile(r"\s*(?:/|\bper\b|\ban?\b)\s*(?P<unit>[A-Za-z]+)(?P<power>\s*\^\s*\(?\{?\d\}?\)?|[²³])?")
-_POWERS = {"²": "2", "³": "3"}
+_PER = re.compile(
+    r"\s*(?:/|\bper\b|\ban?\b)\s*(?P<unit>[A-Za-z]+)(?P<power>\s*\^\s*\(?\{?\d\}?\)?|[²³]|\s+(?:squared|cubed)\b)?"
+)
+_POWERS = {"²": "2", "³": "3", "squared": "2", "cubed": "3"}
 
 
 class Unit(NamedTuple):
@@ -94,4 +106,5 @@ def currency(sign: str) -> str | None:
 
 
 def _power(written: str | None) -> str:
-    return "".join(_POWERS.get(c, c) for c in written or "" if c.isdigit() or c in _POWERS)
+    written = (written or "").strip()
+    return _POWERS.get(written) or "".join(c for c in written if c.isdecimal())

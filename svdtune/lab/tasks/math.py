@@ -15,8 +15,9 @@ import re
 
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks.answers import boxed, marked_answers, without_denied
+from svdtune.evaluation.tasks.notation import plain
 from svdtune.evaluation.tasks.number import same_quantity
-from svdtune.evaluation.tasks.quantities import first_quantity, plain, repeating
+from svdtune.evaluation.tasks.quantities import first_quantity, repeating
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
 from svdtune.evaluation.tasks.units import unit_at
 from svdtune.lab.tasks.sorsa_math import grade_sorsa
@@ -32,6 +33,8 @@ _LISTED = re.compile(r"\s*\\text\s*\{\s*(and|or)\s*\}\s*")
 _LISTED_SIGN = re.compile(r",?\\text\{(?:and|or)\}")
 _NOISE = (
     (r"\\(?:left|right|displaystyle|!|,|;|:|quad|qquad)(?![a-zA-Z])|(?<!\\)\\ |~", ""),
+    (r"\\\{\s*([a-z])\s*(?:\\mid|:|\|)\s*([^{}]*\1[^{}]*)\\\}", r"\2"),  # {x | x > 2}
+    (r"\\varnothing", r"\\emptyset"),
     (r"\\[dt]frac", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
@@ -45,8 +48,10 @@ _NOISE = (
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])|π", r"\\pi "),
     (r"−", "-"),
 )
+_SIGN = r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°)"
 _DEGREES = re.compile(
-    r"(\\?(?:sin|cos|tan|cot|sec|csc))\s*\\?(?:left)?[({]?\s*(-?\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°)\s*\\?(?:right)?[)}]?"
+    r"(\\?(?:sin|cos|tan|cot|sec|csc))\s*\\?(?:left)?[({]?\s*(-?\d+(?:\.\d+)?)\s*"
+    rf"(?:{_SIGN}\s*\\?(?:right)?[)}}]?|\\?(?:right)?[)}}]\s*{_SIGN})"
 )
 _REPEATING = re.compile(r"(\d+\.\d*)(?:\\overline|\\dot|\\bar)\s*\{?(\d+)\}?")
 _BASED = re.compile(r"(-?\w+)_\{?(\d+)\}?")
@@ -143,7 +148,7 @@ def _same_number(answer: str, expected: str) -> bool | None:
 def _nothing_else(text: str, start: int, end: int) -> bool:
     return (
         re.fullmatch(r"\s*", text[:start]) is not None
-        and re.fullmatch(r"[\sA-Za-z]*[.,;!]?\s*", text[end:]) is not None
+        and re.fullmatch(r"[\sA-Za-z]*[.,;]?\s*", text[end:]) is not None
         and (re.fullmatch(r"[A-Za-z](?![A-Za-z]).*", text[end:], re.DOTALL) is None)
     )
 

@@ -1,0 +1,94 @@
+r"""Ways to write numbers, brought to one: LaTeX, Unicode, separators, and operations in words ("3
+times 4", "half of 10", "10 to the power of 3")."""
+
+import re
+from typing import Any
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+_HALVES = {
+    "½": "1/2",
+    "⅓": "1/3",
+    "⅔": "2/3",
+    "¼": "1/4",
+    "¾": "3/4",
+    "⅕": "1/5",
+    "⅛": "1/8",
+    "⅜": "3/8",
+    "⅝": "5/8",
+    "⅞": "7/8",
+}
+_ENDS = r"(?=\s*(?:[.,;:=+*/)-]|$)|\s+(?:is|equals|plus|minus)\b)"  # "5 squared units" are none of this
+_IN_WORDS: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(pattern, re.IGNORECASE), sign)
+    for pattern, sign in (
+        (r"(?<=[\d)])\s+(?:times|multiplied\s+by)\s+(?=[\d(])", "*"),
+        (r"(?<=[\w)])\s+divided\s+by\s+(?=[$£€]?[\d(])", " / "),
+        (r"(?<=[\w)])\s+plus\s+(?=[$£€]?[\d(])", " + "),
+        (r"(?<=\d)\s+to\s+the\s+(?:power\s+(?:of\s+)?(\d+)|(\d+)(?:st|nd|rd|th)(?:\s+power)?)\b", r"^\1\2"),
+        (rf"(?<=[\d)])\s+squared\b{_ENDS}", "^2"),
+        (rf"(?<=[\d)])\s+cubed\b{_ENDS}", "^3"),
+        (r"\b(?:one\s+|a\s+)?half\s+of\s+(?=[$£€]?\d)", "1/2*"),
+        (r"\b(?:one|a)\s+third\s+of\s+(?=[$£€]?\d)", "1/3*"),
+        (r"\b(?:one|a)\s+(?:quarter|fourth)\s+of\s+(?=[$£€]?\d)", "1/4*"),
+        (r"(?<=\d)\s*~\s*(?=[$£€]?\d)", "–"),
+        (r"\|([\d\s.()+*/−-]{0,20}[-−+*/][\d\s.()+*/−-]{0,20}\d[\d\s)]{0,20})\|", r"√((\1)^2)"),
+        (r"(?<![\w.,])(\d{1,3}(?:_\d{3})+)(?!\w)", lambda found: found[1].replace("_", "")),
+        (
+            r"(?<![\w.,])(\d{1,3}(?:\.\d{3})+),(\d{1,2})(?![\d,])",
+            lambda found: f"{found[1].replace('.', '')}.{found[2]}",
+        ),
+        # 2(3 + 4) and (1 + 2)(3 + 4), and not "8 (2 * 4 = 8)"
+        (r"(?<=[\d)])\((?=\s*[-+]?\s*\d[\d.\s]*[-+*/][^()=]*\))", "*("),
+    )
+]
+
+
+def plain(text: str) -> str:
+    """A text with LaTeX's and Unicode's ways to write numbers as ASCII has them."""
+    for sign, written in _HALVES.items():
+        text = text.replace(sign, f" {written}")
+    text = re.sub(
+        r"[⁰¹²³⁴-⁹⁻]+",
+        lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})" if _digit_before(found) else found[0],
+        text,
+    )
+    text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1", text)
+    text = re.sub(r"\\[dt]frac", r"\\frac", text)
+    text = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", text)
+    while (made := re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", _fraction, text)) != text:
+        text = made
+    text = re.sub(
+        r"(?<=\d)\{,\}(?=\d)|(?<=\d),?\\[,!;:](?:\s*)(?=\d{3})|(?<=\d)\\[,!]",
+        lambda f: "," if "," in f[0] else "",
+        text,
+    )
+    text = re.sub(r"(?<=\d)\\(?:ldots|dots|cdots)(?![A-Za-z])", "...", text)
+    text = re.sub(r"\\(?:left|right|[,!;:]|quad|displaystyle)(?![A-Za-z])|[{}](?=\s*\\overline)", " ", text)
+    text = re.sub(r"\\(?:times|cdot|ast)(?![A-Za-z])|[×·⋅∙]", "*", re.sub(r"\\div(?![A-Za-z])|÷", "/", text))
+    text = re.sub(r"(?<=\d)\s*\*\*\s*(?=[\d(])", "^", text)
+    text = re.sub(r"\^\s*\{\s*\\circ\s*\}|\^\s*\\circ|\\degree", "°", text).replace("\\%", "%").replace("…", "...")
+    text = re.sub(r"\\overline\s*\{(\d+)\}", r"\\overline(\1)", text).replace("{", "(").replace("}", ")")
+    text = re.sub(r"\$([^$]*)\$", r" \1 ", text.replace("\\$", "＄")).replace("＄", "$")
+    text = re.sub(r"\\[\[\]()]", " ", text).replace("\u202f", " ").replace("\u00a0", " ").replace("\u2009", " ")
+    text = re.sub(
+        r"\b(?:negative|minus)\s+(?=[$£€]?\d)",
+        "-",
+        re.sub(r"(?<=\d)\s*–\s*(?=[$£€]?\d)", "–", text),
+        flags=re.IGNORECASE,
+    )
+    for pattern, sign in _IN_WORDS:
+        text = pattern.sub(sign, text)
+    return re.sub(r"(?<![\w)\]])-\s+(?=[$\d(])", "-", text.replace("−", "-"))
+
+
+def _digit_before(found: re.Match[str]) -> bool:
+    return bool(re.search(r"[\d)]$", found.string[: found.start()]))
+
+
+def _fraction(found: re.Match[str]) -> str:
+    top, bottom = (side.strip() for side in found.groups())
+    if re.fullmatch(r"\d+", top) and re.fullmatch(r"\d+", bottom):
+        return (
+            f" {top}/{bottom} " if not re.search(r"\^\s*\{?$", found.string[: found.start()]) else f"({top}/{bottom})"
+        )
+    return f"(({top})/({bottom}))"
