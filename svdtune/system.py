@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -50,6 +51,19 @@ def open_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
     if not made.is_terminal and not made.is_jupyter and "COLUMNS" not in os.environ:
         made.width = _UNWRAPPED
     return made
+
+
+def without_bar(progress: bool | None) -> bool:
+    """What tqdm takes as `disable`.
+
+    Args:
+        progress: what was asked for. None: a bar where standard error is a terminal, or a
+            notebook's, which tqdm itself takes for a file.
+    """
+    if progress is not None:
+        return not progress
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return not (sys.stderr.isatty() or hasattr(shell, "kernel"))
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from svdtune.linalg.deviation import compared_factors, condition_number, deviati
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed
 from svdtune.spectra import base_weight
+from svdtune.system import without_bar
 from svdtune.training.movement import side_by_side
 
 # So many leading singular values of a change are kept.
@@ -36,8 +37,9 @@ def after(run: Opened, progress: bool | None = None, k: int | None = None) -> di
         leading left and right singular directions. A change without preference has count / out and
         count / in there.
     """
-    disable = None if progress is None else not progress
-    with tqdm(total=len(run.matrices), desc="svdtune changes", unit="layer", delay=1.0, disable=disable) as bar:
+    with tqdm(
+        total=len(run.matrices), desc="svdtune changes", unit="layer", delay=1.0, disable=without_bar(progress)
+    ) as bar:
 
         def compared(layer: Observed) -> dict[str, Any]:
             found = _compared(run, layer, k)

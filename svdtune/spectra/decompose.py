@@ -20,6 +20,7 @@ from svdtune.linalg import spectrum as decompose
 from svdtune.spectra import store
 from svdtune.spectra.content import content_key
 from svdtune.spectra.devices import CPU, devices_for_work, on_device
+from svdtune.system import without_bar
 
 Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 Result = TypeVar("Result")
@@ -186,9 +187,8 @@ def _each(
     small weights take one core each, and large ones all cores, one after the other. It changes no
     result.
     """
-    # None leaves it to tqdm, which looks whether stderr is a terminal: of several processes that
-    # share it, the main one's.
-    disable = (None if processes.is_main() else True) if progress is None else not progress
+    # of several processes that share standard error, the main one has the bar
+    disable = without_bar(progress) or (progress is None and not processes.is_main())
     devices = devices_for_work(device)
     crew, turns = _Crew(_AT_ONCE * len(devices)), cycle(devices)
     try:

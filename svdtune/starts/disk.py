@@ -29,7 +29,7 @@ from svdtune.methods.sites import Site, sites, skeleton
 from svdtune.methods.start.disk import Started, auto_mapping
 from svdtune.spectra.devices import devices_for_work, on_device
 from svdtune.starts.pairs import LoraPair, from_factors, from_last_left, from_qr, residual
-from svdtune.system import check_new_folder, new_folder
+from svdtune.system import check_new_folder, new_folder, without_bar
 
 ADAPTER, RESIDUAL = "adapter", "residual"
 PISSA = re.compile(r"pissa(_niter_\d+)?")
@@ -77,13 +77,14 @@ def start_lora(
         folder_of(checkpoint)
         _check_weights(checkpoint, planned)
         planned.config.base_model_name_or_path, planned.config.revision = str(output / RESIDUAL), None
-    disable = None if progress is None else not progress
     where = devices_for_work(device)[0]
     with new_folder(output) as work:
         adapter = work if whole else work / ADAPTER
         adapter.mkdir(exist_ok=True)
         names = [f"{PEFT_ROOT}{site.name}.lora_{part}.weight" for site, _ in planned.sites.values() for part in "AB"]
-        bar = tqdm(total=len(planned.sites), desc="svdtune init", unit="layer", delay=1.0, disable=disable)
+        bar = tqdm(
+            total=len(planned.sites), desc="svdtune init", unit="layer", delay=1.0, disable=without_bar(progress)
+        )
         with bar, TensorWriter(adapter / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
 
             def begin(parameter: str) -> tuple[Tensor, LoraPair]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from svdtune import processes
@@ -55,28 +55,24 @@ def is_measured(name: str) -> bool:
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with the time left on a terminal; elsewhere a line for each log, at most one every
-    `every` seconds."""
+    """A bar with the time left on a terminal and in a notebook; elsewhere a line a log, at most
+    one every `every` seconds."""
 
     def __init__(self, console: Console, every: float = 10.0):
         self.console, self.every = console, every
-        self.bar: Progress | None = None
+        self.bar: tqdm | None = None
         self.started = self.shown = 0.0
         self.first_step = 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.started, self.first_step = time.monotonic(), state.global_step
-        if self.console.is_terminal and state.is_world_process_zero:
-            loss, left = TextColumn("{task.description}"), TimeRemainingColumn()
-            self.bar = Progress(
-                BarColumn(), MofNCompleteColumn(), loss, TimeElapsedColumn(), left, console=self.console
-            )
-            self.bar.add_task("loss –", total=state.max_steps, completed=state.global_step)
-            self.bar.start()
+        if (self.console.is_terminal or self.console.is_jupyter) and state.is_world_process_zero:
+            place = {"initial": state.global_step, "total": state.max_steps}
+            self.bar = tqdm(desc="loss –", unit="step", **place, file=self.console.file, dynamic_ncols=True)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], completed=state.global_step)
+            self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
@@ -86,7 +82,7 @@ class ShowProgress(TrainerCallback):
         loss = f"loss {float(logs['loss']):.4f}"
         now = time.monotonic()
         if self.bar is not None:
-            self.bar.update(self.bar.task_ids[0], description=loss)
+            self.bar.set_description(loss)
         elif state.is_world_process_zero and (now - self.shown >= self.every or state.global_step == state.max_steps):
             self.shown = now
             pace = (now - self.started) / max(1, state.global_step - self.first_step)
@@ -100,7 +96,7 @@ class ShowProgress(TrainerCallback):
     def close(self) -> None:
         """Take the bar off the terminal; harmless where there is none."""
         if self.bar is not None:
-            self.bar.stop()
+            self.bar.close()
             self.bar = None
 
 

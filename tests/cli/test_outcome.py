@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from svdtune import SorsaConfig, cli
 from svdtune.cli import app, outcome
-from svdtune.system import open_console
+from svdtune.system import open_console, without_bar
 
 
 class Terminal(io.StringIO):
@@ -146,3 +147,10 @@ def test_each_console_looks_at_its_own_stream(stderr: bool, monkeypatch: pytest.
     assert open_console(stderr=stderr).width == 1000
     monkeypatch.setattr("sys.stderr" if stderr else "sys.stdout", Terminal())
     assert open_console(stderr=stderr).width < 1000
+
+
+@pytest.mark.parametrize("shell", [None, SimpleNamespace(), SimpleNamespace(kernel="a notebook's")])
+def test_a_notebook_has_bars_where_its_standard_error_is_none(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    assert without_bar(None) == (not hasattr(shell, "kernel"))
+    assert [without_bar(asked) for asked in (True, False)] == [False, True]

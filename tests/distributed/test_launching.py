@@ -31,17 +31,18 @@ def test_of_several_processes_that_have_not_met_yet_one_is_the_main_one(monkeypa
 
 
 def test_of_several_processes_one_shows_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    disabled: list[bool | None] = []
+    disabled: list[bool] = []
 
-    def bar(items: Iterable, *, disable: bool | None, **_: Any) -> Iterable:
+    def bar(items: Iterable, *, disable: bool, **_: Any) -> Iterable:
         disabled.append(disable)
         return items
 
     monkeypatch.setattr(decompose, "tqdm", bar)
+    monkeypatch.setattr(decompose, "without_bar", lambda progress: False)
     for main in (True, False):
         monkeypatch.setattr(processes, "is_main", lambda main=main: main)
         dict(decompose.spectra({"weight": torch.eye(3)}))
-    assert disabled == [None, True]
+    assert disabled == [False, True]
 
 
 def test_processes_that_do_not_know_their_place_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

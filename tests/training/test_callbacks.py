@@ -54,9 +54,10 @@ def test_lines_with_the_time_left_where_there_is_no_terminal(monkeypatch: pytest
     assert text.getvalue() == "step 5/10 · loss 0.5000 · 1:01 left\n"
 
 
-def test_a_bar_on_a_terminal() -> None:
+@pytest.mark.parametrize("place", ["terminal", "jupyter"])
+def test_a_bar_on_a_terminal_and_in_a_notebook(place: str) -> None:
     text = StringIO()
-    progress = ShowProgress(Console(file=text, width=100, force_terminal=True))
+    progress = ShowProgress(Console(file=text, width=100, **{f"force_{place}": True}))
     progress.on_train_begin(None, state(0), None)
     progress.on_step_end(None, state(4), None)
     progress.on_log(None, state(4), None, logs={"loss": 0.25})

@@ -29,7 +29,7 @@ from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, weight_f
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.ranks import pattern_rank, with_rank
 from svdtune.methods.sites import Site, sites, skeleton
-from svdtune.system import check_new_folder, new_folder
+from svdtune.system import check_new_folder, new_folder, without_bar
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,12 @@ def start(
     planned = _plan(checkpoint, config)
     config = planned.config
     counts = {"trained": 0, "frozen": 0}
-    disable = None if progress is None else not progress
     with new_folder(output) as work, _seeded(seed):
         names = [f"{PEFT_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
         with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
-            for site, layer in tqdm(planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=disable):
+            for site, layer in tqdm(
+                planned.layers, desc="svdtune init", unit="layer", delay=1.0, disable=without_bar(progress)
+            ):
                 rank, mark, tensors = _tensors(checkpoint, config, site, layer, planned.given.get(site.name), device)
                 config.ranks[site.name], config.base_fingerprint[site.name] = rank, mark
                 for part, tensor in tensors.items():
