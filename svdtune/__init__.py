@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites, start
     from svdtune.api.runs import analyze, evaluate, report, train
     from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
+    from svdtune.methods.files.many import load_adapters
     from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
     from svdtune.starts import fast_starts
 
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "export_lora",
     "fast_starts",
+    "load_adapters",
     "merge",
     "plan",
     "regularize",
@@ -69,7 +71,7 @@ _LATER |= dict.fromkeys(
 _LATER |= dict.fromkeys(
     ("SorsaRegularizer", "add_regularizer_gradients", "regularize"), "svdtune.methods.sorsa.regularizer"
 )
-_LATER["fast_starts"] = "svdtune.starts"
+_LATER |= {"fast_starts": "svdtune.starts", "load_adapters": "svdtune.methods.files.many"}
 
 
 def _is_command() -> bool:

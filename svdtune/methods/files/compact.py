@@ -10,10 +10,11 @@ that is turned, swapped or of the other sign changes them. What was recomputed m
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
@@ -25,14 +26,21 @@ PROBE = "_probe"
 # some 1e-7; a base in another dtype turns a column by 1e-3 or more.
 TOLERANCE = 1e-5
 _PROBES = 4
+# Of frozen tensors that many adapters share, with the version of their values.
+_known = WeakTensorKeyDictionary()
 
 
 def probe(factor: Tensor) -> Tensor:
     """[4, k] in float64 on the CPU: the products of √2 cos(j i²), i = 1 … n, j = 1 … 4, with the
     columns of a factor [n, k]."""
+    if factor in _known and _known[factor][0] == factor._version:
+        return cast(Tensor, _known[factor][1])
     rows = torch.arange(1, len(factor) + 1, dtype=torch.float64)
     vectors = 2**0.5 * torch.cos(torch.arange(1, _PROBES + 1, dtype=torch.float64)[:, None] * rows**2)
-    return (vectors.to(factor.device) @ factor.detach().double()).cpu()
+    found = (vectors.to(factor.device) @ factor.detach().double()).cpu()
+    if isinstance(factor, nn.Parameter):
+        _known[factor] = factor._version, found
+    return found
 
 
 def leave_out(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any], adapter: str) -> None:
@@ -81,8 +89,8 @@ def restore(
         if not probes[name]:
             layer.recomputable.discard(adapter)
         elif (other := _with_the_same(layer, adapter)) is not None:
-            tensors = layer.adapter_tensors(other)
-            found[name] = {part: tensors[part] for part in layer.frozen}
+            tensors = {part: layer.adapter_tensor(part, other) for part in layer.frozen}
+            found[name] = {part: tensor for part, tensor in tensors.items() if tensor is not None}
             if other in layer.recomputable:
                 layer.recomputable.add(adapter)
         else:

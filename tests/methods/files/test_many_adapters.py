@@ -1,0 +1,114 @@
+"""`load_adapters` puts on what `model.load_adapter` does, with the same checks."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, load_adapters
+from tiny import tiny_gpt2, tiny_llama
+
+CONFIGS = {
+    "sara": (tiny_llama, SaraConfig, {"target_modules": ["q_proj"]}),
+    "sorsa": (tiny_llama, SorsaConfig, {"target_modules": ["q_proj"]}),
+    "mosara": (tiny_llama, MoSaraConfig, {"target_modules": ["q_proj"]}),
+    "compact": (tiny_llama, MoSaraConfig, {"target_modules": ["q_proj"], "compact": True}),
+    "fused": (tiny_gpt2, MoSaraConfig, {"target_modules": ["c_attn"], "fused_slices": "auto"}),
+}
+TOKENS = torch.arange(1, 13).view(2, 6)
+
+
+def moved(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    return model.eval()
+
+
+@pytest.fixture
+def saved(request, tmp_path):
+    """A model, and two adapters of it in the folders "a" and "b"."""
+    base, kind, settings = CONFIGS[request.param]
+    for name in "ab":
+        moved(get_peft_model(base(), kind(r=3, **settings))).save_pretrained(tmp_path / name)
+    return base, tmp_path
+
+
+def every(configs=CONFIGS):
+    return pytest.mark.parametrize("saved", configs, indirect=True)
+
+
+@every()
+def test_outputs_are_those_of_pefts_own_loading(saved):
+    base, folder = saved
+    model = PeftModel.from_pretrained(base(), folder / "a").eval()
+    assert load_adapters(model, {"second": folder / "b", "third": str(folder / "a")}) == ["second", "third"]
+    theirs = PeftModel.from_pretrained(base(), folder / "a").eval()
+    theirs.load_adapter(folder / "b", "second")
+    theirs.load_adapter(folder / "a", "third")
+    assert not [name for name, tensor in model.named_parameters() if tensor.requires_grad or tensor.is_meta]
+    assert set(model.state_dict()) == set(theirs.state_dict())
+    for name in ("default", "second", "third"):
+        for one in (model, theirs):
+            one.set_adapter(name)
+        with torch.no_grad():
+            assert torch.equal(model(TOKENS).logits, theirs(TOKENS).logits)
+    model.save_pretrained(folder / "again")
+    assert load_file(folder / "again" / "second" / "adapter_model.safetensors").keys()
+
+
+@every(["mosara"])
+def test_other_layers_and_whole_modules_go_pefts_way(saved):
+    base, folder = saved
+    others = MoSaraConfig(r=2, target_modules=["v_proj"], modules_to_save=["lm_head"])
+    moved(get_peft_model(base(), others)).save_pretrained(folder / "c")
+    model = PeftModel.from_pretrained(base(), folder / "a").eval()
+    load_adapters(model, {"c": folder / "c", "b": folder / "b"})
+    alone = PeftModel.from_pretrained(base(), folder / "c").eval()
+    model.set_adapter("c")
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, alone(TOKENS).logits)
+
+
+@every(["mosara", "compact"])
+class TestRefusedAsOne:
+    def refused(self, model, name, folder, match):
+        keys = set(model.state_dict())
+        with pytest.raises(SvdtuneError, match=match):
+            load_adapters(model, {name: folder})
+        assert set(model.state_dict()) == keys
+        assert list(model.peft_config) == ["default"]
+
+    @pytest.mark.parametrize("name", ["default", "a.b", ""], ids=["taken", "dot", "empty"])
+    def test_names(self, saved, name):
+        base, folder = saved
+        model = PeftModel.from_pretrained(base(), folder / "a")
+        self.refused(model, name, folder / "b", rf"cannot be loaded as '{name}'.* Give another name, or delete_adapter")
+
+    def test_another_base(self, saved):
+        base, folder = saved
+        with torch.no_grad():
+            other = base()
+            other.model.layers[1].self_attn.q_proj.weight.mul_(1.1)
+        moved(get_peft_model(other, MoSaraConfig(r=3, target_modules=["q_proj"]))).save_pretrained(folder / "c")
+        model = PeftModel.from_pretrained(base(), folder / "a")
+        self.refused(model, "c", folder / "c", r"made from another base model: the weight of 'model\.layers\.1\.")
+
+    def test_a_file_that_was_altered(self, saved):
+        base, folder = saved
+        model = PeftModel.from_pretrained(base(), folder / "a")
+        path = folder / "b" / "adapter_model.safetensors"
+        tensors = load_file(path)
+        save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, path)
+        self.refused(model, "b", folder / "b", "is not the file that was saved with this adapter")
+
+    def test_values_that_are_not_finite(self, saved):
+        base, folder = saved
+        model = PeftModel.from_pretrained(base(), folder / "a")
+        other = PeftModel.from_pretrained(base(), folder / "b")
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            other.base_model.model.model.layers[1].self_attn.q_proj.mosara_v["default"].fill_(float("nan"))
+            patch.setenv("SVDTUNE_FINITE_CHECK", "off")
+            other.save_pretrained(folder / "c")
+        self.refused(model, "c", folder / "c", "the adapter is not loaded: its .*mosara_v holds NaN")
