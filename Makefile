@@ -1,7 +1,7 @@
 # The commands of this project. Each sets up what it needs in .venv first, so that a fresh clone needs only make and Python.
 #
 #   make demo                    train, score and merge all three methods on a small real model (DEMO="--quick" shortens it)
-#   make test                    run the tests (PYTEST="-m slow" for the long ones), in PROCESSES=2
+#   make test                    run the quick half of the tests (PYTEST="-m slow" for the other), in PROCESSES=2
 #   make latest / make lowest    run them with the newest / the lowest releases that pyproject.toml allows, in a venv of its own
 #   make interpreters            run a short part of them on every other Python 3.11 to 3.13 that can be found or installed
 #   make conformance             run PEFT's own tests on our methods (CONFORMANCE="--fast" shortens it)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from zlib import crc32
 
 import peft
 import pytest
@@ -44,11 +45,22 @@ settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=10
 settings.load_profile("quick")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse names that a whole object was written into: a set in it has another order in every
-    process, and processes that share the tests must agree on their names."""
+    process, and processes that share the tests must agree on their names. Then leave the most of
+    each large family to the slow tests."""
     if long := [item.nodeid for item in items if len(item.nodeid) > LONGEST_NAME]:
         raise pytest.UsageError(f"name the cases of {long[0]:.{LONGEST_NAME}}...: its name is written out of an object")
+    families: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        families.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for members in families.values():
+        marker = members[0].get_closest_marker("family")
+        size = marker.args[0] if marker else FAMILY
+        # by names, as if drawn: a stride would take one value of some parameter
+        for item in sorted(members, key=lambda item: crc32(item.nodeid.encode()))[size:]:
+            item.add_marker("slow")
 
 
 def pytest_collection_finish() -> None:
@@ -59,6 +71,7 @@ def pytest_collection_finish() -> None:
 
 
 LONGEST_NAME = 300
+FAMILY = 8  # of one test's members, so many run where slow ones are left out
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -14,6 +14,7 @@ from svdtune.registry import Registry, has_lab
 ROOT = Path(svdtune.__file__).parent
 
 
+@pytest.mark.slow
 def test_every_core_verb_works_on_a_copy_without_the_laboratory(tiny_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(ROOT, tmp_path / "svdtune", ignore=shutil.ignore_patterns("lab", "__pycache__"))
     # what deleting the files may leave

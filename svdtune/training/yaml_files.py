@@ -13,7 +13,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-from ruamel.yaml.events import DocumentStartEvent, Event, NodeEvent, ScalarEvent
+from ruamel.yaml.events import (
+    CollectionEndEvent,
+    CollectionStartEvent,
+    DocumentStartEvent,
+    Event,
+    NodeEvent,
+    ScalarEvent,
+)
 from ruamel.yaml.nodes import MappingNode, SequenceNode
 from ruamel.yaml.resolver import VersionedResolver
 
@@ -125,9 +132,9 @@ def read_yaml(text: str, source: str) -> Any:
 
 
 def _check_events(events: Iterator[Event], source: str) -> None:
-    """Refuse what is outside the core schema, and more values than settings have: while the text is
-    read, since to build a hundred thousand values takes seconds."""
-    count = 0
+    """Refuse what is outside the core schema, and values that are more or deeper than settings are:
+    while the text is read, since to build a hundred thousand of them takes seconds."""
+    count = depth = 0
     for event in events:
         where = f"{source} line {event.start_mark.line + 1}"
         if isinstance(event, DocumentStartEvent) and event.version not in (None, (1, 2)):
@@ -135,7 +142,8 @@ def _check_events(events: Iterator[Event], source: str) -> None:
             raise SvdtuneError(f"{where} asks for YAML {version}; settings are YAML 1.2: take %YAML {version} out")
         if isinstance(event, ScalarEvent):
             count += 1
-        if count > _MOST_VALUES:
+        depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+        if count > _MOST_VALUES or depth > _DEEPEST:
             raise SvdtuneError(_too_much(source))
         if isinstance(event, NodeEvent) and (tag := getattr(event, "tag", None)):
             _check_tag(str(tag), getattr(event, "value", ""), where)

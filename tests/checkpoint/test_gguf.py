@@ -104,6 +104,7 @@ def test_what_is_no_gguf_file_is_refused(tmp_path):
 @example(at=390, put_in=b"\x02")
 @example(at=142, put_in=b"[")
 @example(at=172, put_in=b"\xff\xff\xff\x7f")
+@pytest.mark.slow
 def test_a_damaged_header_is_a_plan_or_one_message(file, at, put_in):
     whole = file.read_bytes()
     file.write_bytes(whole[:at] + put_in + whole[at + len(put_in) :])

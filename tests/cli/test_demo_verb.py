@@ -65,6 +65,7 @@ def test_says_how_long_it_will_take_before_the_first_training(tiny_demo: tuple[P
     assert told < first_step
 
 
+@pytest.mark.slow
 def test_a_second_demo_replaces_the_first_but_nothing_else(
     tiny_demo: tuple[Path, Result], tiny_folder: Path, tmp_path: Path
 ) -> None:

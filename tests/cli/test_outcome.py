@@ -128,6 +128,7 @@ def test_what_json_lacks_is_text(tmp_path: Path) -> None:
     assert found["1"] == [str(tmp_path), [2]]
 
 
+@pytest.mark.slow
 def test_without_a_terminal_no_bar_is_drawn_and_no_line_is_wrapped(places: dict[str, str], tmp_path: Path) -> None:
     words = ["-m", "svdtune", "plan", places["MODEL"], "--method", "lora", "--r", "2"]
     environment = os.environ | {"SVDTUNE_CACHE": str(tmp_path)}

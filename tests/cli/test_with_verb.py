@@ -37,6 +37,7 @@ def test_a_program_is_run_as_python_would(tmp_path: Path, monkeypatch: pytest.Mo
     assert found.exit_code == 3, found.stderr
 
 
+@pytest.mark.slow
 def test_a_program_in_a_new_process_knows_the_methods_and_has_its_own_settings(tmp_path: Path) -> None:
     ours = {"COLUMNS", "TERMINAL_WIDTH", "TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS"}
     environment = {name: value for name, value in os.environ.items() if name not in ours}

@@ -117,6 +117,7 @@ def metrics():
     return get_task("e2e").metrics(OUTPUTS, REFERENCES)
 
 
+@pytest.mark.slow
 def test_the_five_metrics_of_a_few_texts(metrics):
     # BLEU is sacrebleu's, NIST pymteval's of e2e-metrics, the others are what `official` gives.
     expected = {"BLEU": 0.4277631, "NIST": 4.5316905, "METEOR": 0.4291270, "ROUGE-L": 0.7307883, "CIDEr": 3.9894574}
@@ -125,6 +126,7 @@ def test_the_five_metrics_of_a_few_texts(metrics):
         assert metric.interval.low <= metric.value <= metric.interval.high
 
 
+@pytest.mark.slow
 def test_two_of_the_metrics_need_no_java(monkeypatch: pytest.MonkeyPatch, metrics):
     monkeypatch.setenv("PATH", "")
     without = get_task("e2e_bleu")

@@ -39,6 +39,7 @@ def test_ranks_of_half_precision_weights_are_those_of_the_stored_values(dtype):
 
 
 @pytest.mark.parametrize("kind", ["llama", "repeated", "deficient", "huge", "flat"])
+@pytest.mark.family(2)
 def test_a_large_weight_falls_back_from_fp32_only_where_it_must(kind):
     weight = weight_with(spectra(1024)[kind], 1024, 1024).float()
     reference = torch.linalg.svdvals(weight.double())

@@ -50,6 +50,7 @@ def used_names(module: ModuleType) -> set[str]:
 
 
 @pytest.mark.parametrize("method", MATH)
+@pytest.mark.slow
 def test_every_equation_has_a_caller(method):
     names = public_functions(MATH[method])
     assert len(names) >= 4

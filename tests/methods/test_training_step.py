@@ -127,6 +127,7 @@ class TestLoops:
         got = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
         assert_same(got, {key: value for key, value in want.items() if key != frozen})
 
+    @pytest.mark.family(1)
     def test_full_graph_compilation(self, name):
         """No graph break in our layers, and the same gradients."""
         model = adapted(name, moved=0.1, depth=1)
@@ -163,6 +164,7 @@ def test_an_optimizers_step_is_seen_by_the_next_forward(name, fused):
 
 
 @pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
+@pytest.mark.family(1)
 def test_a_hundred_steps_follow_the_literal_forms(name):
     """In float64, where rounding errors have no time to grow."""
     fast = adapted(name, dtype=torch.float64, moved=0.05, depth=1).double().train()

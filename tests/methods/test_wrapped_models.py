@@ -97,6 +97,7 @@ def test_replicas_compute_as_the_model_does(method, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.family(2)
 def test_layers_of_a_compiled_model_keep_their_names(method, tmp_path):
     with torch.no_grad():
         compiled = adapted(method, wrap=lambda net: torch.compile(net, backend="eager"))

@@ -193,6 +193,7 @@ def test_settings_that_cannot_be_are_refused(wrong, message):
     ("name", "devices", "strategy"),
     all_pairs(["llama-7b", "llama-13b", "llama-70b", "llama-405b"], [1, 8, 64], ["ddp", "fsdp2"]),
 )
+@pytest.mark.family(3)
 def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
     sizes = sorsa_sizes(name)
     asked = Setting(strategy, devices, batch_size=8, length=2048)

@@ -89,6 +89,7 @@ def page_of(run: Path) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("file", FILES)
+@pytest.mark.family(2)
 def test_every_field_with_every_odd_value(run: Path, file: str) -> None:
     path = run / file
     lines = path.read_text().splitlines(keepends=True)
@@ -137,6 +138,7 @@ def test_the_verb_names_file_and_field(run: Path, file: str, place: tuple[str, .
     assert said in result.output
 
 
+@pytest.mark.slow
 def test_odd_names_of_layers(tmp_path: Path) -> None:
     name = "model.layers.0.$x_{/../\u202e|`<b>"
     run = make_run(tmp_path / "run", {"name": "sorsa", "r": 8}, depth=1, kinds=1, samples=2)

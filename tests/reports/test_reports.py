@@ -53,6 +53,7 @@ def test_the_headline_has_the_best_run_and_says_whether_the_next_is_apart(runs: 
     assert ("overlap" in text) == (best["scores"][label]["low"] <= second["scores"][label]["high"])
 
 
+@pytest.mark.slow
 def test_figures_come_out_identical_and_hold_the_files_numbers(tmp_path: Path) -> None:
     run = make_run(tmp_path / "sorsa", {"name": "sorsa", "r": 8}, depth=1, kinds=1)
     data = gather([read_facts(run)])

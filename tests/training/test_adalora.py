@@ -60,6 +60,7 @@ def test_nothing_is_given_up_where_the_target_is_the_start(tiny_folder: Path, tm
 
 
 @pytest.mark.parametrize("step", [2, 4, 5])
+@pytest.mark.family(1)
 def test_a_run_stopped_before_between_and_after_giving_up_ranks_goes_on(
     step: int, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def test_what_only_the_run_can_tell_is_refused(recipe: dict[str, Any], monkeypat
 
 
 @pytest.mark.parametrize("method", ["sorsa", "sara", "mosara", "lora"])
+@pytest.mark.family(1)
 def test_the_best_checkpoint_is_the_result(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
@@ -188,6 +189,7 @@ def test_a_best_checkpoint_that_was_altered_is_not_loaded(
         go(recipe)
 
 
+@pytest.mark.slow
 def test_a_run_stops_where_it_does_not_get_better_and_so_does_a_resumed_one(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,6 +234,7 @@ def test_evaluations_since_the_best() -> None:
     ],
     ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
 )
+@pytest.mark.family(2)
 def test_what_else_a_trainer_can_do_regularizes_and_resumes(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:

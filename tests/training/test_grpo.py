@@ -78,6 +78,7 @@ class StopAtStep7(StopOnInterrupt):
         super().on_step_end(args, state, control, **kwargs)
 
 
+@pytest.mark.slow
 def test_resume_gives_the_same_answers(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe["training"]["max_steps"] = 12
     ASKED.clear()

@@ -69,6 +69,7 @@ def other(finished: Path):
     (finished / "begun").unlink(missing_ok=True)
 
 
+@pytest.mark.slow
 def test_every_verb_that_works_there_says_who_is_at_work(tiny_folder, finished, tmp_path, other) -> None:
     match = (
         rf"the run .*run is in use by `svdtune train`, process {other.pid} on .* since 20.*Wait until that has ended"

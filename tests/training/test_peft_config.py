@@ -119,6 +119,7 @@ def test_what_trl_rounds_comes_back(task, name, given, tiny_folder, tmp_path):
 
 @pytest.mark.filterwarnings(f"ignore:.*{ROUNDED}")
 @pytest.mark.parametrize("name", ["sorsa", "sara"])
+@pytest.mark.slow
 def test_two_hundred_steps_on_a_quantized_base_are_those_on_another(name, tiny_folder, tmp_path):
     runs = []
     for make in (trainer_of, on_quantized):
@@ -183,6 +184,7 @@ def test_it_comes_back_before_processes_share_it(tiny_folder):
 
 @pytest.mark.parametrize("name", ["sorsa", "sara-zero_v", "mosara"])
 @pytest.mark.parametrize("task", REFERRED)
+@pytest.mark.family(3)
 def test_training_begins_at_its_reference(task, name, tiny_folder, tmp_path):
     callbacks = [SorsaRegularizer()] if name == "sorsa" else []
     trainer = trainer_of(task, base_of(tiny_folder), tiny_folder, tmp_path, config_of(name, task), callbacks=callbacks)

@@ -43,6 +43,7 @@ def again(recipe: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
 
 @pytest.mark.parametrize("task", ["sft", "dpo", "kto", "reward"])
 @pytest.mark.parametrize("kept", ["file", "rows"])
+@pytest.mark.family(2)
 def test_a_second_run_reads_no_row(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, kept: str
 ) -> None:
@@ -64,6 +65,7 @@ def test_a_second_run_reads_no_row(
         assert again(recipe) == (losses, f"{line} (cached)")
 
 
+@pytest.mark.slow
 def test_whatever_decides_the_tokens_is_part_of_the_key(recipe: dict[str, Any], tmp_path: Path) -> None:
     other = write(tmp_path / "other.jsonl", [*PROMPTS[:-1], {"prompt": "Add 7.", "completion": "8"}])
     changes: list[tuple[str, Any]] = [
@@ -110,6 +112,7 @@ def test_a_changed_file_is_read_anew_and_a_refusal_stays_one(recipe: dict[str, A
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "other version"])
+@pytest.mark.family(1)
 def test_damaged_files_of_the_cache_are_made_anew(
     recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:

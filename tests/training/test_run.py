@@ -48,6 +48,7 @@ def recipe(tiny_folder: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "lora"])
+@pytest.mark.family(2)
 def test_a_run_writes_what_it_should(recipe: dict[str, Any], method: str) -> None:
     recipe["method"] = {"name": method, "r": 4, "target_modules": ["q_proj", "v_proj"]}
     folder, shown = go(recipe)
@@ -69,6 +70,7 @@ def test_a_run_writes_what_it_should(recipe: dict[str, Any], method: str) -> Non
 
 
 @pytest.mark.parametrize(("method", "rate"), [("sara", 1e-2), ("mosara", 1e-1), ("sorsa", 1e-2), ("lora", 1e-2)])
+@pytest.mark.family(1)
 def test_the_saved_adapter_has_learnt(recipe: dict[str, Any], method: str, rate: float) -> None:
     recipe["method"] = {"name": method, "r": 8, "target_modules": "all-linear"}
     recipe["training"]["learning_rate"] = rate
@@ -83,6 +85,7 @@ def test_the_saved_adapter_has_learnt(recipe: dict[str, Any], method: str, rate:
 
 
 @pytest.mark.parametrize("method", ["sara", "mosara", "sorsa", "lora"])
+@pytest.mark.family(2)
 def test_resume_continues_to_the_same_losses(
     recipe: dict[str, Any], tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,6 +274,7 @@ def test_all_turns_of_a_chat_are_trained_on(recipe: dict[str, Any], tmp_path: Pa
 
 @pytest.mark.parametrize("by_rows", [False, True])
 @pytest.mark.parametrize("how", [{"packing": True}, {"padding_free": True}, {"padding_free": False}])
+@pytest.mark.family(2)
 def test_rows_side_by_side_train_as_rows_apart(
     recipe: dict[str, Any], tmp_path: Path, how: dict[str, bool], by_rows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

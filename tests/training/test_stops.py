@@ -76,6 +76,7 @@ def whole(whole_run: Path) -> bytes:
 
 @pytest.mark.parametrize("call", [1, 2, 3])
 @pytest.mark.parametrize("place", ["before the seal", "after the seal"])
+@pytest.mark.family(2)
 def test_a_kill_while_a_checkpoint_is_written(
     recipe: str, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, place: str
 ) -> None:
@@ -149,6 +150,7 @@ def test_nothing_whole_to_resume_from(recipe: str, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("call", [0, 1, 2])
+@pytest.mark.family(1)
 def test_a_full_disk_is_one_sentence_and_the_run_goes_on(
     recipe: str, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:

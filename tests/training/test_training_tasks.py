@@ -71,6 +71,7 @@ def of(recipe: dict[str, Any], task: str, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.family(3)
 def test_every_task_trains_every_method(recipe: dict[str, Any], tmp_path: Path, task: str, method: str) -> None:
     of(recipe, task, tmp_path)["method"]["name"] = method
     recipe["data"]["eval"] = write(tmp_path / "held_out.jsonl", [row | {"prompt": "?"} for row in rows_of(task, 4)])
@@ -137,6 +138,7 @@ class StopAtStep3(StopOnInterrupt):
 
 
 @pytest.mark.parametrize("task", TASKS)
+@pytest.mark.family(1)
 def test_resume_goes_on_to_the_same_bits(
     recipe: dict[str, Any], tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def recipe(model: Path, method: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.family(4)
 def test_every_method_trains_and_is_scored(name: str, grouped: Path, tmp_path: Path) -> None:
     settings = check_recipe(recipe(grouped, METHODS[name], tmp_path / "run"))
     result = train(settings, console=Console(file=StringIO()))
@@ -127,6 +128,7 @@ def test_a_prompt_is_given_once_and_not_at_every_token(
 
 
 @pytest.mark.parametrize("name", ["dylora", "series", "adalora", "prefix"])
+@pytest.mark.family(1)
 def test_a_stopped_run_goes_on_as_if_it_had_not(name: str, grouped: Path, tmp_path: Path) -> None:
     """Also where every step draws a rank."""
     quiet = Console(file=StringIO())

@@ -81,6 +81,7 @@ def test_what_is_counted_is_what_peft_trains(fits, name):
 
 
 @pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.family(3)
 def test_more_budget_never_gives_less_and_the_next_value_would_go_over(fits, name):
     less, middle, most = (fits(name, budget) for budget in (700, 3000, 10**7))
     assert less.trained <= middle.trained <= most.trained

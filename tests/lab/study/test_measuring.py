@@ -64,6 +64,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.family(3)
 def test_a_run_that_is_measured_takes_the_same_steps_bit_for_bit(name: str, text: Path) -> None:
     """Dropout, random ranks and the order of the rows among them; the loss too."""
     alone = train(recipe_of(name, "alone"))

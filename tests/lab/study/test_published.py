@@ -48,6 +48,7 @@ PAPERS = {
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+@pytest.mark.family(4)
 def test_the_page_is_that_of_the_results(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text byte for byte; of figures that the same are there, since their bytes change with
     matplotlib's version."""

@@ -67,6 +67,7 @@ def fits(folder):
 
 @pytest.mark.parametrize("source", ["sara", "random", "reverse"])
 @pytest.mark.parametrize("name", SECTIONS)
+@pytest.mark.family(3)
 def test_the_ranks_reach_the_model_and_hold_the_budget(fits, folder, name, source):
     fitted = fits(name, source)
     model = built(fitted.method, folder)

@@ -63,6 +63,7 @@ def test_the_page_has_everything(folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"results.json", "findings.md", *(path.name for path in written)}
 
 
+@pytest.mark.slow
 def test_the_same_results_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
     first = write_page(folder / "results.json", tmp_path / "a")
     again = write_page(folder / "results.json", tmp_path / "b")

@@ -142,6 +142,7 @@ def test_the_paper_counts_no_answer_as_right_where_the_reference_cannot_be_read(
 
 
 @pytest.mark.parametrize("kind", ["math_verify", "sympy"])
+@pytest.mark.family(1)
 def test_a_formula_that_never_ends_is_not_equal(kind: str) -> None:
     comparer = Comparer(seconds=0.5)
     for formula in ("9**9**9**9**9", "9^{9^{9^{9^9}}}", "1000000000!", "(9^{9999})^{99999}"):

@@ -309,6 +309,7 @@ def test_small_models_form_all_changes_at_once(small, nodes, monkeypatch):
     assert set(nodes) == {1}
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_one_graph():
     model = on(adapted("sorsa", moved=0.1))
     want = gradients(model)

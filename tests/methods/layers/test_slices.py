@@ -364,6 +364,7 @@ def test_offloaded_weights():
 
 
 @pytest.mark.parametrize("name", ["sara", "mosara", "sorsa"])
+@pytest.mark.slow
 def test_a_compiled_projection_computes_the_same(name):
     layer = next(m for m in adapted("gpt_neox", name).modules() if isinstance(m, FusedLinear))
     x = torch.randn(2, 5, 32)
