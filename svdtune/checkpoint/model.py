@@ -7,8 +7,10 @@ file is opened for one tensor and closed again.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
@@ -35,6 +37,8 @@ class Checkpoint:
         shards: its safetensors files.
         names: of the parameters in those files.
         commit: of the hub; None for a model of this disk.
+        experts: for a parameter that holds several experts', what reads one of them as it lies in
+            the parameter, by its number.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Checkpoint:
     shards: tuple[Shard, ...] = ()
     names: StoredNames = field(default_factory=StoredNames)
     commit: str | None = None
+    experts: dict[str, Callable[[int], Tensor]] = field(default_factory=dict)
 
     @property
     def has_weights(self) -> bool:
@@ -68,26 +73,43 @@ class Checkpoint:
                 f"the checkpoint {self.name} has no tensor for {parameter}; it may be incomplete, or quantized in a way that "
                 "stores something else. Point svdtune at the unquantized checkpoint"
             )
-        tensor = self.readers[parameter]()
-        if not tensor.is_floating_point() or tensor.element_size() == 1:
-            raise SvdtuneError(
-                f"{parameter} is stored as {str(tensor.dtype).removeprefix('torch.')} in the checkpoint {self.name}: these are "
-                "codes, and their scales lie elsewhere. Point svdtune at the unquantized checkpoint, or dequantize this one"
-            )
         module = self.model.get_submodule(module_name)
         expected = module.weight
         assert isinstance(expected, Tensor)
-        if tensor.shape != expected.shape:
-            raise SvdtuneError(
-                f"{parameter} has shape {tuple(tensor.shape)} in the checkpoint {self.name}, and its configuration asks for "
-                f"{tuple(expected.shape)}; they do not belong together"
-            )
+        tensor = self._checked(parameter, self.readers[parameter](), expected.shape)
         # A module of the same kind that holds the tensor, so that Conv1D and the like are read as
         # they always are.
         holder = type(module).__new__(type(module))
         nn.Module.__init__(holder)
         holder.weight = nn.Parameter(tensor, requires_grad=False)
         return base_weight(holder)
+
+    def expert(self, parameter: str, index: int) -> Tensor:
+        """One expert's part of a parameter that holds several experts', read now.
+
+        Raises:
+            SvdtuneError: the checkpoint does not hold it, or not in the architecture's shape.
+        """
+        if parameter not in self.experts:
+            raise SvdtuneError(
+                f"the checkpoint {self.name} has no tensors that {parameter} is read from one expert at a time; it may be "
+                "incomplete, or quantized. Load the model, and plan and start there"
+            )
+        return self._checked(parameter, self.experts[parameter](index), self.model.get_parameter(parameter).shape[1:])
+
+    def _checked(self, parameter: str, tensor: Tensor, expected: tuple[int, ...]) -> Tensor:
+        """What was read, which is to be numbers of this shape."""
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise SvdtuneError(
+                f"{parameter} is stored as {str(tensor.dtype).removeprefix('torch.')} in the checkpoint {self.name}: these are "
+                "codes, and their scales lie elsewhere. Point svdtune at the unquantized checkpoint, or dequantize this one"
+            )
+        if tensor.shape != expected:
+            raise SvdtuneError(
+                f"{parameter} has shape {tuple(tensor.shape)} in the checkpoint {self.name}, and its configuration asks for "
+                f"{tuple(expected)}; they do not belong together"
+            )
+        return tensor
 
 
 def open_checkpoint(
@@ -136,13 +158,26 @@ def open_checkpoint(
     names = match_names(skeleton, stored)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
     commit = None if path.is_dir() else folder.name  # as the hub's cache names its snapshots
-    return Checkpoint(str(model), skeleton, _readers(names, stored), size, folder, shards, names, commit)
+    experts = _expert_readers(names, {name: tensor for shard in shards for name, tensor in shard.tensors.items()})
+    return Checkpoint(str(model), skeleton, _readers(names, stored), size, folder, shards, names, commit, experts)
 
 
 def _readers(names: StoredNames, stored: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
     """What reads each parameter, by the readers of the stored tensors."""
     places = {parameter: names.of(parameter) for parameter in names.groups}
     return {parameter: stored[place] for parameter, place in places.items() if place is not None}
+
+
+def _expert_readers(names: StoredNames, stored: Mapping[str, Stored]) -> dict[str, Callable[[int], Tensor]]:
+    """What reads one expert of each parameter that holds several, stored one by one or together."""
+
+    def joined(experts: list[list[str]], index: int) -> Tensor:
+        return torch.cat([stored[name].read() for name in experts[index]])
+
+    found: dict[str, Callable[[int], Tensor]] = {
+        parameter: stored[name].read for parameter, name in names.own.items() if len(stored[name].shape) == 3
+    }
+    return found | {parameter: partial(joined, experts) for parameter, experts in names.experts.items()}
 
 
 def _download(name: str, revision: str | None, weights: bool, trust_remote_code: bool) -> Path:

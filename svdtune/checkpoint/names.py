@@ -3,14 +3,20 @@
 A stored name may lack the base model's prefix, have one too many, or be an older one that
 Transformers renames when it loads the checkpoint. A tied parameter may be stored under another of
 its names. A tensor that Transformers does not take as it is, such as one expert of a layer that
-keeps all of them in one parameter, is no parameter's.
+keeps all of them in one parameter, is no parameter's, but may be a part of an expert's matrix.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
+
+Part = tuple[int, int]
+"""An expert, and a place in its matrix."""
+# How Transformers makes a parameter of experts that are stored one by one.
+_STACKING = ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 @dataclass(frozen=True)
@@ -20,10 +26,13 @@ class StoredNames:
     Attributes:
         own: by parameter name, the stored name of the tensor that is loaded under this very name.
         groups: by parameter name, all names of that one parameter, in the model's order.
+        experts: by the name of a parameter that holds several experts', for each of them the stored
+            names of what its matrix is made of, rows on rows.
     """
 
     own: Mapping[str, str] = field(default_factory=dict)
     groups: Mapping[str, list[str]] = field(default_factory=dict)
+    experts: Mapping[str, list[list[str]]] = field(default_factory=dict)
 
     def of(self, parameter: str) -> str | None:
         """The stored name of a parameter, under whichever of the parameter's names; None where it
@@ -42,10 +51,23 @@ def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
     """
     parameter_of = _loading_rule(model)
     own: dict[str, str] = {}
+    parts: dict[str, dict[tuple[int, int], str]] = {}
     for name in sorted(stored):
-        if (parameter := parameter_of(name)) is not None:
+        parameter, part = parameter_of(name) or (None, None)
+        if parameter is not None and part is None:
             own.setdefault(parameter, name)
-    return StoredNames(own, same_parameter(model))
+        elif parameter is not None and part is not None:
+            parts.setdefault(parameter, {})[part] = name
+    experts = {parameter: found for parameter, names in parts.items() if (found := _by_expert(names))}
+    return StoredNames(own, same_parameter(model), experts)
+
+
+def _by_expert(names: Mapping[Part, str]) -> list[list[str]] | None:
+    """The names by expert and place; None where some are missing."""
+    experts, places = (1 + max(numbers) for numbers in zip(*names, strict=True))
+    if len(names) < experts * places:
+        return None
+    return [[names[expert, place] for place in range(places)] for expert in range(experts)]
 
 
 def same_parameter(model: nn.Module) -> dict[str, list[str]]:
@@ -56,9 +78,9 @@ def same_parameter(model: nn.Module) -> dict[str, list[str]]:
     return {name: names for names in by_id.values() for name in names}
 
 
-def _loading_rule(model: PreTrainedModel) -> Callable[[str], str | None]:
-    """What gives the parameter that a stored tensor is loaded into as it is, None where there is
-    none."""
+def _loading_rule(model: PreTrainedModel) -> Callable[[str], tuple[str, Part | None] | None]:
+    """What gives the parameter that a stored tensor is loaded into, as it is or as a part of an
+    expert's matrix; None where there is none."""
     state = model.state_dict()
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
@@ -66,8 +88,9 @@ def _loading_rule(model: PreTrainedModel) -> Callable[[str], str | None]:
     except ImportError:  # before Transformers 5
         prefix = f"{model.base_model_prefix}."
 
-        def by_prefix(name: str) -> str | None:
-            return next((own for own in (name, name.removeprefix(prefix), prefix + name) if own in state), None)
+        def by_prefix(name: str) -> tuple[str, Part | None] | None:
+            found = (own for own in (name, name.removeprefix(prefix), prefix + name) if own in state)
+            return next(((own, None) for own in found), None)
 
         return by_prefix
 
@@ -75,10 +98,22 @@ def _loading_rule(model: PreTrainedModel) -> Callable[[str], str | None]:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
 
-    def by_transforms(name: str) -> str | None:
-        found, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+    places = {
+        pattern: place
+        for converter in converters
+        if [(type(step).__name__, getattr(step, "dim", None)) for step in converter.operations] in _STACKING
+        for place, pattern in enumerate(converter.source_patterns)
+    }
+
+    def by_transforms(name: str) -> tuple[str, Part | None] | None:
+        found, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if found not in state and name in state:
-            found, converter = rename_source_key(name, [], [], model.base_model_prefix, state)
-        return found if found in state and converter is None else None
+            found, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if found not in state or (pattern is not None and pattern not in places):
+            return None
+        if pattern is None:
+            return found, None
+        expert = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), name)
+        return (found, (int(expert[1]), places[pattern])) if expert else None
 
     return by_transforms

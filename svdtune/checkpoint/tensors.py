@@ -41,16 +41,16 @@ class Stored:
     start: int
     nbytes: int
 
-    def read(self) -> Tensor:
-        """The tensor; the file is opened for it alone, so that memory holds nothing else of what is
-        in it.
+    def read(self, index: int | None = None) -> Tensor:
+        """The tensor, or one entry of its first dimension; the file is opened for it alone, so that
+        memory holds nothing else of what is in it.
 
         Raises:
             SvdtuneError: the file is gone or was changed.
         """
         try:
             with safe_open(self.file, framework="pt") as file:
-                return file.get_tensor(self.name)
+                return file.get_tensor(self.name) if index is None else file.get_slice(self.name)[index : index + 1][0]
         except (OSError, SafetensorError) as error:
             raise SvdtuneError(
                 f"{self.name} cannot be read from {self.file} ({error}); download the checkpoint again"

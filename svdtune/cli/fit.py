@@ -67,8 +67,8 @@ class Fitting:
         self.sizes = anatomy(made, model)
         self.memory = estimate(self.sizes, setting)
         self.time = step_time(self.sizes, setting, link=self.link)
-        from_disk = isinstance(made.config, SvdConfig) and not made.config.target_parameters
-        self.initialisation = initialisation_bytes(made, model) if from_disk else None
+        ours = isinstance(made.config, SvdConfig)
+        self.initialisation = initialisation_bytes(made, model) if ours else None
         self.choice = None if self.capacity is None else cheapest(self.sizes, setting, self.capacity, link=self.link)
 
     def lines(self) -> Iterator[str]:

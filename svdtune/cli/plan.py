@@ -150,9 +150,10 @@ def _ranks_table(made: "Plan") -> Table:
     for column in table.columns[2:]:
         column.justify = "right"
     kinds = by_depth(made)
-    top = max(max(ranks.values()) for ranks in kinds.values())
+    top = max(max(map(max, ranks.values())) for ranks in kinds.values())
     for kind, ranks in kinds.items():
-        values = [ranks[depth] for depth in sorted(ranks)]
-        bars = "".join(_BARS[min(7, 8 * value // (top + 1))] for value in values)
+        values = [rank for depth in sorted(ranks) for rank in ranks[depth]]
+        heights = (sum(ranks[depth]) // len(ranks[depth]) for depth in sorted(ranks))
+        bars = "".join(_BARS[min(7, 8 * height // (top + 1))] for height in heights)
         table.add_row(kind, bars, str(min(values)), f"{sum(values) / len(values):.1f}", str(max(values)))
     return table

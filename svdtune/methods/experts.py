@@ -14,12 +14,6 @@ from svdtune.methods.start.memory import is_sharded
 # What single experts' layers are called, in the models that have them.
 _NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"}
 
-ON_DISK = (
-    "a checkpoint may hold fused experts one by one, or turned round, so an adapter on `target_parameters` is planned by "
-    "spectra and started on the loaded model alone (svdtune.plan, get_peft_model). Load the model, or leave "
-    "`target_parameters` out"
-)
-
 
 def asked_stacks(model: nn.Module, targets: Collection[str]) -> dict[str, ExpertStack]:
     """The parameters that `target_parameters` names, in whole or by their last parts, by name.

@@ -21,7 +21,7 @@ from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.experts import ON_DISK, expert_at
+from svdtune.methods.experts import expert_at
 from svdtune.methods.files.integrity import PEFT_ROOT
 from svdtune.methods.injection import inject, method_name
 from svdtune.methods.layers.experts import ExpertSlice
@@ -65,7 +65,8 @@ class Site:
         """
         if isinstance(model, Checkpoint):
             if self.expert:
-                raise SvdtuneError(f"the weight of {self.name!r} is not read from disk: {ON_DISK}")
+                place = expert_at(model.model, self.name)
+                return place.stack.matrix(model.expert(self.module, place.index))
             whole = model.weight(self.module)
         elif self.expert:
             return spectra.base_weight(expert_at(model, self.name))

@@ -2,29 +2,31 @@
 
 import io
 import re
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 
 from svdtune.errors import SvdtuneError
 from svdtune.planning.plan import Plan
 from svdtune.system import explain_write_errors, replace_bytes
 
 
-def by_depth(plan: Plan) -> dict[str, dict[int, int]]:
-    """Kind of module ("q_proj") → depth → rank. The depth is the first number in a module's name, 0
-    where there is none.
+def by_depth(plan: Plan) -> dict[str, dict[int, list[int]]]:
+    """Kind of module ("q_proj") → depth → its rank there, of a parameter of fused experts each
+    expert's. The depth is the first number in a module's name, 0 where there is none.
 
     Kinds that occur more than once at a depth are told apart by as many more of their names' parts
     as it takes.
     """
-    found: dict[str, dict[int, int]] = {}
-    for site in plan.sites:
-        number = re.search(r"\.(\d+)\.", f".{site.name}.")
+    found: dict[str, dict[int, list[int]]] = {}
+    for name, sites in groupby(plan.sites, lambda site: site.module if site.expert else site.name):
+        number = re.search(r"\.(\d+)\.", f".{name}.")
         depth = int(number.group(1)) if number else 0
-        parts = site.name.split(".")
+        parts = name.split(".")
         for size in range(1, len(parts) + 1):
             kind = ".".join(parts[-size:])
             if depth not in found.setdefault(kind, {}):
-                found[kind][depth] = site.rank or 0
+                found[kind][depth] = [site.rank or 0 for site in sites]
                 break
     return {kind: ranks for kind, ranks in found.items() if ranks}
 
@@ -44,7 +46,8 @@ def draw(plan: Plan, file: Path) -> None:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for kind, ranks in by_depth(plan).items():
-        axes.plot(list(ranks), list(ranks.values()), marker="o", markersize=3, linewidth=1.2, label=kind)
+        means = [fmean(each) for each in ranks.values()]
+        axes.plot(list(ranks), means, marker="o", markersize=3, linewidth=1.2, label=kind)
     axes.set(xlabel="layer", ylabel="rank k", ylim=(0, None))
     at = f" at θ = {plan.threshold:g}" if plan.threshold is not None else ""
     axes.set_title(f"{plan.method}{at}: {plan.trained:,} trained, {plan.share:.4%}")

@@ -39,9 +39,11 @@ def _one(site: Site, model: PreTrainedModel, item: int) -> int:
     assert site.shape is not None
     assert site.rank is not None
     long, short = max(site.shape), min(site.shape)
-    # of a slice, all of the projection is read
-    whole = model.get_submodule(site.module).weight
-    assert isinstance(whole, Tensor)
+    read = long * short
+    if not site.expert:  # of a slice, all of the projection is read
+        whole = model.get_submodule(site.module).weight
+        assert isinstance(whole, Tensor)
+        read = whole.numel()
     # and its copy in bf16, of which the fingerprint is taken
-    weight = item * whole.numel() + 2 * long * short
+    weight = item * read + 2 * long * short
     return weight + 8 * (_LONG * long * short + _SQUARE * short * short + _FACTORS * site.rank * (long + short))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
@@ -22,6 +22,7 @@ from svdtune.linalg import rank_at_threshold
 from svdtune.methods.sorsa.reference import orthonormal_regularizer
 from svdtune.methods.sorsa.regularizer import add_regularizer_gradients
 from svdtune.methods.start.disk import start
+from svdtune.planning import by_depth
 from svdtune.training.method import method_problems
 from tiny import EXPERTS, tiny_experts
 
@@ -232,23 +233,51 @@ def test_a_checkpoint_is_merged_in_the_form_of_its_base(kind, dtype, tiny_tokeni
     assert {tensor.dtype for tensor in after.values()} == {torch.float32 if dtype == "auto" else torch.bfloat16}
 
 
-def test_what_is_read_layer_by_layer_says_what_to_do(tmp_path):
-    folder, adapter = tmp_path / "model", tmp_path / "adapter"
-    tiny_experts("gpt_oss").save_pretrained(folder)
-    made("gpt_oss", "sara").save_pretrained(adapter)
-    checkpoint = open_checkpoint(folder)
-    assert (
-        plan(checkpoint, config_of("sara")).sites.ranks.keys()
-        == made("gpt_oss", "sara").peft_config["default"].ranks.keys()
-    )
-    for refused in (
-        lambda: plan(checkpoint, config_of("sorsa-threshold")),
-        lambda: start(checkpoint, config_of("sara"), tmp_path / "started"),
+@pytest.mark.parametrize(("kind", "name"), all_pairs(list(EXPERTS), ["sara", "sara-spectral", "sorsa-last"]), ids=str)
+def test_from_disk_all_is_as_on_the_loaded_model(kind, name, tmp_path):
+    """One expert is read at a time, whether they are stored one by one or together."""
+    folder = tmp_path / "model"
+    tiny_experts(kind).save_pretrained(folder)
+    checkpoint, config = open_checkpoint(folder), config_of(name, target_modules=["q_proj"])
+    for size in {"threshold": 0.3}, {"budget": 500}:
+        planned = [plan(each, replace(config, r=None, threshold=None, components="first")
+                        if name == "sorsa-last" else replace(config, r=None, threshold=None), **size)
+                   for each in (checkpoint, tiny_experts(kind))]  # fmt: skip
+        assert planned[0].sites.places == planned[1].sites.places
+        ranks = planned[0].sites.ranks
+        experts = {key: [ranks[f"model.layers.0.mlp.experts.{key}.{index}"] for index in range(3)]
+                   for key in ("gate_up_proj", "down_proj")}  # fmt: skip
+        assert {kind: depths[0] for kind, depths in by_depth(planned[0]).items() if kind != "q_proj"} == experts
+    start(checkpoint, config, tmp_path / "started", seed=3)
+    base = tiny_experts(kind)
+    torch.manual_seed(3)
+    model = get_peft_model(base, config_of(name, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "put-on")
+    wanted, found = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("put-on", "started"))
+    assert wanted.keys() == found.keys()
+    assert all(torch.equal(tensor, found[key]) for key, tensor in wanted.items())
+    loaded = PeftModel.from_pretrained(tiny_experts(kind), tmp_path / "started")
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_named(tmp_path):
+    tiny_experts("mixtral").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        SvdtuneError, match=r"no tensors that model\.layers\.0\.mlp\.experts\.gate_up_proj is read from"
     ):
-        with pytest.raises(SvdtuneError, match="a checkpoint may hold fused experts one by one"):
-            refused()
+        plan(open_checkpoint(tmp_path), config_of("sorsa-threshold"))
+    assert plan(open_checkpoint(tmp_path), config_of("sorsa-threshold", target_parameters=BOTH[1:])).threshold == 0.4
+
+
+def test_what_a_lora_or_a_split_cannot_hold_is_refused(tmp_path):
+    made("gpt_oss", "sara").save_pretrained(tmp_path / "adapter")
     with pytest.raises(SvdtuneError, match="LoRA has one rank for all of them; merge it instead"):
-        export_lora(adapter, tmp_path / "lora")
+        export_lora(tmp_path / "adapter", tmp_path / "lora")
+    with pytest.raises(SvdtuneError, match="layout='split' is of layers"):
+        SorsaConfig(r=2, target_parameters=BOTH, layout="split", initialized=True)
 
 
 REFUSED = [

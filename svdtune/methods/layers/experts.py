@@ -55,7 +55,11 @@ class ExpertStack(nn.Module):
     @property
     def matrices(self) -> Tensor:
         """A view of it as [experts, out, in]."""
-        return self.weight.mT if self.transposed else self.weight
+        return self.matrix(self.weight)
+
+    def matrix(self, stored: Tensor) -> Tensor:
+        """A view of what is stored of experts, or of one, as [..., out, in]."""
+        return stored.mT if self.transposed else stored
 
     def slices(self) -> "Iterator[ExpertSlice]":
         """Every expert's matrix."""
@@ -73,9 +77,14 @@ class ExpertSlice(RowSlice):
     @property
     def weight(self) -> Tensor:
         """A view [out, in] of the parameter."""
+        return self.stack.matrices.detach()[self.index]
+
+    @property
+    def stack(self) -> ExpertStack:
+        """The parameter."""
         stack = self.whole
         assert isinstance(stack, ExpertStack)
-        return stack.matrices.detach()[self.index]
+        return stack
 
     @torch.no_grad()
     def write(self, matrix: Tensor) -> None:
@@ -121,9 +130,8 @@ def _moved(weight: Tensor, layers: list[LowRankLayer[Any]]) -> Tensor:
     active = [name for name in first.active_adapters if name in first.r]
     first._check_loaded(active)
     base = first.get_base_layer()
-    assert isinstance(base, RowSlice)
-    assert isinstance(base.whole, ExpertStack)
-    transposed = base.whole.transposed
+    assert isinstance(base, ExpertSlice)
+    transposed = base.stack.transposed
     with torch.autocast(weight.device.type, enabled=False):  # which would round the base's weights
         for name in active:
             A, B = (side.to(weight.dtype) for side in experts_pair(layers, name))

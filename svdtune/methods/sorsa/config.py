@@ -73,6 +73,8 @@ class SorsaConfig(SvdConfig):
                 "layout='split' says that the base checkpoint was stored without its principal part; a new adapter cannot know "
                 "it. Write both with svdtune.export.split.split_checkpoint and load the adapter that it wrote"
             )
+        elif self.layout == "split" and self.target_parameters:
+            yield "layout='split' is of layers, and `target_parameters` are none; use layout='delta' for experts"
         else:
             yield from one_of("layout", self.layout, ("delta", "split"))
         yield from self._problems_with_components()

@@ -23,7 +23,6 @@ from svdtune.checkpoint.writer import TensorWriter
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.experts import ON_DISK
 from svdtune.methods.files.compact import PROBE, probe
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, weight_fingerprint
 from svdtune.methods.layers.base import SvdLayer
@@ -123,8 +122,6 @@ def _check(config: SvdConfig) -> None:
         )
     if config.initialized:
         raise SvdtuneError("the configuration is of an adapter that was saved; give one of a new adapter")
-    if config.target_parameters:
-        raise SvdtuneError(f"the start is written layer by layer: {ON_DISK}")
     if config.modules_to_save or config.bias != "none":
         raise SvdtuneError(
             "modules_to_save and bias put whole parts of the model into the adapter, which layer by layer is not done; "
@@ -152,7 +149,7 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
         if site.rank is not None and (not measured or pattern_rank(config, site.name, site.module))
     }
     layers = []
-    for site in found:
+    for site in sorted(found, key=lambda site: site.expert):  # PEFT goes to parameters last
         layer = model.get_base_model().get_submodule(site.name)
         assert isinstance(layer, SvdLayer)
         layers.append((site, layer))
