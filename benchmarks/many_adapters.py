@@ -1,5 +1,5 @@
-"""What many adapters on one SmolLM2-135M cost: memory, time to load, files, and a batch whose samples
-have an adapter each against the same batch with one adapter.
+"""What many adapters on one SmolLM2-135M cost: memory, time to load, files, and a batch whose
+samples have an adapter each against the same batch with one adapter.
 
     python benchmarks/many_adapters.py --kinds mosara --count 1000 --out many.jsonl  # svdtune[demo]
     python benchmarks/many_adapters.py --kinds lora --count 100 --out many.jsonl
