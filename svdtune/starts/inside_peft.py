@@ -1,6 +1,6 @@
 """`fast_starts`: PEFT's own call, with svdtune's decompositions inside.
 
-PEFT starts LoRA layer by layer, each by a method or function of its own. `PLACES` names those that
+PEFT starts LoRA layer by layer, each by a method or function of its own. `places` names those that
 wait for a decomposition; while a block is entered, a function stands there that asks whether the
 caller is inside a block, and else calls PEFT's. What the engine does not take (quantized, sharded
 and meta weights, ranks that the weight does not have) goes to PEFT's too, errors included.
@@ -11,20 +11,22 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import loftq_utils
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneWarning
 from svdtune.linalg import Factors, top_factors
 from svdtune.spectra.devices import devices_for_work, on_device
-from svdtune.starts.pairs import LoraPair, from_factors, from_last_left, from_qr, residual
+from svdtune.starts.pairs import LoraPair, damped_covariance, from_factors, from_last_left, from_qr, residual
 
 Parts = TypeVar("Parts", Factors, LoraPair)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -57,9 +59,10 @@ def fast_starts() -> Iterator[None]:
             model = get_peft_model(model, LoraConfig(init_lora_weights="pissa"))
 
     The starts are "pissa", "pissa_niter_N" (exact too: nothing is drawn at random), "olora",
-    "mica", and the decomposition in "loftq". They equal PEFT's own exact ones to rounding; singular
-    vectors may differ in sign. What PEFT refuses is refused by PEFT. Weights on the CPU are
-    decomposed on a GPU where there is one; SVDTUNE_DEVICE=cpu leaves them there.
+    "mica", and the decompositions in "loftq" and in `preprocess_corda`. They equal PEFT's own exact
+    ones to rounding; singular vectors may differ in sign. What PEFT refuses is refused by PEFT.
+    Weights on the CPU are decomposed on a GPU where there is one; SVDTUNE_DEVICE=cpu leaves them
+    there.
 
     The block is the calling thread's; other threads and what follows the block, in whichever way it
     is left, have PEFT as it was. Where a release of PEFT has other signatures than svdtune knows,
@@ -88,11 +91,12 @@ class _Patches:
         with cls.lock:
             cls.inside += 1
             if cls.inside == 1:
-                known = [place for place in PLACES if _is_known(place)]
+                every = places()
+                known = [place for place in every if _is_known(place)]
                 cls.put = tuple((place, own := getattr(place.owner, place.name), _door(place, own)) for place in known)
                 for place, _, door in cls.put:
                     setattr(place.owner, place.name, door)
-                changed = [place.name for place in PLACES if place not in known]
+                changed = [place.name for place in every if place not in known]
                 warn, cls.warned = bool(changed) and not cls.warned, cls.warned or bool(changed)
             else:
                 warn = False
@@ -173,12 +177,37 @@ def _low_rank_decomposition(weight: Tensor, reduced_rank: int = 32) -> Any:
     return {"L": pair.B, "R": pair.A, "U": factors.U, "S": factors.s, "Vh": factors.Vh, "reduced_rank": reduced_rank}
 
 
-PLACES = (
-    PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init),
-    PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
-    PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
-    PeftPlace(loftq_utils, "_low_rank_decomposition", ("weight", "reduced_rank"), _low_rank_decomposition),
-)
+def _corda_eigens(linear: Any, config: LoraConfig) -> Any:
+    from peft.tuners.lora.corda import CordaEigens
+
+    stored, covariance = getattr(linear, "weight", None), getattr(linear, "covariance_matrix", None)
+    # "kpm" takes the last triplets, which are no cheaper here than all are by LAPACK
+    first = getattr(linear, "corda_method", None) == "ipm"
+    if not first or not isinstance(stored, nn.Parameter) or covariance is None or not _is_plain(stored.data):
+        return NotImplemented
+    weight = stored.data.mT if isinstance(linear, Conv1D) else stored.data
+    damped, inverse = damped_covariance(covariance)
+    product = weight.float() @ damped
+    if linear.rank > min(weight.shape) or not _is_plain(product):
+        return NotImplemented
+    factors = _where_fastest(top_factors, product, linear.rank)
+    found: Any = CordaEigens  # attrs without its types
+    return found(factors.s, factors.U.cpu(), (factors.Vh @ inverse).mT.cpu())
+
+
+def places() -> list[PeftPlace]:
+    """Every place; CorDA's where its own requirement, attrs, is installed."""
+    found = [
+        PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init),
+        PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
+        PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
+        PeftPlace(loftq_utils, "_low_rank_decomposition", ("weight", "reduced_rank"), _low_rank_decomposition),
+    ]
+    with suppress(ImportError):
+        from peft.tuners.lora import corda
+
+        found.append(PeftPlace(corda, "collect_eigens_for_layer", ("linear", "config"), _corda_eigens))
+    return found
 
 
 def _weight(layer: LoraLayer, adapter: str) -> Tensor | None:

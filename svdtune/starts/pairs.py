@@ -6,6 +6,7 @@ off the weight, so that the model begins as it was: W ← W − c · B A.
     pissa   B = U √(S/c), A = √(S/c) Vᵀ of the r first triplets  Meng et al., arXiv:2404.02948
             of the r last ones: MiLoRA                           Wang et al., arXiv:2406.09044
     olora   B = Q_r, A = R_r of W = Q R                          Büyükakyüz, arXiv:2406.01775
+    corda   as pissa, of the triplets of W C with Vᵀ C⁻¹         Yang et al., arXiv:2406.05223
     mica    B = U of the r last triplets, A = 0                  arXiv:2604.01694
 """
 
@@ -59,6 +60,21 @@ def from_last_left(weight: Tensor, r: int) -> LoraPair:
     n = min(weight.shape)
     U = band_factors(weight, n - r, n).U
     return LoraPair(U.new_zeros(r, weight.shape[1]), U)
+
+
+def damped_covariance(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """CorDA's C [in, in] of a layer's inputs and C⁻¹, in fp32: its diagonal is raised by a share of
+    its mean that is doubled until the inverse is one, as `peft.tuners.lora.corda` does."""
+    covariance = covariance.float()
+    eye = torch.eye(len(covariance), device=covariance.device)
+    damp = 0.01
+    while True:
+        damped = covariance + eye * covariance.diagonal().mean() * damp
+        inverse = torch.linalg.inv(damped)
+        # of what is not finite PEFT would never come to an end
+        if not float(torch.dist(damped @ inverse, eye)) >= 0.05:
+            return damped, inverse
+        damp *= 2
 
 
 def residual(weight: Tensor, pair: LoraPair, scaling: float) -> Tensor:

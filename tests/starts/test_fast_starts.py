@@ -1,12 +1,18 @@
 """Inside `fast_starts`, PEFT's own call gives PEFT's own exact starts; outside it, PEFT is as it
 was."""
 
+import importlib.util
+import sys
 import threading
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import loftq_utils
 from torch import nn
@@ -75,6 +81,53 @@ def test_the_start_is_pefts_own(init, shape, dtype):
         torch.testing.assert_close(B @ B.mT, B0 @ B0.mT, rtol=0, atol=max(1e-4, 4 * torch.finfo(dtype).eps))
 
 
+@pytest.fixture
+def preprocess_corda(monkeypatch):
+    """PEFT's function; of attrs, which PEFT does not require, it takes no more than `dataclass`."""
+    if importlib.util.find_spec("attr") is None:
+        monkeypatch.setitem(sys.modules, "attr", SimpleNamespace(dataclass=dataclass))
+    from peft.tuners.lora import corda
+
+    monkeypatch.setitem(sys.modules, corda.__name__, corda)
+    return corda.preprocess_corda
+
+
+@pytest.mark.parametrize(
+    ("method", "shape", "dtype"), all_pairs(["ipm", "kpm"], ["square", "wide", "tall", "Conv1D"], DTYPES[:2]), ids=str
+)
+def test_cordas_start_is_pefts_own(method, shape, dtype, preprocess_corda):
+    """The data are PEFT's, the triplets of W C are svdtune's."""
+    found = []
+    for block in (nullcontext(), fast_starts()):
+        model = one_layer(shape, dtype)
+        rows = torch.randn(64, SHAPES[shape][1], generator=torch.Generator().manual_seed(2)).to(dtype)
+        config = LoraConfig(
+            r=R,
+            lora_alpha=ALPHA,
+            target_modules=["0"],
+            init_lora_weights="corda",
+            corda_config=CordaConfig(corda_method=method),
+            fan_in_fan_out=shape == "Conv1D",
+        )
+        with block:
+            preprocess_corda(model, config, run_model=lambda model=model, rows=rows: model(rows))
+            found.append((model[0].eigens, parts(get_peft_model(model, config))))
+    (theirs, (expected, _, base0, _)), (ours, (product, _, base, _)) = found
+    for name in ("S_WC", "U_WC", "V_WC"):
+        got, stock = getattr(ours, name), getattr(theirs, name)
+        assert (got.shape, got.dtype, got.device) == (stock.shape, stock.dtype, stock.device)
+    scale = float(base0.abs().max() + expected.abs().max())
+    tolerance = (2 * torch.finfo(dtype).eps + 2e-5) * scale
+    torch.testing.assert_close(product, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(base, base0, rtol=0, atol=tolerance)
+
+
+def test_corda_without_data_is_refused_by_peft(preprocess_corda):
+    config = LoraConfig(init_lora_weights="corda", target_modules=["0"], corda_config=CordaConfig(corda_method="ipm"))
+    with fast_starts(), pytest.raises(ValueError, match="run_model must be specified"):
+        preprocess_corda(one_layer("square", torch.float32), config)
+
+
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 def test_the_model_begins_as_it_was(init):
     tokens = torch.arange(1, 25).view(2, 12)
@@ -107,7 +160,7 @@ def test_loftqs_decomposition():
 
 
 def functions() -> list[Any]:
-    return [getattr(place.owner, place.name) for place in inside_peft.PLACES]
+    return [getattr(place.owner, place.name) for place in inside_peft.places()]
 
 
 @pytest.fixture
