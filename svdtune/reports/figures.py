@@ -114,6 +114,11 @@ def _draw_lines(axes: "Axes", numbers: Lines) -> None:
     axes.set(xlabel=numbers.x, ylabel=numbers.y)
     for axis in numbers.log:
         getattr(axes, f"set_{axis}scale")("log")
+    # there is no step or layer between two
+    if "x" not in numbers.log and all(float(x).is_integer() for x in numbers.xs):
+        axes.locator_params("x", integer=True)
+    if "y" not in numbers.log and all(float(y).is_integer() for y in numbers.ys):
+        axes.locator_params("y", integer=True)
     if numbers.ticks:
         axes.set_xticks(list(numbers.ticks), list(numbers.ticks.values()))
         axes.set_xticks([], minor=True)

@@ -43,6 +43,16 @@ class Lines:
     ticks: dict[float, str] = field(default_factory=dict)
     band: bool = False
 
+    @property
+    def xs(self) -> list[float]:
+        """Where there are values."""
+        return [x for one in self.series for x in one.x]
+
+    @property
+    def ys(self) -> list[float]:
+        """The values."""
+        return [y for one in self.series for y in one.y]
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -114,7 +124,7 @@ def _comparisons(data: dict[str, Any]) -> Iterator[Numbers]:
         ticks = {} if one["by"] == "parameters" else {point["x"]: point["label"] for point in one["points"]}
         log = "x" if one["by"] == "parameters" else ""
         name = f"by-{one['by']}-{i}"
-        yield Lines(name, f"{one['title']} ({one['source']})", one["axis"], one["score"], series, log, False, ticks)
+        yield Lines(name, one["title"], one["axis"], one["score"], series, log, False, ticks)
 
 
 def _during(data: dict[str, Any]) -> Iterator[Numbers]:
@@ -122,7 +132,7 @@ def _during(data: dict[str, Any]) -> Iterator[Numbers]:
         logged = [run for run in data["runs"] if key in run["log"]]
         series = [_line(run["name"], list(zip(run["log"]["step"], run["log"][key], strict=True))) for run in logged]
         log = "y" if key == "grad_norm" else ""
-        yield from _lines(key.replace("_", "-"), f"{title} (SORSA, Figure 3)", "step", title.lower(), series, log)
+        yield from _lines(key.replace("_", "-"), title, "step", title.lower(), series, log)
     sampled = [(run["name"], run["during"]) for run in data["runs"] if run["during"]]
 
     def means(found: dict[str, Any], measure: str) -> list[float | None]:
@@ -136,14 +146,14 @@ def _during(data: dict[str, Any]) -> Iterator[Numbers]:
         _line(name, list(zip(means(found, "delta_sigma"), means(found, "delta_d"), strict=True)))
         for name, found in sampled
     ]
-    yield from _lines("delta", "ΔD against ΔΣ (SORSA, Figure 2)", "ΔΣ", "ΔD", paths)
+    yield from _lines("delta", "ΔD against ΔΣ", "ΔΣ", "ΔD", paths)
     for name, found in sampled:
         by_layer = [zip(*found["values"][measure], strict=True) for measure in ("delta_sigma", "delta_d")]
         paths = [
             _line(layer, list(zip(sigma, turn, strict=True)))
             for layer, sigma, turn in zip(found["layers"], *by_layer, strict=True)
         ]
-        title = f"{name}: ΔD against ΔΣ of each layer (SORSA, Figure 2)"
+        title = f"{name}: ΔD against ΔΣ of each layer"
         yield from _lines(f"delta-layers-{name}", title, "ΔΣ", "ΔD", paths)
 
 
@@ -196,7 +206,7 @@ def _before(data: dict[str, Any]) -> Iterator[Numbers]:
             _line(f"θ = {threshold:g}", [(place[name]["depth"], layers[name]["k"][t]) for name in names])
             for t, threshold in enumerate(thresholds)
         ]
-        yield from _lines(f"ranks-{kind}", f"{kind}: rank at thresholds (SARA, Figure 8)", "layer", "rank k", ranks)
+        yield from _lines(f"ranks-{kind}", f"{kind}: rank at thresholds", "layer", "rank k", ranks)
         spectra = [_line(f"layer {place[name]['depth']}", layers[name]["values"]) for name in names]
         yield from _lines(f"spectra-{kind}", f"{kind}: singular values", "index", "σ", spectra, "xy")
     for t, threshold in enumerate(thresholds):
@@ -213,7 +223,7 @@ def _routing(data: dict[str, Any]) -> Iterator[Numbers]:
         for task, found in (run["routing"] or {}).get("tasks", {}).items():
             for kind in dict.fromkeys(place[name]["kind"] for name in found["layers"]):
                 names = [name for name in found["layers"] if place[name]["kind"] == kind]
-                title = f"{run['name']}, {task}, {kind}: mean gate (SARA, Figure 7)"
+                title = f"{run['name']}, {task}, {kind}: mean gate"
                 rows = [str(place[name]["depth"]) for name in names]
                 gates = [found["layers"][name]["gate"] for name in names]
                 name = f"routing-{run['name']}-{task}-{kind}"

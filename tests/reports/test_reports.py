@@ -13,6 +13,7 @@ from svdtune.cli import app
 from svdtune.reports import all_numbers, figures, gather, render, write_figures
 from svdtune.reports.figures import draw, save
 from svdtune.reports.gather import depth_of
+from svdtune.reports.numbers import Lines, Series
 
 
 @pytest.fixture
@@ -75,6 +76,14 @@ def test_figures_by_name_are_matplotlib_figures(runs: list[Path]) -> None:
     drawn = figures(data)
     assert drawn["loss"].axes[0].get_ylabel() == "training loss"
     assert [text.get_text() for text in drawn["loss"].axes[0].get_legend().get_texts()] == ["small", "large"]
+
+
+def test_what_is_counted_has_whole_ticks_and_no_title_names_a_figure_of_a_paper(runs: list[Path]) -> None:
+    steps = Lines("loss", "Training loss", "step", "loss", [Series("run", [1, 2, 3], [0.5, 0.4, 0.35])])
+    axes = draw(steps).axes[0]
+    assert [tick for tick in axes.get_xticks() if tick != int(tick)] == []
+    assert [tick for tick in axes.get_yticks() if tick != int(tick)] != []
+    assert [one.title for one in all_numbers(gather([read_facts(run) for run in runs])) if "Figure" in one.title] == []
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:

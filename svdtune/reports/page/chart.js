@@ -3,8 +3,9 @@
 const HEIGHT = 300, EDGE = { left: 58, right: 14, top: 12, bottom: 44 };
 const DASHES = ["", "7 3", "2 3", "9 3 2 3", "4 2", "1 2", "12 3", "6 2 1 2"];
 
-/** Round numbers from `low` to `high`, about `count`; powers of ten (or 1, 2, 5 of them) on a logarithmic axis. */
-function ticksOf(low, high, log, count = 6) {
+/** Round numbers from `low` to `high`, about `count`, whole ones for what is counted; powers of ten (or 1, 2, 5 of them) on a
+ * logarithmic axis. */
+function ticksOf(low, high, log, whole, count = 6) {
   const found = [];
   if (log) {
     const steps = Math.log10(high / low) > 2.5 ? [1] : [1, 2, 5];
@@ -14,7 +15,7 @@ function ticksOf(low, high, log, count = 6) {
     return found;
   }
   const rough = (high - low) / count, unit = 10 ** Math.floor(Math.log10(rough));
-  const step = unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough);
+  const step = Math.max(whole ? 1 : 0, unit * [1, 2, 5, 10].find((factor) => factor * unit >= rough));
   for (let at = Math.ceil(low / step) * step; at <= high + step / 1e6; at += step) found.push(+at.toPrecision(12));
   return found;
 }
@@ -33,7 +34,7 @@ function scaleOf(values, from, to, axis) {
   }
   const forward = log ? Math.log10 : (value) => value;
   const place = (value) => from + ((forward(value) - forward(low)) / (forward(high) - forward(low))) * (to - from);
-  return { place, ticks: axis.ticks || ticksOf(low, high, log), drawable: (value) => Number.isFinite(value) && (!log || value > 0) };
+  return { place, ticks: axis.ticks || ticksOf(low, high, log, usable.every(Number.isInteger)), drawable: (value) => Number.isFinite(value) && (!log || value > 0) };
 }
 
 const MARKS = [
@@ -51,11 +52,13 @@ const MARKS = [
 function chart(spec, width) {
   const series = spec.series.map((one) => ({ ...one, points: one.points.filter((p) => p.y !== null && p.y !== undefined) }));
   const all = series.flatMap((one) => one.points);
-  const xs = scaleOf(all.map((p) => p.x), EDGE.left, width - EDGE.right, { tight: spec.joined !== false, loose: spec.joined === false, ...spec.x });
   const ends = all.flatMap((p) => [p.y, p.low, p.high]).filter((value) => value !== null && value !== undefined);
   const ys = scaleOf(ends, HEIGHT - EDGE.bottom, EDGE.top, spec.y);
+  // the label beside the axis keeps clear of the widest number
+  const left = Math.max(EDGE.left, 30 + 7 * Math.max(...ys.ticks.map((tick) => (spec.y.tick || tickText)(tick).length)));
+  const xs = scaleOf(all.map((p) => p.x), left, width - EDGE.right, { tight: spec.joined !== false, loose: spec.joined === false, ...spec.x });
   const svg = el("svg:svg", { class: "chart", viewBox: `0 0 ${width} ${HEIGHT}`, role: "img", tabindex: 0, "aria-label": spec.label });
-  axes(svg, spec, xs, ys, width - EDGE.right);
+  axes(svg, spec, xs, ys, left, width - EDGE.right);
   const spots = [];
   for (const one of series) {
     const points = one.points.filter((p) => xs.drawable(p.x) && ys.drawable(p.y));
@@ -83,25 +86,25 @@ function paintOf(style) {
   return { colour: `var(--c${style % 8})`, dash: DASHES[style % 8], mark: MARKS[style % 4] };
 }
 
-function axes(svg, spec, xs, ys, right) {
+function axes(svg, spec, xs, ys, left, right) {
   const bottom = HEIGHT - EDGE.bottom;
   for (const tick of ys.ticks) {
     const y = ys.place(tick);
     if (y > bottom + 1 || y < EDGE.top - 1) continue;
-    svg.append(el("svg:line", { class: "grid", x1: EDGE.left, x2: right, y1: y, y2: y }));
-    svg.append(el("svg:text", { x: EDGE.left - 6, y: y + 4, "text-anchor": "end" }, (spec.y.tick || tickText)(tick)));
+    svg.append(el("svg:line", { class: "grid", x1: left, x2: right, y1: y, y2: y }));
+    svg.append(el("svg:text", { x: left - 6, y: y + 4, "text-anchor": "end" }, (spec.y.tick || tickText)(tick)));
   }
   let last = -1e9;
   for (const tick of xs.ticks) {
     const x = xs.place(tick), text = (spec.x.tick || tickText)(tick);
-    if (x > right + 1 || x < EDGE.left - 1) continue;
+    if (x > right + 1 || x < left - 1) continue;
     svg.append(el("svg:line", { class: "axis", x1: x, x2: x, y1: bottom, y2: bottom + 4 }));
     if (x - last < text.length * 7 + 6) continue;
     last = x;
     svg.append(el("svg:text", { x, y: bottom + 17, "text-anchor": "middle" }, text));
   }
-  svg.append(el("svg:line", { class: "axis", x1: EDGE.left, x2: right, y1: bottom, y2: bottom }));
-  svg.append(el("svg:text", { x: (EDGE.left + right) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, spec.x.label));
+  svg.append(el("svg:line", { class: "axis", x1: left, x2: right, y1: bottom, y2: bottom }));
+  svg.append(el("svg:text", { x: (left + right) / 2, y: HEIGHT - 8, "text-anchor": "middle" }, spec.x.label));
   svg.append(el("svg:text", { transform: `translate(13 ${(EDGE.top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, spec.y.label));
 }
 

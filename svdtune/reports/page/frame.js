@@ -21,7 +21,7 @@ function figure(spec) {
     el("button", { type: "button", click: () => drawn && save(`${spec.id}.svg`, standalone(drawn.svg), "image/svg+xml") }, "Save SVG"),
     el("button", { type: "button", click: () => drawn && save(`${spec.id}.csv`, csv(drawn.rows), "text/csv") }, "Save CSV"), numbers);
   const node = el("figure", { id: spec.id, class: spec.wide ? "wide" : null },
-    el("figcaption", {}, el("strong", {}, spec.title), spec.source ? el("small", {}, spec.source) : null),
+    el("figcaption", {}, el("strong", {}, spec.title), spec.source ? el("small", {}, `the paper's: ${spec.source}`) : null),
     choices.childElementCount ? choices : null, body, keys, note, tools);
   let drawn = null;
   const fill = () => {
