@@ -25,8 +25,9 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 
 if TYPE_CHECKING:
-    from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites, start
+    from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites
     from svdtune.api.runs import analyze, evaluate, report, train
+    from svdtune.api.starting import start
     from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
     from svdtune.methods.files.many import load_adapters
     from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
@@ -62,7 +63,7 @@ __all__ = [
 
 # Imported when first asked for: PEFT and the Trainer take seconds each, and who does not need them
 # does not wait.
-_LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites", "start"), "svdtune.api.adapters")
+_LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites"), "svdtune.api.adapters")
 _LATER |= dict.fromkeys(("analyze", "evaluate", "report", "train"), "svdtune.api.runs")
 
 _LATER |= dict.fromkeys(
@@ -71,7 +72,11 @@ _LATER |= dict.fromkeys(
 _LATER |= dict.fromkeys(
     ("SorsaRegularizer", "add_regularizer_gradients", "regularize"), "svdtune.methods.sorsa.regularizer"
 )
-_LATER |= {"fast_starts": "svdtune.starts", "load_adapters": "svdtune.methods.files.many"}
+_LATER |= {
+    "start": "svdtune.api.starting",
+    "fast_starts": "svdtune.starts",
+    "load_adapters": "svdtune.methods.files.many",
+}
 
 
 def _is_command() -> bool:

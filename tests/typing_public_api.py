@@ -4,6 +4,7 @@
 from typing import assert_type
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 import svdtune
@@ -37,6 +38,7 @@ def adapters(model: nn.Module, folder: str) -> None:
     assert_type(svdtune.count(model, {"name": "sorsa", "r": 64}), Count)
     assert_type(svdtune.plan(folder, config, budget="0.1%"), Plan)
     assert_type(svdtune.start(folder, config, "adapter"), Started)
+    assert_type(svdtune.start(model, config), PeftModel)
     assert_type(svdtune.merge(folder, "merged"), MergeReport)
     assert_type(svdtune.export_lora(folder, "lora"), LoraReport)
     assert_type(svdtune.combine({folder: 0.5, "other": 0.5}, "lora"), LoraReport)

@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig, PeftConfig
+from peft import PeftConfig
 
-from svdtune.api.inputs import ModelLike, WantedAdapter, asked, source_of
+from svdtune.api.inputs import ModelLike, asked, source_of
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import Components
 from svdtune.methods import sites as places
-from svdtune.methods.config import SvdConfig
 from svdtune.models.placement import placement
 from svdtune.spectra.devices import check_device
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from svdtune.export import MergeReport
     from svdtune.export.lora import LoraReport
     from svdtune.methods.sites import Count, Sites
-    from svdtune.methods.start.disk import Started
     from svdtune.planning import Plan
     from svdtune.training.recipe import Recipe
 
@@ -143,88 +140,6 @@ def plan(
         device=device,
         progress=progress,
     )
-
-
-def start(
-    model: "str | Path | Recipe | Mapping[str, Any]",
-    config: ConfigLike | None,
-    output: str | Path,
-    *,
-    components: Components = "first",
-    seed: int = 0,
-    device: str | None = None,
-    progress: bool | None = None,
-) -> "Started":
-    """Write a new adapter for a model that need not fit into memory, one weight at a time.
-
-    It is what `get_peft_model` starts on the loaded model after `torch.manual_seed(seed)`, to the
-    bit on the same device. Load it with
-    `PeftModel.from_pretrained(model, output, is_trainable=True)`.
-
-    A stock LoRA that starts from a decomposition (`init_lora_weights` "pissa", "olora" or "mica")
-    equals PEFT's own exact one to rounding, and is loaded by PEFT alone. PiSSA and OLoRA take their
-    start off the weights: `output` then has the adapter in `adapter`, and in `residual` the
-    checkpoint to load it on.
-
-    Args:
-        model: a model folder, a `.gguf` file or a hub name, or a recipe.
-        config: of a new SARA, Mo-SARA or SORSA adapter, or such a LoRA; None with a recipe.
-        output: folder to create.
-        components: the triplets that "pissa" starts from: "first", "middle", "last" (MiLoRA), or
-            (start, stop). SORSA has a setting of its own for it.
-        seed: of what starts at random; torch's own state stays as it is.
-        device: where weights are decomposed; a GPU by default, where there is one.
-        progress: show a bar; by default where stderr is a terminal.
-
-    Returns:
-        `adapter`, the folder; `ranks` by layer; `trained` and `frozen`, counts of numbers;
-        `residual`, the folder of the weights that are left, or None.
-
-    Raises:
-        SvdtuneError: another method, settings that need the whole model, a layer that cannot be
-            adapted, or an output that exists or cannot be written.
-    """
-    check_device(device)
-    return begin("start", asked("start", model, config), output, components, seed, device, progress)
-
-
-def begin(
-    who: str,
-    wanted: WantedAdapter,
-    output: str | Path,
-    components: Components,
-    seed: int,
-    device: str | None,
-    progress: bool | None = None,
-) -> "Started":
-    """Write the start of an adapter that was asked for; the rest as in `start`.
-
-    Args:
-        who: the function or verb, for messages.
-        wanted: from `asked`.
-    """
-    from svdtune.checkpoint import Checkpoint
-    from svdtune.methods.start.disk import start as write
-    from svdtune.starts.disk import start_lora
-
-    config = wanted.config
-    if not isinstance(config, SvdConfig) and type(config) is not LoraConfig:
-        raise SvdtuneError(
-            f"{who} takes a SaraConfig, MoSaraConfig, SorsaConfig or LoraConfig of a new adapter; got {type(config).__name__}"
-        )
-    opened = wanted.open()
-    if not isinstance(opened, Checkpoint):
-        raise SvdtuneError(
-            f"{who} reads a model on disk, and this one is loaded; use get_peft_model(model, config) and save_pretrained, for "
-            "LoRA inside svdtune.fast_starts()"
-        )
-    if isinstance(config, SvdConfig):
-        if components != "first":
-            raise SvdtuneError(
-                "components is for LoRA's PiSSA here; give SORSA's in its configuration: SorsaConfig(components=…)"
-            )
-        return write(opened, config, output, seed=seed, device=device, progress=progress)
-    return start_lora(opened, config, output, components=components, device=device, progress=progress)
 
 
 def merge(

@@ -121,8 +121,6 @@ def _way(init: Any, components: Components) -> Way:
             f"start writes what LoRA takes from a weight's decomposition: init_lora_weights='pissa', 'olora' or 'mica'; got "
             f"{init!r}. get_peft_model starts the others without one, or from data"
         )
-    if components != "first":
-        raise SvdtuneError(f"components says which triplets PiSSA starts from, and {init!r} has its own; leave it out")
     of_weight = from_qr if init == "olora" else from_last_left
 
     def decompose(weight: Tensor, site: Site, _: float, where: torch.device) -> LoraPair:
@@ -139,7 +137,7 @@ def _pissa(components: Components, weight: Tensor, site: Site, scaling: float, w
 
 def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) -> _PlannedLora:
     """Put the adapter on the model without weights, and make sure that A and B are all of it."""
-    _check_components(config, components)
+    check_components(config, components)
     starts_at_zero = config.init_lora_weights == "mica"  # the name also says that B stays
     # PEFT would decompose weights that are not there; what is loaded is not taken off again either
     given = config if starts_at_zero else replace(config, init_lora_weights=True)
@@ -172,7 +170,11 @@ def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) ->
     return _PlannedLora(planned, completed)
 
 
-def _check_components(config: LoraConfig, components: Components) -> None:
+def check_components(config: LoraConfig, components: Components) -> None:
+    """Raise `SvdtuneError` for triplets that are none, or not those of a LoRA of this rank."""
+    init = config.init_lora_weights
+    if components != "first" and not (isinstance(init, str) and PISSA.fullmatch(init)):
+        raise SvdtuneError(f"components says which triplets PiSSA starts from, and {init!r} has its own; leave it out")
     if isinstance(components, str):
         if components not in BANDS:
             raise SvdtuneError(f"components must be one of {', '.join(BANDS)}, or (start, stop); got {components!r}")

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneWarning
-from svdtune.linalg import Factors, top_factors
+from svdtune.linalg import Components, Factors, band_factors, top_factors
+from svdtune.linalg.factors import band_of
 from svdtune.spectra.devices import devices_for_work, on_device
 from svdtune.starts.pairs import LoraPair, damped_covariance, from_factors, from_last_left, from_qr, residual
 
 Parts = TypeVar("Parts", Factors, LoraPair)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PISSA = re.compile(r"pissa(_niter_\d+)?")
-# Whether the calling thread is inside a block.
-_entered: ContextVar[bool] = ContextVar("svdtune.fast_starts", default=False)
+# The triplets that PiSSA takes in the block that the calling thread is inside of.
+_entered: ContextVar[Components | None] = ContextVar("svdtune.fast_starts", default=None)
 
 
 class PeftPlace(NamedTuple):
@@ -52,7 +53,7 @@ class PeftPlace(NamedTuple):
 
 
 @contextmanager
-def fast_starts() -> Iterator[None]:
+def fast_starts(components: Components = "first") -> Iterator[None]:
     """Inside the block, PEFT takes the starts of LoRA that need a decomposition from svdtune.
 
         with svdtune.fast_starts():
@@ -64,11 +65,14 @@ def fast_starts() -> Iterator[None]:
     Weights on the CPU are decomposed on a GPU where there is one; SVDTUNE_DEVICE=cpu leaves them
     there.
 
+    `components` is which triplets "pissa" starts from: "first", "middle", "last" (MiLoRA), or
+    (start, stop) with stop - start = r.
+
     The block is the calling thread's; other threads and what follows the block, in whichever way it
     is left, have PEFT as it was. Where a release of PEFT has other signatures than svdtune knows,
     a warning says so and PEFT's own start runs.
     """
-    token = _entered.set(True)
+    token = _entered.set(components)
     _Patches.enter()
     try:
         yield
@@ -130,7 +134,7 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(own)
     def door(*args: Any, **kwargs: Any) -> Any:
-        if _entered.get():
+        if _entered.get() is not None:
             done = place.ours(*args, **kwargs)
             if done is not NotImplemented:
                 return done
@@ -144,7 +148,9 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
     if weight is None or not _PISSA.fullmatch(init_lora_weights):
         return NotImplemented
     r, scaling = self.r[adapter_name], self.scaling[adapter_name]
-    pair = from_factors(_where_fastest(top_factors, weight, r), scaling)
+    start, stop = band_of(_entered.get() or "first", r, min(weight.shape))
+    decompose = top_factors if start == 0 else lambda there, _: band_factors(there, start, stop)
+    pair = from_factors(_where_fastest(decompose, weight, r), scaling)
     _start(self, adapter_name, pair)
     _take_off(self, weight, pair, scaling)
     return None

@@ -252,7 +252,20 @@ class TestAfterTraining:
         ),
         (
             lambda: svdtune.start(tiny_llama(), SaraConfig(r=2), "out"),
-            r"reads a model on disk, and this one is loaded; use get_peft_model\(model, config\)",
+            "start was given a loaded model, on which it puts the adapter: leave out the folder and `device`",
+        ),
+        (lambda: svdtune.start("llama-7b", SaraConfig(r=2)), "model on disk to a folder: give one"),
+        (
+            lambda: svdtune.start(tiny_llama(), None),
+            "start was given no configuration: expected one of PEFT such as Lora",
+        ),
+        (
+            lambda: svdtune.start(tiny_llama(), SorsaConfig(r=2), components="last"),
+            "give SORSA's in its configuration",
+        ),
+        (
+            lambda: svdtune.start(tiny_llama(), LoraConfig(init_lora_weights="olora"), components="last"),
+            "components says which triplets PiSSA starts from, and 'olora' has its own",
         ),
         (
             lambda: svdtune.train(3),

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import new_process
 import stock_peft
 import svdtune
-from svdtune import SorsaConfig, SvdtuneError
+from svdtune import SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.checkpoint import open_checkpoint
 from svdtune.cli import app
 from svdtune.starts.disk import start_lora
@@ -86,6 +86,31 @@ def test_it_is_pefts_own_exact_start(init, family, dtype, tmp_path):
 def load_weights(folder):
     files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("components", ["first", "middle", "last", (2, 6)], ids=str)
+def test_a_loaded_model_starts_as_from_disk(components, tmp_path):
+    model_of("llama").save_pretrained(tmp_path / "base")
+    made = svdtune.start(tmp_path / "base", lora("pissa"), tmp_path / "made", components=components)
+    model = svdtune.start(model_of("llama"), lora("pissa"), components=components)
+    found, left = load_weights(made.adapter), load_weights(made.residual)
+    for name in made.ranks:
+        layer = model.get_base_model().get_submodule(name)
+        A, B = (getattr(layer, f"lora_{part}")["default"].weight for part in "AB")
+        A0, B0 = (found[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        torch.testing.assert_close(B @ A, B0 @ A0, rtol=0, atol=1e-5)
+        torch.testing.assert_close(layer.get_base_layer().weight, left[f"{name}.weight"], rtol=0, atol=1e-5)
+
+
+def test_a_loaded_model_starts_as_peft_starts_it_after_the_same_seed():
+    config = SaraConfig(r=3, target_modules=["q_proj"])
+    base, other = model_of("llama"), model_of("llama")
+    before = torch.get_rng_state()
+    ours = svdtune.start(base, config, seed=5)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(5)
+    theirs = get_peft_model(other, config)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("components", ["middle", "last", (2, 6)], ids=str)

@@ -84,7 +84,7 @@ def start(
     planned = _plan(checkpoint, config)
     config = planned.config
     counts = {"trained": 0, "frozen": 0}
-    with new_folder(output) as work, _seeded(seed):
+    with new_folder(output) as work, seeded(seed):
         names = [f"{PEFT_ROOT}{site.name}.{part}{PROBE}" for site, layer in planned.layers for part in _parts(layer)]
         with TensorWriter(work / ADAPTER_WEIGHTS, dict.fromkeys(names), {"format": "pt"}) as file:
             for site, layer in tqdm(
@@ -105,7 +105,7 @@ def start(
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Draw from a seed inside, and from where torch was afterwards."""
     if seed is None:
         yield
