@@ -32,7 +32,7 @@ _WRONG = (
 )
 _RIGHT = (
     r"\s+(?:(?:is|must\s+be|seems)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|better|left)\b"
-    r"|(?:remains|fits|works|does)\b(?!\s+not))"
+    r"|it\s+is\b|(?:remains|fits|works|does)\b(?!\s+not))"
 )
 _CHOSEN = (
     r"(?:(?:correct|right|best)\s+(?:option|choice|solution|ending|one|letter)\s+(?:is|would\s+be|must\s+be)"

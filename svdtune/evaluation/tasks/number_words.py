@@ -33,6 +33,8 @@ def number_in_words(text: str) -> int | None:
     """The number that a sentence opens with, None where it opens with none, or with one that what
     follows makes another: "two and a half", "one of them", "two or three"."""
     text = re.sub(r"^\W*(?:about|around|approximately|roughly|nearly|almost|exactly|only|just)\s+", "", text.lower())
+    text, minus = re.subn(r"^\W*(?:minus|negative)\s+", "", text)
+    sign = -1 if minus else 1
     # "a million", "half a million"
     text = re.sub(rf"\b(half\s+)?an?\s+(?={'|'.join(MAGNITUDES)})", r"\1one ", text)
     words = re.findall(r"[a-z]+", text)
@@ -56,4 +58,4 @@ def number_in_words(text: str) -> int | None:
         or rest[:1] in (["half"], ["of"], ["or"], ["more"], ["less"])
     ):
         return None
-    return (total + part) // (1 + halved)
+    return sign * (total + part) // (1 + halved)

@@ -39,6 +39,7 @@ _EQUALS = re.compile(r"\s*(?:=|≈)\s*")
 # "5 apples + 6 apples": words that say what is counted, before a sign.
 _COUNTED = re.compile(r"(?:\s+[A-Za-z]+){1,3}(?=(?:\s*[+*=]|\s+/\s|\s*-\s)\s*[-$£€(]?\s*[\d(])")
 _EITHER = re.compile(r"\s*(?:\bor\b|\bto\b|\band\b)\s*")
+_OR = re.compile(r"[\s,(]*\bor\s+")
 _AND_LETTER = re.compile(r"\s*(?:,|;|and|or|,\s*and)?\s*[A-Za-z]\s*=\s*")
 _FEW_WORDS = 5  # of a text that is a number in words and nothing else
 _DATE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}")
@@ -47,13 +48,14 @@ _MONTH = (
     r"|Nov(?:ember)?|Dec(?:ember)?)"
 )
 _JOINED = re.compile(
-    r"(?:\s+[A-Za-z]+){0,2}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
+    r"(?:\s+[A-Za-z]+){0,2}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bby\b|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
 )
 _CONTINUED = re.compile(
     rf"\s*(?:\*\s*)?(?:[xyzniπ√∞](?![a-z])|\\(?:pi|sqrt|infty|theta))|[a-dxyzn]\b(?=\s*[-+*/^=)])|(?:st|nd|rd|th)?(?:\s+of)?\s*{_MONTH}\b|'\s?\d"
+    r"|\s*(?:pi|log|ln|sin|cos|tan)\b|\s+times\s+[a-z]\b"
 )
 _COMPARED = re.compile(
-    r"(?:\b(?:more|less|fewer|greater|larger|smaller|other)\s+than|\b(?:over|under|above|below|between|except)|[<>≤≥±]|\\(?:le|ge|lt|gt|leq|geq|pm))\s*$"
+    r"(?:\b(?:more|less|fewer|greater|larger|smaller|other)\s+than|\b(?:over|under|above|below|between|except|log|ln|sin|cos|tan)|[<>≤≥±]|\\(?:le|ge|lt|gt|leq|geq|pm))\s*$"
 )
 _RANGED = re.compile(r"\bfrom\s*$", re.IGNORECASE)
 _DEEPEST = 20  # brackets in brackets
@@ -97,6 +99,8 @@ def first_quantity(text: str) -> Quantity | None:
     if not found:
         return _in_words(text)
     first = found[0]
+    if len(found) > 1 and first.value == found[1].value and _OR.fullmatch(text[first.end : found[1].start]):
+        return first  # "3/4 or 0.75"
     if _JOINED.match(text, first.end) or _RANGED.search(text[: first.start]):
         return _no_number(text, first.start, first.end)
     if len(found) > 1 and one_of_two(text, first, found[1]):
@@ -118,7 +122,7 @@ def last_quantity(text: str) -> Quantity | None:
 def one_of_two(text: str, one: Quantity, other: Quantity) -> bool:
     """Whether two neighbours say one thing: "5 or 6", "5 ft 3 in", "x = 5, y = 6"."""
     between = text[one.end : other.start]
-    if one.unit and other.unit and re.fullmatch(r"(?:\s|,|\band\b)*", between):
+    if one.unit and other.unit and text[other.start] != "(" and re.fullmatch(r"(?:\s|,|\band\b)*", between):
         return one.unit != other.unit
     return _EITHER.fullmatch(between) is not None or _AND_LETTER.fullmatch(between) is not None
 
