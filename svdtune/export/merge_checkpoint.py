@@ -35,7 +35,7 @@ from svdtune.methods.files.card import TITLES, front, table
 from svdtune.methods.layers.experts import stacks_in
 from svdtune.models import load, load_tokenizer, set_end_token
 from svdtune.models.loading import load_decoding
-from svdtune.system import check_new_folder, new_folder, read_json
+from svdtune.system import check_new_folder, new_folder, read_json, without_bar
 from svdtune.training.lock import held
 
 
@@ -164,7 +164,7 @@ def _write_weights(
 ) -> tuple[bool, set[torch.dtype]]:
     """Write every weight; whether tied weights had to part, and the dtypes of the weights that were
     changed."""
-    with tqdm(desc="svdtune merge", unit="weight", delay=1.0) as bar:
+    with tqdm(desc="svdtune merge", unit="weight", delay=1.0, disable=without_bar(None)) as bar:
         new, added, untied = _plan(base, adapter, target, bar)
 
         def replacement(name: str, stored: Stored) -> dict[str, Stored | Computed]:

@@ -1,5 +1,6 @@
 """`--quiet` and `--json` on every verb; no bars and no wrapped lines where there is no terminal."""
 
+import ast
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import typer
 from test_odd_values import leaves
 from typer.testing import CliRunner
 
+import svdtune
 from svdtune import SorsaConfig, cli
 from svdtune.cli import app, outcome
 from svdtune.system import open_console, without_bar
@@ -155,3 +157,15 @@ def test_a_notebook_has_bars_where_its_standard_error_is_none(shell: Any, monkey
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert without_bar(None) == (not hasattr(shell, "kernel"))
     assert [without_bar(asked) for asked in (True, False)] == [False, True]
+
+
+def test_every_bar_asks_whether_it_is_seen() -> None:
+    """By `disable`, or as the training's, which is made where its console shows it."""
+    calls = [
+        (path.name, {word.arg for word in node.keywords})
+        for path in Path(svdtune.__file__).parent.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm"
+    ]
+    assert len(calls) >= 6
+    assert {name for name, words in calls if "disable" not in words} == {"callbacks.py"}
