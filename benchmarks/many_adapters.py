@@ -7,7 +7,7 @@ samples have an adapter each against the same batch with one adapter.
 
 Each kind has a process of its own. Memory is what the adapters added to it: resident memory after
 freed pages went back to the system, and on a GPU what PyTorch's allocator holds there. Mo-SARA's
-adapters are compact files and loaded by `svdtune.load_adapters`, PEFT's LoRA (r = 2 on the same
+adapters are compact files and loaded by `svdtune.load_adapters`, PEFT's LoRA (r = 1 on the same
 layers, about as many trained numbers) by PEFT's `load_adapter`, whose time for one grows with those
 that are there. Seconds are processor time where the device is the CPU. The file of one adapter is
 written once and loaded under other names: what is in it does not matter to any of these numbers.
@@ -32,7 +32,7 @@ from svdtune.models import SMOLLM2, load
 
 CONFIGS = {
     "mosara": lambda: MoSaraConfig(threshold=0.5, num_heads=5, compact=True, task_type="CAUSAL_LM"),
-    "lora": lambda: LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+    "lora": lambda: LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
 }
 
 
