@@ -203,7 +203,7 @@ def export_lora(
         output: folder to create; a file `to` "gguf".
         rank: cut every layer to this rank, and state the error. None: no loss.
         error: cut every layer to the smallest rank with ‖ΔW_lora − ΔW‖ <= error · ‖ΔW‖ (Frobenius).
-        uniform: pad all layers to one rank, as llama.cpp needs.
+        uniform: pad all layers to one rank, as llama.cpp's own converter needs.
         base: a model; given, the logits of both adapters on it are compared. For a tuned model, the
             one that it was tuned from (a run's own by default); with `start`, the untouched one.
         start: the adapter as `svdtune.start` wrote it, where it took its start off the weights.

@@ -1,5 +1,6 @@
 """A new adapter: written for a model on disk, or put on a loaded one."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -112,16 +113,16 @@ def _put_on(wanted: WantedAdapter, components: Components, seed: int) -> PeftMod
     if isinstance(config, LoraConfig):
         check_components(config, components)
     else:
-        _check_no_components(components)
+        _check_no_components("start", components)
     with fast_starts(components), seeded(seed):
         return inject(model, config)
 
 
-def _check_no_components(components: Components) -> None:
+def _check_no_components(who: str, components: Components) -> None:
     if components != "first":
-        raise SvdtuneError(
-            "components is for LoRA's PiSSA here; give SORSA's in its configuration: SorsaConfig(components=…)"
-        )
+        given = components if isinstance(components, str) else f"'{json.dumps(components)}'"
+        there = f"--method.components {given}" if who.startswith("svdtune ") else "SorsaConfig(components=…)"
+        raise SvdtuneError(f"components is for LoRA's PiSSA here; give SORSA's in its configuration: {there}")
 
 
 def begin(
@@ -151,6 +152,6 @@ def begin(
     opened = wanted.open()
     assert isinstance(opened, Checkpoint)  # it was named
     if isinstance(config, SvdConfig):
-        _check_no_components(components)
+        _check_no_components(who, components)
         return write(opened, config, output, seed=seed, device=device, progress=progress)
     return start_lora(opened, config, output, components=components, device=device, progress=progress)

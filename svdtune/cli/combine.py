@@ -22,7 +22,9 @@ def combine(
     error: Annotated[
         float | None, typer.Option(help="Cut every layer to the smallest rank within this relative error.")
     ] = None,
-    uniform: Annotated[bool, typer.Option(help="Pad all layers to one rank, as llama.cpp needs.")] = False,
+    uniform: Annotated[
+        bool, typer.Option(help="Pad all layers to one rank, as llama.cpp's own converter needs.")
+    ] = False,
 ) -> None:
     """Write the weighted sum of adapters on one base model as one LoRA.
 

@@ -56,8 +56,14 @@ def write_gguf(lora: Path, output: Path, base: str | None = None) -> None:
     import gguf
 
     settings = read_json(lora / ADAPTER_CONFIG)
-    revision = settings["revision"] if base is None else None
-    model = open_checkpoint(locate(base or settings["base_model_name_or_path"]), revision=revision, weights=False)
+    named = base or settings.get("base_model_name_or_path")
+    if not named:
+        raise SvdtuneError(
+            "the adapter does not name its base model, whose configuration the GGUF file follows: give it, --base MODEL on "
+            "the command line, base=… in Python"
+        )
+    revision = settings.get("revision") if base is None else None
+    model = open_checkpoint(locate(named), revision=revision, weights=False)
     architecture = _architecture(model)
     tensors = {
         name: part

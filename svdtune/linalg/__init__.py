@@ -1,6 +1,15 @@
 """Spectra, ranks and singular factors of a weight, with torch alone."""
 
-from svdtune.linalg.factors import BANDS, Components, Factors, band_factors, band_of, factors_at_threshold, top_factors
+from svdtune.linalg.factors import (
+    BANDS,
+    Components,
+    Factors,
+    band_factors,
+    band_of,
+    check_band,
+    factors_at_threshold,
+    top_factors,
+)
 from svdtune.linalg.orthonormal import orthonormality_error
 from svdtune.linalg.spectrum import Spectrum, rank_at_threshold, safe_rank, settled_spectrum, spectrum
 
@@ -11,6 +20,7 @@ __all__ = [
     "Spectrum",
     "band_factors",
     "band_of",
+    "check_band",
     "factors_at_threshold",
     "orthonormality_error",
     "rank_at_threshold",

@@ -102,6 +102,20 @@ def band_factors(weight: Tensor, start: int, stop: int, *, exact: bool = False) 
     return _decompose(weight, largest, start, stop, exact)
 
 
+def check_band(components: Components) -> None:
+    """Raise `SvdtuneError` for what names no triplets of any spectrum."""
+    if isinstance(components, str):
+        named = components in BANDS
+    else:
+        named = len(components) == 2 and all(isinstance(number, int) for number in components)
+        named = named and 0 <= components[0] < components[1]
+    if not named:
+        raise SvdtuneError(
+            f"components must be one of {', '.join(BANDS)}, or whole numbers (start, stop) with 0 <= start < stop; got "
+            f"{components!r}"
+        )
+
+
 def band_of(components: Components, r: int, n: int) -> tuple[int, int]:
     """(start, stop) of the r triplets that `components` names among n.
 
@@ -109,11 +123,17 @@ def band_of(components: Components, r: int, n: int) -> tuple[int, int]:
         components: "first", "middle", "last", or the band itself.
         r: how many; of a band, its length.
         n: how many there are.
+
+    Raises:
+        SvdtuneError: `components` names none, or a band of another length.
     """
+    check_band(components)
     if isinstance(components, str):
         start = {"first": 0, "middle": (n - r) // 2, "last": n - r}[components]
         return start, start + r
     start, stop = components
+    if stop - start != r:
+        raise SvdtuneError(f"components ({start}, {stop}) must be (start, stop) with stop − start = r, here {r}")
     return start, stop
 
 

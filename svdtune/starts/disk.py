@@ -5,7 +5,6 @@ The result is a folder that PEFT loads without svdtune. Where the start is taken
 one that was read: pair and rest come from one reading of each weight.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,16 +22,15 @@ from svdtune.checkpoint.rewrite import copy_other_files, floating, folder_of, wr
 from svdtune.checkpoint.tensors import Stored
 from svdtune.checkpoint.writer import Computed, TensorWriter
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import BANDS, Components, Factors
+from svdtune.linalg import Components, Factors, band_of
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.sites import Site, sites, skeleton
 from svdtune.methods.start.disk import Started, auto_mapping
 from svdtune.spectra.devices import devices_for_work, on_device
-from svdtune.starts.pairs import LoraPair, from_factors, from_last_left, from_qr, residual
+from svdtune.starts.pairs import PISSA, LoraPair, check_not_asked, from_factors, from_last_left, from_qr, residual
 from svdtune.system import check_new_folder, new_folder, without_bar
 
 ADAPTER, RESIDUAL = "adapter", "residual"
-PISSA = re.compile(r"pissa(_niter_\d+)?")
 
 
 class _PlannedLora(NamedTuple):
@@ -173,15 +171,10 @@ def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) ->
 def check_components(config: LoraConfig, components: Components) -> None:
     """Raise `SvdtuneError` for triplets that are none, or not those of a LoRA of this rank."""
     init = config.init_lora_weights
-    if components != "first" and not (isinstance(init, str) and PISSA.fullmatch(init)):
-        raise SvdtuneError(f"components says which triplets PiSSA starts from, and {init!r} has its own; leave it out")
-    if isinstance(components, str):
-        if components not in BANDS:
-            raise SvdtuneError(f"components must be one of {', '.join(BANDS)}, or (start, stop); got {components!r}")
-    elif len(components) != 2 or components[1] - components[0] != config.r or config.rank_pattern:
-        raise SvdtuneError(
-            f"components {tuple(components)} must be (start, stop) with stop − start = r, here {config.r}, and no rank_pattern"
-        )
+    if not (isinstance(init, str) and PISSA.fullmatch(init)):
+        check_not_asked(components, init)
+    for r in (config.r, *(config.rank_pattern or {}).values()):
+        band_of(components, r, r)  # the layers' own checks would come with some of them written
 
 
 def _check_weights(checkpoint: Checkpoint, planned: _PlannedLora) -> None:

@@ -7,7 +7,6 @@ and meta weights, ranks that the weight does not have) goes to PEFT's too, error
 """
 
 import inspect
-import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,15 +22,22 @@ from peft.utils import loftq_utils
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from svdtune.errors import SvdtuneWarning
-from svdtune.linalg import Components, Factors, band_factors, top_factors
-from svdtune.linalg.factors import band_of
+from svdtune.errors import SvdtuneError, SvdtuneWarning
+from svdtune.linalg import Components, Factors, band_factors, band_of, check_band, top_factors
 from svdtune.spectra.devices import devices_for_work, on_device
-from svdtune.starts.pairs import LoraPair, damped_covariance, from_factors, from_last_left, from_qr, residual
+from svdtune.starts.pairs import (
+    PISSA,
+    LoraPair,
+    check_not_asked,
+    damped_covariance,
+    from_factors,
+    from_last_left,
+    from_qr,
+    residual,
+)
 
 Parts = TypeVar("Parts", Factors, LoraPair)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_PISSA = re.compile(r"pissa(_niter_\d+)?")
 # The triplets that PiSSA takes in the block that the calling thread is inside of.
 _entered: ContextVar[Components | None] = ContextVar("svdtune.fast_starts", default=None)
 
@@ -66,12 +72,17 @@ def fast_starts(components: Components = "first") -> Iterator[None]:
     there.
 
     `components` is which triplets "pissa" starts from: "first", "middle", "last" (MiLoRA), or
-    (start, stop) with stop - start = r.
+    (start, stop) with stop - start = r. With another one than "first", the other starts above are
+    refused, and so is a weight that PEFT would decompose itself.
 
     The block is the calling thread's; other threads and what follows the block, in whichever way it
     is left, have PEFT as it was. Where a release of PEFT has other signatures than svdtune knows,
     a warning says so and PEFT's own start runs.
+
+    Raises:
+        SvdtuneError: `components` names no triplets, or not as many as a layer's r.
     """
+    check_band(components)
     token = _entered.set(components)
     _Patches.enter()
     try:
@@ -134,7 +145,9 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(own)
     def door(*args: Any, **kwargs: Any) -> Any:
-        if _entered.get() is not None:
+        if (components := _entered.get()) is not None:
+            if place.ours is not _pissa_init:
+                check_not_asked(components, place.name.strip("_"))
             done = place.ours(*args, **kwargs)
             if done is not NotImplemented:
                 return done
@@ -145,10 +158,16 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> Any:
     weight = _weight(self, adapter_name)
-    if weight is None or not _PISSA.fullmatch(init_lora_weights):
+    components = _entered.get() or "first"
+    if weight is None or not PISSA.fullmatch(init_lora_weights):
+        if components != "first":
+            raise SvdtuneError(
+                f"PEFT itself starts {init_lora_weights!r} of a weight that is quantized, sharded, on meta, not finite or has "
+                "fewer triplets than r, and takes the first ones: give components='first', or leave the layer out"
+            )
         return NotImplemented
     r, scaling = self.r[adapter_name], self.scaling[adapter_name]
-    start, stop = band_of(_entered.get() or "first", r, min(weight.shape))
+    start, stop = band_of(components, r, min(weight.shape))
     decompose = top_factors if start == 0 else lambda there, _: band_factors(there, start, stop)
     pair = from_factors(_where_fastest(decompose, weight, r), scaling)
     _start(self, adapter_name, pair)

@@ -10,14 +10,24 @@ off the weight, so that the model begins as it was: W ← W − c · B A.
     mica    B = U of the r last triplets, A = 0                  arXiv:2604.01694
 """
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from svdtune.linalg import Factors, band_factors
+from svdtune.errors import SvdtuneError
+from svdtune.linalg import Components, Factors, band_factors
 from svdtune.linalg.matrix import check_rank, largest_entry
 from svdtune.linalg.precision import full_precision
+
+PISSA = re.compile(r"pissa(_niter_\d+)?")
+
+
+def check_not_asked(components: Components, init: Any) -> None:
+    """Raise `SvdtuneError` where triplets are asked for with a start that has its own."""
+    if components != "first":
+        raise SvdtuneError(f"components says which triplets PiSSA starts from, and {init!r} has its own; leave it out")
 
 
 class LoraPair(NamedTuple):

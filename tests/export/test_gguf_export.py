@@ -1,5 +1,6 @@
 """An adapter as llama.cpp's file: read back by the package gguf, mapped back by Transformers."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,11 @@ def test_what_llama_cpp_does_not_take_is_refused(tmp_path: Path) -> None:
         lora = export_lora(given, tmp_path / f"lora-{number}").output
         with pytest.raises(SvdtuneError, match=words):
             write_gguf(lora, tmp_path / "adapter.gguf", str(named))
+    settings = json.loads((lora / "adapter_config.json").read_text())
+    for nameless in (settings | {"base_model_name_or_path": None}, settings | {"base_model_name_or_path": ""}):
+        (lora / "adapter_config.json").write_text(json.dumps(nameless))
+        with pytest.raises(SvdtuneError, match=r"does not name its base model, .* give it, --base MODEL"):
+            write_gguf(lora, tmp_path / "adapter.gguf")
     with pytest.raises(SvdtuneError, match="'lora' or 'gguf'; got 'ggml'"):
         export_lora(adapter, tmp_path / "adapter.ggml", to="ggml")
     assert not list(tmp_path.glob("adapter.g*"))

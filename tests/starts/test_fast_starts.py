@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from pairwise import all_pairs
-from svdtune import SvdtuneWarning, fast_starts
+from svdtune import SvdtuneError, SvdtuneWarning, fast_starts
 from svdtune.starts import inside_peft
 from tiny import tiny_gpt2, tiny_llama
 
@@ -258,6 +258,36 @@ def test_what_peft_refuses_is_refused_by_peft(init, settings, dtype):
     with pytest.raises((TypeError, ValueError)) as ours, fast_starts():
         started(one_layer("wide", dtype), init, **settings)
     assert (str(ours.value), type(ours.value)) == (str(theirs.value), type(theirs.value))
+
+
+@pytest.mark.parametrize("components", ["lst", (3,), (5, 3), (-6, 0), (0.0, 6.0)], ids=str)
+def test_components_that_name_no_triplets_are_refused_on_entering(components):
+    with (
+        pytest.raises(SvdtuneError, match=r"one of first, middle, last, or whole numbers .*; got"),
+        fast_starts(components),
+    ):
+        raise AssertionError("entered")
+    assert inside_peft._Patches.inside == 0
+
+
+@pytest.mark.parametrize(
+    ("init", "components", "settings", "words"),
+    [
+        ("pissa", (3, 8), {}, r"\(3, 8\) must be \(start, stop\) with stop − start = r, here 6"),
+        ("pissa_niter_4", (0, 7), {}, r"\(0, 7\) must be"),
+        ("pissa", (0, 6), {"rank_pattern": {"0": 4}}, "stop − start = r, here 4"),
+        ("pissa", "last", {"r": 50}, "has fewer triplets than r, and takes the first ones"),
+        ("olora", "last", {}, "'olora_init' has its own; leave it out"),
+        ("mica", (0, 6), {}, "'mica_init' has its own"),
+    ],
+    ids=["length", "niter", "pattern", "rank", "olora", "mica"],
+)
+def test_components_that_no_start_would_heed_are_refused(init, components, settings, words):
+    model = one_layer("wide", torch.float32)
+    before = model[0].weight.clone()
+    with pytest.raises(SvdtuneError, match=words), fast_starts(components):
+        started(model, init, **settings)
+    assert torch.equal(model[0].weight, before)
 
 
 def test_a_rank_beyond_the_weights_is_cut_short_as_peft_does(decomposed):

@@ -165,6 +165,16 @@ def test_by_the_command_line_and_a_recipe(tmp_path):
         assert all(torch.equal(written[other][key], tensor) for key, tensor in written["model"].items())
 
 
+@pytest.mark.parametrize(("given", "advised"), [("last", "last"), ("2:6", "'[2, 6]'")], ids=["word", "band"])
+def test_the_command_line_names_sorsas_own_setting(given, advised, tmp_path):
+    tiny_llama(num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    words = ["init", str(tmp_path / "base"), "--components", given, "--output", str(tmp_path / "made")]
+    result = CliRunner().invoke(app, words)
+    said = " ".join(result.output.replace("│", " ").split())
+    assert result.exit_code == 2
+    assert f"SORSA's in its configuration: --method.components {advised}" in said
+
+
 def test_one_weight_is_there_at_a_time(tmp_path):
     model_of("llama").save_pretrained(tmp_path / "base")
     watched = Watched(open_checkpoint(tmp_path / "base"))
@@ -179,6 +189,7 @@ def test_one_weight_is_there_at_a_time(tmp_path):
         (lora("gaussian"), {}, "init_lora_weights='pissa', 'olora' or 'mica'; got 'gaussian'"),
         (lora("olora"), {"components": "last"}, "says which triplets PiSSA starts from, and 'olora' has its own"),
         (lora("pissa"), {"components": "best"}, "components must be one of first, middle, last, or"),
+        (lora("pissa", rank_pattern={"q_proj": 2}), {"components": (0, 4)}, "stop − start = r, here 2"),
         (lora("pissa"), {"components": (0, 9)}, r"components \(0, 9\) must be \(start, stop\) with stop − start = r"),
         (lora("pissa"), {"components": (30, 34)}, "lies outside the spectrum"),
         (lora("pissa", r=17), {}, r"v_proj' \[16, 32\] has no 17 singular triplets; lower `r`"),
