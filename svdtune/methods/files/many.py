@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 
@@ -81,6 +82,8 @@ def _put_on(saved: SavedAdapter, layers: Layers, name: str, shapes: Shapes) -> N
     Raises:
         SvdtuneError: the file is not what this model needs.
     """
+    for at, layer in layers.items():
+        saved.config.check_layer(at, layer)
     with init_empty_weights():
         for at, layer in layers.items():
             layer.update_layer(name, saved.config.ranks[at], saved.config, load_only=True, shapes=shapes)
@@ -95,6 +98,10 @@ def _put_on(saved: SavedAdapter, layers: Layers, name: str, shapes: Shapes) -> N
     restore(in_file, given, name)
     for at, (layer, tensors) in given.items():
         check_tensors(at, layer.adapter_tensors(name), tensors)
-        # what is mapped from a file would keep all of it in memory
-        layer.fill(name, tensors | {part: tensors[part].clone() for part in layer.trained if part in tensors}, ())
+        values = {
+            # fp32 as by load_adapter; what is mapped from a file would keep all of it in memory
+            part: tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=part in layer.trained)
+            for part, tensor in tensors.items()
+        }
+        layer.fill(name, values, ())
         layer._move_adapter_to_device_of_base_layer(name)

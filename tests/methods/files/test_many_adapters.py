@@ -58,6 +58,32 @@ def test_outputs_are_those_of_pefts_own_loading(saved):
     assert load_file(folder / "again" / "second" / "adapter_model.safetensors").keys()
 
 
+@pytest.mark.parametrize("kind", [SaraConfig, SorsaConfig, MoSaraConfig])
+def test_an_adapter_in_half_precision_is_loaded_in_fp32(kind, tmp_path):
+    config = kind(r=2, target_modules=["q_proj"])
+    half = get_peft_model(tiny_llama(num_hidden_layers=1).bfloat16(), config, autocast_adapter_dtype=False)
+    moved(half).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=1).bfloat16(), tmp_path)
+    load_adapters(model, {"second": tmp_path})
+    of = {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".default", ".second"))}
+    assert {tensor.dtype for tensor in of.values()} == {torch.float32}
+    for name, tensor in of.items():
+        assert torch.equal(tensor, of[name.replace(".second", ".default")])
+
+
+@pytest.mark.parametrize("split", ["first", "second"])
+def test_a_split_adapter_stands_alone(split, tmp_path):
+    for name in ("first", "second"):
+        model = get_peft_model(tiny_llama(num_hidden_layers=1), SorsaConfig(r=2, target_modules=["q_proj"]))
+        model.peft_config["default"].layout = "split" if name == split else "delta"
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(tiny_llama(num_hidden_layers=1), tmp_path / "first")
+    with pytest.raises(SvdtuneError, match=r"layout='split'.* no second adapter can stand on that layer"):
+        load_adapters(model, {"second": tmp_path / "second"})
+    assert list(model.peft_config) == ["default"]
+    assert not [name for name in model.state_dict() if name.endswith(".second")]
+
+
 @every(["mosara"])
 def test_other_layers_and_whole_modules_go_pefts_way(saved):
     base, folder = saved
