@@ -46,6 +46,8 @@ from svdtune.spectra import sharing
 # and GRPO. TRL puts it on with the original's configuration, and then copies by names in which
 # something follows the adapter's, as in LoRA's `lora_A.default.weight`.
 REFERENCE = "ref"
+# Of whole modules, those that PEFT computes with another copy for each sample.
+BY_SAMPLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class SvdTuner(StoringTuner):
@@ -318,7 +320,10 @@ class SvdTuner(StoringTuner):
         try:
             for module in self.model.modules():
                 if isinstance(module, SvdLayer | FusedLinear | AuxiliaryTrainingWrapper):
-                    handed = partial(_hand_over, samples if module in inside else expanded)
+                    own = samples if module in inside else expanded
+                    if isinstance(module, AuxiliaryTrainingWrapper):  # an adapter may train none of it
+                        own = Samples([name if name in module._adapters else BASE for name in own])
+                    handed = partial(_hand_over, own)
                     hooks.append(module.register_forward_pre_hook(handed, with_kwargs=True))
             yield
         finally:
@@ -341,6 +346,15 @@ class SvdTuner(StoringTuner):
                 "adapter by itself, with set_adapter before"
             )
         for name, module in self.model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and not (
+                module.disable_adapters or isinstance(module.original_module, BY_SAMPLE)
+            ):
+                kind = type(module.original_module).__name__
+                raise SvdtuneError(
+                    f"`adapter_names` cannot be heeded by {name!r} of `modules_to_save`: PEFT gives samples their own linear "
+                    f"layers, embeddings and convolutions alone, and it is a {kind}. Call the model once for each adapter, "
+                    "with set_adapter before"
+                )
             of_expert = isinstance(module, SvdLayer) and re.search(r"expert\w*\.\d+\.", name)
             if of_expert or isinstance(module, FusedExperts):
                 raise SvdtuneError(

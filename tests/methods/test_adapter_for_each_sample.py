@@ -163,6 +163,22 @@ def test_modules_to_save_are_each_samples_own():
         assert torch.allclose(found, alone(model, name, tokens[None])[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("active", ["default", "other"])
+def test_an_adapter_without_modules_to_save_has_the_bases(active):
+    settings = {"r": 2, "target_modules": ["q_proj"]}
+    config = SaraConfig(**settings, modules_to_save=["lm_head", "embed_tokens"])
+    model = get_peft_model(tiny_llama(num_hidden_layers=1, tie_word_embeddings=False), config)
+    model.add_adapter("other", SaraConfig(**settings))
+    with torch.no_grad():
+        for wrapper in (model.base_model.model.lm_head, model.base_model.model.model.embed_tokens):
+            wrapper.modules_to_save["default"].weight += torch.randn(60, 32)
+        model.eval().set_adapter(active)
+        names = ["other", "__base__", "default"]
+        together = model(input_ids=TOKENS[:3], adapter_names=names).logits
+    for name, tokens, found in zip(names, TOKENS, together, strict=False):
+        assert torch.allclose(found, alone(model, name, tokens[None])[0], atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def model():
     return several(tiny_llama(num_hidden_layers=1), METHODS["mosara"], ["q_proj"], ["v_proj"])
@@ -179,6 +195,15 @@ class TestRefused:
             SvdtuneError, match=r"'typo', which is none of the model's adapters: default, like, .*__base__"
         ):
             model(input_ids=TOKENS, adapter_names=["typo"] * 5)
+
+    def test_whole_modules_of_other_kinds(self):
+        config = SaraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
+        model = get_peft_model(tiny_llama(num_hidden_layers=1), config).eval()
+        with pytest.raises(
+            SvdtuneError,
+            match=r"by 'model\.layers\.0\.input_layernorm' of `modules_to_save`: .* and it is a LlamaRMSNorm",
+        ):
+            model(input_ids=TOKENS, adapter_names=["default"] * 5)
 
     def test_another_number_of_names(self, model):
         with pytest.raises(SvdtuneError, match=r"has 2 names, and a layer was given 5 samples\. Give a name for each"):
