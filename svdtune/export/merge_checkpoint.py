@@ -99,11 +99,8 @@ def merge(
     kept = nullcontext() if source.run is None else held(source.run, "merge")
     with kept, new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
         if isinstance(config, SvdConfig) and config.target_parameters:
-            layers, untied, dtypes = (
-                len({*map(config.module_of, config.ranks)}),
-                False,
-                _write_loaded(source, work, target),
-            )
+            layers = len({*map(config.module_of, config.ranks)})
+            untied, dtypes = _write_loaded(base, source, work, target)
         else:
             adapter = LayerwiseAdapter(folder, config, base.model)
             layers, (untied, dtypes) = len(adapter.layers), _write_weights(base, work, adapter, target)
@@ -146,8 +143,11 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
         yield open_checkpoint(converted, **how)
 
 
-def _write_loaded(source: Source, work: Path, target: torch.dtype | None) -> set[torch.dtype]:
-    """Merge in the loaded model, and write every weight; the dtypes of the experts'.
+def _write_loaded(
+    base: Checkpoint, source: Source, work: Path, target: torch.dtype | None
+) -> tuple[bool, set[torch.dtype]]:
+    """Merge in the loaded model, and write every weight; whether tied embeddings had to part, and
+    the dtypes of the experts' weights.
 
     Fused experts are a parameter in the model, and in a checkpoint often tensors of their own, from
     which Transformers makes the one and back.
@@ -156,7 +156,14 @@ def _write_loaded(source: Source, work: Path, target: torch.dtype | None) -> set
     model: Any = open_source(source, dtype="auto" if target is None else "float32").model
     merged = model.merge_and_unload(safe_merge=True)
     (merged if target is None else merged.to(target)).save_pretrained(work)
-    return {stack.weight.dtype for _, stack in stacks_in(merged)}
+    ends, merged_ends = _ends(base.model), _ends(merged)
+    tied = None not in ends and ends[0] is ends[1]
+    return tied and not torch.equal(*merged_ends), {stack.weight.dtype for _, stack in stacks_in(merged)}
+
+
+def _ends(model: Any) -> list[Any]:
+    """The weights of the input and output embeddings."""
+    return [getattr(end, "weight", None) for end in (model.get_input_embeddings(), model.get_output_embeddings())]
 
 
 def _write_weights(

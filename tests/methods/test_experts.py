@@ -3,6 +3,7 @@ those that are left out are said."""
 
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -211,16 +212,17 @@ def test_a_plan_says_what_is_put_on(kind):
     assert of_lora >= planned.trained - len(planned.sites) * max(planned.sites.ranks.values())
 
 
+def saved(folder: Path, tokenizer, kind: str, **changes) -> Path:
+    """A folder with the model and the tokenizer."""
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    tiny_experts(kind, vocab_size=len(tokenizer), **tokens, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize(("kind", "dtype"), [("qwen3_moe", "auto"), ("gpt_oss", "bfloat16")])
 def test_a_checkpoint_is_merged_in_the_form_of_its_base(kind, dtype, tiny_tokenizer, tmp_path):
-    folder = tmp_path / "model"
-    tokens = {
-        "eos_token_id": tiny_tokenizer.eos_token_id,
-        "pad_token_id": tiny_tokenizer.pad_token_id,
-        "bos_token_id": None,
-    }
-    tiny_experts(kind, vocab_size=len(tiny_tokenizer), **tokens).save_pretrained(folder)
-    tiny_tokenizer.save_pretrained(folder)
+    folder = saved(tmp_path / "model", tiny_tokenizer, kind)
     base = AutoModelForCausalLM.from_pretrained(folder)
     moved(get_peft_model(base, config_of("sorsa", target_modules=["q_proj"]))).save_pretrained(tmp_path / "adapter")
     report = merge(Source(str(folder), tmp_path / "adapter"), tmp_path / "merged", check=True, dtype=dtype)
@@ -231,6 +233,28 @@ def test_a_checkpoint_is_merged_in_the_form_of_its_base(kind, dtype, tiny_tokeni
         name: tensor.shape for name, tensor in after.items()
     }
     assert {tensor.dtype for tensor in after.values()} == {torch.float32 if dtype == "auto" else torch.bfloat16}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Model has `tie_word_embeddings=True`",
+    "ignore:Setting `save_embedding_layers`",
+    "ignore:Input and output embeddings are no longer tied",
+)
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["sara", "sorsa"])
+@pytest.mark.parametrize(
+    "settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}, {}], ids=["adapted", "saved", "not"]
+)
+def test_a_merge_says_whether_embeddings_are_still_tied(method, settings, tiny_tokenizer, tmp_path):
+    folder = saved(tmp_path / "model", tiny_tokenizer, "mixtral", tie_word_embeddings=True)
+    model = moved(get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config_of(method, **settings))).eval()
+    for parameter in (p for name, p in model.named_parameters() if "modules_to_save" in name):
+        parameter.add_(0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merge(Source(str(folder), tmp_path / "adapter"), tmp_path / "merged", check=False)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings == (not settings)
+    torch.testing.assert_close(merged(TOKENS).logits, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kind", "name"), all_pairs(list(EXPERTS), ["sara", "sara-spectral", "sorsa-last"]), ids=str)
