@@ -24,7 +24,7 @@ class FrozenTensors(nn.ParameterDict):
         one does."""
         own = self._parameters.get(adapter)
         dtype = tensor.dtype if own is None else own.dtype
-        seen = {id(own)}
+        seen: set[int] = set()  # its own is there where it is shared already, and stays so
         for name, other in reversed(self._parameters.items()):
             # sharded ones are of other types
             if name == adapter or type(other) is not nn.Parameter or id(other) in seen:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, load_adapters
 from tiny import tiny_gpt2, tiny_llama
@@ -69,6 +69,27 @@ def test_an_adapter_in_half_precision_is_loaded_in_fp32(kind, tmp_path):
     assert {tensor.dtype for tensor in of.values()} == {torch.float32}
     for name, tensor in of.items():
         assert torch.equal(tensor, of[name.replace(".second", ".default")])
+
+
+@pytest.mark.parametrize("kind", [SorsaConfig, MoSaraConfig])
+def test_frozen_factors_stay_shared_and_a_model_of_several_is_saved(kind, tmp_path):
+    def several():
+        model = get_peft_model(tiny_llama(num_hidden_layers=1), kind(r=2, target_modules=["q_proj"]))
+        model.add_adapter("second", kind(r=2, target_modules=["q_proj"]))
+        return model
+
+    model = moved(several())
+    model.save_pretrained(tmp_path)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    for name, folder in {"default": tmp_path, "second": tmp_path / "second"}.items():
+        model.load_adapter(folder, name)
+        for part in layer.frozen:
+            assert getattr(layer, part)["default"] is getattr(layer, part)["second"]
+    save_model(model, str(tmp_path / "all.safetensors"))
+    again = several()
+    load_model(again, tmp_path / "all.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
 
 
 @pytest.mark.parametrize("split", ["first", "second"])
