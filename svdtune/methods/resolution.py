@@ -25,7 +25,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import TITLES
 from svdtune.methods.layers.base import Shapes, SvdLayer
 from svdtune.methods.layers.convolution import kernel_of
-from svdtune.methods.layers.experts import ExpertStack, layers_of
+from svdtune.methods.layers.experts import ExpertSlice, ExpertStack, layers_of
 from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import given_rank
@@ -291,9 +291,12 @@ def check_rank(name: str, rank: int, module: nn.Module) -> None:
     """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
     shape = spectra.matrix_shape(module)
     if rank > min(shape):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        of_expert = isinstance(base, ExpertSlice)
+        way = "leave its parameter out of `target_parameters`" if of_expert else "name the layer in `exclude_modules`"
         raise SvdtuneError(
             f"r = {rank} is larger than layer {name!r} {list(shape)} allows; its rank is at most {min(shape)}. Lower `r`, "
-            f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or name the layer in `exclude_modules`"
+            f"set rank_pattern={{{re.escape(name)!r}: {min(shape)}}}, or {way}"
         )
 
 

@@ -138,7 +138,7 @@ class SvdTuner(StoringTuner):
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         """Settle the ranks and factors of every target layer, before PEFT replaces the first."""
         own = ours(peft_config)
-        stacks = asked_stacks(model, own.target_parameters or ())
+        stacks = asked_stacks(model, own)
         if not own.initialized:
             say_experts_left_out(model, own.target_modules, stacks)
         config = self._named_layers(ours(peft_config), model)

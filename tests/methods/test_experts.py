@@ -346,6 +346,47 @@ def test_mosara_is_refused_and_names_are_looked_up():
     get_peft_model(model, config_of("sara", target_parameters=BOTH[:1]))  # and the model is as it was
 
 
+@pytest.mark.filterwarnings("error:You have passed exclude_modules")
+@pytest.mark.parametrize("method", ["sara", "sorsa"])
+@pytest.mark.parametrize("excluded", [["experts.down_proj"], r".*\.down_proj"], ids=["names", "pattern"])
+def test_excluded_experts_are_not_adapted(method, excluded):
+    model = get_peft_model(tiny_experts("mixtral"), config_of(method, exclude_modules=excluded))
+    ranks = model.peft_config["default"].ranks
+    assert list(ranks) == [f"model.layers.0.mlp.experts.gate_up_proj.{index}" for index in range(3)]
+
+
+@pytest.mark.parametrize("method", ["sara", "sorsa"])
+@pytest.mark.parametrize("excluded", [["mlp.experts"], BOTH, r".*experts"], ids=["module", "both", "pattern"])
+def test_no_expert_that_is_not_excluded(method, excluded):
+    with pytest.raises(SvdtuneError, match="`exclude_modules` names every parameter"):
+        made("mixtral", method, exclude_modules=excluded)
+
+
+@pytest.mark.parametrize("method", ["sara", "sorsa"])
+@pytest.mark.parametrize("saved", ["mlp", "experts", "layers.0", "gate_up_proj", "model", "perts"])
+def test_experts_in_a_module_that_is_saved_whole_are_refused(method, saved):
+    model = tiny_experts("mixtral")
+    names = [name for name, _ in model.named_modules()]
+    with pytest.raises(SvdtuneError, match="which `modules_to_save` trains and saves whole"):
+        get_peft_model(model, config_of(method, modules_to_save=[saved]))
+    assert [name for name, _ in model.named_modules()] == names
+
+
+@pytest.mark.parametrize("method", ["sara", "sorsa"])
+@pytest.mark.parametrize("name", ["weight", "bias", "merged"])
+def test_a_parameter_whose_name_is_taken_is_refused_and_not_offered(method, name):
+    model = Block(Experts([name, "w1"]))
+    with pytest.raises(SvdtuneError, match=f"have an attribute '{name}' of"):
+        get_peft_model(model, config_of(method, target_parameters=[f"experts.{name}"]))
+    with pytest.raises(SvdtuneError, match=r"this model has experts\.w1 \(×1\)\."):
+        get_peft_model(model, config_of(method, target_parameters=["experts.w2"]))
+
+
+def test_a_rank_that_an_expert_cannot_have_is_answered_with_its_parameter():
+    with pytest.raises(SvdtuneError, match="or leave its parameter out of `target_parameters`"):
+        made("mixtral", "sara", r=99)
+
+
 class Experts(nn.Module):
     def __init__(self, names):
         super().__init__()
