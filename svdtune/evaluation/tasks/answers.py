@@ -28,10 +28,22 @@ _CHECKED = re.compile(
 )  # "We check our answer: 2 + 3 = 5"
 _NO_CLAIM = re.compile(r"(?:not|never|neither|no\s+longer|hardly)\b", re.IGNORECASE)
 _WRONG_ONE = re.compile(r"\b(?:wrong|incorrect|false|tempting)\s+$", re.IGNORECASE)
-_HOLDS_ONE = re.compile(r"\d|\b[A-E]\b|\\|\b(?:[Tt]rue|[Ff]alse)\b")  # an answer, of one task or another
+# An answer, of one task or another; "A train" is none.
+_ONE = (
+    r"(?:(?:the|option|choice|about|exactly)\s+)*[(\"'*]*(?:[-−]?[$£€]?[-−]?\.?\d|[\\$]|[a-z]\s*=|(?:answer|solution|ending|option)\s?\d"
+    r"|(?:true|false)\b|(?-i:[A-E])(?=[).,;:!?\"'*]|\s*$|\s*\n|\s+(?:is|fits|works|because|since|as|instead|not)\b))"
+)
+_WRONG = r"(?:is|are|was|were|does|do|did|can|could|would|will|has|have)\s+(?:not|wrong|incorrect|impossible|too)\b"
+# "No, 15", "Sorry, I meant B", "That is wrong: it is true"; a remark ("No, A is wrong",
+# "Sorry, that took 3 steps") takes nothing back.
 _TAKEN_BACK = re.compile(
-    r"[.!?]?\s+(?:but\s+|oh,?\s+|wait,?\s+|actually,?\s+)*(?:no\b[,.]|scratch\s+that|correction|oops|sorry"
-    r"|(?:that|this|it)(?:\s+(?:is|was)|'s)\s+(?:wrong|incorrect|not\s+(?:right|correct)))[\s,.:;!]*(?=[^\n]*\S)",
+    r"[.!?]?(?:\s+(?:but\s+|oh,?\s+|wait,?\s+|actually,?\s+)*(?:no\b(?=[,.])|wait|scratch\s+that|correction|oops|sorry"
+    r"|I\s+(?:made\s+an?|was\s+wrong|mis[a-z]+)[a-z\s]*(?=[.:;,!])"
+    r"|(?:that|this|it)(?:\s+(?:is|was)|'s)\s+(?:wrong|incorrect|not\s+(?:right|correct))(?=\s*[.:;,!–—-]))[,.:;!–—-]*)+"
+    r"\s+(?:but\s+|actually,?\s+|rather\s+|make\s+(?:it|that)\s+|I\s+meant?\s+|we\s+(?:get|have)\s+"
+    r"|(?:(?:it|this|that|the\s+(?:total|result|sum|right\s+one|correct\s+one))\s*)?"
+    rf"(?:\b(?:is|was|should\s+be|must\s+be|has\s+to\s+be)|'s)\s+)*(?=(?:not\s+{_ONE}[^\n]*?(?:[,;.]\s|\bbut\b)[^\n]*)?{_ONE})"
+    rf"(?![^\s,.;:]*(?:\s+[a-z]+){{0,4}}?\s+{_WRONG})",
     re.IGNORECASE,
 )
 
@@ -94,7 +106,7 @@ def _sentence(rest: str) -> str:
     ends = [end for end in ends if not any(start < end < stop for start, stop in formulas)]  # a formula is taken whole
     for at, end in enumerate(ends):
         # "12? No, 15.", "12. Scratch that, 15."
-        if (back := _TAKEN_BACK.match(rest, end)) and _HOLDS_ONE.search(rest[back.end() :].split("\n")[0]):
+        if back := _TAKEN_BACK.match(rest, end):
             return _sentence(rest[back.end() :])
         sentence = rest[:end]
         # "not 5. It is 6.": the next sentence says it
@@ -117,7 +129,11 @@ def without_denied(text: str, item: str) -> str:
     """
     filler = r"(?:(?:be|option|choice|answer|the|exactly|equal\s+to|either)\s+)*"
     denied = r"\b(?:not|never|neither|hardly|no\s+longer|anything\s+but|nor|instead\s+of|rather\s+than|over)"
-    listed = r"\b(?:none\s+of|rule[sd]?\s+out|eliminate[sd]?)"  # "not A, B" says B, "none of A, B" neither
-    others = rf"(?:\s*,\s*{item})*(?:,?\s*\b(?:and|or|nor)\s+{item})?"
-    text = re.sub(rf"{listed}\s+{filler}{item}{others}", " ", text, flags=re.IGNORECASE)
+    more, last = rf"(?:\s*,\s*{item})", rf"(?:,?\s*\b(?:and|or|nor)\s+{item})"
+    listed = rf"{more}{{2,}}(?=\s*(?:[.;:\n]|$))"
+    for opening, others in (  # "not A, B" and "rule out A, B" say B, "none of A, B" neither
+        (r"none\s+of", rf"{more}*{last}?"),
+        (r"(?:rule[sd]?\s+out|eliminate[sd]?)", rf"(?:{more}*{last}|{listed})?"),
+    ):
+        text = re.sub(rf"\b{opening}\s+{filler}{item}{others}", " ", text, flags=re.IGNORECASE)
     return re.sub(rf"{denied}\s+{filler}{item}(?:\s+(?:or|nor)\s+{item})*", " ", text, flags=re.IGNORECASE)

@@ -24,12 +24,13 @@ _IN_WORDS: list[tuple[re.Pattern[str], Any]] = [
         (r"(?<=[\d)])\s+(?:times|multiplied\s+by)\s+(?=[\d(])", "*"),
         (r"(?<=[\w)])\s+divided\s+by\s+(?=[$£€]?[\d(])", " / "),
         (r"(?<=[\w)])\s+plus\s+(?=[$£€]?[\d(])", " + "),
-        (r"(?<=\d)\s+to\s+the\s+(?:power\s+(?:of\s+)?(\d+)|(\d+)(?:st|nd|rd|th)(?:\s+power)?)\b", r"^\1\2"),
+        (rf"(?<=\d)\s+to\s+the\s+(?:power\s+(?:of\s+)?(\d+)\b|(\d+)(?:st|nd|rd|th)(?:\s+power\b|\b{_ENDS}))", r"^\1\2"),
         (rf"(?<=[\d)])\s+squared\b{_ENDS}", "^2"),
         (rf"(?<=[\d)])\s+cubed\b{_ENDS}", "^3"),
-        (r"\b(?:one\s+|a\s+)?half\s+of\s+(?=[$£€]?\d)", "1/2*"),
-        (r"\b(?:one|a)\s+third\s+of\s+(?=[$£€]?\d)", "1/3*"),
-        (r"\b(?:one|a)\s+(?:quarter|fourth)\s+of\s+(?=[$£€]?\d)", "1/4*"),
+        (
+            r"\b(?:(?:one\s+|a\s+)?(half)|(?:one|a)\s+(third|quarter|fourth))\s+of\s+([$£€]?\d(?:[\d,./]*\d)?)",
+            lambda found: _part_of(found),
+        ),
         (r"(?<=\d)\s+and\s+(?:a|one)\s+half\b", " 1/2"),
         (r"(?<=\d)\s+and\s+(?=\d/\d\b)", " "),
         (r"(?<![\\a-z])sqrt\s*(?=\()", "√"),
@@ -86,6 +87,15 @@ def plain(text: str) -> str:
 
 def _digit_before(found: re.Match[str]) -> bool:
     return bool(re.search(r"[\d)]$", found.string[: found.start()]))
+
+
+def _part_of(found: re.Match[str]) -> str:
+    """ "half of 24" as an expression, or no more than its first word where it explains a number
+    ("12, half of 24") or is another beside it ("12 and half of 24")."""
+    part = str(found[1] or found[2])
+    if re.search(r"\d[^.!?\n]*(?:[,:;(–—]|\s-|\band)\s*$", found.string[: found.start()]):
+        return part
+    return f"1/{ {'half': 2, 'third': 3}.get(part.lower(), 4) }*{found[3]}"
 
 
 def _fraction(found: re.Match[str]) -> str:

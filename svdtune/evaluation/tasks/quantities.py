@@ -47,12 +47,17 @@ _MONTH = (
     r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|Oct(?:ober)?"
     r"|Nov(?:ember)?|Dec(?:ember)?)"
 )
+# "200 people by 2020", "20 miles by 5 pm", "8 by 50%": no sizes
+_WHEN = (
+    r"\s+(?:(?:1[89]|20)\d\d\b|\d{1,2}(?::\d|\s*[ap]\.?m\b|\s+o'clock)"
+    r"|[\d.]+\s*(?:%|percent|(?:hour|day|week|month|year)s?\b))"
+)
 _JOINED = re.compile(
-    r"(?:\s+[A-Za-z]+){0,2}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bby\b|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
+    rf"(?:\s+[A-Za-z]+){{0,2}}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bby\b(?!{_WHEN})|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
 )
 _CONTINUED = re.compile(
     rf"\s*(?:\*\s*)?(?:[xyzniπ√∞](?![a-z])|\\(?:pi|sqrt|infty|theta))|[a-dxyzn]\b(?=\s*[-+*/^=)])|(?:st|nd|rd|th)?(?:\s+of)?\s*{_MONTH}\b|'\s?\d"
-    r"|\s*(?:pi|log|ln|sin|cos|tan)\b|\s+times\s+[a-z]\b"
+    r"|\s*pi\b|\s*\\?(?:log|ln|sin|cos|tan)(?=\s*[\d(\\_]|\s+[a-z]\b)|\s+times\s+(?!a\b)[a-z]\b"
 )
 _COMPARED = re.compile(
     r"(?:\b(?:more|less|fewer|greater|larger|smaller|other)\s+than|\b(?:over|under|above|below|between|except|log|ln|sin|cos|tan)|[<>≤≥±]|\\(?:le|ge|lt|gt|leq|geq|pm))\s*$"

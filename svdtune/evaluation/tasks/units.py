@@ -47,7 +47,8 @@ _NAMES = {
     "J": "J joule joules",
     "W": "W watt watts",
     "kW": "kw kilowatt kilowatts",
-    "kWh": "kwh kilowatt-hour kilowatt-hours",
+    "Wh": "wh",
+    "kWh": "kwh",
     "kB": "kb kilobyte kilobytes",
     "MB": "mb megabyte megabytes",
     "GB": "gb gigabyte gigabytes",
@@ -59,8 +60,9 @@ _UNITS = {written: name for name, ways in _NAMES.items() for written in ways.spl
 _CURRENCIES = {"$": "$", "£": "£", "€": "€"}
 _RAISED = r"\s*\^\s*\(?\{?\d\}?\)?|[²³]"
 _UNIT = re.compile(
-    rf"\s*(?P<squared>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>[A-Za-z]+(?:-hours?)?|[%°¢])(?P<power>{_RAISED})?(?P<scale>\s*[CF]\b)?"
+    rf"\s*(?P<squared>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>[A-Za-z]+|[%°¢])(?P<power>{_RAISED})?(?P<scale>\s*[CF]\b)?"
 )
+_HOURS = re.compile(r"(?:\s|\s?[-*·]\s?)(?:hours?|hrs?|h)\b")
 _PER = re.compile(
     r"\s*(?:/|\bper\b|\ban?\b)\s*(?P<unit>[A-Za-z]+)(?P<power>\s*\^\s*\(?\{?\d\}?\)?|[²³]|\s+(?:squared|cubed)\b)?"
 )
@@ -87,6 +89,8 @@ def unit_at(text: str, at: int) -> Unit | None:
         return None
     scale = found["scale"] if name == "°" else None
     end = found.end() if scale or not found["scale"] else found.start("scale")
+    if name in ("W", "kW") and (hours := _HOURS.match(text, end)):
+        name, end = f"{name}h", hours.end()
     # "5 in all", "5 a day", "5 m students": one letter, or "in", and a word behind it
     short = len(found["unit"]) == 1 or found["unit"] == "in"
     if short and re.match(r"\s*(?!per\b|and\b)[A-Za-z]", text[end:]):
