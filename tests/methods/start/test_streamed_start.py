@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "init_streamed.py"
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "init_streamed.py"
 
 
 @pytest.mark.slow
