@@ -91,6 +91,8 @@ def _locked(path: Path, holder: Path, what: str, verb: str) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
+        if not path.exists():  # filelock waits where no file can be made, as in /proc
+            raise SvdtuneError(f"cannot use {what}: no file can be made beside it; name another output") from None
         raise SvdtuneError(_in_use(what, holder)) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _CANNOT:
