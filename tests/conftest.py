@@ -71,7 +71,7 @@ def pytest_collection_finish() -> None:
 
 
 LONGEST_NAME = 300
-FAMILY = 8  # of one test's members, so many run where slow ones are left out
+FAMILY = 6  # of one test's members, so many run where slow ones are left out
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

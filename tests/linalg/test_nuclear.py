@@ -43,7 +43,7 @@ def test_the_quintics_map_the_interval_to_one():
 
 
 @pytest.mark.parametrize("threshold", [0.01, 0.05])
-@pytest.mark.family(1)
+@pytest.mark.slow
 def test_leading_values_and_norm_settle_small_thresholds(threshold):
     weight = weight_with(llama_like(1536), 1536, 1600).float()
     exact, found = spectrum(weight), _leading(weight, threshold)

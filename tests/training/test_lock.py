@@ -87,6 +87,7 @@ def test_every_verb_that_works_there_says_who_is_at_work(tiny_folder, finished, 
     assert (finished / SUMMARY).is_file()
 
 
+@pytest.mark.slow
 def test_a_dead_holder_is_no_holder(finished, other) -> None:
     other.send_signal(signal.SIGKILL)
     other.wait()

@@ -26,7 +26,7 @@ def calls(config, layers: int, folder) -> int:
 
 
 @pytest.mark.parametrize("config", [SaraConfig, MoSaraConfig, SorsaConfig])
-@pytest.mark.family(1)
+@pytest.mark.slow
 def test_twice_the_layers_take_twice_the_calls(config, tmp_path):
     calls(config, 2, tmp_path / "warm")
     assert calls(config, 200, tmp_path / "many") < 2.1 * calls(config, 100, tmp_path / "few")
