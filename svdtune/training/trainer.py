@@ -75,15 +75,16 @@ class RunTrainer(Trainer):
                 "it out, and name the checkpoint that you want of those that keep_checkpoints keeps"
             )
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Trainer's, with a group of its own for each ratio of the learning rate."""
+    def create_optimizer(self, *model: Any) -> torch.optim.Optimizer:
+        """Trainer's, with a group of its own for each ratio of the learning rate. Transformers 4
+        takes no model, and gives none."""
         made = self.optimizer is None
         try:
-            optimizer = super().create_optimizer(model)
+            optimizer = super().create_optimizer(*model)
         except (ImportError, ValueError) as error:
             raise optimizer_error(self.args, error) from error
         if made and self.learning_rate_ratios:
-            named: Any = self.model if model is None else model
+            named: Any = next((given for given in model if given is not None), self.model)
             split_groups(optimizer, {p: name for name, p in named.named_parameters()}, self.learning_rate_ratios)
         return optimizer
 

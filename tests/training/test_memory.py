@@ -1,9 +1,11 @@
-"""Running out of memory names the numbers of the recipe and what to set instead."""
+"""Running out of memory names the numbers of the recipe and what to set instead; and what the
+trainer asks of Transformers' own."""
 
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import Trainer
 
 from svdtune.errors import SvdtuneError
 from svdtune.training import check_recipe, train
@@ -61,3 +63,12 @@ def test_out_of_memory_while_training_is_one_message(
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes"), explain_out_of_memory(recipe()):
         raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize("given", [(), ("a wrapped model",)])
+def test_a_trainer_whose_optimizer_takes_no_model_is_given_none(monkeypatch: pytest.MonkeyPatch, given: tuple) -> None:
+    """As Transformers 4's; 5's takes one, and is given what it gave."""
+    monkeypatch.setattr(Trainer, "create_optimizer", lambda self, *model: model)
+    trainer = RunTrainer.__new__(RunTrainer)
+    trainer.optimizer, trainer.learning_rate_ratios = None, {}
+    assert trainer.create_optimizer(*given) == given
