@@ -101,9 +101,10 @@ def _hushed() -> Iterator[None]:
             warnings.showwarning = show
 
 
-def _write(target: Path | None) -> None:
-    if target is None or not _found:
+def _write(to: Path | str | None) -> None:
+    if to is None or not _found:
         return
+    target = Path(to)  # Typer 0.16 gives the text where the option is added to a verb's own
     document = _plain(_found[0] if len(_found) == 1 else _found)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if target == Path("-"):
