@@ -1,5 +1,5 @@
 """What a user types: names of what is on this disk or on the hub, answered here where they can, and
-with what comes near, before a network is asked; and numbers."""
+with what comes near, before a network is asked; names of a model's parts; and numbers."""
 
 import difflib
 import re
@@ -14,6 +14,11 @@ _NEAR = 0.75  # of 1, how alike two names are
 INTEGER = "[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"
 FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 _BASES = {"0o": 8, "0x": 16}
+
+
+def is_named(name: str, key: str) -> bool:
+    """Whether `key` is a module's or a parameter's name, or the last parts of it."""
+    return f".{name}".endswith(f".{key}")
 
 
 def number_of(text: str) -> int | float | None:

@@ -1,7 +1,6 @@
 """Open a finished run with both of its weights: the one each layer has now and the base model's
 own."""
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +15,7 @@ from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed, observed_layers, trained_layers
 from svdtune.models import LoadedModel
 from svdtune.spectra import matrix_shape
+from svdtune.training.movement import is_sampled
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,7 @@ class Opened:
         return open_checkpoint(base_folder(base), **base.origin)
 
     def _is_wanted(self, name: str) -> bool:
-        return self.wanted is None or any(
-            fnmatch.fnmatch(name, pattern) or name.endswith(f".{pattern}") for pattern in self.wanted
-        )
+        return self.wanted is None or is_sampled(name, self.wanted)
 
 
 def open_run(run: str | Path, wanted: Sequence[str] | None = None) -> Opened:

@@ -12,6 +12,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.injection import by_kind
 from svdtune.methods.layers.experts import ExpertSlice, ExpertStack, FusedExperts, stacks_in
 from svdtune.methods.start.memory import is_sharded
+from svdtune.names import is_named
 
 # What single experts' layers are called, in the models that have them.
 _NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"}
@@ -27,7 +28,7 @@ def asked_stacks(model: nn.Module, config: SvdConfig) -> dict[str, ExpertStack]:
     """
     there = dict(stacks_in(model))
     targets = sorted(config.target_parameters or ())
-    asked = {target: [name for name in there if f".{name}".endswith(f".{target}")] for target in targets}
+    asked = {target: [name for name in there if is_named(name, target)] for target in targets}
     if lacking := next((target for target, found in asked.items() if not found), None):
         kinds = ", ".join(f"{kind} (×{count})" for kind, count in by_kind(list(filter(_is_free, there))).items())
         raise SvdtuneError(
@@ -62,7 +63,7 @@ def _is_excluded(name: str, config: SvdConfig) -> bool:
     names = name, name.rpartition(".")[0]
     if isinstance(excluded, str):
         return any(re.fullmatch(excluded, one) for one in names)
-    return any(f".{one}".endswith(f".{key}") for one in names for key in excluded)
+    return any(is_named(one, key) for one in names for key in excluded)
 
 
 def _is_free(name: str) -> bool:

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import is_named
 
 
 def inject(model: nn.Module, config: PeftConfig, *, low_cpu_mem_usage: bool = False) -> PeftModel:
@@ -62,7 +63,7 @@ def check_names(model: nn.Module, targets: list[str], chosen: bool = False) -> N
     """As `check_targets`, for the names alone; `chosen` where another setting picks layers."""
     everything = [name for name, _ in model.named_modules() if name]
     for target in targets:
-        matched = [name for name in everything if name == target or name.endswith(f".{target}")]
+        matched = [name for name in everything if is_named(name, target)]
         if not matched:
             raise SvdtuneError(f"no module is named {target!r} (target_modules); {_offer(model, [target])}")
         kind = target.rpartition(".")[2]

@@ -30,6 +30,7 @@ from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import given_rank
 from svdtune.methods.start.memory import Work, check_agreement
+from svdtune.names import is_named
 from svdtune.spectra import sharing
 
 _MAMBA, _MAMBA_2 = {"conv1d", "x_proj", "dt_proj", "out_proj"}, {"conv1d", "out_proj"}
@@ -84,7 +85,7 @@ class Resolution:
         config = self.config
         if isinstance(config.fused_slices, dict) and not config.initialized and targets:
             for key in config.fused_slices:
-                if not any(f".{name}".endswith(f".{key}") for name in targets):
+                if not any(is_named(name, key) for name in targets):
                     raise SvdtuneError(
                         f"`fused_slices` names {key!r}, but no target module is called that; the targets are "
                         f"{', '.join(sorted({name.rpartition('.')[2] for name in targets}))}"

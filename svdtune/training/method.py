@@ -18,6 +18,7 @@ from svdtune.methods import registration
 from svdtune.methods.injection import check_names, check_targets, inject
 from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
+from svdtune.names import is_named
 from svdtune.registry import lab_note
 from svdtune.training.problems import Problem, type_error, unknown
 
@@ -123,7 +124,7 @@ def _trained(model: PreTrainedModel, targets: list[str] | None) -> PreTrainedMod
     check_names(model, targets)
     model.requires_grad_(False)
     for name, module in model.named_modules():
-        if any(name == target or name.endswith(f".{target}") for target in targets):
+        if any(is_named(name, target) for target in targets):
             module.requires_grad_(True)
     return model
 

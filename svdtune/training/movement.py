@@ -24,6 +24,7 @@ from svdtune.linalg import Factors
 from svdtune.linalg.deviation import compared_factors, condition_number, deviation, product_values
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed, Pair, observed_layers
+from svdtune.names import is_named
 from svdtune.spectra import matrix_shape
 from svdtune.training.checkpoints import keep_steps
 
@@ -105,7 +106,7 @@ class SampleMovement(TrainerCallback):
         max_share: float | None = 0.1,
     ):
         self.path, self.samples, self.k, self.max_share = folder / DURING, samples, k, max_share
-        self.layers = observed_layers(model, lambda name: modules is None or _matches(name, modules))
+        self.layers = observed_layers(model, lambda name: modules is None or is_sampled(name, modules))
         if not self.layers:
             some = ", ".join(dict.fromkeys(layer.name.rpartition(".")[2] for layer in observed_layers(model)))
             raise SvdtuneError(
@@ -209,5 +210,6 @@ def sampled_steps(samples: int, max_steps: int) -> set[int]:
     return {round(i * max_steps / max(1, samples - 1)) for i in range(samples)} | {max_steps}
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) or name.endswith(f".{pattern}") for pattern in patterns)
+def is_sampled(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a layer's name, or its last parts, are among names with `*` and `?` in them."""
+    return any(fnmatch.fnmatch(name, pattern) or is_named(name, pattern) for pattern in patterns)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import is_named
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def chosen_parts(
         known = known_parts(model, name) or {}
         parts = {part: rows for part, rows in known.items() if usual is None or part in usual} or known
     else:
-        wanted = next((value for key, value in asked.items() if name == key or name.endswith(f".{key}")), None)
+        wanted = next((value for key, value in asked.items() if is_named(name, key)), None)
         if wanted is None:
             return {}
         parts = _named_parts(wanted, model, name)
