@@ -27,7 +27,7 @@ from svdtune.errors import SvdtuneError, SvdtuneWarning
 if TYPE_CHECKING:
     from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites
     from svdtune.api.runs import analyze, evaluate, report, train
-    from svdtune.api.starting import start
+    from svdtune.api.start import start
     from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
     from svdtune.methods.files.many import load_adapters
     from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
@@ -73,7 +73,7 @@ _LATER |= dict.fromkeys(
     ("SorsaRegularizer", "add_regularizer_gradients", "regularize"), "svdtune.methods.sorsa.regularizer"
 )
 _LATER |= {
-    "start": "svdtune.api.starting",
+    "start": "svdtune.api.start",
     "fast_starts": "svdtune.starts",
     "load_adapters": "svdtune.methods.files.many",
 }

@@ -58,7 +58,7 @@ def init(
     svdtune plan my-model --budget 0.1% --json plan.json
     svdtune init my-model --plan plan.json --output adapter
     """
-    from svdtune.api.starting import begin
+    from svdtune.api.start import begin
     from svdtune.cli.adapter import asked, names, options_of
     from svdtune.cli.fit import size_text
     from svdtune.spectra.devices import check_device

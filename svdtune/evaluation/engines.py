@@ -75,11 +75,12 @@ class TransformersEngine:
         """Complete a batch, padded on the left; all of it is drawn with the first seed. A model
         that takes padding for tokens completes prompts of one length at a time."""
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self._ends[0]
-        lengths = [len(prompt) for prompt in prompts]
-        apart = len(set(lengths)) > 1 and self._reads_padding
-        groups = [[at for at, found in enumerate(lengths) if found == length] for length in dict.fromkeys(lengths)]
+        by_length: dict[int, list[int]] = {}
+        for at, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(at)
+        apart = len(by_length) > 1 and self._reads_padding
         completed: dict[int, Completion] = {}
-        for group in groups if apart else [range(len(prompts))]:
+        for group in by_length.values() if apart else [range(len(prompts))]:
             some, seed = [prompts[at] for at in group], seeds[group[0]]
             made = complete_in_rounds(self._model, some, max_new_tokens, self._ends, pad, decoding, seed)
             completed |= zip(group, made, strict=True)

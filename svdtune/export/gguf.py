@@ -65,10 +65,12 @@ def write_gguf(lora: Path, output: Path, base: str | None = None) -> None:
     revision = settings.get("revision") if base is None else None
     model = open_checkpoint(locate(named), revision=revision, weights=False)
     architecture = _architecture(model)
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    names = gguf.get_tensor_name_map(number, model.model.config.num_hidden_layers)
     tensors = {
         name: part
         for layer, pair in _pairs(lora, model).items()
-        for name, part in _stored(layer, pair, model, architecture)
+        for name, part in _stored(layer, pair, model, architecture, names.get_name(layer))
     }
     ranks = {len(part) for name, part in tensors.items() if name.endswith("lora_a")}
     with explain_write_errors(output), fresh_file(output) as path:
@@ -127,14 +129,10 @@ def _pairs(lora: Path, base: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _stored(
-    layer: str, pair: tuple[Tensor, Tensor], base: Checkpoint, architecture: str
+    layer: str, pair: tuple[Tensor, Tensor], base: Checkpoint, architecture: str, name: str | None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The two tensors of a layer, by their names in the file."""
-    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
-
+    """The two tensors of a layer, by their names in the file; `name` is the layer's there."""
     config = base.model.config
-    number = next(number for number, name in MODEL_ARCH_NAMES.items() if name == architecture)
-    name = get_tensor_name_map(number, config.num_hidden_layers).get_name(layer)
     if name is None or (layer == "lm_head" and config.tie_word_embeddings):
         raise SvdtuneError(
             f"llama.cpp has no weight of its own for the layer {layer!r} of {base.name}; leave it out of target_modules, or "

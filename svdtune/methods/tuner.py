@@ -345,6 +345,7 @@ class SvdTuner(StoringTuner):
                 "`adapter_names` is for inference, and the model is in training mode: call model.eval() first, or train each "
                 "adapter by itself, with set_adapter before"
             )
+        asked = set(names)
         for name, module in self.model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper) and not (
                 module.disable_adapters or isinstance(module.original_module, BY_SAMPLE)
@@ -362,7 +363,7 @@ class SvdTuner(StoringTuner):
                     "once for each adapter, with set_adapter before"
                 )
             if isinstance(module, SvdLayer):
-                module.check_samples(set(names))
+                module.check_samples(asked)
 
 
 def _hand_over(

@@ -50,12 +50,14 @@ class PeftPlace(NamedTuple):
         name: of the function there.
         parameters: its parameters as this code knows them.
         ours: takes the same arguments; NotImplemented where PEFT's own is to be called.
+        any_triplets: whether it takes those that the block asks for, not its own.
     """
 
     owner: Any
     name: str
     parameters: tuple[str, ...]
     ours: Callable[..., Any]
+    any_triplets: bool = False
 
 
 @contextmanager
@@ -146,7 +148,7 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(own)
     def door(*args: Any, **kwargs: Any) -> Any:
         if (components := _entered.get()) is not None:
-            if place.ours is not _pissa_init:
+            if not place.any_triplets:
                 check_not_asked(components, place.name.strip("_"))
             done = place.ours(*args, **kwargs)
             if done is not NotImplemented:
@@ -223,7 +225,7 @@ def _corda_eigens(linear: Any, config: LoraConfig) -> Any:
 def places() -> list[PeftPlace]:
     """Every place; CorDA's where its own requirement, attrs, is installed."""
     found = [
-        PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init),
+        PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init, True),
         PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
         PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
         PeftPlace(loftq_utils, "_low_rank_decomposition", ("weight", "reduced_rank"), _low_rank_decomposition),

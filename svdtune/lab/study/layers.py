@@ -9,10 +9,10 @@ from svdtune.analysis import THRESHOLDS, base
 from svdtune.lab.study.arms import Arm, Table
 from svdtune.lab.study.grid import model_name, origin_of
 from svdtune.lab.study.markdown import escape, table
-from svdtune.lab.study.plots import file_of, label_of
+from svdtune.lab.study.plots import file_of, label_of, scaled
 from svdtune.lab.study.results import LayerRanks
 from svdtune.lab.study.spec import Settings, Study
-from svdtune.lab.study.table import NONE
+from svdtune.lab.study.table import NONE, number
 from svdtune.reports.figures import new_figure, style_of
 from svdtune.reports.gather import depth_of
 
@@ -105,7 +105,7 @@ def layer_figures(found: Table, ranks: LayerRanks | None) -> Iterator[tuple[str,
     for i, (method, by_group) in enumerate(scores.items()):
         width = [(high - low + 0.6) / len(scores) for low, high in by_group]
         left = [low - 0.3 + i * each for (low, _), each in zip(by_group, width, strict=True)]
-        height = [100 * value if found.share else value for value in by_group.values()]
+        height = [scaled(value, found.share) for value in by_group.values()]
         style = {"color": style_of(i)["color"], "alpha": 0.45, "edgecolor": "white"}
         axes.bar(left, height, width, align="edge", label=label_of(method), **style)
     axes.set(xlabel="layer", ylabel=label_of(f"{found.main}{', %' if found.share else ''}"))
@@ -139,7 +139,7 @@ def _group(arm: Arm) -> Group | None:
 def _correlation(one: Sequence[float], other: Sequence[float]) -> str:
     if len(set(one)) < 2 or len(set(other)) < 2:
         return NONE
-    return f"{correlation(one, other):.2f}".replace("-", "−")
+    return number(correlation(one, other), False, 2)
 
 
 def _number(value: float, share: bool) -> str:

@@ -69,7 +69,7 @@ def by_parameters(tables: Sequence[Table]) -> Lines:
         # an arm without a budget is in every table
         points = {arm.trained: arm.cells[main] for arm in arms}
         if points:
-            y = [_scaled(cell.mean, share) for cell in points.values()]
+            y = [scaled(cell.mean, share) for cell in points.values()]
             spread = [_ends(cell.mean, cell.interval, share) for cell in points.values()]
             # arms of one budget would hide each other
             aside = _ASIDE ** (at - (len(names) - 1) / 2)
@@ -180,7 +180,7 @@ def _rows(
         known = [(at + shift, *one) for at, one in enumerate(found) if one is not None]
         if not known:
             continue
-        values = [_scaled(value, share) for _, value, _ in known]
+        values = [scaled(value, share) for _, value, _ in known]
         ends = [_ends(value, interval, share) for _, value, interval in known]
         below = [value - low for value, (low, _) in zip(values, ends, strict=True)]
         above = [high - value for value, (_, high) in zip(values, ends, strict=True)]
@@ -198,7 +198,7 @@ def _add_untrained(figure: "Figure", table: Table) -> None:
     axes = figure.axes[0]
     for arm in table.arms:
         if arm.untrained and table.main in arm.cells:
-            y = _scaled(arm.cells[table.main].mean, table.share)
+            y = scaled(arm.cells[table.main].mean, table.share)
             axes.axhline(y, color=_GREY, linewidth=1, linestyle=":")
             side: dict[str, Any] = {
                 "transform": axes.get_yaxis_transform(),
@@ -252,10 +252,11 @@ def size_text(count: float) -> str:
 def _ends(value: float, interval: Interval | None, share: bool) -> tuple[float, float]:
     """Where a value's bar begins and ends: at the value itself where no interval is known."""
     low, high = interval or (value, value)
-    return _scaled(low, share), _scaled(high, share)
+    return scaled(low, share), scaled(high, share)
 
 
-def _scaled(value: float, share: bool) -> float:
+def scaled(value: float, share: bool) -> float:
+    """A value as an axis has it: a share in per cent."""
     return 100 * value if share else value
 
 
