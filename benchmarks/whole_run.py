@@ -36,21 +36,20 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 LENGTH = 512
 EVERY, WARM = 5, 10  # steps from one log to the next, and steps that are not counted
 # What TRL is given beyond the common arguments.
+PACKED = {"packing": True}
+WRAPPED = {"packing": True, "packing_strategy": "wrapped"}
+LIGER, COMPILED = {"use_liger_kernel": True}, {"torch_compile": True}
 TRL: dict[str, dict[str, Any]] = {
     "trl-lora-padded": {},
-    "trl-lora-packed": {"packing": True},
-    "trl-lora-wrapped": {"packing": True, "packing_strategy": "wrapped"},
-    "trl-lora-packed-liger": {"packing": True, "use_liger_kernel": True},
-    "trl-lora-wrapped-liger": {"packing": True, "packing_strategy": "wrapped", "use_liger_kernel": True},
-    "trl-lora-wrapped-liger-compiled": {
-        "packing": True,
-        "packing_strategy": "wrapped",
-        "use_liger_kernel": True,
-        "torch_compile": True,
-    },
-    "trl-lora-wrapped-compiled": {"packing": True, "packing_strategy": "wrapped", "torch_compile": True},
-    "trl-sorsa-wrapped": {"packing": True, "packing_strategy": "wrapped"},
-    "trl-sorsa-wrapped-liger": {"packing": True, "packing_strategy": "wrapped", "use_liger_kernel": True},
+    "trl-lora-packed": PACKED,
+    "trl-lora-packed-liger": PACKED | LIGER,
+    "trl-lora-wrapped": WRAPPED,
+    "trl-lora-wrapped-compiled": WRAPPED | COMPILED,
+    "trl-lora-wrapped-liger": WRAPPED | LIGER,
+    "trl-lora-wrapped-liger-compiled": WRAPPED | LIGER | COMPILED,
+    "trl-sorsa-wrapped": WRAPPED,
+    "trl-sorsa-wrapped-liger": WRAPPED | LIGER,
+    "trl-sorsa-wrapped-liger-compiled": WRAPPED | LIGER | COMPILED,
 }
 # What a recipe says beyond the common settings.
 SVDTUNE: dict[str, dict[str, Any]] = {

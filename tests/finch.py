@@ -32,6 +32,17 @@ def before(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 1, -1))
 
 
+def wkv(r: torch.Tensor, w: torch.Tensor, k: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """The paper's state, token by token: r, w, k, v (batch, length, heads, head size), w in (0, 1),
+    and u (heads, head size) → (batch, length, heads, head size)."""
+    state, out = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), []
+    for t in range(r.shape[1]):
+        new = k[:, t, :, :, None] * v[:, t, :, None]
+        out.append(torch.einsum("bhi,bhij->bhj", r[:, t], u[..., None] * new + state))
+        state = w[:, t, ..., None] * state + new
+    return torch.stack(out, 1)
+
+
 class TimeMix(nn.Module):
     """A matrix-valued state per head, that each token decays in its own way."""
 
@@ -69,12 +80,7 @@ class TimeMix(nn.Module):
             linear(part).float().unflatten(-1, heads)
             for linear, part in ((self.receptance, r), (self.key, k), (self.value, v))
         )
-        state, out = torch.zeros_like(k[:, 0, :, :, None] * v[:, 0, :, None]), []
-        for t in range(x.shape[1]):  # the paper's wkv
-            new = k[:, t, :, :, None] * v[:, t, :, None]
-            out.append(torch.einsum("bhi,bhij->bhj", r[:, t], self.time_faaaa[..., None] * new + state))
-            state = w[:, t, ..., None] * state + new
-        rows = torch.stack(out, 1).flatten(0, 1).flatten(1).to(x.dtype)
+        rows = wkv(r, w, k, v, self.time_faaaa).flatten(0, 1).flatten(1).to(x.dtype)
         return self.output(self.ln_x(rows).view_as(x) * F.silu(self.gate(g)))
 
 
