@@ -42,7 +42,8 @@ def main() -> None:
         for _ in range(arguments.repeats + 1):
             begin = time.perf_counter()
             model.generate(
-                input_ids=run.tokens[0], max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens, do_sample=False,
+                input_ids=run.tokens[0], max_new_tokens=arguments.tokens, min_new_tokens=arguments.tokens,
+                do_sample=False,
                 use_cache=True, pad_token_id=0,
             )  # fmt: skip
             times.append((time.perf_counter() - begin) / arguments.tokens * 1000)

@@ -2,8 +2,12 @@
 flows."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
+
+import pytest
 
 import svdtune
 
@@ -35,6 +39,8 @@ ORDER = [
 ]
 LAB_ORDER = ["gates", "baselines", "sandbox", "nlg", "data", "tasks", "harness", "study", "cli"]
 DOOR = "registry.py"
+LONGEST_FILE, LONGEST_FUNCTION = 400, 80  # lines
+WIDEST_CODE, WIDEST = 120, 128  # columns: a sentence in a string may run a little over the code's
 
 
 def imported(path: Path, package: str = "svdtune") -> set[str]:
@@ -126,3 +132,52 @@ def test_no_two_test_files_have_one_name():
     """pytest imports them by their names alone."""
     names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
     assert not {name for name in names if names.count(name) > 1}
+
+
+def too_long(text: str) -> list[str]:
+    """What of a file's text is longer or wider than the house allows: each line by its number."""
+    found = [f"{len(text.splitlines())} lines"] if len(text.splitlines()) > LONGEST_FILE else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            # Its decorators are part of a function: an option there is read with the others.
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            if (node.end_lineno or 0) - first >= LONGEST_FUNCTION:
+                found.append(f"{first}: {node.name} has {(node.end_lineno or 0) - first + 1} lines")
+    wide = {number for number, line in enumerate(text.splitlines(), 1) if len(line) > WIDEST}
+    depth = 0  # of f-strings, whose parts are tokens of their own from Python 3.12 on
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind = tokenize.tok_name[token.type]
+        depth += kind == "FSTRING_START"
+        # A bracket, a comma or a colon that closes a sentence's line belongs to it.
+        if token.end[1] > WIDEST_CODE and kind != "STRING" and not depth and token.string.strip(")]},:\n"):
+            wide.add(token.end[0])
+        depth -= kind == "FSTRING_END"
+    return found + [f"{number}: too wide" for number in sorted(wide)]
+
+
+def test_nothing_is_longer_than_the_house_allows():
+    """No noqa lifts this, and neither a URL nor a string without a space does."""
+    paths = sorted(ROOT.rglob("*.py"))
+    for folder in ("benchmarks", "conformance", "torture", ".ci"):
+        paths += sorted((ROOT.parent / folder).rglob("*.py"))
+    found = {str(path.relative_to(ROOT.parent)): too_long(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: what for path, what in found.items() if what} == {}
+
+
+@pytest.mark.parametrize(
+    "case",
+    {
+        "file": "x = 1\n" * 401,
+        "function": "def f():\n" + "    x = 1\n" * 80,
+        "decorated": "@f(\n" + "    1,\n" * 40 + ")\ndef g():\n" + "    x = 1\n" * 40,
+        "method": "class A:\n    async def f(self):\n" + "        x = 1\n" * 80,
+        "code": "x = [" + "1, " * 40 + "1]\n",
+        "string": f"x = {'a' * 126!r}\n",
+        "noqa": f"x = {'a' * 126!r}  # noqa: E501\n",
+        "comment": "x = 1  # " + "a" * 120 + "\n",
+    }.items(),
+    ids=lambda case: case[0],
+)
+def test_what_is_too_long_is_found(case):
+    assert too_long(case[1])
+    assert not too_long(f"x = {'a' * 120!r}\n" + "def f():\n" + "    x = 1\n" * 79)

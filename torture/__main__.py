@@ -25,19 +25,13 @@ from torture.verbs import stop_verbs
 from torture.words import odd_words
 from torture.world import call, make_model, write_recipe
 
+DEFAULTS = {"kills": 100, "stops": 100, "disks": 40, "flips": 3200, "words": 200, "minutes": 15, "seed": 0}
+
 
 def main() -> int:
     """Do all of it and print what held."""
     parser = argparse.ArgumentParser(prog="python -m torture")
-    for name, default in {
-        "kills": 100,
-        "stops": 100,
-        "disks": 40,
-        "flips": 3200,
-        "words": 200,
-        "minutes": 15,
-        "seed": 0,
-    }.items():
+    for name, default in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -32,6 +32,9 @@ TaskName = Annotated[
         "lm-eval:NAME,... Default: as the data set asks for, or number."
     ),
 ]
+PromptText = Annotated[
+    str | None, typer.Option(help="Field to ask, or text with {fields}. Default: as the run, or question.")
+]
 
 
 class EngineName(StrEnum):
@@ -50,9 +53,7 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Split of a generator or hub data set. Default: test.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a hub data set.")] = None,
     limit: Annotated[int | None, typer.Option(help="Take only the first items.")] = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="Field to ask, or text with {fields}. Default: as the run, or question.")
-    ] = None,
+    prompt: PromptText = None,
     answer: Annotated[str | None, typer.Option(help="Field to grade against. Default: as the run, or answer.")] = None,
     template: Annotated[
         str | None, typer.Option(help="plain, chat, or text with {prompt}. Default: as the run, or chat.")

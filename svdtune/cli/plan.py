@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 _DTYPES = ("float32", "bfloat16", "float16", "int8", "int4")
 _BARS = "▁▂▃▄▅▆▇█"
 
+RecipeOrModel = Annotated[
+    str,
+    typer.Argument(
+        help="A recipe (.yaml, or by name: small), a model folder, .gguf file, hub name, smollm2-135m or "
+        "shape (llama-70b)."
+    ),
+]
 
 app = typer.Typer()
 
@@ -24,12 +31,7 @@ app = typer.Typer()
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def plan(
     ctx: typer.Context,
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="A recipe (.yaml, or by name: small), a model folder, .gguf file, hub name, smollm2-135m or shape (llama-70b)."
-        ),
-    ],
+    model: RecipeOrModel,
     method: Annotated[
         str | None, typer.Option(help="sara (where no recipe says), mosara, sorsa, or any of PEFT.")
     ] = None,

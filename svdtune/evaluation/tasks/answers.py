@@ -16,7 +16,8 @@ _STATED = re.compile(
     rf"\banswers?{_ABOUT}\s*{_IS}(?:\s+(?:then|therefore|thus|simply|just))?\s*[:=]?\s*", re.IGNORECASE
 )
 _IS_THE_ANSWER = re.compile(
-    r"(?P<answer>\\boxed\{[^{}]*\}|\$[^$\n]+\$|(?<![\w'])\(?[A-E]\)?|(?<![\w'])(?:answer|solution|ending|option)\s?\d|\b(?:true|false)"
+    r"(?P<answer>\\boxed\{[^{}]*\}|\$[^$\n]+\$|(?<![\w'])\(?[A-E]\)?"
+    r"|(?<![\w'])(?:answer|solution|ending|option)\s?\d|\b(?:true|false)"
     r"|(?<![\w.,])[-−]?[$£€]?\d[\w.,/:^%]*(?:\s[a-z]+){0,2}?)"
     r"\s+is\s+(?:indeed\s+)?(?:the|my|our)\s+(?:final\s+|correct\s+|right\s+)*answer\b(?!\s+(?:to|choice))",
     re.IGNORECASE,
@@ -30,19 +31,22 @@ _NO_CLAIM = re.compile(r"(?:not|never|neither|no\s+longer|hardly)\b", re.IGNOREC
 _WRONG_ONE = re.compile(r"\b(?:wrong|incorrect|false|tempting)\s+$", re.IGNORECASE)
 # An answer, of one task or another; "A train" is none.
 _ONE = (
-    r"(?:(?:the|option|choice|about|exactly)\s+)*[(\"'*]*(?:[-−]?[$£€]?[-−]?\.?\d|[\\$]|[a-z]\s*=|(?:answer|solution|ending|option)\s?\d"
+    r"(?:(?:the|option|choice|about|exactly)\s+)*[(\"'*]*"
+    r"(?:[-−]?[$£€]?[-−]?\.?\d|[\\$]|[a-z]\s*=|(?:answer|solution|ending|option)\s?\d"
     r"|(?:true|false)\b|(?-i:[A-E])(?=[).,;:!?\"'*]|\s*$|\s*\n|\s+(?:is|fits|works|because|since|as|instead|not)\b))"
 )
 _WRONG = r"(?:is|are|was|were|does|do|did|can|could|would|will|has|have)\s+(?:not|wrong|incorrect|impossible|too)\b"
 # "No, 15", "Sorry, I meant B", "That is wrong: it is true"; a remark ("No, A is wrong",
 # "Sorry, that took 3 steps") takes nothing back.
 _TAKEN_BACK = re.compile(
-    r"[.!?]?(?:\s+(?:but\s+|oh,?\s+|wait,?\s+|actually,?\s+)*(?:no\b(?=[,.])|wait|scratch\s+that|correction|oops|sorry"
+    r"[.!?]?"
+    r"(?:\s+(?:but\s+|oh,?\s+|wait,?\s+|actually,?\s+)*(?:no\b(?=[,.])|wait|scratch\s+that|correction|oops|sorry"
     r"|I\s+(?:made\s+an?|was\s+wrong|mis[a-z]+)[a-z\s]*(?=[.:;,!])"
     r"|(?:that|this|it)(?:\s+(?:is|was)|'s)\s+(?:wrong|incorrect|not\s+(?:right|correct))(?=\s*[.:;,!–—-]))[,.:;!–—-]*)+"
     r"\s+(?:but\s+|actually,?\s+|rather\s+|make\s+(?:it|that)\s+|I\s+meant?\s+|we\s+(?:get|have)\s+"
     r"|(?:(?:it|this|that|the\s+(?:total|result|sum|right\s+one|correct\s+one))\s*)?"
-    rf"(?:\b(?:is|was|should\s+be|must\s+be|has\s+to\s+be)|'s)\s+)*(?=(?:not\s+{_ONE}[^\n]*?(?:[,;.]\s|\bbut\b)[^\n]*)?{_ONE})"
+    rf"(?:\b(?:is|was|should\s+be|must\s+be|has\s+to\s+be)|'s)\s+)*"
+    rf"(?=(?:not\s+{_ONE}[^\n]*?(?:[,;.]\s|\bbut\b)[^\n]*)?{_ONE})"
     rf"(?![^\s,.;:]*(?:\s+[a-z]+){{0,4}}?\s+{_WRONG})",
     re.IGNORECASE,
 )

@@ -28,7 +28,8 @@ _QUOTED = re.compile(r"[\[\"“‘'`]\(?([A-E]|(?i:answer|solution|ending|option
 _LINKS = re.compile(r"(?:[\s,;:]|but\b|rather\b|instead\b|it\s+is\b|it's\b)+", re.IGNORECASE)
 _WRONG = (
     r"\s+(?:(?:is|are|was|were|seems?|must\s+be)\s+"
-    r"(?:not|wrong|incorrect|impossible|excluded|eliminated|ruled\s+out|too|worse)|(?:does|do|did|can|could|would|will)\s+not)\b"
+    r"(?:not|wrong|incorrect|impossible|excluded|eliminated|ruled\s+out|too|worse)"
+    r"|(?:does|do|did|can|could|would|will)\s+not)\b"
 )
 _RIGHT = (
     r"\s+(?:(?:is|must\s+be|seems)\s+(?:the\s+)?(?:only\s+)?(?:correct|right|true|best|better|left)\b"
@@ -36,7 +37,8 @@ _RIGHT = (
 )
 _CHOSEN = (
     r"(?:(?:correct|right|best)\s+(?:option|choice|solution|ending|one|letter)\s+(?:is|would\s+be|must\s+be)"
-    r"|\b(?:choose|pick|select|prefer|say|choice\s+is|option\s+is|go(?:ing)?\s+with)|\b(?:therefore|thus|hence|so)(?:\s+it\s+is|\s+it's)?)"
+    r"|\b(?:choose|pick|select|prefer|say|choice\s+is|option\s+is|go(?:ing)?\s+with)"
+    r"|\b(?:therefore|thus|hence|so)(?:\s+it\s+is|\s+it's)?)"
     r"\s*[:,]?\s*(?:the\s+)?(?:option\s+|choice\s+|answer\s+)?"
 )
 _REASON = r"\s*(?:over\b|,|;|\.|:|-|–|—|because\b|since\b|as\b|for\b|\bwould\b|$)"

@@ -53,14 +53,19 @@ _WHEN = (
     r"|[\d.]+\s*(?:%|percent|(?:hour|day|week|month|year)s?\b))"
 )
 _JOINED = re.compile(
-    rf"(?:\s+[A-Za-z]+){{0,2}}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bby\b(?!{_WHEN})|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
+    rf"(?:\s+[A-Za-z]+){{0,2}}\s*(?:,|;|\band\b|\bor\b|&|\bto\b|\bthrough\b|\bby\b(?!{_WHEN})"
+    r"|\bmod\b|\bremainder\b|\bR\b|±|\+-|:(?=\d)|–)"
+    r"\s*(?:about\s+)?[$£€]?[-−]?\(?\.?\d"
 )
 _CONTINUED = re.compile(
-    rf"\s*(?:\*\s*)?(?:[xyzniπ√∞](?![a-z])|\\(?:pi|sqrt|infty|theta))|[a-dxyzn]\b(?=\s*[-+*/^=)])|(?:st|nd|rd|th)?(?:\s+of)?\s*{_MONTH}\b|'\s?\d"
+    rf"\s*(?:\*\s*)?(?:[xyzniπ√∞](?![a-z])|\\(?:pi|sqrt|infty|theta))|[a-dxyzn]\b(?=\s*[-+*/^=)])"
+    rf"|(?:st|nd|rd|th)?(?:\s+of)?\s*{_MONTH}\b|'\s?\d"
     r"|\s*pi\b|\s*\\?(?:log|ln|sin|cos|tan)(?=\s*[\d(\\_]|\s+[a-z]\b)|\s+times\s+(?!a\b)[a-z]\b"
 )
 _COMPARED = re.compile(
-    r"(?:\b(?:more|less|fewer|greater|larger|smaller|other)\s+than|\b(?:over|under|above|below|between|except|log|ln|sin|cos|tan)|[<>≤≥±]|\\(?:le|ge|lt|gt|leq|geq|pm))\s*$"
+    r"(?:\b(?:more|less|fewer|greater|larger|smaller|other)\s+than"
+    r"|\b(?:over|under|above|below|between|except|log|ln|sin|cos|tan)"
+    r"|[<>≤≥±]|\\(?:le|ge|lt|gt|leq|geq|pm))\s*$"
 )
 _RANGED = re.compile(r"\bfrom\s*$", re.IGNORECASE)
 _DEEPEST = 20  # brackets in brackets

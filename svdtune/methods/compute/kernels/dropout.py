@@ -164,7 +164,8 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     with on_device(x):
         _dropout_mm[(triton.cdiv(T, rows), triton.cdiv(w, columns), parts)](
             x, A, z, seed, T, d, w, x.stride(0), chunk, **_constants(x, p),
-            ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=warps, num_stages=stages(x, (rows + columns) * inner, deep),
+            ROWS=rows, COLUMNS=columns, INNER=inner,
+            num_warps=warps, num_stages=stages(x, (rows + columns) * inner, deep),
         )  # fmt: skip
     return z[0] if parts == 1 else z.sum(0).to(x.dtype)
 

@@ -12,7 +12,8 @@ COLUMNS = 128
 
 @triton.jit
 def _stack_rows(
-    first, s, frozen, out, row0, rows_in, r, width, SCALED: tl.constexpr, PAIR: tl.constexpr, DIFFERENCE_FIRST: tl.constexpr,
+    first, s, frozen, out, row0, rows_in, r, width,
+    SCALED: tl.constexpr, PAIR: tl.constexpr, DIFFERENCE_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = row0 + tl.arange(0, ROWS)
@@ -36,7 +37,8 @@ def _stack_rows(
 
 @triton.jit
 def _stack_factors(
-    U, s, V, P0, V0, A, B, n, out, r, width, SCALED: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    U, s, V, P0, V0, A, B, n, out, r, width,
+    SCALED: tl.constexpr, PAIR: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     block, blocks_of_A = tl.program_id(0), tl.cdiv(n, ROWS)
     if block < blocks_of_A:
