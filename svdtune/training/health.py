@@ -106,7 +106,7 @@ def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
 
 def _error(factor: Tensor, of_whole: Tensor | None) -> Tensor:
     """‖MᵀM − I‖_F / √r of a factor M; `of_whole` is MᵀM where these are some of its rows."""
-    E = gram_error(rows(factor)[None], None if of_whole is None else of_whole[None])
+    E = gram_error(rows(factor), [len(rows(factor))], None if of_whole is None else of_whole[None])
     return torch.linalg.matrix_norm(E)[0].float() / math.sqrt(factor.shape[1])
 
 

@@ -129,8 +129,8 @@ CHANGES = {
     "sorsa, its gradient": (
         sorsa,
         "penalty",
-        "2 / length",
-        "-2 / length",
+        "2 * weight",
+        "-2 * weight",
         lambda: slope_of(adapted("sorsa", moved=0.1)),
     ),
     "mosara, Eq. 5": (mosara, "mosara_linear", "U, V,", "-U, V,", lambda: forward("mosara")),

@@ -16,12 +16,14 @@ Eq. 6 adds (γ / η_d) ∇L_reg to the gradient of the training loss, η_d the l
 the schedule.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
 from svdtune.linalg.precision import ieee
-from svdtune.methods.compute.gram import gram
+from svdtune.methods.compute.gram import gram, of_one_length
 from svdtune.methods.compute.lowrank import Node, add_low_rank, low_rank_linear, pair
 
 
@@ -73,28 +75,36 @@ def sorsa_pair(
     return pair(U, s, V, P0, V0)
 
 
-def gram_error(factors: Tensor, of_whole: Tensor | None = None) -> Tensor:
-    """E = MᵀM − I [n, r, r] of factors [n, d, r]; where these are some rows of sharded ones,
-    `of_whole` is `gram` of all."""
-    E = gram(factors) if of_whole is None else of_whole.clone()
+def gram_error(stacked: Tensor, lengths: Sequence[int], of_whole: Tensor | None = None) -> Tensor:
+    """E = MᵀM − I [n, r, r] of n factors M [d, r], one under the other in `stacked`; where these
+    are some rows of sharded ones, `of_whole` is `gram` of all."""
+    E = gram(stacked, lengths) if of_whole is None else of_whole.clone()
     E.diagonal(dim1=-2, dim2=-1).sub_(1)
     return E
 
 
 def penalty(
-    factors: Tensor, smooth_eps: float = 0.0, weight: Tensor | float = 1.0, of_whole: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """‖MᵀM − I‖_F (Eq. 4) and its gradient times `weight`, for factors [n, d, r], long dimension
-    first: [n] and [n, d, r].
+    factors: Sequence[Tensor], smooth_eps: float = 0.0, weight: Tensor | float = 1.0, of_whole: Tensor | None = None
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """‖MᵀM − I‖_F [n] (Eq. 4) of n factors M [d, r] of one rank, and the gradient of each times
+    `weight`, [d, r].
 
     The gradient has norm close to 2 however small the error is, and jumps at 0. `smooth_eps` > 0
     divides by √(‖E‖² + ε²) instead, which is smooth there. Computed in fp32 (fp64 for fp64) with
-    autocast and TF32 off.
+    autocast and TF32 off. Neighbours of one length share their products; all else is done for all
+    factors at once.
     """
-    with ieee(factors.device):
-        factors = factors if factors.dtype == torch.float64 else factors.float()
-        E = gram_error(factors, of_whole)
+    lengths = [len(factor) for factor in factors]
+    stacked = torch.cat(list(factors))
+    with ieee(stacked.device):
+        stacked = stacked if stacked.dtype == torch.float64 else stacked.float()
+        E = gram_error(stacked, lengths, of_whole)
         norms = torch.linalg.matrix_norm(E)
         length = norms if smooth_eps == 0 else torch.sqrt(norms.square() + smooth_eps**2)
-        slope = torch.where(length > 0, 2 / length, 0) * weight
-        return norms.to(factors.dtype), torch.bmm(factors, (E * slope[:, None, None]).to(factors.dtype))
+        E.div_(length.clamp_min(torch.finfo(E.dtype).tiny)[:, None, None])  # 0 / 0 is 0
+        slope = torch.mul(E, 2 * weight, out=stacked.new_empty(E.shape))
+        gradients = torch.empty_like(stacked)
+        parts = zip(of_one_length(stacked, lengths), of_one_length(gradients, lengths), strict=True)
+        for (places, M), (_, own) in parts:
+            torch.bmm(M, slope[places], out=own)
+        return norms.to(stacked.dtype), gradients.split(lengths)

@@ -15,7 +15,7 @@ unscaled the gradients, and not at all where the scaler skips an overflowed step
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,12 +27,8 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import penalty
-from svdtune.methods.sorsa.sharded import as_gradient, rows, summed_grams
+from svdtune.methods.sorsa.sharded import as_gradient, chunks, rows, summed_grams
 from svdtune.methods.sorsa.zero import ZeroFactors, is_zero
-
-# Factors of one shape are stacked and treated together; so many elements bound the copies: 128 MiB
-# in fp32, 256 in fp64.
-CHUNK_ELEMENTS = 1 << 25
 
 
 def sorsa_layers(model: nn.Module) -> list[SorsaLinear]:
@@ -58,9 +54,10 @@ def add_regularizer_gradients(
     """Add (γ / η_d) ∇L_reg (Eq. 6) to the gradients of every trained SORSA factor of a model.
 
     γ, the reduction over factor matrices and the smoothing come from each adapter's configuration.
-    A factor without a gradient gets one. Equal shapes are treated together in fp32; nothing here
-    waits for the device. Under DDP every process adds the same and nothing is sent; of factors that
-    FSDP2 sharded, Gram matrices are summed in one message.
+    A factor without a gradient gets one. Factors of one rank are treated together in fp32, with a
+    product for each length; nothing here waits for the device. Under DDP every process adds the
+    same and nothing is sent; of factors that FSDP2 sharded, Gram matrices are summed in one
+    message.
 
     Args:
         model: with SORSA adapters, or its `sorsa_layers`; a model without any is left alone.
@@ -88,16 +85,17 @@ def add_regularizer_gradients(
     groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
     for factor, config in factors:
         share = 1 / len(factors) if config.reduction == "mean" else 1.0
-        sharded = id(factor) in grams
-        groups[rows(factor).shape, factor.device, sharded, share, config.gamma, config.smooth_eps].append(factor)
+        kind = factor.shape[1], factor.dtype, factor.device, id(factor) in grams
+        groups[kind, share, config.gamma, config.smooth_eps].append(factor)
     total: Tensor | None = None
-    for (_, device, sharded, share, gamma, smooth_eps), group in groups.items():
+    for ((_, _, device, sharded), share, gamma, smooth_eps), group in groups.items():
         weight = share * gamma / max_learning_rate
         scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
-        for chunk in _chunks(group):
+        for chunk in chunks(sorted(group, key=lambda factor: factor.shape[0])):
             of_whole = torch.stack([grams[id(factor)] for factor in chunk]) if sharded else None
-            stacked = torch.stack([rows(factor.detach()) for factor in chunk])
-            norms, gradients = penalty(stacked, smooth_eps, weight * scale, of_whole)
+            norms, gradients = penalty(
+                [rows(factor.detach()) for factor in chunk], smooth_eps, weight * scale, of_whole
+            )
             part = norms.sum() * share
             total = part if total is None else total + part.to(total.device)
             if gamma > 0:
@@ -105,19 +103,15 @@ def add_regularizer_gradients(
     return total
 
 
-def _chunks(group: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    size = max(1, CHUNK_ELEMENTS // max(1, rows(group[0]).numel()))
-    for start in range(0, len(group), size):
-        yield group[start : start + size]
-
-
-def _accumulate(factors: list[nn.Parameter], gradients: Tensor) -> None:
-    with_grad = {i: factor.grad for i, factor in enumerate(factors) if factor.grad is not None}
-    new = gradients.to(factors[0].dtype).unbind(0)
+def _accumulate(factors: list[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    with_grad = [
+        (rows(factor.grad), new) for factor, new in zip(factors, gradients, strict=True) if factor.grad is not None
+    ]
     if with_grad:
-        torch._foreach_add_([rows(grad) for grad in with_grad.values()], [new[i] for i in with_grad])
-    for i in set(range(len(factors))).difference(with_grad):
-        factors[i].grad = as_gradient(new[i].clone(), factors[i])
+        torch._foreach_add_([grad for grad, _ in with_grad], [new for _, new in with_grad])
+    for factor, new in zip(factors, gradients, strict=True):
+        if factor.grad is None:
+            factor.grad = as_gradient(new.to(factor.dtype, copy=True), factor)
 
 
 class RegularizerHook:

@@ -8,8 +8,8 @@ U_p E / ‖E‖ follow from it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,12 @@ from svdtune.methods.compute.gram import gram
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
+FactorT = TypeVar("FactorT", bound=Tensor)
+
+# Factors of one rank are copied one under the other and treated together; so many elements bound
+# the copies: 128 MiB in fp32, 256 in fp64.
+CHUNK_ELEMENTS = 1 << 25
+
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor; what may not be there in a torch without distributed training
@@ -31,6 +37,20 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
 def rows(factor: Tensor) -> Tensor:
     """The rows of a factor that this process holds: all of them, unless the factor is sharded."""
     return factor.to_local() if is_sharded(factor) else factor
+
+
+def chunks(factors: Iterable[FactorT]) -> Iterator[list[FactorT]]:
+    """The factors in order, as many at a time as CHUNK_ELEMENTS allows, and at least one."""
+    chunk: list[FactorT] = []
+    elements = 0
+    for factor in factors:
+        size = rows(factor).numel()
+        if chunk and elements + size > CHUNK_ELEMENTS:
+            yield chunk
+            chunk, elements = [], 0
+        chunk.append(factor)
+        elements += size
+    yield chunk
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -63,9 +83,7 @@ def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
             by_groups[_spread_over(factor)].append(factor)
     found: dict[int, Tensor] = {}
     for groups, sharded in by_groups.items():
-        grams = [gram(rows(factor.detach())[None])[0] for factor in sharded]
-        _sum_over(groups, grams, sharded[0])
-        found |= {id(factor): one for factor, one in zip(sharded, grams, strict=True)}
+        found |= _sum_over(groups, sharded)
     return found
 
 
@@ -83,15 +101,27 @@ def _spread_over(factor: "DTensor") -> tuple[Any, ...]:
     return tuple(groups)
 
 
-def _sum_over(groups: Sequence[Any], grams: list[Tensor], like: "DTensor") -> None:
-    """Sum matrices over processes, in place, in one message a group."""
+def _sum_over(groups: Sequence[Any], factors: list["DTensor"]) -> dict[int, Tensor]:
+    """MᵀM of each factor by its id, summed over processes in one message a group."""
+    by_rank: dict[int, list[DTensor]] = defaultdict(list)
+    for factor in sorted(factors, key=lambda factor: factor.shape[0]):  # one order, whatever a process holds
+        by_rank[factor.shape[1]].append(factor)
+    grams = [_own_grams(alike) for alike in by_rank.values()]
     flat = torch.cat([one.flatten() for one in grams])
-    device = flat.device
+    device, mesh = flat.device, factors[0].device_mesh
     # offloaded to the host, where the GPUs' group cannot send from
-    if device.type != like.device_mesh.device_type:
-        flat = flat.to(torch.device(like.device_mesh.device_type, torch.accelerator.current_device_index()))
+    if device.type != mesh.device_type:
+        flat = flat.to(torch.device(mesh.device_type, torch.accelerator.current_device_index()))
     for group in groups:
         dist.all_reduce(flat, group=group)
     summed = flat.to(device).split([one.numel() for one in grams])
-    for one, total in zip(grams, summed, strict=True):
-        one.copy_(total.view_as(one))
+    every = zip(by_rank.values(), grams, summed, strict=True)
+    return {
+        id(factor): one for alike, own, of_all in every for factor, one in zip(alike, of_all.view_as(own), strict=True)
+    }
+
+
+def _own_grams(factors: "Sequence[DTensor]") -> Tensor:
+    """M_pᵀM_p [n, r, r] of the rows M_p of n factors that this process holds."""
+    own = ([rows(factor.detach()) for factor in chunk] for chunk in chunks(factors))
+    return torch.cat([gram(torch.cat(some), [len(one) for one in some]) for some in own])

@@ -92,8 +92,7 @@ class ZeroFactors:
             total = torch.zeros((), device=flat.device)
             for (share, gamma, eps, _), alike in self._alike(group).items():
                 with self._gathered(alike):
-                    stacked = torch.stack([factor.detach() for factor in alike])
-                norms, gradients = penalty(stacked, eps, share * gamma / max_learning_rate)
+                    norms, gradients = penalty([f.detach() for f in alike], eps, share * gamma / max_learning_rate)
                 total += (norms.sum() * share).to(total.device)
                 for factor, gradient in zip(alike, gradients, strict=True):
                     place = self.place(group, factor)
