@@ -111,7 +111,7 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from svdtune.models.loading import locate
+    from svdtune.models.loader import locate
 
     here = Path(arguments.tokenizer).is_dir()  # a tokenizer's files are enough
     tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer if here else locate(arguments.tokenizer))

@@ -30,7 +30,7 @@ from svdtune.checkpoint.writer import TensorWriter
 from svdtune.cli import app
 from svdtune.data.catalogue import scored
 from svdtune.evaluation import vllm
-from svdtune.evaluation.decoding import Decoding
+from svdtune.evaluation.generation import Decoding
 from svdtune.export import merge_checkpoint
 from svdtune.export.source import attach_adapter
 from svdtune.lab.data import gsm_symbolic

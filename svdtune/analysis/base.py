@@ -9,7 +9,7 @@ from svdtune.checkpoint import open_checkpoint
 from svdtune.methods import SaraConfig
 from svdtune.methods.injection import check_targets
 from svdtune.methods.sites import readers, sites
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 from svdtune.spectra import spectra
 
 

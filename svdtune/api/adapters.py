@@ -248,7 +248,7 @@ def export_lora(
     if found.adapter is None and (name or found.recipe):
         from svdtune.checkpoint import open_checkpoint
         from svdtune.export.difference import export_difference
-        from svdtune.models.loading import locate
+        from svdtune.models.loader import locate
 
         before = (
             Source(name) if name else dataclasses.replace(found, base=found.recipe.model.name if found.recipe else "")

@@ -58,7 +58,7 @@ class WantedAdapter:
         return opened
 
     def _open(self, name: str, weights: bool) -> Checkpoint:
-        from svdtune.models.loading import locate
+        from svdtune.models.loader import locate
 
         if name in SHAPES and not Path(name).exists():
             return open_shape(name)

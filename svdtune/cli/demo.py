@@ -91,7 +91,7 @@ def demo(
     svdtune demo --output runs/mine
     """
     from svdtune.models import SMOLLM2
-    from svdtune.models.loading import locate
+    from svdtune.models.loader import locate
     from svdtune.system import explain_write_errors, open_console, replace_text
 
     console, size, started = open_console(), QUICK if quick else FULL, time.monotonic()

@@ -12,8 +12,8 @@ from typing import Any
 from svdtune.data import Example, prompt_ids
 from svdtune.data.cache import content_of
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import GREEDY, plan_batches
 from svdtune.evaluation.engines import TransformersEngine
+from svdtune.evaluation.generation import GREEDY, plan_batches
 from svdtune.evaluation.items import Item, check_items
 from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors, replace_text, whole_lines

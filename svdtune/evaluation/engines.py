@@ -10,9 +10,9 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svdtune.evaluation.decoding import Completion, Decoding, complete_in_rounds, end_token_ids, reads_padding
+from svdtune.evaluation.generation import Completion, Decoding, complete_in_rounds, end_token_ids, reads_padding
 from svdtune.models import LoadedModel
-from svdtune.models.loading import context_length
+from svdtune.models.loader import context_length
 
 
 class Engine(Protocol):

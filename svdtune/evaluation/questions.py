@@ -12,10 +12,10 @@ from svdtune.data.catalogue import CATALOGUE, GROUPS, scored
 from svdtune.data.files import FILES, kind
 from svdtune.data.prompts import TEMPLATES
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import GREEDY, Completion, Decoding, plan_batches
 from svdtune.evaluation.engines import Engine
+from svdtune.evaluation.generation import GREEDY, Completion, Decoding, plan_batches
 from svdtune.evaluation.items import to_items
-from svdtune.evaluation.scoring import Evaluation, evaluate
+from svdtune.evaluation.scores import Evaluation, evaluate
 from svdtune.evaluation.tasks import Task, get_task
 from svdtune.models import LoadedModel
 from svdtune.training.folder import EVALUATIONS

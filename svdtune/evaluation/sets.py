@@ -13,12 +13,12 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation.averages import Average, average, average_json, no_average
 from svdtune.evaluation.questions import ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.evaluation.score_table import add_scores
-from svdtune.evaluation.scoring import Evaluation
+from svdtune.evaluation.scores import Evaluation
 from svdtune.evaluation.tasks import HARNESSES
 from svdtune.evaluation.vllm import VllmEngine, open_vllm
 from svdtune.export import Source, open_source
 from svdtune.models import LoadedModel
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 from svdtune.models.placement import placement
 from svdtune.system import read_json, write_json
 from svdtune.training.folder import trained_weights

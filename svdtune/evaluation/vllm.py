@@ -10,12 +10,12 @@ from types import ModuleType
 from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import Completion, Decoding, until_end
+from svdtune.evaluation.generation import Completion, Decoding, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
 from svdtune.export.source import Source
 from svdtune.methods.files.adapter import read_settings
 from svdtune.models import load_tokenizer, set_end_token
-from svdtune.models.loading import context_length, load_config, load_decoding, locate
+from svdtune.models.loader import context_length, load_config, load_decoding, locate
 
 _WEIGHTS = ("*.safetensors", "*.bin")
 _PIECES = 64

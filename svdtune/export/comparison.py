@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from svdtune.errors import SvdtuneError
 from svdtune.export.source import Source, open_source
 from svdtune.models import load, load_tokenizer
-from svdtune.models.loading import input_device
+from svdtune.models.loader import input_device
 
 # Texts of several lengths and kinds to compare logits on; what they say does not matter.
 PROBES = (

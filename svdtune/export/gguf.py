@@ -15,7 +15,7 @@ from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.checkpoint.gguf import need_gguf
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_ROOT
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 from svdtune.system import explain_write_errors, fresh_file, read_json
 
 # Model type in Transformers → architecture in GGUF.

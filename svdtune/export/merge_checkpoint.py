@@ -34,7 +34,7 @@ from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import TITLES, front, table
 from svdtune.methods.layers.experts import stacks_in
 from svdtune.models import load, load_tokenizer, set_end_token
-from svdtune.models.loading import load_decoding
+from svdtune.models.loader import load_decoding
 from svdtune.system import check_new_folder, new_folder, read_json, without_bar
 from svdtune.training.lock import held
 

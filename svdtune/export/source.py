@@ -17,7 +17,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.files.adapter import read_settings
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.models import SMOLLM2, LoadedModel, load
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 from svdtune.names import meant
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe

@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 from svdtune import spectra
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.linalg import Factors
-from svdtune.methods.closed import WAY_ROUND
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import TITLES
 from svdtune.methods.layers.base import Shapes, SvdLayer
@@ -29,6 +28,7 @@ from svdtune.methods.layers.experts import ExpertSlice, ExpertStack, layers_of
 from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import given_rank
+from svdtune.methods.refusals import WAY_ROUND
 from svdtune.methods.start.memory import Work, check_agreement
 from svdtune.names import is_named
 from svdtune.spectra import sharing

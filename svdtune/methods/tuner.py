@@ -34,12 +34,12 @@ from svdtune.methods.files.integrity import (
 from svdtune.methods.firstuse import forget_first_use, watch_first_use
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.experts import FusedExperts
-from svdtune.methods.layers.loading import parameters_go_to_meta
-from svdtune.methods.layers.quantized import backend_of, device_and_dtype
+from svdtune.methods.layers.quantization import backend_of, device_and_dtype
 from svdtune.methods.layers.samples import BASE, Samples
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
+from svdtune.methods.layers.state_dict import parameters_go_to_meta
 from svdtune.methods.resolution import Resolution, check_called, shared_places
-from svdtune.methods.storing import StoringTuner, ours
+from svdtune.methods.state_dict import StateDictTuner, ours
 from svdtune.spectra import sharing
 
 # TRL's name for the copy of a trained adapter that training starts from, the reference of DPO, KTO
@@ -50,7 +50,7 @@ REFERENCE = "ref"
 BY_SAMPLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class SvdTuner(StoringTuner):
+class SvdTuner(StateDictTuner):
     """A base model with adapters of one method; PEFT makes it inside `get_peft_model` and
     `PeftModel.from_pretrained`."""
 

@@ -17,7 +17,7 @@ from svdtune.data.examples import COMPLETION, PROMPT, check_fields
 from svdtune.data.preferences import token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
-from svdtune.models.loading import context_length, load_config, locate
+from svdtune.models.loader import context_length, load_config, locate
 from svdtune.training.preview import show_example, show_judged
 from svdtune.training.recipe import check_recipe
 from svdtune.training.task_rows import TaskRows

@@ -13,7 +13,7 @@ from transformers import TrainingArguments, set_seed
 from svdtune.data.columns import Columns
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
-from svdtune.models.loading import context_length
+from svdtune.models.loader import context_length
 from svdtune.training.arguments import check_optimizer, training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.mixture import TrainRows

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from svdtune.cli import app
 from svdtune.evaluation import TransformersEngine
-from svdtune.evaluation.decoding import Completion
+from svdtune.evaluation.generation import Completion
 from svdtune.models import load
 from svdtune.training.recipe import check_recipe, dump_recipe
 

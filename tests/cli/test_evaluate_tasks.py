@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Interval, Metric, TransformersEngine, sets
-from svdtune.evaluation.decoding import Completion
+from svdtune.evaluation.generation import Completion
 from svdtune.evaluation.tasks import HARNESSES
 from svdtune.lab.sandbox import missing_protections
 from svdtune.models import LoadedModel, load

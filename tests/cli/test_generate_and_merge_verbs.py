@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.cli import app
-from svdtune.evaluation.decoding import complete_batch
+from svdtune.evaluation.generation import complete_batch
 from svdtune.export import find_source, open_source
 from svdtune.models import load
 
@@ -101,7 +101,7 @@ def test_an_answer_does_not_steer_the_terminal(tiny_folder: Path, monkeypatch: p
             streamer.put(torch.tensor([token]))
         streamer.end()
 
-    monkeypatch.setattr("svdtune.evaluation.decoding.complete_batch", answer)
+    monkeypatch.setattr("svdtune.evaluation.generation.complete_batch", answer)
     shown = svdtune("generate", tiny_folder, "q").stdout
     assert "\x1b" not in shown
     assert "a\\x1b[2Jb" in shown

@@ -4,7 +4,7 @@ questions of `arithmetic`."""
 import pytest
 
 from svdtune.evaluation import get_task
-from svdtune.evaluation.decoding import is_loop
+from svdtune.evaluation.generation import is_loop
 
 # How an answer begins, what it then says over and over, and the right answer.
 ANSWERS = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.evaluation import Decoding, Item, evaluate, get_task
-from svdtune.evaluation.decoding import complete_batch
+from svdtune.evaluation.generation import complete_batch
 from svdtune.evaluation.vllm import open_vllm
 from svdtune.export.source import find_source
 from svdtune.models import load

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from svdtune import SorsaConfig
 from svdtune.evaluation import Decoding
-from svdtune.evaluation.decoding import complete_batch
+from svdtune.evaluation.generation import complete_batch
 from svdtune.evaluation.vllm import open_vllm
 from svdtune.export import find_source, open_source
 from svdtune.models import load

@@ -22,7 +22,7 @@ from svdtune.analysis.weights import open_run
 from svdtune.cli import app
 from svdtune.export.source import Source, base_folder, find_source, open_source
 from svdtune.methods.files.adapter import read_settings
-from svdtune.models.loading import load
+from svdtune.models.loader import load
 from svdtune.system import read_json
 from svdtune.training.recipe import check_recipe, load_recipe
 from tiny import tiny_llama
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2] / "svdtune"
 OPENING = {"snapshot_download", "hf_hub_download", "LLM"}
 CLASSES = ("AutoModel", "AutoTokenizer", "AutoConfig", "GenerationConfig")
 # The doors, and the files that read a .gguf of this disk or what was just written.
-DOORS = {"models/loading.py", "models/smollm2.py", "checkpoint/model.py", "checkpoint/gguf.py", "export/source.py",
+DOORS = {"models/loader.py", "models/smollm2.py", "checkpoint/model.py", "checkpoint/gguf.py", "export/source.py",
          "evaluation/vllm.py", "export/split.py"}  # fmt: skip
 CARRYING = {"load", "load_tokenizer", "load_config", "load_decoding", "open_checkpoint"}
 # Where what is loaded is no model.
@@ -58,7 +58,7 @@ def test_models_are_opened_by_the_doors_alone() -> None:
         if called.rpartition(".")[2] in OPENING or (called.endswith(".from_pretrained") and called.startswith(CLASSES))
     }
     assert opening <= DOORS
-    assert {"models/loading.py", "checkpoint/model.py", "export/source.py", "evaluation/vllm.py"} <= opening
+    assert {"models/loader.py", "checkpoint/model.py", "export/source.py", "evaluation/vllm.py"} <= opening
 
 
 def test_who_calls_a_door_says_the_origin() -> None:

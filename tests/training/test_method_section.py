@@ -10,7 +10,7 @@ from rich.console import Console
 
 from svdtune.checkpoint import open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.counting import count as study_count
+from svdtune.lab.study.counts import count as study_count
 from svdtune.methods.injection import by_kind
 from svdtune.methods.layers.matrices import trained_layers
 from svdtune.methods.sites import count, sites

@@ -95,7 +95,7 @@ def _check_names(files: list[Path]) -> None:
 def _describe(studies: "dict[str, tuple[Study, dict[str, Settings]]]", output: Path, known: "KnownRuns") -> None:
     """Print every arm with its method, how many runs it takes, and what became of those that were
     made."""
-    from svdtune.lab.study.making import take_up
+    from svdtune.lab.study.progress import take_up
     from svdtune.lab.study.runner import planned
 
     making = planned(studies, output)

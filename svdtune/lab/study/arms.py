@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from svdtune.evaluation.interval import wilson_interval
-from svdtune.lab.study.crossed import Crossed, crossed
+from svdtune.lab.study.crossed_effects import Crossed, crossed
 from svdtune.lab.study.results import Kind, Results, Run
 from svdtune.lab.study.statistics import (
     CHANCE,

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.counting import count, largest_rank, opened
+from svdtune.lab.study.counts import count, largest_rank, opened
 from svdtune.lab.study.ranks import Source, solve_ranks, with_ranks
 from svdtune.training.method import FULL, config_class, method_names
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from svdtune.lab.study.arms import Arm, Table, held_out
-from svdtune.lab.study.crossed import Crossed, crossed
+from svdtune.lab.study.crossed_effects import Crossed, crossed
 from svdtune.lab.study.results import Measurements, Results
 from svdtune.lab.study.spec import plan_of
 from svdtune.lab.study.statistics import holm

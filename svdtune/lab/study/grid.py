@@ -12,7 +12,7 @@ from typing import Any, Literal
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.budget import RULES, fit
-from svdtune.lab.study.counting import opened
+from svdtune.lab.study.counts import opened
 from svdtune.lab.study.ranks import Source
 from svdtune.lab.study.spec import ArmSection, Settings, Study, Tune, arm_settings
 from svdtune.planning import parse_budget

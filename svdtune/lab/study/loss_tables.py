@@ -9,7 +9,7 @@ import numpy as np
 from svdtune.evaluation.interval import Interval
 from svdtune.lab.study.arms import LOSS, MEASURED, Arm, Table, held_out
 from svdtune.lab.study.contrasts import Answer, answers
-from svdtune.lab.study.crossed import crossed
+from svdtune.lab.study.crossed_effects import crossed
 from svdtune.lab.study.markdown import escape, table
 from svdtune.lab.study.results import Results, Run
 from svdtune.lab.study.statistics import Spread

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from svdtune.checkpoint import Checkpoint
-from svdtune.lab.study.counting import config_of
+from svdtune.lab.study.counts import config_of
 from svdtune.methods.ranks import common_rank, rank_pattern
 from svdtune.planning import Costs
 

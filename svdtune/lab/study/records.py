@@ -13,7 +13,7 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation
 from svdtune.lab.study.grid import Job, file_name
-from svdtune.lab.study.measuring import MEASURED
+from svdtune.lab.study.measurement import MEASURED
 from svdtune.lab.study.results import RESULTS, pack, read_results
 from svdtune.lab.study.spec import Study
 from svdtune.system import explain_write_errors, read_objects, replace_text

@@ -29,11 +29,11 @@ from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.grid import Fits, Job, cells, model_name, origin_of
 from svdtune.lab.study.layers import ranks_by_layer
-from svdtune.lab.study.making import Making, take_up
+from svdtune.lab.study.progress import StudyProgress, take_up
 from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, write_record
 from svdtune.lab.study.results import RESULTS
 from svdtune.lab.study.spec import Settings, Study
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.sections import TrainSource
 
@@ -101,7 +101,7 @@ def run_studies(
     return [one.folder / RESULTS for one in making]
 
 
-def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path) -> list[Making]:
+def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path) -> list[StudyProgress]:
     """The studies with every cell's method fitted, and no record yet; the fits are kept in the
     output folder.
 
@@ -114,7 +114,9 @@ def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path)
     """
     fits = Fits(output / FITS)
     return [
-        Making(name, study, cells(study, tasks, fits), {t: model_name(r) for t, r in tasks.items()}, output / name)
+        StudyProgress(
+            name, study, cells(study, tasks, fits), {t: model_name(r) for t, r in tasks.items()}, output / name
+        )
         for name, (study, tasks) in studies.items()
     ]
 
@@ -161,7 +163,7 @@ class _Runner:
     """
 
     def __init__(
-        self, studies: list[Making], known: KnownRuns, output: Path, how: How, tell: Callable[[str], None]
+        self, studies: list[StudyProgress], known: KnownRuns, output: Path, how: How, tell: Callable[[str], None]
     ) -> None:
         self.studies, self.known, self.output, self.how, self.tell = studies, known, output, how, tell
         self.waiting: list[tuple[int, int, int, str]] = []  # (study, round, cell, key), the earliest first

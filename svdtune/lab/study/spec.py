@@ -94,7 +94,7 @@ Sets = dict[str, MeasuredSet]
 
 
 class Measure(Section):
-    """What is measured of every final run's predictions; see `svdtune.lab.study.measuring`."""
+    """What is measured of every final run's predictions; see `svdtune.lab.study.measurement`."""
 
     answers: Sets = Field(min_length=1, description="By name, items whose reference answers' loss is taken.")
     text: Sets = Field(default_factory=dict, description="By name, text for loss and KL(base ‖ tuned).")

@@ -29,7 +29,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation, TransformersEngine
 from svdtune.evaluation.questions import BatchedEngine, ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.export.source import Source, find_source, open_source
-from svdtune.lab.study.measuring import Measuring
+from svdtune.lab.study.measurement import MeasurementCallback
 from svdtune.lab.study.records import Place, record_of, scores_of, write_record
 from svdtune.lab.study.spec import Measure
 from svdtune.models import LoadedModel
@@ -72,7 +72,9 @@ def _run(job: dict[str, Any], place: Place) -> int:
         measure = job["measure"] and Measure.model_validate(job["measure"])
         if not job["untrained"]:
             watching: list[TrainerCallback] = [LeaveMemory()] if job["shared"] else []
-            _train(recipe, place.run, [*watching, *([Measuring(recipe, measure, place.run)] if measure else [])])
+            _train(
+                recipe, place.run, [*watching, *([MeasurementCallback(recipe, measure, place.run)] if measure else [])]
+            )
         elif measure:
             _measure_base(recipe, measure, place.run)
         record = record_of(job, place.run, {})
@@ -109,10 +111,10 @@ def _train(recipe: Recipe, run: Path, callbacks: list[TrainerCallback]) -> None:
 def _measure_base(recipe: Recipe, measure: Measure, run: Path) -> None:
     """Measure the base model as it is."""
     loaded = load_base(recipe, chat=False)
-    measuring = Measuring(recipe, measure, run)
-    measuring.prepare(loaded.tokenizer)
+    callback = MeasurementCallback(recipe, measure, run)
+    callback.prepare(loaded.tokenizer)
     model: Any = loaded.model
-    measuring.take(model.to("cuda" if torch.cuda.is_available() else "cpu"), 0)
+    callback.take(model.to("cuda" if torch.cuda.is_available() else "cpu"), 0)
 
 
 def _score(recipe: Recipe, run: Path, job: dict[str, Any]) -> dict[str, dict[str, Any]]:

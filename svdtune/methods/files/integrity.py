@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
-from svdtune.methods.layers.quantized import is_quantized
+from svdtune.methods.layers.quantization import is_quantized
 from svdtune.spectra.content import content_key
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS = (

@@ -24,10 +24,10 @@ from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.layers.convolution import Convolution, add_convolved
 from svdtune.methods.layers.frozen import FrozenTensors
-from svdtune.methods.layers.loading import Loading, parameters_go_to_meta
 from svdtune.methods.layers.merge import Merging
-from svdtune.methods.layers.quantized import device_and_dtype
+from svdtune.methods.layers.quantization import device_and_dtype
 from svdtune.methods.layers.samples import Samples
+from svdtune.methods.layers.state_dict import StateDictLayer, parameters_go_to_meta
 
 Config = TypeVar("Config", bound=SvdConfig)
 
@@ -35,7 +35,7 @@ Shapes = dict[tuple[int, int, int], dict[str, Tensor]]
 """The tensors of one adapter by name, on the meta device, by a layer's (out, in) and rank."""
 
 
-class SvdLayer(Loading, Merging, Generic[Config]):
+class SvdLayer(StateDictLayer, Merging, Generic[Config]):
     """A linear layer or a convolution with adapters of one method around it.
 
     Subclasses name their tensors in `trained` and `frozen`; each becomes a dict keyed by adapter

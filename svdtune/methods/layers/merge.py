@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.methods.layers.frozen import FrozenTensors
-from svdtune.methods.layers.quantized import check_mergeable, device_and_dtype, kept, put_back
+from svdtune.methods.layers.quantization import check_mergeable, device_and_dtype, kept, put_back
 
 
 class Merging(nn.Module, BaseTunerLayer):

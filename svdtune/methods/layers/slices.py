@@ -18,7 +18,7 @@ from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.methods.compute.lowrank import compute_dtype
 from svdtune.methods.layers.base import SvdLayer
-from svdtune.methods.layers.quantized import device_and_dtype, is_quantized
+from svdtune.methods.layers.quantization import device_and_dtype, is_quantized
 from svdtune.methods.layers.rows import Rows
 from svdtune.methods.layers.samples import Samples
 

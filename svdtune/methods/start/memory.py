@@ -17,7 +17,7 @@ from svdtune import processes, spectra
 from svdtune.linalg import Components, Factors
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.integrity import fingerprint
-from svdtune.methods.layers.quantized import device_and_dtype
+from svdtune.methods.layers.quantization import device_and_dtype
 from svdtune.methods.settings import settings
 from svdtune.spectra import sharing
 

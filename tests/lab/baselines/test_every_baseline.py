@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import complete_batch
+from svdtune.evaluation.generation import complete_batch
 from svdtune.models import load
 from svdtune.training import check_recipe, train
 from svdtune.training.method import adapt

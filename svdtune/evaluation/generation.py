@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.prompting import cache_where_peft_looks, is_prompted
-from svdtune.models.loading import input_device
+from svdtune.evaluation.prompt_methods import cache_where_peft_looks, is_prompted
+from svdtune.models.loader import input_device
 
 _SEEDS = 2**32  # every item's own seed is a multiple of it, in 64 bits
 

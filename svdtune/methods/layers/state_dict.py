@@ -1,5 +1,5 @@
-"""Loading: how an adapted layer takes an adapter's values from a file, and refuses to run without
-them."""
+"""StateDictLayer: an adapted layer takes its values from an adapter's file, and refuses to run
+without them."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods.layers.frozen import FrozenTensors
-from svdtune.methods.layers.unrounded import Unrounded
+from svdtune.methods.layers.rounding import Unrounded
 
 
-class Loading(Unrounded):
+class StateDictLayer(Unrounded):
     """The part of an adapted layer that loads."""
 
     @abstractmethod
@@ -22,7 +22,7 @@ class Loading(Unrounded):
 
     def _start_loading(self) -> None:
         self._awaited: set[str] = set()
-        self.register_load_state_dict_post_hook(Loading._after_load)
+        self.register_load_state_dict_post_hook(StateDictLayer._after_load)
 
     def awaits(self, adapter: str) -> bool:
         """Whether an adapter's values are still to come from a checkpoint."""

@@ -37,7 +37,7 @@ _BATCH = 4096  # tokens of a batch, padding among them
 _ROWS = 1024  # rows of logits in float32 at a time: 200 MB for 49,152 tokens
 
 
-class Measuring(TrainerCallback):
+class MeasurementCallback(TrainerCallback):
     """Measures the live model before the first step and at equal fractions of the steps.
 
     What the model is compared with is a second copy of the base, in the host's memory between two

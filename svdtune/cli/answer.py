@@ -20,9 +20,9 @@ def answer(loaded: "LoadedModel", tokens: Sequence[int], max_new_tokens: int) ->
     """
     from transformers import TextStreamer
 
-    from svdtune.evaluation.decoding import complete_batch, end_token_ids
+    from svdtune.evaluation.generation import complete_batch, end_token_ids
     from svdtune.evaluation.items import Item, check_items
-    from svdtune.models.loading import context_length
+    from svdtune.models.loader import context_length
     from svdtune.system import printable
 
     check_items([Item("the prompt", "", tuple(tokens), "")], max_new_tokens, context_length(loaded.model.config))

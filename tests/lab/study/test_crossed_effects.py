@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from svdtune.lab.study.crossed import crossed
+from svdtune.lab.study.crossed_effects import crossed
 
 
 def drawn(draw: np.random.Generator, seeds: tuple[int, int], n: int, of_seed: float, of_item: float, left: float):

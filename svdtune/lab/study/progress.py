@@ -17,7 +17,7 @@ Record = dict[str, Any]
 
 
 @dataclass
-class Making:
+class StudyProgress:
     """One study, and the records there are of its runs.
 
     Attributes:
@@ -107,7 +107,7 @@ class Making:
             replace_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
-def take_up(studies: Sequence[Making], known: Callable[[Job], Record | None]) -> list[tuple[int, int, int, Job]]:
+def take_up(studies: Sequence[StudyProgress], known: Callable[[Job], Record | None]) -> list[tuple[int, int, int, Job]]:
     """Give studies the records that there are, and extend their searches as far as these go.
 
     Args:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from svdtune.errors import SvdtuneError
 from svdtune.models import load, load_tokenizer
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 
 
 def test_a_folder_loads_with_its_tokenizer(tiny_folder: Path) -> None:
@@ -123,7 +123,7 @@ def test_a_model_beside_an_adapter_is_refused(
             SvdtuneError, match=r"holds a model and an adapter \(adapter_config\.json\).*would load both"
         ):
             read(folder)
-    monkeypatch.setattr("svdtune.models.loading._check_folder", bool)  # as with a hub's name
+    monkeypatch.setattr("svdtune.models.loader._check_folder", bool)  # as with a hub's name
     with pytest.raises(SvdtuneError, match="holds a model and an adapter"):
         load(folder)
 

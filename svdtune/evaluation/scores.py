@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.decoding import GREEDY, Completion, Decoding, plan_batches
 from svdtune.evaluation.engines import Engine, TransformersEngine
+from svdtune.evaluation.generation import GREEDY, Completion, Decoding, plan_batches
 from svdtune.evaluation.interval import Interval, Metric, pass_at, wilson_interval
 from svdtune.evaluation.items import Item, check_items
 from svdtune.evaluation.predictions import Prediction, PredictionStore

@@ -10,7 +10,7 @@ from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.methods.injection import check_names, check_targets
 from svdtune.methods.sites import Sites, sites
-from svdtune.models.loading import locate
+from svdtune.models.loader import locate
 from svdtune.training.method import FULL, TARGETS, build_config
 
 

@@ -15,7 +15,7 @@ from test_peft_verbs import MERGEABLE, TOKENS, UNCHANGED_AT_START, config_of, la
 
 from svdtune import SorsaConfig, SvdtuneError
 from svdtune.export import split
-from svdtune.methods.layers.quantized import is_quantized
+from svdtune.methods.layers.quantization import is_quantized
 from svdtune.models import LoadedModel
 from svdtune.spectra import base_weight
 from tiny import tiny_llama

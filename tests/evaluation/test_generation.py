@@ -19,8 +19,8 @@ from transformers import (
 
 from finch import FinchConfig, FinchForCausalLM
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation import TransformersEngine, decoding
-from svdtune.evaluation.decoding import (
+from svdtune.evaluation import TransformersEngine, generation
+from svdtune.evaluation.generation import (
     Decoding,
     complete_batch,
     complete_in_rounds,
@@ -113,7 +113,7 @@ def test_rounds_give_the_same_completions_and_let_go_of_what_has_ended(
     whole = complete_batch(loaded.model, PROMPTS, 12, [257], pad=1)
     ends = [whole[1].tokens[4], whole[3].tokens[0]]
     expected = complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)
-    monkeypatch.setattr(decoding, "_ROUND", 2)
+    monkeypatch.setattr(generation, "_ROUND", 2)
     counted = Counted(loaded.model, monkeypatch)
     assert complete_in_rounds(loaded.model, PROMPTS, 12, ends, 1) == expected
     running = [sum(len(one.tokens) >= taken for one in expected) for taken in range(0, 12, 2)]
@@ -124,7 +124,7 @@ def test_rounds_give_the_same_completions_and_let_go_of_what_has_ended(
 
 
 def test_what_is_drawn_or_searched_for_is_not_cut_up(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_ROUND", 2)
+    monkeypatch.setattr(generation, "_ROUND", 2)
     counted = Counted(loaded.model, monkeypatch)
     for drawn in (Decoding(temperature=1.0), Decoding(beams=2)):
         complete_in_rounds(loaded.model, PROMPTS, 12, [0], 1, drawn)
@@ -142,8 +142,8 @@ def test_a_cache_of_sliding_windows_is_not_cut_but_made_anew(
     whole = complete_batch(model, PROMPTS, 12, [257], pad=1)
     ends = [whole[1].tokens[4], whole[3].tokens[0]]
     expected = complete_batch(model, PROMPTS, 12, ends, pad=1)
-    monkeypatch.setattr(decoding, "_ROUND", 2)
-    monkeypatch.setattr(decoding, "_REREAD", 4)
+    monkeypatch.setattr(generation, "_ROUND", 2)
+    monkeypatch.setattr(generation, "_REREAD", 4)
     counted = Counted(model, monkeypatch)
     assert complete_in_rounds(model, PROMPTS, 12, ends, 1) == expected
     assert [(limit, read) for _, limit, read in counted.calls] == [(2, 7), (2, 9), (4, 11), (4, 15)]

@@ -1,5 +1,5 @@
-"""StoringTuner: how the tensors of an adapter are taken out of a model to be saved, and put into
-one from a file.
+"""StateDictTuner takes an adapter's tensors out of a model to save them, and puts a file's tensors
+into a model.
 
 A file may fill what its configuration implies and nothing else; one that is refused leaves the
 model as it was.
@@ -24,7 +24,7 @@ from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_names
 from svdtune.methods.layers.base import SvdLayer
 
 
-class StoringTuner(BaseTuner):
+class StateDictTuner(BaseTuner):
     """The part of a tuner that saves and loads."""
 
     tuner_layer_cls: type[SvdLayer[Any]]
@@ -131,7 +131,7 @@ class StoringTuner(BaseTuner):
         """Remove an adapter that was put on a model in order to be loaded, so that the model is as
         it was."""
         tuner = getattr(model, "base_model", None)
-        if not isinstance(tuner, StoringTuner):
+        if not isinstance(tuner, StateDictTuner):
             tuner = cls._over(model)
         if not any(layer.awaits(adapter_name) for layer in tuner.adapted_layers()):
             return
@@ -149,7 +149,7 @@ class StoringTuner(BaseTuner):
             model._hf_peft_config_loaded = False
 
     @classmethod
-    def _over(cls, model: nn.Module) -> "StoringTuner":
+    def _over(cls, model: nn.Module) -> "StateDictTuner":
         """A tuner of a model that Transformers put adapters into, which keeps none."""
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)

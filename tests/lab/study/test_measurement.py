@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import AutoModelForCausalLM
 
 from svdtune.errors import SvdtuneError
-from svdtune.lab.study.measuring import Measuring, losses, measured_rows
+from svdtune.lab.study.measurement import MeasurementCallback, losses, measured_rows
 from svdtune.lab.study.results import read_results
 from svdtune.lab.study.runner import How, run_studies
 from svdtune.lab.study.spec import Measure, load_study
@@ -68,13 +68,13 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_a_run_that_is_measured_takes_the_same_steps_bit_for_bit(name: str, text: Path) -> None:
     """Dropout, random ranks and the order of the rows among them; the loss too."""
     alone = train(recipe_of(name, "alone"))
-    measuring = Measuring(recipe_of(name, "measured"), Measure(checkpoints=2, **SETS), Path("measured"))
-    measured = train(recipe_of(name, "measured"), callbacks=[measuring])
+    callback = MeasurementCallback(recipe_of(name, "measured"), Measure(checkpoints=2, **SETS), Path("measured"))
+    measured = train(recipe_of(name, "measured"), callbacks=[callback])
     before, after = weights(alone.adapter), weights(measured.adapter)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert alone.summary["loss"] == measured.summary["loss"]
-    lines = read_objects(measuring.path)
+    lines = read_objects(callback.path)
     assert [line["step"] for line in lines] == [0, 2, 4]
     moved = [np.mean(line["sets"]["prose"]["kl"]) for line in lines]
     assert moved[-1] > 1e-9, "the run moves the model"

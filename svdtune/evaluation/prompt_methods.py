@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import Cache
 
-from svdtune.methods.closed import refused_peft
+from svdtune.methods.refusals import refused_peft
 
 PEFTS_NAME = "past_key_values"
 
