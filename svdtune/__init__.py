@@ -25,12 +25,14 @@ from svdtune._version import __version__
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 
 if TYPE_CHECKING:
+    from svdtune.analysis import analyze
     from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites
-    from svdtune.api.runs import analyze, evaluate, report, train
+    from svdtune.api.runs import evaluate, train
     from svdtune.api.start import start
     from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
     from svdtune.methods.files.many import load_adapters
     from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
+    from svdtune.reports import report
     from svdtune.starts import fast_starts
 
 __all__ = [
@@ -64,8 +66,7 @@ __all__ = [
 # Imported when first asked for: PEFT and the Trainer take seconds each, and who does not need them
 # does not wait.
 _LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites"), "svdtune.api.adapters")
-_LATER |= dict.fromkeys(("analyze", "evaluate", "report", "train"), "svdtune.api.runs")
-
+_LATER |= dict.fromkeys(("evaluate", "train"), "svdtune.api.runs")
 _LATER |= dict.fromkeys(
     ("MoSaraConfig", "MoSaraModel", "SaraConfig", "SaraModel", "SorsaConfig", "SorsaModel"), "svdtune.methods"
 )
@@ -73,6 +74,8 @@ _LATER |= dict.fromkeys(
     ("SorsaRegularizer", "add_regularizer_gradients", "regularize"), "svdtune.methods.sorsa.regularizer"
 )
 _LATER |= {
+    "analyze": "svdtune.analysis",
+    "report": "svdtune.reports",
     "start": "svdtune.api.start",
     "fast_starts": "svdtune.starts",
     "load_adapters": "svdtune.methods.files.many",

@@ -43,13 +43,12 @@ def described(spectrum: Spectrum, thresholds: Sequence[float] = THRESHOLDS) -> d
     }
 
 
-def _spread(count: int, per_doubling: int = 4) -> set[int]:
-    """Indices from 0 that get ever rarer: about `per_doubling` from each power of two to the
-    next."""
+def _spread(count: int) -> set[int]:
+    """Indices from 0 that get ever rarer: about four from each power of two to the next."""
     picked, at = set(), 1.0
     while at <= count:
         picked.add(round(at) - 1)
-        at = max(at + 1, at * 2 ** (1 / per_doubling))
+        at = max(at + 1, at * 2**0.25)
     return picked
 
 

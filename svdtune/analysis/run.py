@@ -44,12 +44,12 @@ def analyze(
     run: str | Path,
     *,
     modules: Sequence[str] | None = None,
-    data: Sequence[str] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     items: int = 8,
     k: int | None = None,
 ) -> RunAnalysis:
-    """Compute spectra and ranks, the trained change, and routing of a finished run, and write them
-    into RUN/analysis, where the report finds them.
+    """Find out what happened in a finished run: spectra and ranks, the trained change, and routing,
+    written into RUN/analysis, where `report` finds them.
 
     Args:
         run: a run folder.
@@ -58,7 +58,11 @@ def analyze(
         data: what Mo-SARA's router is asked; the run's own held-out data by default.
         items: so many items of each data set for the router.
         k: compare a sample of so many leading singular triplets of each layer; by default all of
-            them, as the paper has it.
+            them, as SORSA's Eq. 7–10 have it.
+
+    Returns:
+        `folder`; `before`, spectra and ranks; `after`, by layer the relative change, ΔΣ, ΔD, the
+        subspace angle in degrees and more, or None; `routing`, or None and `unrouted`, why not.
 
     Raises:
         SvdtuneError: there is no finished run, no layer of these names, or no such data.
@@ -68,11 +72,12 @@ def analyze(
     if k is not None and k < 1:
         raise SvdtuneError(f"k is {k}; expected at least 1 singular triplet, or none for all")
     with held(Path(run), "analyze") if Path(run, RECIPE).is_file() else nullcontext():
-        return _analyze(run, modules, data, items, k)
+        given = [data] if isinstance(data, str | Path) else data or ()
+        return _analyze(run, modules, [str(each) for each in given], items, k)
 
 
 def _analyze(
-    run: str | Path, modules: Sequence[str] | None, data: Sequence[str] | None, items: int, k: int | None
+    run: str | Path, modules: Sequence[str] | None, data: Sequence[str], items: int, k: int | None
 ) -> RunAnalysis:
     opened = open_run(run, modules)
     assert opened.source.run is not None
@@ -94,7 +99,7 @@ def _analyze(
     return RunAnalysis(opened.source.run, folder, **found)
 
 
-def _tasks(run: Opened, data: Sequence[str] | None, items: int) -> dict[str, list[tuple[int, ...]]]:
+def _tasks(run: Opened, data: Sequence[str], items: int) -> dict[str, list[tuple[int, ...]]]:
     """The first prompts of each data set, in the form in which `evaluate` asks them."""
     recipe, tokenizer = run.source.recipe, run.loaded.tokenizer
     asked_for: Sequence[str | None] = data or [None]

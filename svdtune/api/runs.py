@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-    from svdtune.analysis import RunAnalysis
     from svdtune.evaluation.sets import Evaluations
     from svdtune.models import LoadedModel
-    from svdtune.reports import Report
     from svdtune.training.recipe import Recipe
     from svdtune.training.run import RunResult
 
@@ -159,66 +157,3 @@ def evaluate(
         restart=restart,
         watch=lambda *_: nullcontext(on_progress),
     )
-
-
-def analyze(
-    run: str | Path,
-    *,
-    modules: Sequence[str] | None = None,
-    data: str | Path | Sequence[str | Path] | None = None,
-    items: int = 8,
-    k: int | None = None,
-) -> "RunAnalysis":
-    """Find out what happened in a finished run: spectra and ranks, the trained change, and routing,
-    written into RUN/analysis, where `report` finds them.
-
-    Args:
-        run: a run folder.
-        modules: names or patterns of the layers to look at ("q_proj", "*.3.*"); all trained ones by
-            default.
-        data: what Mo-SARA's router is asked; the run's own held-out data by default.
-        items: so many items of each data set for the router.
-        k: compare a sample of so many leading singular triplets of each layer; by default all of
-            them, as SORSA's Eq. 7–10 have it.
-
-    Returns:
-        `folder`; `before`, spectra and ranks; `after`, by layer the relative change, ΔΣ, ΔD, the
-        subspace angle in degrees and more, or None; `routing`, or None and `unrouted`, why not.
-
-    Raises:
-        SvdtuneError: there is no finished run, no layer of these names, or no such data.
-    """
-    from svdtune.analysis import analyze as find_out
-
-    given = [data] if isinstance(data, str | Path) else data or ()
-    return find_out(run, modules=modules, data=[str(each) for each in given] or None, items=items, k=k)
-
-
-def report(
-    runs: str | Path | Sequence[str | Path],
-    output: str | Path | None = None,
-    *,
-    title: str | None = None,
-    figures: str | Path | None = None,
-) -> "Report":
-    """Write one HTML file that tells what happened in some runs. It opens from disk and needs no
-    network.
-
-    Args:
-        runs: a run folder, or several to compare.
-        output: the page; RUN/report.html of the first run by default.
-        title: of the page; the runs' names by default.
-        figures: a folder for every figure as SVG and its numbers as CSV
-            (`pip install 'svdtune[plots]'`).
-
-    Returns:
-        `page`, the file; `headline`, the result in a sentence or two; `missing`, by run what it has
-        no files for; `figures`, their files.
-
-    Raises:
-        SvdtuneError: a folder is no run, matplotlib is missing for figures, or a file cannot be
-            written.
-    """
-    from svdtune.reports import report as write
-
-    return write([runs] if isinstance(runs, str | Path) else runs, output, title=title, figures=figures)

@@ -59,7 +59,7 @@ def analyze(
 
     svdtune analyze runs/mosara --data sara_math --items 4
     """
-    from svdtune.api.runs import analyze as find_out
+    from svdtune.analysis import analyze as find_out
     from svdtune.training.folder import RECIPE
 
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}

@@ -60,10 +60,9 @@ def export(
     for_json(report)
     typer.echo(summary(report))
     if report.difference is not None:
-        relative, effect = report.difference
         typer.echo(
-            f"logits against the adapter's: relative difference {relative:.1e}; for scale, the adapter itself changes the "
-            f"base's by {effect:.1e}"
+            f"logits against the adapter's: relative difference {report.difference.relative:.1e}; for scale, the adapter "
+            f"itself changes the base's by {report.difference.effect:.1e}"
         )
 
 

@@ -33,7 +33,7 @@ def report(
 
     svdtune report runs/sorsa runs/lora runs/full --output comparison.html --figures figures
     """
-    from svdtune.api.runs import report as write
+    from svdtune.reports import report as write
 
     written = write(runs, output, title=title, figures=figures)
     for_json(written)

@@ -32,8 +32,8 @@ class Metric(NamedTuple):
     interval: Interval
 
 
-def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
-    """Interval for the proportion behind `correct` successes in `total` independent trials.
+def wilson_interval(correct: int, total: int) -> Interval:
+    """95 % interval for the proportion behind `correct` successes in `total` independent trials.
 
     Unlike p ± z·sqrt(p(1−p)/n), it stays inside [0, 1], is not empty at 0 or `total` successes, and
     covers well for the few hundred items an evaluation here often has.
@@ -41,7 +41,6 @@ def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
     Args:
         correct: Number of successes, 0 ≤ correct ≤ total.
         total: Number of trials, at least 1.
-        z: Normal quantile of the wanted coverage; the default gives 95 %.
 
     Raises:
         ValueError: If the counts do not describe a proportion.
@@ -50,9 +49,9 @@ def wilson_interval(correct: int, total: int, z: float = Z95) -> Interval:
     """
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"an interval needs 0 <= correct <= total and total >= 1, got {correct} of {total}")
-    p, z2 = correct / total, z * z
+    p, z2 = correct / total, Z95**2
     centre = (p + z2 / (2 * total)) / (1 + z2 / total)
-    half = z / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
+    half = Z95 / (1 + z2 / total) * math.sqrt(p * (1 - p) / total + z2 / (4 * total * total))
     # At 0 and at `total` successes one end is exactly 0 or 1; rounding must not push it past.
     low = 0.0 if correct == 0 else centre - half
     high = 1.0 if correct == total else centre + half

@@ -22,7 +22,7 @@ from svdtune.system import check_new_folder
 
 
 def export_difference(
-    tuned: Checkpoint, base: Checkpoint, output: Path, cut: Cut, *, uniform: bool = False, device: str | None = None
+    tuned: Checkpoint, base: Checkpoint, output: Path, cut: Cut, *, uniform: bool = False
 ) -> LoraReport:
     """Write tuned − base as a LoRA on `base`.
 
@@ -31,7 +31,6 @@ def export_difference(
         output: folder to create.
         cut: the rank or the error; one of them.
         uniform: as for `export_lora`.
-        device: where differences are decomposed; a GPU by default, where there is one.
 
     Returns:
         As `export_lora`. Weights that differ and are no linear layer's (embeddings, norms, biases)
@@ -50,7 +49,7 @@ def export_difference(
         raise SvdtuneError(
             f"{tuned.name} and {base.name} are no two checkpoints of one model: {differs} is in one alone"
         )
-    where = devices_for_work(device)[0]
+    where = devices_for_work()[0]
     pairs: dict[str, LowRankPair] = {}
     errors: dict[str, float] = {}
     left: list[str] = []

@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from svdtune.errors import SvdtuneError
 from svdtune.export.change import SavedChange, read_change, since
-from svdtune.export.comparison import probe_logits
+from svdtune.export.comparison import LogitComparison, compare_logits, probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
 from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, open_source
 from svdtune.methods.config import SvdConfig
@@ -70,18 +70,6 @@ class Cut:
         return max(1, int((rest > self.error * rest[0]).sum()))
 
 
-class LogitDifference(NamedTuple):
-    """How far apart the logits of two adapters on one base model are.
-
-    Attributes:
-        relative: ‖lora − adapter‖ / ‖adapter‖.
-        effect: ‖base − adapter‖ / ‖adapter‖, what the adapter itself changes.
-    """
-
-    relative: float
-    effect: float
-
-
 @dataclass(frozen=True)
 class LoraReport:
     """What an export wrote.
@@ -92,14 +80,14 @@ class LoraReport:
         errors: ‖ΔW_lora − ΔW‖_F / ‖ΔW‖_F by layer; empty where nothing was cut off and the export
             is exact.
         notes: what a tool other than PEFT would not take, a sentence each.
-        difference: of the logits from the adapter's; None where they were not compared.
+        difference: of the LoRA's logits from the adapter's; None where they were not compared.
     """
 
     output: Path
     ranks: dict[str, int]
     errors: dict[str, float]
     notes: list[str]
-    difference: LogitDifference | None = None
+    difference: LogitComparison | None = None
 
 
 def export_source(
@@ -175,17 +163,11 @@ def combine(
     cut: Cut = Cut(),
     uniform: bool = False,
 ) -> LoraReport:
-    """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter: what no adapter of
-    the methods alone can be.
+    """Write Σ_i w_i ΔW_i of several adapters on one base as one LoRA adapter, as `svdtune.combine`
+    does.
 
     Exact by stacking, so the rank of a layer is the sum of the adapters' ranks there; or cut,
-    stating the error. The methods may differ; a layer that an adapter leaves alone counts
-    as zero.
-
-    Args:
-        weights: folder of each run or adapter → its weight, which may be negative.
-        output: folder to create.
-        cut, uniform: as for `export_lora`.
+    stating the error. A layer that an adapter leaves alone counts as zero.
 
     Raises:
         SvdtuneError: as `export_lora`; also where one adapter is named twice, or the adapters were
@@ -299,16 +281,15 @@ def truncated(A: Tensor, B: Tensor, cut: Cut) -> tuple[Tensor, Tensor, float]:
     return (QA @ (Vh[:rank].mT * root)).to(A.dtype), (QB @ (U[:, :rank] * root)).to(B.dtype), error
 
 
-def compare(adapted_base: Source, lora: Path) -> LogitDifference:
-    """The logits of an adapter and of its LoRA on one base model."""
+def compare(adapted_base: Source, lora: Path) -> LogitComparison:
+    """The logits of an adapter's LoRA with the adapter's own, on one base model."""
     source = open_source(adapted_base)
     model: Any = source.model
     adapted = probe_logits(model, source.tokenizer)
     with model.disable_adapter():
         alone = probe_logits(model, source.tokenizer)
     exported = probe_logits(attach_adapter(model.unload(), lora), source.tokenizer)
-    scale = float(adapted.norm())
-    return LogitDifference(float((exported - adapted).norm()) / scale, float((alone - adapted).norm()) / scale)
+    return compare_logits(exported, adapted, alone)
 
 
 def lora_config(adapter: PeftConfig, ranks: dict[str, int]) -> LoraConfig:

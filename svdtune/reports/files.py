@@ -32,23 +32,31 @@ class Report:
 
 
 def report(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     output: str | Path | None = None,
     *,
     title: str | None = None,
     figures: str | Path | None = None,
 ) -> Report:
-    """Write one self-contained page about some runs, and what changed into their model cards.
+    """Write one HTML file that tells what happened in some runs. It opens from disk and needs no
+    network. What changed also goes into each adapter's model card.
 
     Args:
-        runs: run folders; one that is named twice counts once.
+        runs: a run folder, or several to compare; one that is named twice counts once.
         output: the page; RUN/report.html of the first run by default.
         title: of the page; the runs' names by default.
-        figures: a folder for every figure as SVG and its numbers as CSV; None writes none.
+        figures: a folder for every figure as SVG and its numbers as CSV
+            (`pip install 'svdtune[plots]'`).
+
+    Returns:
+        `page`, the file; `headline`, the result in a sentence or two; `missing`, by run what it has
+        no files for; `figures`, their files.
 
     Raises:
-        SvdtuneError: a folder is no run, or a file cannot be written.
+        SvdtuneError: a folder is no run, matplotlib is missing for figures, or a file cannot be
+            written.
     """
+    runs = [runs] if isinstance(runs, str | Path) else runs
     if not runs:
         raise SvdtuneError("there are no runs to report on; name at least one run folder")
     facts = [read_facts(run) for run in dict.fromkeys(map(str, runs))]

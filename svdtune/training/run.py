@@ -86,16 +86,8 @@ def train(
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
-    """Train as a recipe says.
-
-    Args:
-        recipe: from `load_recipe`.
-        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not
-            stopped.
-        overwrite: delete an earlier run in the folder.
-        final_loss: take the loss on `data.eval`, where there is one, when training has ended.
-        console: where to print; standard error by default.
-        callbacks: more callbacks for the Trainer.
+    """Train as a recipe says; the arguments but for `recipe`, which was read, as for
+    `svdtune.train`.
 
     Raises:
         SvdtuneError: for everything a user can set right.

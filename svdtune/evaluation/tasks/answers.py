@@ -119,11 +119,6 @@ def _sentence(rest: str) -> str:
     return rest.strip()
 
 
-def final_answer(text: str) -> str | None:
-    """The answer that a text marks as its last word, None where it marks none."""
-    return next(marked_answers(text), None)
-
-
 def without_denied(text: str, item: str) -> str:
     """A text without the items that it denies: "not 5 but 6" is "but 6".
 

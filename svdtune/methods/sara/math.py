@@ -47,9 +47,7 @@ def sara_pair(U: Tensor, lam: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]
     return V, scaled(U, lam)
 
 
-def kaiming_factors(
-    out_features: int, in_features: int, k: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def kaiming_factors(out_features: int, in_features: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The paper's random start: Kaiming uniform with a = √5 (Appendix A), that is uniform in
     ±1/√fan_in.
 
@@ -59,6 +57,6 @@ def kaiming_factors(
 
     def uniform(shape: tuple[int, ...], fan_in: int) -> Tensor:
         bound = 1 / math.sqrt(fan_in)
-        return torch.empty(shape, device=device).uniform_(-bound, bound)
+        return torch.empty(shape).uniform_(-bound, bound)
 
     return uniform((out_features, k), k), uniform((k,), k), uniform((in_features, k), in_features)
