@@ -134,6 +134,7 @@ CHANGES = {
         lambda: slope_of(adapted("sorsa", moved=0.1)),
     ),
     "mosara, Eq. 5": (mosara, "mosara_linear", "U, V,", "-U, V,", lambda: forward("mosara")),
+    "mosara, generating": (mosara, "mosara_linear", "U, V,", "-U, V,", lambda: generated("mosara")),
     "mosara, Eq. 6": (mosara, "token_gate", "outer(a", "outer(-a", lambda: forward("mosara")),
     "mosara, in front": (mosara, "token_gate", "outer(a", "outer(-a", lambda: forward("mosara-front")),
     "mosara, added": (mosara, "add_mosara", "U, V,", "-U, V,", lambda: logits(hooked(adapted("mosara", moved=0.1)))),

@@ -103,7 +103,7 @@ Product = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
 """U, s or None, V, and P₀ and V₀ or None and None: a `Part` without what it is added to."""
 
 Node = Callable[..., Tensor]
-"""What `low_rank_linear` takes and gives, alone or together with other layers."""
+"""What `low_rank_linear` or `add_low_rank` takes and gives, alone or together with other layers."""
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -132,9 +132,8 @@ class LowRankLinear(torch.autograd.Function):
         for part, B, own in zip(parts, Bs, apart(z, Bs), strict=True):
             if part.weight is None:
                 assert part.bias_or_output is not None
-                y = part.bias_or_output
-                ctx.mark_dirty(y)
-                y.view(-1, y.shape[-1]).addmm_(cast(own, y.dtype), cast(B, y.dtype).mT)
+                ctx.mark_dirty(part.bias_or_output)
+                y = add_product(part.bias_or_output, own, B)
             else:
                 bias = None if part.bias_or_output is None else cast(part.bias_or_output, dtype)
                 y = linear_plus(cast(x, dtype), cast(part.weight, dtype), bias, own, B)
@@ -259,12 +258,23 @@ def V_gradients(
     ]
 
 
-def linear_with_pair(x: Tensor, part: Part, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-    """The forward pass of `LowRankLinear` for one layer, of which nothing is saved."""
-    x, bias = cast(x, dtype), part.bias_or_output
-    bias = None if bias is None else cast(bias, dtype)
+def linear_with_pair(x: Tensor, part: Part, A: Tensor, B: Tensor) -> Tensor:
+    """The forward pass of `LowRankLinear` for one layer, to the bit, of which nothing is saved."""
+    x, bias = cast(x, A.dtype), part.bias_or_output
+    bias = None if bias is None else cast(bias, A.dtype)
     assert part.weight is not None
-    return linear_plus(x, cast(part.weight, dtype), bias, x.reshape(-1, x.shape[-1]) @ A, B)
+    return linear_plus(x, cast(part.weight, A.dtype), bias, x.reshape(-1, x.shape[-1]) @ A, B)
+
+
+def add_pair(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """y + x A Bᵀ, added to y in place."""
+    return add_product(y, cast(x, A.dtype).reshape(-1, x.shape[-1]) @ A, B)
+
+
+def add_product(y: Tensor, z: Tensor, B: Tensor) -> Tensor:
+    """y [..., out] + z Bᵀ for z [T, w], added to y in place."""
+    y.view(-1, y.shape[-1]).addmm_(cast(z, y.dtype), cast(B, y.dtype).mT)
+    return y
 
 
 def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Tensor) -> Tensor:

@@ -4,8 +4,9 @@ each by itself.
 Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product
 with x, one sum of input gradients. In training small models, whose GPU waits for its launches, all
 weight changes are formed at once instead (`svdtune.methods.compute.changes`). And while a text is
-generated, each layer forms its pair for the first token alone: passes that extend one key-value
-cache have one set of parameters, or the cache itself would be out of date.
+generated, each layer forms for the first token alone what does not depend on tokens, such as its
+pair: passes that extend one key-value cache have one set of parameters, or the cache itself would
+be out of date.
 
 Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the
 last one showed. What was done ahead is used only if layer, tensors and input are the very same
@@ -22,7 +23,7 @@ does
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -38,6 +39,8 @@ from svdtune.methods.compute.lowrank import (
     LowRankLinear,
     Part,
     Product,
+    add_low_rank,
+    add_pair,
     alignment,
     cast,
     compute_dtype,
@@ -48,6 +51,8 @@ from svdtune.methods.compute.transforms import under_transform
 
 if TYPE_CHECKING:  # which imports this module
     from svdtune.methods.layers.lowrank import LowRankLayer
+
+Keep = Callable[[Callable[[], Any]], Any]
 
 SMALL_MODEL, SMALL_LAYER = 2**28, 4e9
 """Elements of the adapted weights, and multiplications of a layer (rows · in · out), up to which
@@ -80,12 +85,15 @@ class Ahead(NamedTuple):
     y: Tensor
 
 
-class Pair(NamedTuple):
-    """The stacked factors A [in, w] and B [out, w] of `tensors`."""
+class Kept(NamedTuple):
+    """What was formed of an adapter's `tensors` for products in `dtype`."""
 
-    tensors: Product
-    A: Tensor
-    B: Tensor
+    tensors: Sequence[Tensor | None]
+    dtype: torch.dtype
+    formed: Any
+
+
+KeptByAdapter = dict[tuple[nn.Module, str], Kept]
 
 
 @dataclass
@@ -94,7 +102,7 @@ class Pass:
     input, also as [rows, in]."""
 
     changes: dict[nn.Module, Change]
-    pairs: dict[nn.Module, Pair] | None = None
+    kept: KeptByAdapter | None = None
     turns: list[Turn] = field(default_factory=list)
     as_planned: bool = True
     ahead: dict[nn.Module, Ahead] = field(default_factory=dict)
@@ -118,7 +126,7 @@ class Together:
         self._apart: set[nn.Module] = set()
         self._small = False
         self._pass: Pass | None = None
-        self._pairs: dict[nn.Module, Pair] = {}
+        self._kept: KeptByAdapter = {}
         self._cache: weakref.ref[DynamicCache] | None = None
 
     def __reduce__(self) -> tuple[type["Together"], tuple[()]]:
@@ -136,7 +144,7 @@ class Together:
         for hooks, key in self._hooks_on(model):
             del hooks[key]
         self._pass = None
-        self._pairs.clear()
+        self._kept.clear()
         self._follow([])
 
     def _hooks_on(self, model: nn.Module) -> list[tuple[dict[int, Any], int]]:
@@ -151,25 +159,25 @@ class Together:
         if self.enabled is False or torch.compiler.is_compiling() or under_transform():
             return
         if not torch.is_grad_enabled():
-            self._pass = Pass({}, self._pairs_of(growing_cache((*args, *kwargs.values()))))
+            self._pass = Pass({}, self._kept_for(growing_cache((*args, *kwargs.values()))))
             return
-        self._pairs.clear()
+        self._kept.clear()
         if self.enabled or torch.cuda.is_available():
             turns = self._plan if self._small else []
             changes = changes_at_once([(turn.tensors, turn.dtype) for turn in turns])
             found = zip(turns, changes, strict=True)
             self._pass = Pass({turn.layer: change for turn, change in found if change is not None})
 
-    def _pairs_of(self, cache: DynamicCache | None) -> dict[nn.Module, Pair] | None:
-        """The pairs that were formed for the first tokens in a key-value cache; None where there is
-        no such cache."""
+    def _kept_for(self, cache: DynamicCache | None) -> KeptByAdapter | None:
+        """What was formed for the first tokens in a key-value cache; None where there is no such
+        cache."""
         if cache is None:
             return None
         if self._cache is None or self._cache() is not cache or is_empty(cache):
-            self._pairs.clear()
-            pairs = self._pairs  # and not self, which the callback would keep alive
-            self._cache = weakref.ref(cache, lambda _: pairs.clear())
-        return self._pairs
+            self._kept.clear()
+            kept = self._kept  # and not self, which the callback would keep alive
+            self._cache = weakref.ref(cache, lambda _: kept.clear())
+        return self._kept
 
     def _end(self, model: nn.Module, *_: Any) -> None:
         now, self._pass = self._pass, None
@@ -206,8 +214,9 @@ class Together:
         """
         *fields, x_adapter, p = arguments
         part, now = Part(*fields), self._pass
-        if now is not None and now.pairs is not None and x_adapter is None and p == 0:
-            return _with_kept_pair(now.pairs, layer, x, part)
+        pair = self._kept_pair(layer, adapter, x, part[2:]) if x_adapter is None and p == 0 else None
+        if pair is not None:
+            return linear_with_pair(x, part, *pair)
         if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
             return LowRankLinear.apply(x, x_adapter, p, *part)
         tensors, dtype = part[2:], compute_dtype(x)
@@ -231,6 +240,33 @@ class Together:
         for turn, other in zip(ready, others, strict=True):
             now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
         return y
+
+    def add(self, layer: nn.Module, adapter: str, y: Tensor, x: Tensor, *tensors: Any) -> Tensor:
+        """`add_low_rank` for one adapter of a layer, with the pair that was formed for it."""
+        pair = self._kept_pair(layer, adapter, x, tensors)
+        return add_low_rank(y, x, *tensors) if pair is None else add_pair(y, x, *pair)
+
+    def _kept_pair(self, layer: nn.Module, adapter: str, x: Tensor, tensors: Product) -> tuple[Tensor, Tensor] | None:
+        dtype = compute_dtype(x)
+        keep = self.keeper(layer, adapter, tensors, dtype)
+        return None if keep is None else keep(lambda: stacked(*tensors, dtype, alignment(dtype, x.device)))
+
+    def keeper(
+        self, layer: nn.Module, adapter: str, tensors: Sequence[Tensor | None], dtype: torch.dtype
+    ) -> Keep | None:
+        """What gives a function's answer, asked for in the first pass of a generation alone; None
+        outside one. The answer follows from an adapter's tensors."""
+        kept = None if self._pass is None else self._pass.kept
+        if kept is None or torch.is_grad_enabled() or under_transform():
+            return None
+
+        def keep(form: Callable[[], Any]) -> Any:
+            found = kept.get((layer, adapter))
+            if found is None or found.dtype != dtype or not _same(found.tensors, tensors):
+                kept[layer, adapter] = found = Kept(tensors, dtype, form())
+            return found.formed
+
+        return keep
 
     def _plain(self, now: Pass, x: Tensor, part: Part, delta: Tensor) -> Tensor:
         """x Wᵀ + b + x ΔWᵀ with PyTorch's own nodes, which launch faster than one written in
@@ -262,15 +298,6 @@ class Together:
         else:
             now.as_planned = False
             turns.append(Turn(layer, adapter, tensors, dtype, number, x.numel() // x.shape[-1]))
-
-
-def _with_kept_pair(pairs: dict[nn.Module, Pair], layer: nn.Module, x: Tensor, part: Part) -> Tensor:
-    """What `LowRankLinear` gives, to the bit, its pair formed once for all passes that share
-    `pairs`."""
-    pair, dtype = pairs.get(layer), compute_dtype(x)
-    if pair is None or pair.A.dtype != dtype or not _same(pair.tensors, part[2:]):
-        pairs[layer] = pair = Pair(part[2:], *stacked(*part[2:], dtype, alignment(dtype, x.device)))
-    return linear_with_pair(x, part, pair.A, pair.B, dtype)
 
 
 def _would_repeat(turn: Turn, p: float) -> bool:

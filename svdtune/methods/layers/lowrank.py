@@ -4,7 +4,7 @@ weight."""
 from abc import abstractmethod
 from functools import partial
 
-from svdtune.methods.compute.lowrank import Node, Product, low_rank_linear
+from svdtune.methods.compute.lowrank import Node, Product, add_low_rank, low_rank_linear
 from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import Config, SvdLayer
 
@@ -26,3 +26,7 @@ class LowRankLayer(SvdLayer[Config]):
         if self.together is None or under_transform():
             return low_rank_linear
         return partial(self.together.linear, self, adapter)
+
+    def adding(self, adapter: str) -> Node:
+        """What adds the adapter to an output of the base layer."""
+        return add_low_rank if self.together is None else partial(self.together.add, self, adapter)

@@ -20,8 +20,9 @@ class Gate:
 
     Attributes:
         weights: what it makes of the softmax's weights [T, m] of every token.
-        linear: Eq. 5 with it; takes what `math.mosara_linear` takes, but for `V_ready`.
-        add: Eq. 5's second term with it, not in place; takes what `math.add_mosara` takes.
+        linear: Eq. 5 with it; takes what `math.mosara_linear` takes, but for `V_ready` and `keep`.
+        add: Eq. 5's second term with it, not in place; takes what `math.add_mosara` takes, but for
+            `keep`.
     """
 
     weights: Callable[[Tensor], Tensor]

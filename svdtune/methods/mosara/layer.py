@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import Factors
 from svdtune.methods.compute.lowrank import compute_dtype
+from svdtune.methods.compute.together import Keep
 from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.convolution import as_channels, expand, per_position, project
@@ -107,12 +108,21 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     ) -> Tensor:
         if other := self._other_gate(adapter):
             return other.linear(x, weight, bias, *self._tensors(adapter), x_adapter)
-        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, self._ready_V(x, adapter))
+        kept = self._ready_V(x, adapter), self._keep(x, adapter)
+        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, *kept)
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        other = self._other_gate(adapter)
-        add = other.add if other else add_mosara
-        return add(y, x, *self._tensors(adapter))
+        if other := self._other_gate(adapter):
+            return other.add(y, x, *self._tensors(adapter))
+        return add_mosara(y, x, *self._tensors(adapter), self._keep(x, adapter))
+
+    def _keep(self, x: Tensor, adapter: str) -> Keep | None:
+        """What keeps that which is formed for the first token of a generation; None outside one."""
+        if self.together is None:
+            return None
+        names = ("frozen_U", "frozen_V", "mosara_v", "mosara_w1")
+        tensors = [self.adapter_tensor(name, adapter) for name in names]
+        return self.together.keeper(self, adapter, tensors, compute_dtype(x))
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
         """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the

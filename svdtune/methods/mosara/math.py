@@ -18,7 +18,8 @@ needs.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from svdtune.methods.compute import kernels
-from svdtune.methods.compute.lowrank import base_in_plain, compute_dtype, filled
+from svdtune.methods.compute.lowrank import add_product, base_in_plain, compute_dtype, filled
+from svdtune.methods.compute.together import Keep
 from svdtune.methods.compute.transforms import under_transform
 
 # k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes
@@ -61,9 +63,9 @@ class GatedLinear(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(x)
         flat = _rows(x if x_adapter is None else x_adapter, dtype)
-        A, B = projections(U, V, v, front, dtype, V_ready)
+        A, B, read = _readied(U, V, v, w1, front, dtype, V_ready)
         z = flat @ A
-        t, gate, gate_input = _weighed(flat, z, V, lam, w1, w2, front)
+        t, gate, gate_input = _weighed(flat, z, read, lam, w1, w2)
         if weight is None:
             assert bias_or_output is not None
             y = bias_or_output
@@ -71,7 +73,7 @@ class GatedLinear(torch.autograd.Function):
         else:
             bias = None if bias_or_output is None else bias_or_output.to(dtype)
             y = F.linear(x.to(dtype), weight.to(dtype), bias)
-        y.view(-1, y.shape[-1]).addmm_(t.to(y.dtype), B.to(y.dtype).mT)
+        add_product(y, t, B)
         ctx.save_for_backward(flat if front else None, z, gate_input, gate, weight, U, V, lam, v, w1, w2, V_ready)
         ctx.front, ctx.shape = front, x.shape
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
@@ -119,12 +121,12 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighed(
-    flat: Tensor, z: Tensor, V: Tensor, lam: Tensor, w1: Tensor | None, w2: Tensor | None, front: bool
+    flat: Tensor, z: Tensor, read: Tensor | None, lam: Tensor, w1: Tensor | None, w2: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`_mix`, whose gate reads x V without v where v stands in front."""
-    if not front or w1 is None or w2 is None:
+    if read is None or w2 is None:
         return _mix(z, w1, w2, lam)
-    gate_input = flat @ (V @ w1.to(V.dtype)).to(flat.dtype)
+    gate_input = flat @ read
     gate = token_gate(gate_input, w2)
     return z * filled(mixed_values(gate, lam), z.shape[1]).to(z.dtype), gate, gate_input
 
@@ -146,13 +148,39 @@ def _in_plain(
     """What `GatedLinear` gives, not in place, in operations that torch.func transforms."""
     dtype = compute_dtype(x)
     flat = _rows(x if x_adapter is None else x_adapter, dtype)
-    A, B = projections(U, V, v, front, dtype, V_ready)
-    t, _, _ = _weighed(flat, flat @ A, V, lam, w1, w2, front)
+    A, B, read = _readied(U, V, v, w1, front, dtype, V_ready)
+    t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2)
     y = base_in_plain(x, weight, bias_or_output, dtype)
     return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape)
 
 
-def _linear() -> Callable[..., Tensor]:
+def _generating(
+    keep: Keep,
+    x: Tensor,
+    weight: Tensor | None,
+    bias_or_output: Tensor | None,
+    x_adapter: Tensor | None,
+    U: Tensor,
+    V: Tensor,
+    lam: Tensor,
+    v: Tensor | None,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    front: bool,
+    V_ready: Tensor | None,
+) -> Tensor:
+    """What `GatedLinear` gives, to the bit, without a gradient; what is the same for all tokens is
+    kept."""
+    dtype = compute_dtype(x)
+    A, B, read = keep(lambda: _readied(U, V, v, w1, front, dtype, V_ready))
+    flat = _rows(x if x_adapter is None else x_adapter, dtype)
+    t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2)
+    return add_product(base_in_plain(x, weight, bias_or_output, dtype), t, B)
+
+
+def _linear(keep: Keep | None) -> Callable[..., Tensor]:
+    if keep is not None:
+        return partial(_generating, keep)
     return _in_plain if under_transform() else GatedLinear.apply
 
 
@@ -170,6 +198,22 @@ def projections(
     if front:
         return ready(scaled_rows(V, v), dtype), ready(U, dtype)
     return ready(V, dtype) if V_ready is None else V_ready, ready(scaled_rows(U, v), dtype)
+
+
+class Readied(NamedTuple):
+    """What of a layer does not depend on the token: A [in, k'] and B [out, k'] as `projections`
+    gives them, and V w₁ [in], which the gate reads where v stands in front."""
+
+    A: Tensor
+    B: Tensor
+    read: Tensor | None
+
+
+def _readied(
+    U: Tensor, V: Tensor, v: Tensor | None, w1: Tensor | None, front: bool, dtype: torch.dtype, V_ready: Tensor | None
+) -> Readied:
+    read = (V @ w1.to(V.dtype)).to(dtype) if front and w1 is not None else None
+    return Readied(*projections(U, V, v, front, dtype, V_ready), read)
 
 
 def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -234,13 +278,16 @@ def mosara_linear(
     front: bool = False,
     x_adapter: Tensor | None = None,
     V_ready: Tensor | None = None,
+    keep: Keep | None = None,
 ) -> Tensor:
     """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the
     ablation without it.
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
+    `keep` (`svdtune.methods.compute.together`) saves forming at every token of a generation what is
+    the same for all.
     """
-    return _linear()(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
+    return _linear(keep)(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
 
 
 def add_mosara(
@@ -253,9 +300,10 @@ def add_mosara(
     w1: Tensor | None,
     w2: Tensor | None,
     front: bool = False,
+    keep: Keep | None = None,
 ) -> Tensor:
-    """Eq. 5's second term, added to y [..., out] in place."""
-    return _linear()(x, None, y, None, U, V, lam, v, w1, w2, front, None)
+    """Eq. 5's second term, added to y [..., out] in place; `keep` as for `mosara_linear`."""
+    return _linear(keep)(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
 def add_mosara_by_sample(

@@ -44,7 +44,7 @@ class SaraLinear(LowRankLayer[SaraConfig]):
         return sara_linear(x, weight, bias, *self.product(adapter)[:3], x_adapter, p, self.node(adapter))
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_sara(y, x, *self.product(adapter)[:3])
+        return add_sara(y, x, *self.product(adapter)[:3], self.adding(adapter))
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,10 @@ def sara_linear(
     return node(x, weight, bias, U, lam, V, None, None, x_adapter, p)
 
 
-def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor) -> Tensor:
+def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor, node: Node = add_low_rank) -> Tensor:
     """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
-    out]."""
-    return add_low_rank(y, x, U, lam, V)
+    out]; `node` computes what `add_low_rank` does."""
+    return node(y, x, U, lam, V, None, None)
 
 
 def sara_pair(U: Tensor, lam: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:

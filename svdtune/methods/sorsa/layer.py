@@ -66,7 +66,7 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
         return sorsa_linear(x, weight, bias, *self.product(adapter), x_adapter, p, self.node(adapter))
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_sorsa(y, x, *self.product(adapter))
+        return add_sorsa(y, x, *self.product(adapter), self.adding(adapter))
 
     @staticmethod
     def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:

@@ -55,11 +55,18 @@ def sorsa_linear(
 
 
 def add_sorsa(
-    y: Tensor, x: Tensor, U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
+    y: Tensor,
+    x: Tensor,
+    U: Tensor,
+    s: Tensor | None,
+    V: Tensor,
+    P0: Tensor | None = None,
+    V0: Tensor | None = None,
+    node: Node = add_low_rank,
 ) -> Tensor:
     """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
-    out]."""
-    return add_low_rank(y, x, U, s, V, P0, V0)
+    out]; `node` computes what `add_low_rank` does."""
+    return node(y, x, U, s, V, P0, V0)
 
 
 def sorsa_pair(

@@ -1,15 +1,20 @@
 """No pair is formed twice in a generation, whatever a release calls the argument that holds the
 key-value cache."""
 
+import inspect
+
 import pytest
 import torch
 import transformers as tf
 from peft import get_peft_model
-from test_peft_verbs import TOKENS, adapted, layers
+from test_math_runs import hooked
+from test_peft_verbs import TOKENS, adapted, config_of, layers, move
+from test_training_step import literal
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.cache_utils import Cache
 
+from operations import Operations
 from svdtune import SorsaConfig
 from svdtune.methods.compute.kvcache import growing_cache, is_empty
 from svdtune.methods.compute.lowrank import stacked
@@ -20,6 +25,11 @@ WAYS = {
     "cache": lambda cache: ((), {"cache": cache}),
     "a name of no release": lambda cache: ((), {"use_cache": True, "memory": cache}),
 }
+(CACHE,) = (
+    name
+    for name, parameter in inspect.signature(tf.LlamaForCausalLM.forward).parameters.items()
+    if "Cache" in str(parameter.annotation)
+)
 SIZES = {"vocab_size": 60, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 
@@ -91,6 +101,48 @@ def test_generating_is_the_same_with_kept_pairs(make, formed):
         assert len(formed) == len(layers(model)) - len(encoder)
     else:
         assert make is recurrent
+
+
+OPERATIONS = {"sara": 2, "sorsa": 2, "mosara": 7, "mosara-front": 7, "mosara-one-head": 3}
+"""What a layer adds to the base's for a decoded token: the two products with its pair, and what a
+gate needs."""
+
+
+def decoded(model):
+    """What a model says after a token that extends a cache, and how many operations it took."""
+    cache = DynamicCache()
+    with torch.no_grad():
+        for tokens in TOKENS[:1, :6].split((3, 1, 2), 1):  # a pass each; with the last all but once is done
+            with Operations() as counted:
+                found = model(input_ids=tokens, use_cache=True, **{CACHE: cache}).logits
+    return found, counted.count
+
+
+@pytest.mark.parametrize("reads", [True, False], ids=["weight", "output"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_decoded_token_takes_few_operations(name, reads):
+    """Where a layer reads its base's weight, and where it adds to the output of one that it must
+    call; LoRA takes four."""
+    model = adapted(name, moved=0.1)
+    if not reads:
+        hooked(model)
+    found, count = decoded(model)
+    with model.disable_adapter():
+        _, base = decoded(model)
+    assert count - base == OPERATIONS[name] * len(layers(model))
+    with torch.no_grad():
+        want = literal(adapted(name, moved=0.1))(input_ids=TOKENS[:1, :6]).logits[:, -2:]
+    assert torch.allclose(found, want, atol=1e-5)
+
+
+def test_several_adapters_keep_a_pair_each():
+    model = adapted("sorsa", moved=0.1)
+    model.add_adapter("other", config_of("sorsa"))
+    model.base_model.set_adapter(["default", "other"])
+    _, count = decoded(move(model, 0.1))
+    with model.disable_adapter():
+        _, base = decoded(model)
+    assert count - base == 4 * len(layers(model))
 
 
 def test_which_caches_grow():

@@ -2,13 +2,13 @@
 out of date."""
 
 import copy
-import inspect
 
 import pytest
 import torch
+from test_kvcache import CACHE
 from test_peft_verbs import TOKENS, adapted, layers, logits, move
 from test_training_step import LABELS, assert_same, gradients
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache
 
 from pairwise import all_pairs
 from svdtune.methods.compute.changes import changes_at_once
@@ -217,15 +217,13 @@ def test_generating_forms_each_pair_once(name, monkeypatch):
         assert len(formed) == len(layers(model))
         assert torch.equal(torch.stack(got.logits), torch.stack(want.logits))
     del got
-    assert not together(model)._pairs
+    assert not together(model)._kept
 
 
 def test_a_cache_that_begins_anew_forms_pairs_anew():
     model = adapted("sorsa", moved=0.1).eval()
     cache = DynamicCache()
-    takes = inspect.signature(LlamaForCausalLM.forward).parameters
-    given = {name: cache for name, parameter in takes.items() if "Cache" in str(parameter.annotation)}
-    assert len(given) == 1
+    given = {CACHE: cache}
     with torch.no_grad():
         model(input_ids=TOKENS, **given)
         move(model, 0.1, seed=5)
