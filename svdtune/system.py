@@ -105,12 +105,7 @@ def free_bytes(path: Path) -> int:
 
 
 def check_free(path: Path, needed: int, what: str) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Args:
-        path: what will be written.
-        needed: bytes.
-        what: that takes them, for the message.
+    """Refuse to begin what the disk has no room for: `needed` bytes for `what`.
 
     Raises:
         SvdtuneError: less is free.

@@ -10,11 +10,6 @@ if TYPE_CHECKING:
 def answer(loaded: "LoadedModel", tokens: Sequence[int], max_new_tokens: int) -> str:
     """Answer a prompt greedily, print the words as they come, and return them.
 
-    Args:
-        loaded: the model, with or without an adapter.
-        tokens: of the prompt.
-        max_new_tokens: length limit.
-
     Raises:
         SvdtuneError: the prompt is empty, or leaves too little room.
     """

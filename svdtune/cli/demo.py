@@ -162,13 +162,6 @@ def score_base(
 ) -> tuple[Forecast, "Evaluation"]:
     """The untrained model's accuracy; on the way, once its first steps are timed, say how long the
     demo will take.
-
-    Args:
-        recipe: of any of the runs.
-        size: how much is done.
-        output: folder of the predictions.
-        console: where to print.
-        started: when the demo was.
     """
     from svdtune.export import Source, open_source
 

@@ -19,9 +19,6 @@ from svdtune.errors import SvdtuneError
 def check_kernels(kernels: Mapping[str, Mapping[str, Any]]) -> None:
     """Refuse what PEFT's LoRA cannot compute.
 
-    Args:
-        kernels: a configuration's `kernels`.
-
     Raises:
         SvdtuneError: naming the first layer, and why.
     """

@@ -57,11 +57,6 @@ class Costs:
     ) -> RankTable:
         """The ranks of the sites by threshold. Each weight is read once.
 
-        Args:
-            model: what was measured, with weights.
-            rule: one of `rank_table.RULES`.
-            device, progress: as in `sites`.
-
         Raises:
             SvdtuneError: a weight is not there.
         """

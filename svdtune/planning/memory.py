@@ -113,12 +113,7 @@ class Memory:
 
 
 def estimate(sizes: Anatomy, setting: Setting) -> Memory:
-    """Estimate training memory for a frozen base, an fp32 adapter under bf16 autocast and AdamW.
-
-    Args:
-        sizes: of a plan and its model.
-        setting: how it is trained.
-    """
+    """Estimate training memory for a frozen base, an fp32 adapter under bf16 autocast and AdamW."""
     base = weight_bytes(sizes, setting.dtype)
     sharded, zero = setting.strategy in SHARDED, setting.strategy.startswith("zero")
     share = setting.devices if sharded else 1

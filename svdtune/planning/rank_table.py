@@ -21,10 +21,6 @@ Fits = Callable[[Sequence[int]], bool]
 class RankTable:
     """The ranks of many layers as a step function of the threshold, from their whole spectra.
 
-    Args:
-        spectra: by layer.
-        rule: one of `RULES`.
-
     Raises:
         SvdtuneError: there is no such rule.
     """
@@ -75,11 +71,8 @@ class RankTable:
 
 
 def effective_rank(values: Tensor, rule: str) -> float:
-    """How many directions singular values [n], descending and not all 0, count as: from 1 to n.
-
-    Args:
-        values: of a weight.
-        rule: "entropy" or "stable".
+    """How many directions singular values [n], descending and not all 0, count as, from 1 to n: by
+    "entropy" or by "stable".
     """
     values = values.double()
     if rule == "stable":

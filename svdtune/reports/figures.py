@@ -25,9 +25,6 @@ _LOOKS = len(_COLOURS) * len(_MARKS)
 def figures(data: dict[str, Any]) -> "dict[str, Figure]":
     """A matplotlib figure for each of `all_numbers`, by name.
 
-    Args:
-        data: from `svdtune.reports.gather`.
-
     Raises:
         SvdtuneError: matplotlib is not installed.
     """

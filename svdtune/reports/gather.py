@@ -83,12 +83,7 @@ def kind_of(name: str) -> str:
 
 
 def of_base(name: str, before: dict[str, Any]) -> dict[str, Any]:
-    """The data of an untrained model, for its figures alone.
-
-    Args:
-        name: of the model.
-        before: from `svdtune.analysis.base`.
-    """
+    """The data of an untrained model, for its figures alone."""
     run = {"name": name, "log": {}, "during": None, "after": None, "before": before, "routing": None}
     layers = [{"name": layer, "depth": depth_of(layer), "kind": kind_of(layer)} for layer in before["layers"]]
     return {"runs": [run], "layers": layers, "comparisons": []}

@@ -36,13 +36,7 @@ class FilledRows(Dataset[Row]):
 
 
 class FilledBatches:
-    """A batch sampler's batches, filled up to whole ones, as many as `processes` divides.
-
-    Args:
-        batches: the batch sampler.
-        processes: that take turns with its batches.
-        empty: the index to fill up with.
-    """
+    """A batch sampler's batches, filled up to whole ones, as many as `processes` divides."""
 
     def __init__(self, batches: Any, processes: int, empty: int):
         self.batches, self.processes, self.empty = batches, processes, empty

@@ -30,10 +30,6 @@ def compiles(recipe: Recipe, steps: int) -> bool:
     """Whether a run compiles its blocks: where the recipe says so, and with `auto` where that pays
     and every batch has one shape: on a GPU, packed, whole in one process. A quantized model's
     blocks are compiled like others; where the compiler cannot take a layer in, it goes around it.
-
-    Args:
-        recipe: the recipe.
-        steps: optimizer steps of the run.
     """
     t = recipe.training
     if isinstance(t.compile, bool):
@@ -77,9 +73,6 @@ _SHAPES_SEEN = 5  # steps after which a graph for every shape is there
 class KeepGraphs(TrainerCallback):
     """Compile in the first steps alone: an evaluation before them runs as written, since the
     compiler keeps few graphs, and later what fits none, such as an epoch's last batch.
-
-    Args:
-        steps: how many.
     """
 
     def __init__(self, steps: int):

@@ -57,10 +57,6 @@ def held_file(path: Path, verb: str) -> Iterator[None]:
     The lock stays beside an unfinished file: who waited for it and who came later then hold the
     same one.
 
-    Args:
-        path: the file.
-        verb: what is done, for the message of others.
-
     Raises:
         SvdtuneError: another process is writing it; the message says which.
     """
@@ -78,14 +74,7 @@ def held_file(path: Path, verb: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path, holder: Path, what: str, verb: str) -> Iterator[None]:
-    """Hold a lock, and say beside it who does.
-
-    Args:
-        path: the lock's.
-        holder: the file that says it.
-        what: is locked, for messages.
-        verb: what is done.
-    """
+    """Hold a lock, and say beside it who does."""
     lock = FileLock(path, blocking=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -100,13 +100,6 @@ def adapt(
     """Put the method's adapter on the model; `full` trains the model itself, or the layers that its
     `target_modules` name (SORSA, Appendix B.1).
 
-    Args:
-        model: the base model.
-        name: the method.
-        options: its settings.
-        task: as `training.task` of a recipe.
-        commit: of the hub that the model is of.
-
     Raises:
         SvdtuneError: if no module is adapted, or a target name matches only some of its like.
     """

@@ -8,12 +8,7 @@ from svdtune.training.sections import DataSource, TrainSource
 
 
 def training_section(recipe: Recipe, summary: dict[str, Any]) -> str:
-    """What the adapter was trained on, and how.
-
-    Args:
-        recipe: of the run, resolved.
-        summary: what `training.json` holds.
-    """
+    """What the adapter was trained on, and how."""
     settings = recipe.training
     rows = {
         **({"base at commit": f"`{summary['commit']}`"} if summary.get("commit") else {}),

@@ -20,9 +20,6 @@ _TASKS = "svdtune.evaluation.tasks"
 def check_grader(name: str | None) -> None:
     """Import what grades a run once it is trained: before it is trained.
 
-    Args:
-        name: `evaluation.task` of a recipe.
-
     Raises:
         SvdtuneError: there is no such task or function.
     """

@@ -14,12 +14,6 @@ def check_room(recipe: Recipe, model: nn.Module, count: Count, steps: int) -> No
 
     What is written is at least this: an optimizer's state is left out where it may be a small one.
 
-    Args:
-        recipe: of the run.
-        model: with its adapter.
-        count: its parameters.
-        steps: of the whole run.
-
     Raises:
         SvdtuneError: saying how much is needed, and for what.
     """

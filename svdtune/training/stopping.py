@@ -26,9 +26,6 @@ class StopWithoutProgress(TrainerCallback):
     them.
 
     Transformers' own callback counts in itself, and so forgets on resuming.
-
-    Args:
-        patience: how many.
     """
 
     def __init__(self, patience: int):

@@ -69,10 +69,6 @@ class TaskRows:
     them.
 
     Everything that has to read them raises SvdtuneError as `read_task` does.
-
-    Args:
-        recipe: says what the rows are for.
-        source: where they come from.
     """
 
     def __init__(self, recipe: Recipe, source: DataSource):

@@ -166,12 +166,7 @@ class RewardModelTrainer(TaskTrainer, RewardTrainer):
 
 
 class RolloutTrainer(ReferredTrainer, GRPOTrainer):
-    """GRPO on rows with `prompt`, and the columns that rewards look at; the model answers.
-
-    Args:
-        encode: a prompt's tokens, as SFT has them.
-        **kwargs: of `TaskTrainer`, and `reward_funcs`.
-    """
+    """GRPO on rows with `prompt`, and the columns that rewards look at; the model answers."""
 
     copies = False
 
@@ -223,9 +218,6 @@ class PromptSampler(RepeatSampler):
 class LabelCollator(DataCollatorForUnpairedPreference):
     """TRL's, which also gives each prompt the answer of the row before it in the batch, from which
     KTO estimates how far the model has moved; TRL pairs them once, before rows are shuffled.
-
-    Attributes:
-        mismatched: whether there are such pairs.
     """
 
     mismatched: bool = True
@@ -265,11 +257,6 @@ def make_trainer(task: str, *, model: Any, **kwargs: Any) -> RunTrainer:
 
     An adapted output head rules out the fused one, which reads the head's weight alone; such a
     model takes Trainer's own loss in SFT.
-
-    Args:
-        task: as `training.task` of a recipe.
-        model: with or without an adapter.
-        **kwargs: of the trainer.
 
     Raises:
         SvdtuneError: if the trainer refuses its settings or the model.

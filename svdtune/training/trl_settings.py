@@ -78,12 +78,7 @@ DECIDED: dict[str, str | None] = {
 
 
 def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
-    """Yield everything that is wrong with a recipe's `training.trl`.
-
-    Args:
-        task: of the recipe.
-        given: the section.
-    """
+    """Yield everything that is wrong with a recipe's `training.trl`."""
     from svdtune.training.arguments import configuration_class
 
     if not given:

@@ -162,10 +162,7 @@ class Cell:
 
 class Fits:
     """Methods fitted to budgets, kept in a file: fitting reads every weight of a model, and a
-    second start need not.
-
-    Args:
-        path: the file; None for memory alone.
+    second start need not. Without a path they are kept in memory alone.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -191,11 +188,6 @@ class Fits:
 
 def cells(study: Study, tasks: dict[str, Settings], fits: Fits | None = None) -> list[Cell]:
     """Every cell of a study, its method fitted to the budget.
-
-    Args:
-        study: from `load_study`.
-        tasks: likewise, the recipes' settings.
-        fits: what was fitted before.
 
     Raises:
         SvdtuneError: a method cannot be fitted, or a model's weights cannot be read.

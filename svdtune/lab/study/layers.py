@@ -28,10 +28,6 @@ def ranks_by_layer(study: Study, tasks: Mapping[str, Settings]) -> dict[str, Any
     """The ranks of a task's model at thresholds, for `results.json`, where arms train groups of its
     layers; nothing where none does.
 
-    Args:
-        study: the study.
-        tasks: by name, the recipe.
-
     Returns:
         {task: {"thresholds", "k"}}, k [layers][thresholds], the mean over the matrices that the
             arms adapt in a layer. The arms' own thresholds are among them.

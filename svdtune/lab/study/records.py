@@ -58,14 +58,7 @@ class Place:
 
 
 def record_of(job: dict[str, Any], run: Path, scores: dict[str, Any], error: str | None = None) -> dict[str, Any]:
-    """What a run came to.
-
-    Args:
-        job: its job, as the job file has it.
-        run: its folder.
-        scores: by set, from `scores_of`.
-        error: why it failed.
-    """
+    """What a run came to: its scores by set, or the error that it failed with."""
     summary = json.loads((run / SUMMARY).read_text()) if (run / SUMMARY).is_file() else {}
     lines, measured = read_objects(run / LOG), read_objects(run / MEASURED)
     curve, norms = ([[line["step"], line[name]] for line in lines if name in line] for name in ("loss", "grad_norm"))

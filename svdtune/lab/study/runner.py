@@ -105,9 +105,6 @@ def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path)
     """The studies with every cell's method fitted, and no record yet; the fits are kept in the
     output folder.
 
-    Args:
-        studies, output: as in `run_studies`.
-
     Raises:
         SvdtuneError: a method cannot be fitted, a model's weights cannot be read, or the folder
             cannot be written.
@@ -136,11 +133,6 @@ def _check_sources(recipes: Sequence[Settings]) -> None:
 def start_worker(job: Path, log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start the process of one run. It ends when its standard input does, so that none outlives the
     runner.
-
-    Args:
-        job: the file that says what to do.
-        log: what the process prints is added to it.
-        environment: of the process.
     """
     command = [sys.executable, "-m", "svdtune.lab.study.worker", str(job)]
     with log.open("ab") as output:

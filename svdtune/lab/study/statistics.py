@@ -122,10 +122,6 @@ def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     Covers the randomness of training: initialisation, data order, and whatever else a seed decides.
     The test set is taken as given. With few seeds it assumes normal differences and sees only large
     ones.
-
-    Args:
-        arm: Score of each seed.
-        baseline: Likewise.
     """
     seeds = sorted(arm.keys() & baseline.keys())
     if not seeds:

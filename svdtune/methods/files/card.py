@@ -36,13 +36,7 @@ _AUTO = {
 
 
 def write_card(folder: Path, config: "SvdConfig", weights: Path) -> None:
-    """Write or bring up to date the card of an adapter that was just saved.
-
-    Args:
-        folder: of the adapter.
-        config: its configuration.
-        weights: its safetensors file.
-    """
+    """Write or bring up to date the card of an adapter that was just saved."""
     card = _load(folder)
     title = f"{TITLES[config.method]} adapter"
     base = config.base_model_name_or_path
