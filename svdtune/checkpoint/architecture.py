@@ -15,8 +15,8 @@ def build_model(
 ) -> PreTrainedModel:
     """The model in evaluation mode, every parameter on the meta device.
 
-    Its class is `architecture`; else the one with a head that it was saved from; else a causal
-    language model, where there is one of this kind; else the bare model.
+    The first of these is its class: `architecture`; the class with a head that it was saved from; a
+    causal language model, if this kind has one; the bare model.
 
     Args:
         config: of the model.
@@ -39,7 +39,7 @@ def build_model(
 
 
 def check_depth(config: PretrainedConfig, tensors: int) -> None:
-    """Refuse a damaged number of layers, which would be built until the memory ends.
+    """Refuse a damaged number of layers: building them would fill the memory.
 
     Args:
         config: of a model.

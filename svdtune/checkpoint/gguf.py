@@ -19,7 +19,7 @@ from svdtune.system import is_out_of_memory
 
 
 def need_gguf(doing: str) -> None:
-    """Refuse what needs the package gguf where it is not installed.
+    """Refuse what needs the package gguf, unless it is installed.
 
     Args:
         doing: what needs it, the begin of the message.
@@ -78,8 +78,8 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
 
 @contextmanager
 def _explain_damage(path: Path) -> Iterator[None]:
-    """A damaged GGUF file comes out as any of a dozen types of error, struct's and
-    huggingface_hub's among them."""
+    """Explain a damaged GGUF file. Its errors have a dozen types, struct's and huggingface_hub's
+    among them."""
     try:
         yield
     except Exception as error:

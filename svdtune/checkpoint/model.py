@@ -85,7 +85,7 @@ class Checkpoint:
         return base_weight(holder)
 
     def expert(self, parameter: str, index: int) -> Tensor:
-        """One expert's part of a parameter that holds several experts', read now.
+        """One expert's part of a parameter that holds several experts, read now.
 
         Raises:
             SvdtuneError: the checkpoint does not hold it, or not in the architecture's shape.
@@ -163,13 +163,14 @@ def open_checkpoint(
 
 
 def _readers(names: StoredNames, stored: Mapping[str, Callable[[], Tensor]]) -> dict[str, Callable[[], Tensor]]:
-    """What reads each parameter, by the readers of the stored tensors."""
+    """A reader for each parameter, taken from the readers of the stored tensors."""
     places = {parameter: names.of(parameter) for parameter in names.groups}
     return {parameter: stored[place] for parameter, place in places.items() if place is not None}
 
 
 def _expert_readers(names: StoredNames, stored: Mapping[str, Stored]) -> dict[str, Callable[[int], Tensor]]:
-    """What reads one expert of each parameter that holds several, stored one by one or together."""
+    """What reads one expert of a parameter that holds several. Its experts are stored one by one,
+    or together."""
 
     def joined(experts: list[list[str]], index: int) -> Tensor:
         return torch.cat([stored[name].read() for name in experts[index]])
@@ -181,8 +182,8 @@ def _expert_readers(names: StoredNames, stored: Mapping[str, Stored]) -> dict[st
 
 
 def _download(name: str, revision: str | None, weights: bool, trust_remote_code: bool) -> Path:
-    """The cached folder of a hub model: its configuration, and its safetensors and code where these
-    are asked for."""
+    """The cached folder of a hub model: its configuration, and its safetensors and code if they are
+    wanted."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

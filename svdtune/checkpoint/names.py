@@ -35,15 +35,14 @@ class StoredNames:
     experts: Mapping[str, list[list[str]]] = field(default_factory=dict)
 
     def of(self, parameter: str) -> str | None:
-        """The stored name of a parameter, under whichever of the parameter's names; None where it
-        is not stored."""
+        """The stored name of a parameter, by any of the parameter's own names; None if it is not
+        stored."""
         names = (parameter, *self.groups.get(parameter, ()))
         return next((self.own[name] for name in names if name in self.own), None)
 
 
 def match_names(model: PreTrainedModel, stored: Iterable[str]) -> StoredNames:
-    """Match a model's parameters with a checkpoint's names, as Transformers does when it loads
-    them.
+    """Match a model's parameters with a checkpoint's names, as Transformers does when it loads.
 
     Args:
         model: its parameters may be on the meta device.

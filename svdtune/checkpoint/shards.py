@@ -12,8 +12,7 @@ PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
 
 def shard_names(folder: Path) -> list[str] | None:
-    """The safetensors files that Transformers would load from a folder, by name in it; None where
-    it has none.
+    """The safetensors files in a folder that Transformers would load; None if there are none.
 
     Raises:
         SvdtuneError: the index is damaged, or names a file that is not in the folder, such as one
@@ -30,8 +29,7 @@ def shard_names(folder: Path) -> list[str] | None:
 
 
 def _check_configuration(path: Path) -> None:
-    """Refuse a configuration that sends Transformers to other files than those of the usual
-    names."""
+    """Refuse a configuration that sends Transformers to files of unusual names."""
     if not path.is_file():
         return
     named = read_json(path).get("transformers_weights")

@@ -42,8 +42,8 @@ class Stored:
     nbytes: int
 
     def read(self, index: int | None = None) -> Tensor:
-        """The tensor, or one entry of its first dimension; the file is opened for it alone, so that
-        memory holds nothing else of what is in it.
+        """The tensor, or one entry of its first dimension. The file is opened for this alone, so
+        memory holds nothing else of it.
 
         Raises:
             SvdtuneError: the file is gone or was changed.

@@ -158,8 +158,8 @@ class SvdConfig(PeftConfig):
             self.target_modules = []  # no method's own default beside what was named
 
     def _kinds(self) -> Iterator[str]:
-        """Yield which fields are of another kind: what PEFT and `re` would only find out while a
-        model is being changed."""
+        """Yield the fields whose values are of a wrong type. PEFT and `re` would find out only
+        while they change a model."""
         for name in ("rank_pattern", "ranks", "slices", "kernels", "base_fingerprint"):
             if not isinstance(value := getattr(self, name), Mapping):
                 yield f"`{name}` must be a dict by module name; got {value!r:.60}"
@@ -228,11 +228,8 @@ class SvdConfig(PeftConfig):
                 yield f"`fused_slices[{name!r}]` must give [groups, width, start, stop] for each slice; got {parts!r}"
 
     def check_layer(self, name: str, layer: Any) -> None:
-        """Raise `SvdtuneError` for a layer, adapted already or not, that these settings cannot work
-        with.
-
-        Called for every layer before anything is changed.
-        """
+        """Raise `SvdtuneError` for a layer that these settings cannot work with, adapted already or
+        not. Every layer is checked before any is changed."""
 
     def module_of(self, layer: str) -> str:
         """The base model's module that an adapted layer belongs to: itself, or for a slice the
@@ -241,8 +238,8 @@ class SvdConfig(PeftConfig):
 
     @property
     def needs_factors(self) -> bool:
-        """Whether the start of an adapter takes the singular vectors of the weights, not only their
-        number."""
+        """Whether an adapter starts from the singular vectors of the weights. Their number alone
+        needs no vectors."""
         return self.init_weights
 
     @property
@@ -272,7 +269,7 @@ class SvdConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
-        """As PEFT's; also makes sure that the weights beside it are whole, before any model is
+        """As PEFT's. It also checks that the weights beside the file are whole, before any model is
         touched.
 
         Raises:
@@ -299,7 +296,8 @@ class SvdConfig(PeftConfig):
 
     @classmethod
     def from_json_file(cls, path_json_file: str, **_: Any) -> dict[str, Any]:
-        """As PEFT's, which of a key that stands there twice takes the last.
+        """The settings in a configuration's file. PEFT takes the last of two equal keys; here they
+        are refused.
 
         Raises:
             SvdtuneError: a key stands there twice, or the file is damaged.
@@ -311,8 +309,8 @@ class SvdConfig(PeftConfig):
 
 
 def _no_expression(name: str, text: Any) -> list[str]:
-    """The sentence that says a text is no regular expression, in a list; empty where it is one, as
-    every name is."""
+    """A one-sentence list if a text is no regular expression; empty if it is one. Every name is
+    one."""
     try:
         re.compile(text)
     except (re.error, TypeError, RecursionError, OverflowError) as error:
@@ -326,8 +324,7 @@ def _all_of(values: Any, kind: type) -> bool:
 
 
 def as_set(names: Iterable[str]) -> list[str]:
-    """Names as PEFT keeps them in a configuration, whose fields it annotates as lists all the
-    same."""
+    """A set of names for a field that PEFT annotates as a list and keeps as a set."""
     return cast(list[str], set(names))
 
 
@@ -340,8 +337,8 @@ def _is_rows(rows: Any) -> bool:
 
 
 def is_number_in(value: Any, low: float, high: float, low_open: bool = False, high_open: bool = False) -> bool:
-    """Whether `value` is a finite number in the interval, closed unless said otherwise; bools are
-    no numbers."""
+    """Whether `value` is a finite number in the interval, closed unless said otherwise. A bool is
+    no number."""
     if (
         isinstance(value, bool)
         or not isinstance(value, int | float)
@@ -354,7 +351,7 @@ def is_number_in(value: Any, low: float, high: float, low_open: bool = False, hi
 
 
 def one_of(name: str, value: Any, choices: tuple[str, ...]) -> list[str]:
-    """The sentence that says `value` is none of `choices`, in a list; empty where it is one."""
+    """A one-sentence list if `value` is not among `choices`; empty if it is."""
     if value in choices:
         return []
     return [f"`{name}` must be one of {', '.join(map(repr, choices))}; got {value!r}"]

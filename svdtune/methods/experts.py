@@ -19,8 +19,8 @@ _NAMES = {"gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"}
 
 
 def asked_stacks(model: nn.Module, config: SvdConfig) -> dict[str, ExpertStack]:
-    """The parameters to adapt, by name: those that `target_parameters` names, in whole or by their
-    last parts, but for those that `exclude_modules` names, itself or by their module.
+    """The parameters to adapt, by name. `target_parameters` names them, in whole or by their last
+    parts. `exclude_modules` takes some out, by their own names or by their modules' names.
 
     Raises:
         SvdtuneError: a name is no such parameter's, or every parameter is excluded; one lies in a
@@ -67,12 +67,13 @@ def _is_excluded(name: str, config: SvdConfig) -> bool:
 
 
 def _is_free(name: str) -> bool:
-    """Whether the experts' layers can stand under a parameter's name, which is no attribute's."""
+    """Whether a parameter's name is free for the experts' layers: PEFT's layers have no attribute
+    of that name."""
     return not hasattr(FusedExperts, name.rpartition(".")[2])
 
 
 def _check_place(name: str, config: SvdConfig) -> None:
-    """Raise `SvdtuneError` for a parameter whose layers have no place of their own."""
+    """Raise `SvdtuneError` for a parameter where the experts' layers cannot stand."""
     if not _is_free(name):
         raise SvdtuneError(
             f"{name!r} (target_parameters) cannot be adapted: PEFT's layers have an attribute {name.rpartition('.')[2]!r} of "
@@ -89,14 +90,15 @@ def _check_place(name: str, config: SvdConfig) -> None:
 
 
 def expert_at(model: nn.Module, layer: str) -> ExpertSlice:
-    """The expert in a base model that an adapted layer is named for."""
+    """The expert in a base model that belongs to an adapted layer's name."""
     parameter, _, index = layer.rpartition(".")
     module, _, key = parameter.rpartition(".")
     return ExpertSlice(ExpertStack(model.get_submodule(module), key), int(index))
 
 
 def say_experts_left_out(model: nn.Module, asked: Collection[str] | str | None, adapted: Collection[str]) -> None:
-    """Warn where `target_modules` asks for layers of experts, or for all, that are none here.
+    """Warn if `target_modules` asks for experts, or for all layers, and the model's experts are no
+    layers.
 
     Args:
         model: the base model.

@@ -27,7 +27,8 @@ _looked_at: WeakSet[torch.optim.Optimizer] = WeakSet()
 
 
 def watch_first_use(model: nn.Module, layers: Mapping[str, SvdLayer[Any]]) -> None:
-    """Look at the next pass of `model`, and at the first step of these layers, by name."""
+    """Watch the next pass of `model` and the first training step of these layers, which are given
+    by name."""
     _unstepped.update({layer: name for name, layer in layers.items()})
     _looked_at.clear()
     hooks = [after_pass]
@@ -45,7 +46,8 @@ def forget_first_use(model: nn.Module) -> None:
 
 
 def forget_reference(model: nn.Module) -> None:
-    """Called where a user was told that training begins away from the reference."""
+    """Stop watching for a reference: the user was told already that training begins away from
+    it."""
     _take_off(model, after_reference)
 
 
@@ -56,7 +58,8 @@ def _take_off(model: nn.Module, hook: Callable[..., None]) -> None:
 
 
 def after_pass(model: nn.Module, *_: Any) -> None:
-    """Warn of the layers that a pass did not call; a hook after the first pass of a model."""
+    """Warn of adapted layers that the model did not call; a hook that runs after a model's first
+    pass."""
     if torch.compiler.is_compiling():
         return
     _take_off(model, after_pass)
@@ -80,8 +83,8 @@ def after_pass(model: nn.Module, *_: Any) -> None:
 
 
 def after_reference(model: nn.Module, *_: Any) -> None:
-    """Warn of a reference from which training starts away; a hook after the passes of a model until
-    the first step."""
+    """Warn if training starts away from the reference; a hook that runs after each pass until the
+    first step."""
     if torch.compiler.is_compiling() or not model.training:
         return
     layers = [layer for layer in model.modules() if isinstance(layer, SvdLayer) and layer.starts_moved()]
@@ -100,7 +103,7 @@ def after_reference(model: nn.Module, *_: Any) -> None:
 
 
 def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Warn of what the first step of an adapter lacked; a hook after the steps of all
+    """Warn of what the first step of an adapter lacked; a hook that runs after the steps of all
     optimizers."""
     if not _unstepped or optimizer in _looked_at:
         return
@@ -135,8 +138,8 @@ def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _but_experts(names: Iterable[str], used: Collection[str]) -> list[str]:
-    """The names that were not used, but for experts of a block whose other experts were: a router
-    passes over some in every pass."""
+    """The names that were not used. Experts are left out if another expert of their block was used:
+    a router passes over some in every pass."""
     blocks = {_as_one_expert(name) for name in used}
     return [name for name in names if name not in used and _as_one_expert(name) not in blocks]
 

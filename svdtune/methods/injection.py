@@ -46,9 +46,10 @@ def inject(model: nn.Module, config: PeftConfig, *, low_cpu_mem_usage: bool = Fa
 
 
 def check_targets(model: nn.Module, config: PeftConfig) -> None:
-    """Refuse names in `target_modules` that match nothing, or by mistake only some of their kind.
+    """Refuse a name in `target_modules` that matches nothing, or that matches only some of its kind
+    by mistake.
 
-    PEFT passes over a name that matches nothing as long as another one matches.
+    PEFT ignores a name that matches nothing if another one matches.
 
     Raises:
         SvdtuneError: naming the first of them, and what the model has that is near.
@@ -60,7 +61,7 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
 
 
 def check_names(model: nn.Module, targets: list[str], chosen: bool = False) -> None:
-    """As `check_targets`, for the names alone; `chosen` where another setting picks layers."""
+    """As `check_targets`, for names alone. `chosen` says that another setting picks layers."""
     everything = [name for name, _ in model.named_modules() if name]
     for target in targets:
         matched = [name for name in everything if is_named(name, target)]
@@ -81,8 +82,8 @@ def method_name(config: PeftConfig) -> str:
 
 
 def by_kind(names: Collection[str]) -> Counter[str]:
-    """Count module names by what they are in their layer: "self_attn.q_proj" → 30; the experts of
-    one parameter are of one kind."""
+    """Count modules by their names inside a layer: "self_attn.q_proj" → 30. The experts of one
+    parameter are one kind."""
     return Counter(re.sub(r"^.*?\.\d+\.|\.\d+$", "", name) for name in names)
 
 
@@ -95,7 +96,7 @@ def _nothing_matches(model: nn.Module, targets: list[str] | str | None) -> str:
 
 
 def _linear_like(model: nn.Module) -> list[str]:
-    """Names of the modules that could be adapted: those with a weight matrix of their own."""
+    """Names of the modules that have a weight matrix of their own, and so could be adapted."""
     return [
         name
         for name, module in model.named_modules()

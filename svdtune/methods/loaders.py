@@ -62,8 +62,8 @@ def fill_through_peft() -> None:
 
 
 def read_as_ours() -> None:
-    """Make `PeftConfig.from_pretrained` check an adapter of ours as its own class does. Calling it
-    twice does nothing."""
+    """Make `PeftConfig.from_pretrained` check a configuration of svdtune's as its own class does.
+    Calling it twice does nothing."""
     original: Any = PeftConfig.from_pretrained
     if hasattr(original, "_as_ours"):
         return
@@ -94,7 +94,7 @@ def _is_of_transformers_5() -> bool:
 
 
 def _awaited(model: nn.Module) -> tuple[str, SvdConfig] | None:
-    """The adapter that was put on last, if it is one of ours and waits for its values."""
+    """The adapter that was put on last, if it is one of svdtune's and waits for its values."""
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     name = next(reversed(configs), "")
     config = configs.get(name)

@@ -15,10 +15,10 @@ Number = TypeVar("Number", int, float)
 
 
 def given_rank(config: PeftConfig, *names: str) -> int | None:
-    """The rank that a configuration gives a layer, by the first of its names that `rank_pattern`
-    knows, else `r`.
+    """The rank that a configuration gives a layer: what `rank_pattern` has for the first of its
+    names that it knows, else `r`.
 
-    None where the configuration has a threshold instead.
+    None if the configuration has a threshold instead.
     """
     found = pattern_rank(config, *names)
     with_r: Any = config
@@ -26,8 +26,8 @@ def given_rank(config: PeftConfig, *names: str) -> int | None:
 
 
 def pattern_rank(config: PeftConfig, *names: str) -> int | None:
-    """The rank that `rank_pattern` gives a layer, by the first of its names that it knows; None
-    where it knows none."""
+    """The rank that `rank_pattern` has for the first of a layer's names that it knows; None if it
+    knows none."""
     patterns: Mapping[str, int] = getattr(config, "rank_pattern", None) or {}
     matched = (next((rank for key, rank in patterns.items() if _expression(key).match(name)), None) for name in names)
     return next((rank for rank in matched if rank is not None), None)
@@ -47,8 +47,7 @@ def rank_pattern(ranks: Mapping[str, Number]) -> dict[str, Number]:
     """PEFT's `rank_pattern` for ranks by layer: an anchored expression for each layer's whole name
     → its rank.
 
-    The anchor keeps a name from also matching a longer one that ends in it (`layers.0.q` and
-    `vision.layers.0.q`).
+    The anchor keeps `layers.0.q` from matching `vision.layers.0.q` too.
     """
     return {f"^{re.escape(name)}": rank for name, rank in ranks.items()}
 
@@ -59,8 +58,8 @@ def common_rank(ranks: Mapping[str, int]) -> int:
 
 
 def with_rank(config: Config, r: int, **changes: Any) -> Config:
-    """The configuration with one rank for all layers but those in its `rank_pattern`, and no
-    threshold."""
+    """The configuration with one rank and no threshold. Layers in its `rank_pattern` keep their
+    ranks."""
     if hasattr(config, "threshold"):
         changes["threshold"] = None
     changes["r"] = r
@@ -68,6 +67,6 @@ def with_rank(config: Config, r: int, **changes: Any) -> Config:
 
 
 def with_ranks(config: Config, ranks: Mapping[str, int]) -> Config:
-    """The configuration with these ranks by layer; what its own `rank_pattern` gives stays."""
+    """The configuration with these ranks by layer. Layers in its own `rank_pattern` keep theirs."""
     pattern = (getattr(config, "rank_pattern", None) or {}) | rank_pattern(ranks)
     return with_rank(config, common_rank(ranks), rank_pattern=pattern)

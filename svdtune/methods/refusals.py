@@ -59,8 +59,8 @@ def _refuse_pickles() -> None:
 
 
 def refused_peft() -> str | None:
-    """What transformers says of the installed PEFT where its own `add_adapter` and the like refuse
-    it, or None."""
+    """Why transformers refuses the installed PEFT in its own `add_adapter` and the like; None if it
+    does not."""
     # of its insides, so asked after a refusal alone
     from transformers.integrations.peft import MIN_PEFT_VERSION
     from transformers.utils.peft_utils import check_peft_version

@@ -46,8 +46,8 @@ def register(config_cls: Any, tuner_cls: type[BaseTuner]) -> None:
 
 
 def config_class(peft_type: str) -> type[PeftConfig] | None:
-    """The configuration class of a method, PEFT's, ours or the laboratory's, by its name in
-    `PeftType`; None without one."""
+    """The configuration class of a method by its name in `PeftType`: PEFT's, svdtune's or the
+    laboratory's. None if there is no such method."""
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         load("baselines")
     return PEFT_TYPE_TO_CONFIG_MAPPING.get(cast(PeftType, peft_type))  # a member equals its name
@@ -60,7 +60,7 @@ def peft_types() -> list[str]:
 
 
 def extend_enum(name: str) -> None:
-    """Add a member to `PeftType`, which as any enum with members is closed to subclasses."""
+    """Add a member to `PeftType`. An enum with members cannot be subclassed."""
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
     PeftType._member_map_[name] = member

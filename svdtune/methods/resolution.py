@@ -80,8 +80,7 @@ class Resolution:
         self.shapes: Shapes = {}
 
     def layers(self, targets: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-        """The layers to adapt, by name: the target modules, or the slices of those that are adapted
-        by slice."""
+        """The layers to adapt, by name: the target modules, or their slices."""
         config = self.config
         if isinstance(config.fused_slices, dict) and not config.initialized and targets:
             for key in config.fused_slices:
@@ -102,7 +101,8 @@ class Resolution:
                 yield f"{name}.{part}", adapted or RowSlice(fused.get_base_layer() if fused else module, rows)
 
     def experts_of(self, stacks: Mapping[str, ExpertStack]) -> Iterator[tuple[str, nn.Module]]:
-        """The experts' layers to adapt, by name, of parameters as `asked_stacks` gives them."""
+        """The experts' layers to adapt, by the names of their parameters, which `asked_stacks`
+        gives."""
         for name, stack in stacks.items():
             self.experts[name] = layers_of(self.model, name, stack)
             self.parts[name] = {str(one.index): one.rows for one in stack.slices()}
@@ -126,8 +126,8 @@ class Resolution:
         return parts
 
     def decide(self, targets: Mapping[str, nn.Module]) -> None:
-        """Decide everything about these layers, or raise `SvdtuneError` for the first that cannot
-        be adapted."""
+        """Decide everything about these layers. Raise `SvdtuneError` for the first that cannot be
+        adapted."""
         config = self.config
         for name, module in targets.items():
             check_supported(name, module)
@@ -166,7 +166,7 @@ class Resolution:
             self.factors |= work.factors(rest, config.triplets, exact=config.compact)
 
     def _given_rank(self, name: str) -> int | None:
-        """The rank of one layer as the configuration gives it, None where its spectrum decides."""
+        """The rank that the configuration gives one layer; None if its spectrum decides."""
         if self.config.initialized and name in self.config.ranks:
             return self.config.ranks[name]
         module = name.rpartition(".")[0]
@@ -199,7 +199,7 @@ class Resolution:
             )
 
     def record(self) -> None:
-        """Write what was decided into the configuration, from where loading and export read it."""
+        """Write what was decided into the configuration. Loading and export read it there."""
         config = self.config
         config.ranks = {name: self.ranks[name] for name in sorted(self.ranks)}
         config.kernels = {name: self.kernels[name] for name in sorted(self.kernels)}
@@ -245,8 +245,8 @@ def check_supported(name: str, module: nn.Module) -> None:
 
 
 def check_called(model: nn.Module, targets: Iterable[str]) -> None:
-    """Raise `SvdtuneError` for a layer that the module around it reads and does not call, or that
-    compiling renamed."""
+    """Raise `SvdtuneError` for a layer that is never called: the module around it only reads its
+    weight, or compiling renamed it."""
     for name in targets:
         if "_orig_mod" in name.split("."):
             raise SvdtuneError(
@@ -268,7 +268,7 @@ def _is_float8(base: nn.Module) -> bool:
 
 
 def _recomputing_hook(base: nn.Module) -> str | None:
-    """The kind of a hook that computes the weight anew, None where there is none."""
+    """The kind of a hook that computes the weight anew; None if there is none."""
     for hook in base._forward_pre_hooks.values():
         kind = type(hook)
         known = kind.__module__.startswith(("torch.nn.utils.weight_norm", "torch.nn.utils.spectral_norm"))
@@ -278,7 +278,7 @@ def _recomputing_hook(base: nn.Module) -> str | None:
 
 
 def check_one_method(name: str, module: nn.Module, method: type[SvdLayer[Any]]) -> None:
-    """Raise `SvdtuneError` for a layer that has an adapter of another method of ours."""
+    """Raise `SvdtuneError` for a layer that has an adapter of another of svdtune's methods."""
     other = next((m for m in module.modules() if isinstance(m, SvdLayer) and not isinstance(m, method)), None)
     if other is not None:
         titles = TITLES[other.method], TITLES[method.method]
@@ -289,7 +289,7 @@ def check_one_method(name: str, module: nn.Module, method: type[SvdLayer[Any]]) 
 
 
 def check_rank(name: str, rank: int, module: nn.Module) -> None:
-    """Raise `SvdtuneError` where the rank is more than the layer's matrix can have."""
+    """Raise `SvdtuneError` if the rank is larger than the layer's matrix allows."""
     shape = spectra.matrix_shape(module)
     if rank > min(shape):
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -313,8 +313,7 @@ def shared_weights(model: nn.Module) -> set[int]:
 
 
 def shared_places(model: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Where the modules stand that are a child of several modules, or by several names: (parent,
-    name)."""
+    """The places, (parent, name), of each module that stands in several."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent._modules.items():

@@ -19,7 +19,7 @@ def written(text: str) -> dict[str, Any]:
 
 
 def settings(config: PeftConfig | type[PeftConfig]) -> list[Field[Any]]:
-    """The fields of a configuration, or of its class, that a user gives."""
+    """The fields of a configuration, or of its class, that a user sets."""
     return [
         field
         for field in fields(config)

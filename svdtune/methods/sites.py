@@ -154,11 +154,11 @@ def count(model: Model, config: PeftConfig | None = None) -> Count:
 def at_threshold(
     model: Model, config: PeftConfig, threshold: float, *, device: str | None = None, progress: bool | None = None
 ) -> PeftConfig:
-    """The configuration with a rank for every site in `rank_pattern`, in place of a threshold.
+    """The configuration with every rank in `rank_pattern`, in place of a threshold.
 
-    The rank of a site is the one that the configuration's own `rank_pattern` gives. Elsewhere it is
-    the least k whose k largest singular values sum to the share `threshold` of all of them (SARA,
-    Algorithm 1).
+    A rank that the configuration's own `rank_pattern` gives stays. Elsewhere the rank is the least
+    k whose k largest singular values sum to the share `threshold` of all of them (SARA, Algorithm
+    1).
 
     Args:
         model: with weights.
@@ -261,14 +261,14 @@ def _read(model: nn.Module) -> Sites:
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, BaseTunerLayer]]:
-    """The adapted layers by their names in `model`; of a fused projection, its slices."""
+    """The adapted layers by their names in `model`. A fused projection counts with its slices."""
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and not isinstance(module, Fused):
             yield name, module
 
 
 def _owner(name: str, layers: Mapping[str, BaseTunerLayer]) -> str | None:
-    """The innermost of the adapted layers that a parameter lies in."""
+    """The innermost adapted layer around a parameter."""
     while name and name not in layers:
         name = name.rpartition(".")[0]
     return name or None
@@ -294,7 +294,8 @@ def _shape(base: nn.Module) -> tuple[int, int] | None:
 
 
 def _numbers(parameter: nn.Parameter) -> int:
-    """As PEFT counts: ZeRO-3's partitioned parameters whole, and every number that 4 bits hold."""
+    """How many numbers a parameter has, as PEFT counts: a parameter that ZeRO-3 partitioned as a
+    whole, and one of 4 bits with all its numbers."""
     numbers = getattr(parameter, "ds_numel", None) or parameter.numel()
     if type(parameter).__name__ == "Params4bit":
         numbers *= 2 * parameter.element_size()

@@ -60,8 +60,8 @@ class StateDictTuner(BaseTuner):
 
     @classmethod
     def _some_of(cls, state_dict: dict[str, Tensor], model: nn.Module, adapter: str) -> dict[str, str]:
-        """Digests of the smallest trained tensor of every layer, under the names that the file will
-        have: training changes them all."""
+        """Digests of the smallest trained tensor of every layer, by their names in the file.
+        Training changes all of them."""
         found = {}
         for name, layer in model.named_modules():
             if isinstance(layer, cls.tuner_layer_cls) and adapter in layer.r:
@@ -112,7 +112,8 @@ class StateDictTuner(BaseTuner):
 
     @classmethod
     def _loadable(cls, model: nn.Module, config: SvdConfig, adapter: str) -> dict[str, Tensor]:
-        """The model's tensors that an adapter's file may fill, by name without PEFT's prefix."""
+        """The tensors of the model that an adapter's file may fill, by name without PEFT's
+        prefix."""
         state = model.state_dict()
         names = set(cls._get_learnable_bias_state_dict(model, state, config))
         for name, module in model.named_modules():
@@ -128,8 +129,7 @@ class StateDictTuner(BaseTuner):
 
     @classmethod
     def _take_back(cls, model: Any, adapter_name: str) -> None:
-        """Remove an adapter that was put on a model in order to be loaded, so that the model is as
-        it was."""
+        """Remove an adapter that was put on to be loaded. The model is then as it was."""
         tuner = getattr(model, "base_model", None)
         if not isinstance(tuner, StateDictTuner):
             tuner = cls._over(model)
@@ -150,7 +150,7 @@ class StateDictTuner(BaseTuner):
 
     @classmethod
     def _over(cls, model: nn.Module) -> "StateDictTuner":
-        """A tuner of a model that Transformers put adapters into, which keeps none."""
+        """A tuner for a model that Transformers put adapters into. Transformers keeps none."""
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
         tuner.model = model
@@ -174,8 +174,8 @@ def _check_written_by_peft(model: nn.Module) -> None:
 
 
 def _leave_out_twice_saved(tensors: dict[str, Tensor], model: nn.Module, adapter: str) -> None:
-    """Take out what PEFT saves a second time of resized embeddings that are trained whole, under a
-    name without the adapter's."""
+    """Drop the second copy of embeddings that were resized and are trained whole. PEFT saves it
+    under a name without the adapter's."""
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for key, own in module.adapter_state_dict_load_map(adapter).items():
@@ -196,6 +196,6 @@ def embedding_weights(model: Any) -> set[str]:
 
 
 def ours(config: PeftConfig) -> SvdConfig:
-    """A configuration that PEFT hands to a tuner of ours, which is one of ours."""
+    """A configuration that PEFT hands to one of svdtune's tuners, typed as svdtune's."""
     assert isinstance(config, SvdConfig)
     return config

@@ -70,7 +70,7 @@ class SvdTuner(StateDictTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As PEFT's, with every rank and factor settled first; see the head of this file."""
+        """As PEFT's. Every rank and factor is settled first; see the head of this file."""
         config = ours(self.peft_config[adapter_name])
         trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
@@ -102,7 +102,7 @@ class SvdTuner(StateDictTuner):
             self._resolution.factors.clear()
 
     def _copy_if_reference(self, adapter_name: str) -> None:
-        """Give an adapter the values of the one that it is TRL's copy of."""
+        """If this adapter is TRL's copy of another one, give it the other's values."""
         config = self.peft_config[adapter_name]
         alike = (name for name, other in self.peft_config.items() if other is config and name != adapter_name)
         original = next(alike, None)
@@ -152,8 +152,11 @@ class SvdTuner(StateDictTuner):
         self._resolution.decide(targets)
 
     def _named_layers(self, config: SvdConfig, model: nn.Module) -> SvdConfig:
-        """The configuration with "all-linear" spelled out. PEFT takes each layer's whole name,
-        which `layers_to_transform` does not look into, so that is applied here."""
+        """The configuration with "all-linear" spelled out.
+
+        PEFT then takes each layer's whole name, and ignores `layers_to_transform` for it. So that
+        is applied here.
+        """
         shorthand = config.target_modules
         config = ours(_maybe_include_all_linear_layers(config, model))
         names = config.target_modules
@@ -224,7 +227,8 @@ class SvdTuner(StateDictTuner):
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
-        """The experts, in place of PEFT's own way, which has one rank for all of a parameter."""
+        """Adapt the experts, each with its own rank. PEFT's own way has one rank for all of a
+        parameter."""
         for name, found in self._resolution.experts.items():
             place, _, key = name.rpartition(".")
             module = model.get_submodule(place)  # the second parameter of a module finds it adapted
@@ -241,7 +245,8 @@ class SvdTuner(StateDictTuner):
         return list(self._resolution.experts)
 
     def _adapted(self, config: SvdConfig, adapter_name: str, target: nn.Module, name: str) -> SvdLayer[Any]:
-        """The layer `target` with one more adapter; a new layer around it where it has none yet."""
+        """The layer `target` with one more adapter. Without an adapter it gets a new layer around
+        it."""
         layer = target if isinstance(target, self.tuner_layer_cls) else self.tuner_layer_cls(target)
         if layer is not target:
             layer._active_adapter = adapter_name
@@ -263,21 +268,21 @@ class SvdTuner(StateDictTuner):
         return layer
 
     def _check_merge_allowed(self) -> None:
-        """PEFT warns here of tied weights; merging one of ours leaves the other modules' weight
-        alone."""
+        """PEFT warns here of tied weights. Svdtune's merge leaves the other modules' weight alone,
+        so there is no warning."""
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """In every place of the module. PEFT's knows of one place; on unloading it writes `weight`
-        to whatever comes back, and HQQ's layers have none, nor has a head of several layers."""
+        """Replace a module in every place where it stands. PEFT's own knows one place. On unloading
+        it also writes to `weight`, which HQQ's layers and a head of several layers lack."""
         setattr(parent, child_name, new_module)
         for other_parent, name in self._places.get(child, ()):
             setattr(other_parent, name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """fp32 factors whatever the base dtype, unless `autocast_adapter_dtype=False` asks for the
-        base's own.
+        """Make trained factors fp32 whatever the base's dtype. `autocast_adapter_dtype=False` gives
+        them the base's.
 
-        Frozen factors stay as they are: rounding them would make them another weight's.
+        Frozen factors stay as they are: rounded, they would belong to another weight.
         """
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -287,7 +292,7 @@ class SvdTuner(StateDictTuner):
             layer.keep_values()
 
     def add_weighted_adapter(self, *_: Any, **__: Any) -> None:
-        """Not there: a weighted sum of adapters is in general no adapter of these methods.
+        """Refused: a weighted sum of adapters is in general no adapter of these methods.
 
         Raises:
             SvdtuneError: always, with the way round.
@@ -300,8 +305,8 @@ class SvdTuner(StateDictTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
-        """What PEFT calls around a forward pass or `generate`, which may name an adapter for each
-        sample.
+        """The context that PEFT puts around a forward pass or `generate`. It may name an adapter
+        for each sample.
 
         Raises:
             SvdtuneError: names that are no adapters', a model in training, or merged adapters.
@@ -373,8 +378,8 @@ def _hand_over(
 
 
 def _compiled_in_place(model: nn.Module) -> nn.Module:
-    """The module inside what `torch.compile` gave, compiled as that was: names of its layers are
-    those of the model."""
+    """The module inside the result of `torch.compile`, compiled in the same way. So its layers keep
+    the model's names."""
     while isinstance(model, OptimizedModule):
         inside: nn.Module = model._orig_mod
         inside._compiled_call_impl = model.dynamo_ctx(inside._call_impl)

@@ -92,11 +92,11 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
 
 
 def _kept(method: str, sized: Sequence[tuple[Site, int, int]]) -> int:
-    """Per token: the low-rank products of every layer, and the inputs that gradients of factors
-    need.
+    """Numbers kept per token: the low-rank products of every layer, and the inputs that gradients
+    of factors need.
 
-    PEFT's LoRA copies the input for every layer, and its other methods are counted as LoRA. Mo-SARA
-    trains no factor of the input, so it keeps none.
+    PEFT's LoRA copies the input for every layer. Its other methods are counted as LoRA. Mo-SARA
+    keeps no input: it trains no factor that reads one.
     """
     if method == "mosara":
         return sum(_padded(site.rank or 0) for site, *_ in sized)

@@ -12,11 +12,11 @@ from svdtune.system import explain_write_errors, replace_bytes
 
 
 def by_depth(plan: Plan) -> dict[str, dict[int, list[int]]]:
-    """Kind of module ("q_proj") → depth → its rank there, of a parameter of fused experts each
-    expert's. The depth is the first number in a module's name, 0 where there is none.
+    """Kind of module ("q_proj") → depth → its ranks there: several for the experts of one
+    parameter.
 
-    Kinds that occur more than once at a depth are told apart by as many more of their names' parts
-    as it takes.
+    The depth is the first number in a module's name, or 0. If a kind occurs twice at one depth,
+    more parts of the names tell its modules apart.
     """
     found: dict[str, dict[int, list[int]]] = {}
     for name, sites in groupby(plan.sites, lambda site: site.module if site.expert else site.name):

@@ -18,10 +18,10 @@ RANKED = ("lora", "dylora", "sara", "mosara", "sorsa")
 
 
 class Costs:
-    """The parameters of an adapter by the ranks of its sites.
+    """The parameters of an adapter as a function of its sites' ranks.
 
-    They are measured with every rank at 1 and at 2, since what a site has is affine in its rank for
-    every method in `RANKED`. A rank that the configuration's own `rank_pattern` gives stays.
+    They are measured with every rank at 1 and at 2: for every method in `RANKED` a site's
+    parameters are affine in its rank. A rank in the configuration's own `rank_pattern` stays.
 
     Attributes:
         least: the sites, with rank 1 where nothing else is given.
@@ -64,6 +64,6 @@ class Costs:
 
 
 def check_ranked(config: PeftConfig) -> None:
-    """Raise `SvdtuneError` for a method whose layers cannot each have a rank of their own."""
+    """Raise `SvdtuneError` for a method whose layers cannot have ranks of their own."""
     if method_name(config) not in RANKED:
         raise SvdtuneError(f"{method_name(config)} takes no ranks by layer; those that do are {', '.join(RANKED)}")

@@ -20,10 +20,9 @@ _FACTORS = 4
 
 
 def initialisation_bytes(plan: Plan, model: PreTrainedModel) -> int:
-    """The most host memory that `svdtune init` needs, whatever route a decomposition takes but
-    LAPACK's SVD.
-
-    That one, for weights without full rank, takes some 30 bytes a number more.
+    """The most host memory that `svdtune init` needs, by every route of a decomposition except
+    LAPACK's SVD. That route is for weights without full rank, and takes some 30 bytes a number
+    more.
 
     Args:
         plan: of a SARA, Mo-SARA or SORSA adapter, whose sites are started.

@@ -21,7 +21,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class Trial:
-    """A setting and its estimates; `pulled` says how far each lever is, in the order of
+    """A setting with its estimates. `pulled` says how far each lever is pulled, in the order of
     `LEVERS`."""
 
     pulled: tuple[int, ...]
@@ -53,12 +53,12 @@ def fits(memory: Memory, capacity: float) -> bool:
 
 
 def cheapest(sizes: Anatomy, asked: Setting, capacity: float, *, link: float = LINK) -> Choice | None:
-    """The cheapest setting that fits, None where none does.
+    """The cheapest setting that fits; None if none does.
 
-    Of the last three of `LEVERS` none is pulled where something fits without it, or with a cheaper
-    one. With those as they are, it is the batch, with or without checkpointing, whose step takes
-    the least where no communication is hidden. The search starts from the batch, length, strategy
-    and dtype that were asked for, without offloading.
+    The last three of `LEVERS` are pulled only if nothing fits without them, the cheaper ones first.
+    Then the batch and checkpointing are chosen for the shortest step, with no communication hidden.
+    The search starts from the batch, length, strategy and dtype that were asked for, without
+    offloading.
 
     Args:
         sizes: of a plan and its model.
@@ -84,8 +84,8 @@ def least(sizes: Anatomy, asked: Setting) -> tuple[Setting, Memory]:
 
 
 def devices_needed(sizes: Anatomy, asked: Setting, capacity: float) -> int | None:
-    """The least power of two of devices, above those asked for, that need neither offloading nor 4
-    bits; None if none do."""
+    """The least power of two of devices, above the number asked for, that needs neither offloading
+    nor 4 bits; None if none suffices."""
     devices = 1
     while devices <= _MOST_DEVICES:
         choice = cheapest(sizes, replace(asked, devices=devices), capacity) if devices > asked.devices else None
@@ -96,7 +96,7 @@ def devices_needed(sizes: Anatomy, asked: Setting, capacity: float) -> int | Non
 
 
 def _tiers(sizes: Anatomy, asked: Setting, link: float) -> Iterator[list[Trial]]:
-    """The trials that share how far the last three levers are pulled, cheapest first."""
+    """The trials grouped by how far the last three levers are pulled, cheapest first."""
     dtypes = (asked.dtype,) if asked.dtype in QUANTIZED else (asked.dtype, "int4")
     for d, dtype in enumerate(dtypes):
         for offload in (False, True):
@@ -123,8 +123,8 @@ def _tiers(sizes: Anatomy, asked: Setting, link: float) -> Iterator[list[Trial]]
 
 
 def _batches(size: int) -> list[int]:
-    """The batches that an accumulation makes whole again: halves as long as they are whole, then
-    1."""
+    """Batch sizes that gradient accumulation can make up for: the batch halved as long as it is
+    even, then 1."""
     found = [size]
     while found[-1] % 2 == 0:
         found.append(found[-1] // 2)
@@ -132,8 +132,8 @@ def _batches(size: int) -> list[int]:
 
 
 def _reasons(best: Trial, before: list[Trial], tier: list[Trial], capacity: float) -> dict[str, str]:
-    """For each lever that is pulled: what a step without it would take, where that fits, else the
-    memory that it would need."""
+    """For each pulled lever the reason: the time of a step without it, or the memory that it would
+    need if that does not fit."""
     why = {}
     for place, lever in enumerate(LEVERS):
         if not best.pulled[place]:

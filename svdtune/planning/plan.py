@@ -177,7 +177,7 @@ def _written_out(config: PeftConfig, found: Sites) -> PeftConfig:
 
 
 def _with_alphas(own: PeftConfig, config: PeftConfig, found: Sites) -> PeftConfig:
-    """The configuration with LoRA's alpha / r in every layer, as it was before the ranks differed.
+    """The configuration with LoRA's alpha / r kept the same in every layer.
 
     rsLoRA's alpha / √r is made for ranks that differ, and stays.
     """

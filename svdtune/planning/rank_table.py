@@ -51,11 +51,11 @@ class RankTable:
         return spectrum.values.new_tensor(range(1, most + 1)) / whole
 
     def largest_threshold(self, fits: Fits) -> float | None:
-        """The largest threshold whose ranks fit, or None if rank 1 everywhere does not.
+        """The largest threshold whose ranks fit; None if rank 1 everywhere does not.
 
         Ranks change only where the threshold crosses a partial sum's share, so a bisection over
-        these steps is exact. The threshold returned lies inside the last step that fits, in as few
-        digits as that step allows.
+        these steps is exact. The threshold lies inside the last step that fits, with as few digits
+        as that step allows.
         """
         low, high = -1, len(self.steps) - 1
         if fits(self.at(self.steps[high])):
@@ -66,14 +66,14 @@ class RankTable:
         return _shortest_between(*self._step(low)) if low >= 0 else None
 
     def _step(self, index: int) -> tuple[float, float]:
-        """Between these thresholds ranks are the same; at the upper one too, but for rounding."""
+        """Ranks are the same between these two thresholds. At the upper one they are too, but for
+        rounding."""
         return self.steps[index - 1] if index else 0.0, self.steps[index]
 
 
 def effective_rank(values: Tensor, rule: str) -> float:
-    """How many directions singular values [n], descending and not all 0, count as, from 1 to n: by
-    "entropy" or by "stable".
-    """
+    """How many directions singular values [n] count as, from 1 to n, by "entropy" or "stable". They
+    are descending and not all 0."""
     values = values.double()
     if rule == "stable":
         return float(values.square().sum() / values[0].square())

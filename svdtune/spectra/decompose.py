@@ -293,7 +293,7 @@ def _on_own_stream(
 
 
 def _named(name: str, compute: Callable[[], Result]) -> Result:
-    """compute(), with the weight's name put before the message of an error."""
+    """compute(); an error's message begins with the weight's name."""
     try:
         return compute()
     except SvdtuneError as error:
@@ -301,7 +301,7 @@ def _named(name: str, compute: Callable[[], Result]) -> Result:
 
 
 def _key(weight: Tensor) -> str | None:
-    """The cache key of a weight; None with the cache off, since then hashing it would be for
+    """The cache key of a weight; None if the cache is off, so that nothing is hashed for
     nothing."""
     return None if cache_dir() is None else content_key(weight)
 

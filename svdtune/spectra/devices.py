@@ -57,11 +57,8 @@ def _numbered(device: torch.device) -> torch.device:
 
 
 def on_device(compute: Callable[[Tensor], Result], weight: Tensor, device: torch.device) -> Result:
-    """compute(weight), done on a device. The tensors that it gives come back to where the weight
-    lies.
-
-    A device without room hands the weight back, with a warning.
-    """
+    """compute(weight) on a device. The tensors that it gives come back to where the weight lies. A
+    device without room hands the weight back, with a warning."""
     if weight.device == device:
         return compute(weight)
     try:

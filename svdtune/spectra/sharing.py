@@ -35,7 +35,7 @@ def is_on() -> bool:
 
 
 def has_weights(model: nn.Module) -> bool:
-    """Whether this process has a model's weights. Quantized ones Transformers loads in every
+    """Whether this process has a model's weights. Transformers loads quantized ones in every
     process, whatever is set."""
     loads = not processes.main_alone_loads() or getattr(model, "is_quantized", False)
     return loads or os.environ.get("LOCAL_RANK", "0") == "0"
@@ -171,5 +171,5 @@ def _on_accelerator(matrix: Tensor) -> Tensor:
 
 
 def _apart(part: Tensor, device: torch.device) -> Tensor:
-    """A part of a buffer in memory of its own, so that it does not keep the whole."""
+    """A part of a buffer, copied, so that it does not keep the whole buffer in memory."""
     return part.clone() if part.device == device else part.to(device)

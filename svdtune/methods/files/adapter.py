@@ -84,7 +84,7 @@ def read_adapter(folder: str | Path) -> SavedAdapter:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What the adapter_config.json of an adapter of any method says, as it stands there.
+    """The content of an adapter's adapter_config.json, of any method, unchanged.
 
     Raises:
         SvdtuneError: there is none, it is damaged, or PEFT does not know the method.
@@ -103,7 +103,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> PeftConfig:
-    """The configuration of a saved adapter of any method; of svdtune's, whose weights are whole.
+    """The configuration of a saved adapter of any method. For svdtune's methods it also checks that
+    the weights are whole.
 
     Raises:
         SvdtuneError: there is none, it is damaged, or PEFT does not know the method.

@@ -64,8 +64,8 @@ def add_section(folder: Path, title: str, body: str) -> None:
 
 
 def with_section(text: str, title: str, body: str) -> str:
-    """The text with a section `## title`, in the place of the one it has, else before the list of
-    versions, else at the end."""
+    """The text with a section `## title`. It replaces an earlier section of that title. Else it
+    goes before the list of versions, or to the end where there is none."""
     section = f"## {title}\n\n{body.strip()}\n\n"
     found = re.search(rf"^## {re.escape(title)}\n.*?(?=^#{{1,3}} |\Z)", text, re.MULTILINE | re.DOTALL)
     if found:
@@ -94,8 +94,7 @@ def ranks_in_words(ranks: Mapping[str, int]) -> str:
 
 
 def _load(folder: Path) -> ModelCard:
-    """The card in a folder, without text where that is PEFT's empty form; a new one where there is
-    none.
+    """The card in a folder, or a new one. PEFT's empty form counts as a card without text.
 
     Raises:
         SvdtuneError: it is not UTF-8, or its head is no YAML.
@@ -145,7 +144,8 @@ def _table(config: "SvdConfig", weights: Path) -> str:
 
 
 def _settings(config: "SvdConfig") -> dict[str, Any]:
-    """What differs from the defaults; the task has a line of its own."""
+    """The settings that differ from the defaults. The task is left out: it has a line of its
+    own."""
     found = chosen(config)
     found.pop("task_type", None)
     targets = found.get("target_modules")

@@ -109,8 +109,8 @@ def restore(
 
 
 def _with_the_same(layer: SvdLayer[Any], adapter: str) -> str | None:
-    """An adapter that has the frozen tensors which recomputing would give: itself where it is
-    resumed, or another one of the layer that was recomputed."""
+    """An adapter whose frozen tensors are those that would be computed: the adapter itself where
+    training resumes, or another one of the same layer that was computed before."""
     if not layer.awaits(adapter):
         return adapter
     wanted = layer.r[adapter], layer.configs[adapter].triplets
@@ -119,8 +119,8 @@ def _with_the_same(layer: SvdLayer[Any], adapter: str) -> str | None:
 
 
 def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any]) -> dict[str, Tensor]:
-    """A layer's probes, by tensor name, removed from what is loaded; {} where the file has not all
-    of them."""
+    """Remove a layer's probes from what is loaded, and return them by tensor name. Empty if the
+    file lacks one of them."""
     bare = name.removeprefix(PEFT_ROOT)  # as Transformers saves
     taken = {
         part: state_dict.pop(f"{PEFT_ROOT}{bare}.{part}{PROBE}", state_dict.pop(f"{bare}.{part}{PROBE}", None))
@@ -131,7 +131,7 @@ def _take_probes(state_dict: dict[str, Tensor], name: str, layer: SvdLayer[Any])
 
 
 def check_probes(layer: str, frozen: Mapping[str, Tensor], probes: Mapping[str, Tensor]) -> None:
-    """Make sure that frozen tensors are those that were left out of a file.
+    """Check that frozen tensors are the ones that a compact file left out.
 
     Raises:
         SvdtuneError: they are not.

@@ -60,8 +60,7 @@ def has_any(path: Path, names: Collection[str]) -> bool:
 
 
 def check_weights_file(folder: Path, digest: str | None) -> None:
-    """Make sure that an adapter's weights are the file that was saved, before anything is done to a
-    model.
+    """Check that an adapter's weights are the file that was saved, before a model is touched.
 
     Raises:
         SvdtuneError: the file is missing, a pickle, cut short, or was changed since.
@@ -91,13 +90,13 @@ def check_weights_file(folder: Path, digest: str | None) -> None:
 
 
 def fingerprint(module: nn.Module) -> str | None:
-    """16 hex digits that name a base weight by shape and content, None where the weight says
-    nothing.
+    """16 hex digits that name a base weight by its shape and its content. None if the weight cannot
+    tell its content.
 
-    The content is the weight rounded to bf16: an fp32 checkpoint and its bf16 copy have one
-    fingerprint, and so has either after it was cast up. Differences below bf16's resolution are not
-    seen. Quantized and meta weights have none, nor have weights that another adapter is merged
-    into.
+    The content is the weight rounded to bf16. So an fp32 checkpoint and its bf16 copy have one
+    fingerprint, also after a cast back up. Differences below bf16's resolution are not seen.
+    Quantized weights, weights on the meta device and weights with an adapter merged into them have
+    no fingerprint.
     """
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     weight: Any = getattr(base, "weight", None)
@@ -151,7 +150,7 @@ def check_same_layers(ranks: Mapping[str, int], targets: Collection[str]) -> Non
 
 
 def check_known_layers(fingerprints: Collection[str], ranks: Collection[str]) -> None:
-    """Refuse fingerprints of layers that an adapter does not have, which would check nothing.
+    """Refuse fingerprints of layers that an adapter does not have: they would check nothing.
 
     Raises:
         SvdtuneError: naming the first of them.

@@ -23,11 +23,11 @@ Layers = dict[str, SvdLayer[Any]]
 
 
 def load_adapters(model: PeftModel, folders: Mapping[str, str | Path]) -> list[str]:
-    """Load saved adapters of one method, many of them as fast as their files are read.
+    """Load many saved adapters of one method, as fast as their files can be read.
 
-    The first adapter of its layers goes the way of `model.load_adapter`; every further one is put
-    beside it with the same checks, and adds nothing but its own trained numbers where its frozen
-    factors are the first one's. None becomes active; `adapter_names` or `set_adapter` choose one.
+    The first adapter is loaded by `model.load_adapter`. The others are put beside it with the same
+    checks. An adapter whose frozen factors equal those of the first shares them, and adds only its
+    own trained numbers. None becomes active; choose one with `adapter_names` or `set_adapter`.
 
     Args:
         model: with one adapter at least, from `PeftModel.from_pretrained` or `get_peft_model`.
@@ -76,8 +76,8 @@ def load_adapters(model: PeftModel, folders: Mapping[str, str | Path]) -> list[s
 
 
 def _put_on(saved: SavedAdapter, layers: Layers, name: str, shapes: Shapes) -> None:
-    """Give the layers an adapter with a file's values; `shapes` are those of adapters with the same
-    settings.
+    """Add an adapter with a file's values to its layers. `shapes` holds those of adapters with the
+    same settings.
 
     Raises:
         SvdtuneError: the file is not what this model needs.

@@ -89,10 +89,10 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
 
     @abstractmethod
     def new_tensors(self, r: int, config: Config, factors: Factors | None) -> dict[str, Tensor | None]:
-        """The starting value of every tensor in `trained` and `frozen`, None for one that the
-        settings leave out.
+        """The starting value of every tensor in `trained` and `frozen`. A tensor that the settings
+        leave out is None.
 
-        With `factors` None the values are those of a random start; the shapes are the same either
+        Without `factors` the values are those of a random start. The shapes are the same either
         way.
         """
 
@@ -108,8 +108,8 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         """Base layer and adapter in one autograd node, for a weight [out, in] that may be read
         directly.
 
-        `x_adapter` is the adapter's input where dropout made it another one than x. `p` > 0 instead
-        asks a method that `draws_masks` to apply dropout inside its kernels.
+        `x_adapter` is the adapter's input if dropout changed it. With `p` > 0 a method that
+        `draws_masks` applies dropout inside its kernels.
         """
 
     @abstractmethod
@@ -157,8 +157,8 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         return B @ A.mT
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """`delta` as the base layer stores its weight, which for Conv1D is [in, out]: what PEFT's
-        LoRA conversion asks for."""
+        """`delta` in the form in which the base layer stores its weight: [in, out] for Conv1D.
+        PEFT's LoRA conversion asks for it."""
         return spectra.as_stored(self.get_base_layer(), self.delta(adapter))
 
     # An adapter's beginning and end
@@ -172,8 +172,11 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         load_only: bool = False,
         shapes: Shapes | None = None,
     ) -> None:
-        """Add an adapter of rank r. `load_only` allocates the shapes and waits for values from a
-        checkpoint; `shapes` has those of layers before, and is added to."""
+        """Add an adapter of rank r.
+
+        `load_only` allocates its tensors, and waits for values from a checkpoint. `shapes` holds
+        the shapes of earlier layers, and gets those of this one.
+        """
         if r > (largest := min(self.in_features, self.out_features)):
             raise SvdtuneError(
                 f"r = {r} is larger than a layer [{self.out_features}, {self.in_features}] allows; its rank is at most "
@@ -200,8 +203,8 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
     def _starting_tensors(
         self, r: int, config: Config, factors: Factors | None, load_only: bool, shapes: Shapes
     ) -> dict[str, Tensor]:
-        """The tensors of `new_tensors` that exist; zeros of their shapes, drawing no random number,
-        where `load_only`."""
+        """The tensors of `new_tensors` that exist. With `load_only` they are zeros of the same
+        shapes, and no random number is drawn."""
         if not load_only:
             return {name: t for name, t in self.new_tensors(r, config, factors).items() if t is not None}
         kind = self.out_features, self.in_features, r
@@ -212,7 +215,7 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         return {name: torch.zeros(t.shape, dtype=t.dtype, device=device) for name, t in shapes[kind].items()}
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
-        """One tensor of an adapter, None where its settings leave it out."""
+        """One tensor of an adapter; None if its settings leave it out."""
         # every step reads these: nn.Module's own look-up is slow
         of_name: Any = self._modules[name]
         parameters: dict[str, Tensor | None] = of_name._parameters
@@ -237,12 +240,12 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
                     yield f"{name}.{adapter}", tensor
 
     def lacks_regularizer(self) -> bool:
-        """Whether an adapter is being trained whose configuration asks for a regularizer that never
+        """Whether an adapter is trained whose configuration asks for a regularizer, and none ever
         acted."""
         return False
 
     def starts_moved(self) -> bool:
-        """Whether an adapter of it changes the layer's output before it is trained."""
+        """Whether one of the adapters changes the layer's output before it is trained."""
         return False
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -310,8 +313,8 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         return y
 
     def sole_adapter(self) -> str | None:
-        """The adapter that `forward` computes in one node with the base layer; None where it goes
-        another way."""
+        """The one adapter that `forward` computes in a node together with the base layer; None if
+        it cannot."""
         if self._disable_adapters or self.merged_adapters or self._awaited:
             return None
         active = [name for name in self.active_adapters if name in self.r]
@@ -323,7 +326,7 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         return base.weight.mT if self._is_conv1d else base.weight, base.bias
 
     def dropout_p(self, adapter: str) -> float:
-        """The probability with which an entry of the adapter's input is zeroed now."""
+        """The probability with which dropout zeroes an entry of the adapter's input now."""
         by_adapter: Any = self._modules[f"{self.method}_dropout"]
         dropout = by_adapter._modules[adapter]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -339,18 +342,18 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         return self.merged or not any(name in self.r for name in self.active_adapters)
 
     def base_output(self, x: Tensor, present: Collection[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output, to which the adapters in `present` are added (or whose weight
-        holds them already)."""
+        """The base layer's output before the adapters in `present` are added. Merged ones are in
+        its weight already."""
         return self.made_whole(self.base_layer(x, *args, **kwargs), x, present)
 
     def made_whole(self, y: Tensor, x: Tensor, present: Collection[str]) -> Tensor:
-        """The base layer's output y with what its stored weight lacks, where none in `present` adds
-        it."""
+        """The base layer's output y, completed by what its stored weight lacks, unless an adapter
+        in `present` adds that."""
         return y
 
     def add_by_sample(self, y: Tensor, x: Tensor, samples: Samples) -> Tensor:
-        """The base layer's output y [N, ...] with the addition of each sample's own adapter to its
-        part of the batch, one adapter after the other."""
+        """The base layer's output y [N, ...], with each sample's own adapter added to its part of
+        the batch."""
         whole = torch.empty_like(y)  # y may be a view, or be kept for the base's own backward pass
         for adapter, where in samples.places(x.device).items():
             present = [adapter] if adapter in self.r else []
@@ -359,11 +362,11 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         return whole
 
     def _may_read_weight(self) -> bool:
-        """Whether computing with the base layer's weight equals calling the layer.
+        """Whether a product with the base layer's weight equals a call of the layer.
 
-        Not so for other classes (quantized, already adapted), for weights that Accelerate brings in
-        on the call, for sharded ones, for one that is itself trained, and where anybody hooked the
-        layer.
+        It does not for other classes (quantized, already adapted), for weights that Accelerate
+        brings in at the call, for sharded weights, for a weight that is trained itself, and for a
+        layer with hooks.
         """
         base: Any = self._modules["base_layer"]
         weight = base._parameters.get("weight")

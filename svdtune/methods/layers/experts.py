@@ -24,8 +24,8 @@ from svdtune.methods.layers.slices import Fused, RowSlice
 
 
 class ExpertStack(nn.Module):
-    """A parameter with a matrix for each expert, in the place of the layer that a slice is of. It
-    owns no parameter.
+    """A parameter that holds a matrix for each expert. It stands where a slice has its whole layer,
+    and owns no parameter.
 
     Attributes:
         experts: the module that has it.
@@ -67,7 +67,7 @@ class ExpertStack(nn.Module):
 
 
 class ExpertSlice(RowSlice):
-    """One expert's matrix; its `rows` are among those of all experts under each other."""
+    """One expert's matrix. Its `rows` count through the experts, one below the other."""
 
     def __init__(self, stack: ExpertStack, index: int):
         out = stack.out_features // len(stack.weight)
@@ -93,8 +93,7 @@ class ExpertSlice(RowSlice):
 
 
 class FusedExperts(Fused):
-    """A module of experts; below it stands, for each adapted parameter, a list of the experts'
-    layers."""
+    """A module of experts. For each adapted parameter it holds a list of the experts' layers."""
 
     def stacks(self) -> Iterator[tuple[str, list[LowRankLayer[Any]]]]:
         """The adapted parameters by name, each with its experts' layers."""
@@ -117,8 +116,8 @@ class FusedExperts(Fused):
 
 
 def _moved(weight: Tensor, layers: list[LowRankLayer[Any]]) -> Tensor:
-    """A parameter's value with what its experts' adapters add, in its own dtype; the parameter
-    itself where nothing is added."""
+    """A parameter's value plus what its experts' adapters add, in its own dtype. Without an
+    addition it is the parameter itself."""
     first = layers[0]  # an adapter is on all experts or on none
     for layer in layers:
         if not torch.compiler.is_compiling() and not layer.called:
@@ -140,8 +139,8 @@ def _moved(weight: Tensor, layers: list[LowRankLayer[Any]]) -> Tensor:
 
 
 def experts_pair(layers: list[LowRankLayer[Any]], adapter: str) -> tuple[Tensor, Tensor]:
-    """A [experts, in, w] and B [experts, out, w] with ΔW = B Aᵀ of every expert; those of lower
-    rank than the others' highest are filled up with zero columns."""
+    """A [experts, in, w] and B [experts, out, w] with ΔW = B Aᵀ for every expert. Experts of a
+    lower rank get zero columns."""
     products = [layer.product(adapter) for layer in layers]
     wide = max(layer.r[adapter] for layer in layers)
 
@@ -157,7 +156,8 @@ def experts_pair(layers: list[LowRankLayer[Any]], adapter: str) -> tuple[Tensor,
 
 
 def stacks_in(model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
-    """Every parameter of three dimensions that is no kernel, by its name in the base model."""
+    """Every parameter of three dimensions that is no convolution's kernel, by its name in the base
+    model."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
@@ -171,7 +171,7 @@ def stacks_in(model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:
 
 
 def layers_of(model: nn.Module, name: str, stack: ExpertStack) -> list[nn.Module]:
-    """The experts' adapted layers of a parameter, or where there are none yet, their matrices."""
+    """The adapted layers of a parameter's experts; before any is adapted, the experts' matrices."""
     module = model.get_submodule(name.rpartition(".")[0])
     adapted = module._modules.get(stack.name) if isinstance(module, FusedExperts) else None
     return list(adapted) if isinstance(adapted, nn.ModuleList) else list(stack.slices())

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 
 class FrozenTensors(nn.ParameterDict):
-    """Frozen tensors by adapter. Their keys in a state dict are the same in sight and out of it."""
+    """Frozen tensors by adapter. Their keys in a state dict are the same whether they are shown or
+    hidden."""
 
     def share(self, adapter: str, tensor: Tensor) -> bool:
-        """Give an adapter the very parameter that another one has, if that equals `tensor`; whether
-        one does."""
+        """Share another adapter's parameter if one equals `tensor`. Return whether one does."""
         own = self._parameters.get(adapter)
         dtype = tensor.dtype if own is None else own.dtype
         seen: set[int] = set()  # its own is there where it is shared already, and stays so

@@ -16,8 +16,8 @@ from svdtune.errors import SvdtuneError
 
 
 def is_quantized(base: nn.Module) -> bool:
-    """Whether a base layer stores something else than the numbers of its matrix; its weight may
-    look floating all the same."""
+    """Whether a base layer stores codes instead of its matrix's numbers. Some codes have a floating
+    dtype all the same."""
     weight = getattr(base, "weight", None)
     if weight is None or not weight.is_floating_point():
         return True
@@ -25,7 +25,7 @@ def is_quantized(base: nn.Module) -> bool:
 
 
 def backend_of(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
-    """PEFT's way to read and write a quantized weight, None for a layer that is not quantized.
+    """PEFT's way to read and write a quantized weight; None if the layer is not quantized.
 
     Args:
         base: the layer.
@@ -41,7 +41,7 @@ def backend_of(base: nn.Module, model: nn.Module) -> QuantizationBackend | None:
 
 
 def check_mergeable(backend: QuantizationBackend | None) -> None:
-    """Raise `SvdtuneError` for a quantized layer that nothing can be merged into."""
+    """Raise `SvdtuneError` for a quantized layer into which nothing can be merged."""
     if backend is not None and not backend.supports_merge:
         raise SvdtuneError(
             f"the weight is quantized ({backend.backend_name}) in a way that cannot be written again, so no adapter can be "
@@ -63,7 +63,7 @@ def kept(base: Any) -> Any:
 
 
 def put_back(layer: Any, stored: Any) -> None:
-    """Give an adapted layer's base what `kept` returned: the very same codes and scales."""
+    """Give an adapted layer's base what `kept` returned: the same codes and scales."""
     if isinstance(stored, nn.Module):  # HQQ: PEFT replaces the whole layer when it merges
         layer.base_layer = stored
         return
@@ -77,8 +77,8 @@ def put_back(layer: Any, stored: Any) -> None:
 
 
 def device_and_dtype(base: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where a base layer's weight lies, and its dtype; HQQ, which has no such weight, says what it
-    computes in."""
+    """The device and the dtype of a base layer's weight. HQQ has no such weight; its layers name
+    the dtype they compute in."""
     layer: Any = getattr(base, "whole", base)  # of a slice
     if hasattr(layer, "W_q"):
         return layer.W_q.device, layer.compute_dtype

@@ -26,8 +26,8 @@ class Unrounded(nn.Module):
     _values: dict[tuple[str, str], Tensor] | None
 
     def keep_values(self) -> None:
-        """Note the values that the tensors which are trained have now. It costs no memory while
-        they keep their own."""
+        """Remember the current values of the trained tensors. It costs no memory as long as they
+        stay where they are."""
         self._values = {
             (name, adapter): tensor.detach()
             for name in self.trained
@@ -73,7 +73,7 @@ class Unrounded(nn.Module):
 
 
 def _is_rounded(tensor: Tensor, values: Tensor) -> bool:
-    """Whether a tensor is what a cast to a lower dtype leaves of these values."""
+    """Whether a tensor equals these values cast to a lower dtype."""
     if tensor.dtype == values.dtype or tensor.shape != values.shape or not tensor.is_floating_point():
         return False
     lower = torch.finfo(tensor.dtype).eps > torch.finfo(values.dtype).eps
@@ -81,7 +81,8 @@ def _is_rounded(tensor: Tensor, values: Tensor) -> bool:
 
 
 def _before_ddp(module: nn.Module, _: str, inside: nn.Module | None) -> None:
-    """DistributedDataParallel sorts parameters by dtype when it is made."""
+    """Undo the rounding before DistributedDataParallel, which sorts parameters by dtype when it is
+    made."""
     if isinstance(module, DistributedDataParallel) and inside is not None:
         for layer in inside.modules():
             if isinstance(layer, Unrounded):

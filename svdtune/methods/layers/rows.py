@@ -31,7 +31,7 @@ class Rows:
         return self.groups * (self.stop - self.start)
 
     def of(self, tensor: Tensor, dim: int) -> Tensor:
-        """A view of these rows along `dim`, which stands as two dimensions: blocks, and rows in a
+        """A view of these rows along `dim`. It has two dimensions there: blocks, and rows in a
         block."""
         return tensor.unflatten(dim, (self.groups, self.width)).narrow(dim if dim < 0 else dim + 1, *self._span)
 
@@ -40,7 +40,7 @@ class Rows:
         return self.of(weight, 0).flatten(0, 1)
 
     def apart(self, tensor: Tensor, dim: int) -> Tensor:
-        """A tensor with `count` entries along `dim` in the form of `of`."""
+        """A tensor with `count` entries along `dim`, in the form that `of` gives."""
         return tensor.unflatten(dim, (self.groups, self.stop - self.start))
 
     @property
@@ -106,10 +106,10 @@ KNOWN: dict[str, dict[str, Callable[[Any], Parts]]] = {
 
 
 def known_parts(model: nn.Module, name: str) -> Parts | None:
-    """The slices of a module, None where none are known for it.
+    """The slices of a module; None if none are known for it.
 
-    Decided by the configuration nearest above the module, so that a language model inside another
-    model is found too.
+    The configuration nearest above the module decides, so a language model inside another model is
+    found too.
     """
     last = name.rpartition(".")[2]
     for config in _configs_above(model, name):
@@ -129,7 +129,7 @@ def _configs_above(model: nn.Module, name: str) -> Iterator[Any]:
 def chosen_parts(
     asked: Mapping[str, Any] | str | None, usual: tuple[str, ...] | None, model: nn.Module, name: str, out: int
 ) -> Parts:
-    """The slices of a module that a configuration asks for, {} where it is adapted as a whole.
+    """The slices of a module that a configuration asks for; {} if the module is adapted as a whole.
 
     Args:
         asked: `fused_slices` of the configuration.

@@ -12,7 +12,7 @@ BASE = "__base__"
 
 
 class Samples(list[str]):
-    """The adapters' names, one for each sample; a list, since PEFT's own modules take it too.
+    """The name of an adapter for each sample. It is a list, since PEFT's own modules read it too.
 
     Attributes:
         kept: by layer, what it made of the adapters for all its calls: nothing is trained between.

@@ -45,8 +45,8 @@ class RowSlice(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The slice's matrix [out, in] in the stored dtype, or dequantized; on the meta device
-        where the fused weight is."""
+        """The slice's matrix [out, in] in the stored dtype, or dequantized. It is on the meta
+        device if the fused weight is."""
         device, dtype = device_and_dtype(self.whole)
         if device.type == "meta" and not hasattr(self.whole, "_hf_hook"):
             return torch.empty(self.out_features, self.in_features, device=device, dtype=dtype)
@@ -87,8 +87,8 @@ class RowSlice(nn.Module):
 
 
 class Fused(nn.Module, BaseTunerLayer):
-    """A module that is adapted in slices of its weights, each an adapted layer below it. PEFT takes
-    it for an adapted layer too."""
+    """A module whose weights are adapted in slices. Each slice is an adapted layer below it. PEFT
+    takes the module for an adapted layer too."""
 
     adapter_layer_names = ()
     other_param_names = ()
@@ -121,7 +121,7 @@ class Fused(nn.Module, BaseTunerLayer):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
-        """The base module alone, with adapters merged into it or as it was before any."""
+        """The base module alone: with adapters merged into it, or as it was before any."""
         for part in self.slices():
             part.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         return self.get_base_layer()
@@ -168,11 +168,10 @@ def _rows(part: SvdLayer[Any]) -> Rows:
 def whole_pairs(
     slices: Mapping[str, list[int]], pairs: Mapping[str, tuple[Tensor, Tensor]]
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Pairs by module of the base model, those of the slices of one weight put together without
-    loss.
+    """Pairs by module of the base model. The slices of one weight are put together without loss.
 
-    Slices side by side: A = [A_q, A_v] [in, w_q + w_v], and B [out, w_q + w_v] has each slice's B
-    in its rows and columns and zeros elsewhere, so B Aᵀ holds each slice's change in its rows.
+    Slices stand side by side: A = [A_q, A_v] [in, w_q + w_v]. B [out, w_q + w_v] has each slice's B
+    in its rows and columns, and zeros elsewhere. So B Aᵀ holds each slice's change in its rows.
 
     Args:
         slices: a configuration's `slices`.

@@ -25,12 +25,12 @@ class StateDictLayer(Unrounded):
         self.register_load_state_dict_post_hook(StateDictLayer._after_load)
 
     def awaits(self, adapter: str) -> bool:
-        """Whether an adapter's values are still to come from a checkpoint."""
+        """Whether an adapter still waits for its values from a checkpoint."""
         return adapter in self._awaited
 
     def filled_elsewhere(self, adapter: str) -> None:
-        """Called where another process starts an adapter and hands out its values, with the base
-        weights, later."""
+        """Note that another process starts an adapter, and hands out its values later, with the
+        base weights."""
         self._awaited.discard(adapter)
 
     @torch.no_grad()
@@ -84,6 +84,6 @@ class StateDictLayer(Unrounded):
 
 
 def parameters_go_to_meta() -> bool:
-    """Whether we are inside PEFT's low_cpu_mem_usage, which does not tell the tuner but sends new
-    parameters to meta."""
+    """Whether PEFT's low_cpu_mem_usage is on. PEFT does not tell the tuner, but sends new
+    parameters to the meta device."""
     return nn.ParameterDict({"probe": nn.Parameter(torch.empty(0))})["probe"].is_meta

@@ -99,7 +99,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         return self.configs[adapter].gate
 
     def _other_gate(self, adapter: str) -> Gate | None:
-        """The gate where it is another than the paper's; None also where there is no router."""
+        """The gate if it is not the paper's. None also without a router."""
         config = self.configs[adapter]
         return None if config.gate == "softmax" or not config.has_router else GATES[config.gate]
 
@@ -125,8 +125,8 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         return self.together.keeper(self, adapter, tensors, compute_dtype(x))
 
     def add_convolved(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        """Eq. 5 and 6 with a position of the output as the token: the gate reads the patch that the
-        kernel looks at there."""
+        """Eq. 5 and 6 with each position of the output as a token. The gate reads the patch that
+        the kernel sees there."""
         U, V, lam, v, w1, w2, front = self._tensors(adapter)
         if w1 is None or w2 is None:
             return super().add_convolved(y, x, adapter)
@@ -145,7 +145,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
 
     def add_by_sample(self, y: Tensor, x: Tensor, samples: Samples) -> Tensor:
-        """As for every method, but all samples at once where their adapters are of one kind."""
+        """As for every method. Samples whose adapters are of one kind are computed together."""
         if self._is_convolution:
             return super().add_by_sample(y, x, samples)
         if self not in samples.kept:
@@ -161,10 +161,11 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         return y
 
     def _by_kind(self, samples: Samples, device: torch.device) -> list[Any]:
-        """Samples whose adapters differ in values alone: of each kind one of its adapters, the
-        indices of its samples, and λ, v, w₁ and w₂, a sample after the other.
+        """Groups of samples whose adapters differ in values alone. Of each group: one of its
+        adapters, the indices of its samples, and their λ, v, w₁ and w₂, stacked.
 
-        Of a single kind it is all samples (None), with zeros for those without an adapter here.
+        A single group takes all samples: its indices are None, and samples without an adapter here
+        have zeros.
         """
         kinds: dict[Any, list[int]] = {}
         for place, adapter in enumerate(samples):
@@ -200,7 +201,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
 
 
 def check_is_matrix(config: MoSaraConfig, adapter: str = "") -> None:
-    """Raise `SvdtuneError` for an adapter whose router mixes several heads: it is no matrix."""
+    """Raise `SvdtuneError` for an adapter that is no matrix: its router mixes several heads."""
     if config.has_router:
         name = f" {adapter!r}" if adapter else ""
         raise SvdtuneError(

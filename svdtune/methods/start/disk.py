@@ -106,7 +106,7 @@ def start(
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a seed inside, and from where torch was afterwards."""
+    """Draw from a seed inside. Afterwards torch goes on where it was."""
     if seed is None:
         yield
         return
@@ -130,8 +130,8 @@ def _check(config: SvdConfig) -> None:
 
 
 class _Planned(NamedTuple):
-    """The adapted layers on the meta device in the order in which PEFT adapts them, and the
-    configuration that goes with them; `given` are the ranks that no spectrum decides."""
+    """What `start` writes: the adapted layers on the meta device, in PEFT's order; their
+    configuration; and in `given` the ranks that no spectrum decides."""
 
     layers: list[tuple[Site, SvdLayer[Any]]]
     config: SvdConfig
@@ -139,7 +139,7 @@ class _Planned(NamedTuple):
 
 
 def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
-    """Put the adapter on the model without weights; rank 1 takes the place of a threshold there."""
+    """Put the adapter on the model without weights. With a threshold every rank is 1 there."""
     measured = config.threshold is not None
     model = skeleton(checkpoint, with_rank(config, 1) if measured else config)
     found = sites(model)
@@ -163,7 +163,7 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
 def _tensors(
     checkpoint: Checkpoint, config: SvdConfig, site: Site, layer: SvdLayer[Any], rank: int | None, device: str | None
 ) -> tuple[int, str, dict[str, Tensor]]:
-    """One layer's rank, its weight's fingerprint and its tensors; the weight [out, in] is gone
+    """One layer's rank, its weight's fingerprint and its tensors. The weight [out, in] is freed
     afterwards."""
     weight = site.weight(checkpoint)
     factors, rank = _decompose(site.name, weight, config, rank, device)
@@ -174,10 +174,8 @@ def _tensors(
 def _decompose(
     name: str, weight: Tensor, config: SvdConfig, rank: int | None, device: str | None
 ) -> tuple[Factors | None, int]:
-    """What an adapter's layer starts from, and its rank, by the ways that `get_peft_model` takes.
-
-    `rank` is None where the spectrum decides.
-    """
+    """The factors that a layer starts from, and its rank. They are found as `get_peft_model` finds
+    them. `rank` is None if the spectrum decides."""
     threshold = cast(float, config.threshold)  # where it is None, the rank is not
     how: Any = {"device": device, "progress": False}
     if rank is None and config.needs_factors and config.triplets == "first" and not config.compact:
@@ -200,7 +198,7 @@ def _parts(layer: SvdLayer[Any]) -> tuple[str, ...]:
 
 
 def auto_mapping(checkpoint: Checkpoint, config: PeftConfig) -> dict[str, str] | None:
-    """What PEFT writes for an adapter without a task: the class that it was made for."""
+    """The class that an adapter without a task was made for, as PEFT writes it."""
     if config.task_type is not None:
         return None
     cls = type(checkpoint.model)

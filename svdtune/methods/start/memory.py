@@ -50,12 +50,13 @@ class Work:
         return self._among(names).numbers(compute) if self.shared else compute(self._of(names))
 
     def ranked_factors(self, names: list[str], threshold: float) -> tuple[dict[str, int], dict[str, Factors]]:
-        """The same with the leading factors, which a process without the weights does not get."""
+        """The ranks at a threshold and the leading factors. A process without the weights gets no
+        factors."""
         return self._factors(names, lambda weights: spectra.ranked_factors(weights, threshold))
 
     def factors(self, ranks: Mapping[str, int], components: Components, *, exact: bool) -> dict[str, Factors]:
-        """The factors of each layer in `ranks`, as many as it says: those that `components`
-        names."""
+        """The factors of each layer in `ranks`: the ones that `components` names, as many as its
+        rank."""
 
         def compute(weights: spectra.Weights) -> Iterator[tuple[str, Factors]]:
             wanted = {name: ranks[name] for name in weights}
@@ -91,7 +92,7 @@ class Work:
 
 
 def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present: bool) -> None:
-    """Make sure that every process adapts the same layers of the same model in the same way.
+    """Check that every process adapts the same layers of the same model in the same way.
 
     Raises:
         SvdtuneError: in every process, naming those that differ.
@@ -109,7 +110,8 @@ def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present
 
 
 def _sample(module: nn.Module) -> str | None:
-    """A digest of some of a weight as it is stored; None where processes do not hold the same."""
+    """A digest of a sample of a weight as it is stored; None if processes do not hold the same
+    weight."""
     weight = getattr(_base(module), "weight", None)
     if not isinstance(weight, Tensor) or is_sharded(module) or weight.is_meta:
         return None
