@@ -57,6 +57,14 @@ def test_a_whole_completion(case: dict[str, str]) -> None:
     assert graded(case["task"], completion, case["reference"]) == (case["right"] == "yes")
 
 
+@pytest.mark.parametrize("task", ["number", "letter", "math"])
+def test_an_answer_that_goes_on_without_end_is_graded(task: str) -> None:
+    """Of words that take an answer back, repeated, a pattern can be read in 2ⁿ ways."""
+    for words in ("wait ", "wait, ", "no, ", "hmm, ", "actually, ", "or rather ", "I mean ", "sorry oh wait "):
+        completion = f"The answer is $5$. {words * 100}"
+        assert graded(task, completion, "5") == (task != "letter")
+
+
 def test_the_tables_are_large_and_have_both_verdicts_of_every_task() -> None:
     assert sum(len(WORDINGS[case["task"]]) for case in CASES) + len(SENTENCES) >= 400
     for task in ("number", "letter", "choice", "math"):

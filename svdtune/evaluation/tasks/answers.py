@@ -1,8 +1,9 @@
 """Where a text marks its final answer, for every task that grades strictly.
 
-The marks are a box, the line after "####", the sentence after "the answer is" or "answer:", and
-what stands before "is the answer". The last mark of a text counts, so that an answer taken back is
-none. What a sentence denies ("not 5 but 6") is no answer.
+The marks are a box, the line after "####", what stands between <answer> and </answer>, the
+sentence after "the answer is" or "answer:", and what stands before "is the answer". The last mark
+of a text counts, so that an answer taken back is none; boxes side by side are one. What a sentence
+denies ("not 5 but 6") is no answer.
 """
 
 import re
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _HASHES = re.compile(r"####\s*")
+_TAG = re.compile(r"<answer>\s*", re.IGNORECASE)
 _ABOUT = r"(?:\s+(?:choice|option|here))?(?:\s+(?:to|of|for)\s[^.:=\n]{1,80}?)?"
 _IS = r"(?:\b(?:is|are|was|equals|would\s+be|will\s+be|must\s+be|should\s+be|comes\s+to)(?![\w'])|[:=])"
 _STATED = re.compile(
@@ -23,12 +25,16 @@ _IS_THE_ANSWER = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"\n|(?<![.\\])[.!?](?=\s|$)")
+_PAUSE = re.compile(r"\n|[.!?](?=\s|$)|[,;:](?=\s)|\s[(–—-]|[–—…](?=\s)")
 _FORMULA = re.compile(r"(?<!\\)\$(?:[^$\n]|\n(?!\n))+?(?<!\\)\$|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL)
 _CHECKED = re.compile(
     r"\b(?:check|verify|confirm)\w*\s+(?:\w+\s+){0,2}$", re.IGNORECASE
 )  # "We check our answer: 2 + 3 = 5"
 _NO_CLAIM = re.compile(r"(?:not|never|neither|no\s+longer|hardly)\b", re.IGNORECASE)
-_WRONG_ONE = re.compile(r"\b(?:wrong|incorrect|false|tempting)\s+$", re.IGNORECASE)
+_WRONG_ONE = re.compile(
+    r"\b(?:wrong|incorrect|false|tempting|first|initial|original|previous|earlier)\s+$", re.IGNORECASE
+)
+_BETWEEN_BOXES = re.compile(r"[\s$]*(?:,[\s$]*)?(?:(?:\\text\s*\{\s*)?(and|or))?[\s$}]*")  # "\\boxed{3} and \\boxed{5}"
 # An answer, of one task or another; "A train" is none.
 _ONE = (
     r"(?:(?:the|option|choice|about|exactly)\s+)*[(\"'*]*"
@@ -36,13 +42,17 @@ _ONE = (
     r"|(?:true|false)\b|(?-i:[A-E])(?=[).,;:!?\"'*]|\s*$|\s*\n|\s+(?:is|fits|works|because|since|as|instead|not)\b))"
 )
 _WRONG = r"(?:is|are|was|were|does|do|did|can|could|would|will|has|have)\s+(?:not|wrong|incorrect|impossible|too)\b"
-# "No, 15", "Sorry, I meant B", "That is wrong: it is true"; a remark ("No, A is wrong",
-# "Sorry, that took 3 steps") takes nothing back.
+# "No, 15", "Sorry, I meant B", "That is wrong: it is true", in a sentence too (", no wait, 15"); a
+# remark ("No, A is wrong", "Sorry, that took 3 steps", "Actually, 3 are left") takes nothing back.
+# What is read is never read again another way (`(?>`, `++`): models go on with "wait wait wait".
 _TAKEN_BACK = re.compile(
-    r"[.!?]?"
-    r"(?:\s+(?:but\s+|oh,?\s+|wait,?\s+|actually,?\s+)*(?:no\b(?=[,.])|wait|scratch\s+that|correction|oops|sorry"
+    r"(?:[.!?,;:…–—]|\s[(–—-])?(?>\s*(?<![\w'])(?:but\s+|oh,?\s+|hmm,?\s+|actually,?\s+)*"
+    r"(?:no\b(?=[,.:]|\s+wait\b)|wait|hold\s+on|scratch\s+that|correction|oops|sorry|or\s+rather"
+    r"|let\s+me\s+(?:correct|fix)\s+(?:that|this|it|myself)|I\s+meant?(?=\s)"
+    r"|actually,?(?=\s+(?:(?:it|that)(?:\s+is|'s)\s+\S+(?:\s+\w+)?|\S+)\s*(?:[.!](?:\s|$)|\n|$))"
     r"|I\s+(?:made\s+an?|was\s+wrong|mis[a-z]+)[a-z\s]*(?=[.:;,!])"
-    r"|(?:that|this|it)(?:\s+(?:is|was)|'s)\s+(?:wrong|incorrect|not\s+(?:right|correct))(?=\s*[.:;,!–—-]))[,.:;!–—-]*)+"
+    r"|(?:that|this|it)(?:\s+(?:is|was)|'s)\s+(?:wrong|incorrect|not\s+(?:right|correct))(?=\s*[.:;,!–—-]))"
+    r"[,.:;!–—-]*)++"
     r"\s+(?:but\s+|actually,?\s+|rather\s+|make\s+(?:it|that)\s+|I\s+meant?\s+|we\s+(?:get|have)\s+"
     r"|(?:(?:it|this|that|the\s+(?:total|result|sum|right\s+one|correct\s+one))\s*)?"
     rf"(?:\b(?:is|was|should\s+be|must\s+be|has\s+to\s+be)|'s)\s+)*"
@@ -56,22 +66,38 @@ def boxed(text: str) -> str | None:
     r"""What the last \boxed{...} or \fbox{...} holds, or the token after a \boxed without braces;
     None without any, and where the text ends inside it."""
     found = list(_BOX.finditer(text))
-    return _box(text[found[-1].end() :]) if found else None
+    return _box(text, found[-1].end())[0] if found else None
 
 
-def _box(rest: str) -> str | None:
-    if not rest.startswith("{"):
-        return re.split(r"[\s$.,]", rest, maxsplit=1)[0] or None
+def joined_boxes(text: str) -> dict[int, str | None]:
+    r"""Where each box starts, and what it holds, after those that it is joined to:
+    "3\text{ and }5" for \boxed{3} and \boxed{5}."""
+    boxes: dict[int, str | None] = {}
+    before, closed = None, len(text)
+    for found in _BOX.finditer(text):
+        held, end = _box(text, found.end())
+        joint = _BETWEEN_BOXES.fullmatch(text, closed, found.start())
+        if before and held and joint and joint[0].strip(" $"):
+            held = before + (f"\\text{{ {joint[1]} }}" if joint[1] else ", ") + str(held)
+        boxes[found.start()] = before = held
+        closed = end if text.startswith("{", found.end()) else len(text)
+    return boxes
+
+
+def _box(text: str, at: int) -> tuple[str | None, int]:
+    if not text.startswith("{", at):
+        return re.split(r"[\s$.,]", text[at:], maxsplit=1)[0] or None, at
     depth = 0
-    for at, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
+    for end in range(at, len(text)):
+        depth += (text[end] == "{") - (text[end] == "}")
         if depth == 0:
-            return rest[1:at].strip()
-    return None  # the completion was cut inside the box
+            return text[at + 1 : end].strip(), end + 1
+    return None, len(text)  # the completion was cut inside the box
 
 
 def plain_words(text: str) -> str:
-    """A text without Markdown's bold, and with "isn't" and its like written in two words."""
+    """A text without Markdown's bold and bullets, and with "isn't" and its like in two words."""
+    text = re.sub(r"(?<=\n)[ \t]*[-*•–][ \t]+(?=\S)", "", text)
     text = re.sub(r"(?<![\d)\s])\*\*|\*\*(?![\d(\s])|(?<!\w)__|__(?!\w)|^\*\*|\*\*$", "", text.replace("’", "'"))
     text = re.sub(r"\*\*(?=\s*[:.])|(?<=[:.\s])\*\*|(?<=\w)\*\*(?=\s|$)", "", text)
     return re.sub(r"\b(can)(?:not|'t)\b", r"\1 not", re.sub(r"\b(?!can)(\w+)n't\b", r"\1 not", text))
@@ -83,12 +109,14 @@ def marked_answers(text: str) -> Iterator[str]:
     A sentence that only denies ("The answer is not 5. It is 6.") is followed by the next one.
     """
     text = plain_words(text)
-    marks = [(found.start(), found.end(), "box") for found in _BOX.finditer(text)]
+    boxes = joined_boxes(text)
+    marks = [(start, start, "box") for start in boxes]
     marks += [(found.start(), found.end(), "hashes") for found in _HASHES.finditer(text)]
+    marks += [(found.start(), found.end(), "tag") for found in _TAG.finditer(text)]
     marks += [
         (found.start(), found.end(), "stated")
         for found in _STATED.finditer(text)
-        if not _CHECKED.search(text[: found.start()]) and not _WRONG_ONE.search(text[: found.start()])
+        if not any(aside.search(text, max(0, found.start() - 60), found.start()) for aside in (_CHECKED, _WRONG_ONE))
     ]
     marks += [(found.start("answer"), found.end("answer"), "before") for found in _IS_THE_ANSWER.finditer(text)]
     for start, end, kind in sorted(marks, reverse=True):
@@ -96,7 +124,9 @@ def marked_answers(text: str) -> Iterator[str]:
         if kind == "before":
             answer: str | None = text[start:end]
         elif kind == "box":
-            answer = _box(rest)
+            answer = boxes[start]
+        elif kind == "tag":
+            answer = re.split(r"</?answer>", rest, maxsplit=1, flags=re.IGNORECASE)[0].strip()
         else:
             answer = rest.strip().split("\n")[0] if kind == "hashes" else _sentence(rest)
         if answer:
@@ -106,15 +136,20 @@ def marked_answers(text: str) -> Iterator[str]:
 def _sentence(rest: str) -> str:
     rest = rest.lstrip()
     formulas = [found.span() for found in _FORMULA.finditer(rest)]
-    ends = [end.start() for end in _SENTENCE_END.finditer(rest)]
-    ends = [end for end in ends if not any(start < end < stop for start, stop in formulas)]  # a formula is taken whole
-    for at, end in enumerate(ends):
-        # "12? No, 15.", "12. Scratch that, 15."
+    ends = 0
+    for found in _PAUSE.finditer(rest):
+        end = found.start()
+        if any(start < end < stop for start, stop in formulas):  # a formula is taken whole
+            continue
+        # "12? No, 15.", "12, no wait, 15"
         if back := _TAKEN_BACK.match(rest, end):
             return _sentence(rest[back.end() :])
+        if not _SENTENCE_END.match(rest, end):
+            continue
+        ends += 1
         sentence = rest[:end]
         # "not 5. It is 6.": the next sentence says it
-        if at or not _NO_CLAIM.match(sentence) or re.search(r"\bbut\b|[,;]", sentence):
+        if ends > 1 or not _NO_CLAIM.match(sentence) or re.search(r"\bbut\b|[,;]", sentence):
             return sentence.strip()
     return rest.strip()
 

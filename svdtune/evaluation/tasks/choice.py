@@ -27,7 +27,7 @@ _LATEX = re.compile(
 _QUOTED = re.compile(r"[\[\"“‘'`]\(?([A-E]|(?i:answer|solution|ending|option)\s?\d|[Tt]rue|[Ff]alse)\)?[\]\"”’'`]")
 _LINKS = re.compile(r"(?:[\s,;:]|but\b|rather\b|instead\b|it\s+is\b|it's\b)+", re.IGNORECASE)
 _WRONG = (
-    r"\s+(?:(?:is|are|was|were|seems?|must\s+be)\s+"
+    r"\s+(?:(?:is|are|was|were|seems?|must\s+be)\s+(?:all\s+|both\s+)?"
     r"(?:not|wrong|incorrect|impossible|excluded|eliminated|ruled\s+out|too|worse)"
     r"|(?:does|do|did|can|could|would|will)\s+not)\b"
 )
@@ -107,7 +107,9 @@ def _chosen(text: str, item: str, named: Callable[[str], set[str]]) -> str | Non
         if found := re.findall(pattern, kept, re.IGNORECASE):
             return str(found[-1])
     if opening := re.match(
-        rf"\s*{bracketed}(?=\s*[.):,;]?\s*(?:(?:because|since|as|for)\b|[-–—]\s(?!\(?[A-E]\b)))", kept, re.IGNORECASE
+        rf"\s*{bracketed}(?=\s*[.):,;]?\s*(?:(?:because|since|as|for)\b|[-–—]\s(?!\(?(?-i:[A-E])\b)))",
+        kept,
+        re.IGNORECASE,
     ):
         return opening[1]
     left = named(kept)

@@ -4,7 +4,7 @@ times 4", "half of 10", "10 to the power of 3")."""
 import re
 from typing import Any
 
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
+SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _HALVES = {
     "½": "1/2",
     "⅓": "1/3",
@@ -17,6 +17,7 @@ _HALVES = {
     "⅝": "5/8",
     "⅞": "7/8",
 }
+_AMOUNT = r"\d(?:[\d,./]*\d)?"
 _ENDS = r"(?=\s*(?:[.,;:=+*/)-]|$)|\s+(?:is|equals|plus|minus)\b)"  # "5 squared units" are none of this
 _IN_WORDS: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(pattern, re.IGNORECASE), sign)
@@ -28,8 +29,17 @@ _IN_WORDS: list[tuple[re.Pattern[str], Any]] = [
         (rf"(?<=[\d)])\s+squared\b{_ENDS}", "^2"),
         (rf"(?<=[\d)])\s+cubed\b{_ENDS}", "^3"),
         (
-            r"\b(?:(?:one\s+|a\s+)?(half)|(?:one|a)\s+(third|quarter|fourth))\s+of\s+([$£€]?\d(?:[\d,./]*\d)?)",
-            lambda found: _part_of(found),
+            rf"\b(?:(?:(?P<times>one|an?|two|three|four|five)\s+)?"
+            rf"(?P<part>half|third|quarter|fourth|fifth)s?\s+of|(?P<double>twice|double|triple)"
+            rf"|(?P<percent>{_AMOUNT})\s*(?:%|percent)\s+of|(?P<plus>{_AMOUNT})\s+more\s+than"
+            rf"|(?P<minus>{_AMOUNT})\s+(?:less|fewer)\s+than)"
+            rf"\s+(?P<of>[$£€]?{_AMOUNT})",
+            lambda found: _of_another(found),
+        ),
+        (r"\b(?:the\s+)?square\s+root\s+of\s+(?=\d)", "√"),
+        (
+            r"(?:\$\s?(\d[\d,]*)(?:\s+dollars?)?|\b(\d[\d,]*)\s+dollars?)\s+and\s+(\d{1,2})\s+cents?\b",
+            lambda found: f"${found[1] or found[2]}.{int(found[3]):02}",
         ),
         (r"(?<=\d)\s+and\s+(?:a|one)\s+half\b", " 1/2"),
         (r"(?<=\d)\s+and\s+(?=\d/\d\b)", " "),
@@ -53,7 +63,7 @@ def plain(text: str) -> str:
         text = text.replace(sign, f" {written}")
     text = re.sub(
         r"[⁰¹²³⁴-⁹⁻]+",
-        lambda found: f"^({found[0].translate(_SUPERSCRIPTS)})" if _digit_before(found) else found[0],
+        lambda found: f"^({found[0].translate(SUPERSCRIPTS)})" if _digit_before(found) else found[0],
         text,
     )
     text = re.sub(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}", r" \1", text)
@@ -82,6 +92,7 @@ def plain(text: str) -> str:
     )
     for pattern, sign in _IN_WORDS:
         text = pattern.sub(sign, text)
+    text = re.sub(r"(?<![^\s($:=])–(?=[$£€]?\.?\d)", "-", text)  # a dash for a minus sign
     return re.sub(r"(?<![\w)\]])-\s+(?=[$\d(])", "-", text.replace("−", "-"))
 
 
@@ -89,13 +100,21 @@ def _digit_before(found: re.Match[str]) -> bool:
     return bool(re.search(r"[\d)]$", found.string[: found.start()]))
 
 
-def _part_of(found: re.Match[str]) -> str:
-    """ "half of 24" as an expression, or no more than its first word where it explains a number
-    ("12, half of 24") or is another beside it ("12 and half of 24")."""
-    part = str(found[1] or found[2])
+def _of_another(found: re.Match[str]) -> str:
+    """ "half of 24", "20% of 50", "3 less than 10" as an expression, or a word where it explains a
+    number ("12, half of 24") or is another beside it ("12 and half of 24")."""
     if re.search(r"\d[^.!?\n]*(?:[,:;(–—]|\s-|\band)\s*$", found.string[: found.start()]):
-        return part
-    return f"1/{ {'half': 2, 'third': 3}.get(part.lower(), 4) }*{found[3]}"
+        return "half"
+    of = found["of"]
+    if found["part"]:
+        parts = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5}
+        times = {"two": 2, "three": 3, "four": 4, "five": 5}.get((found["times"] or "").lower(), 1)
+        return f"{times}/{parts[found['part'].lower()]}*{of}"
+    if found["double"]:
+        return f"{3 if found['double'].lower() == 'triple' else 2}*{of}"
+    if found["percent"]:
+        return f"{found['percent']}/100*{of}"
+    return f"{found['plus']} + {of}" if found["plus"] else f"({of} - {found['minus']})"
 
 
 def _fraction(found: re.Match[str]) -> str:

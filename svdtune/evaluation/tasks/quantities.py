@@ -36,8 +36,11 @@ _PART = re.compile(rf"\s+(?:and\s+)?(\d[\d,]*)\s+({'|'.join(MAGNITUDES)})s?\b")
 _START = re.compile(r"(?:[$£€]\s?-?)?\.?\d|\((?=[-+]?[$£€]?[\d.(])|\\sqrt|√")
 _OPERATOR = re.compile(r"\s*(?P<sign>[-+*/^]|(?<=\d)\s*x\s*(?=\d))\s*")
 _EQUALS = re.compile(r"\s*(?:=|≈)\s*")
-# "5 apples + 6 apples": words that say what is counted, before a sign.
-_COUNTED = re.compile(r"(?:\s+[A-Za-z]+){1,3}(?=(?:\s*[+*=]|\s+/\s|\s*-\s)\s*[-$£€(]?\s*[\d(])")
+# "5 apples + 6 apples": words that say what is counted, before a sign; not "5 when x = 3".
+_COUNTED = re.compile(
+    r"(?:\s+(?!(?:when|if|where|with|for)\b)[A-Za-z]+){0,2}\s+[A-Za-z]{2,}"
+    r"(?=(?:\s*[+*=]|\s+/\s|\s*-\s)\s*[-$£€(]?\s*[\d(])"
+)
 _EITHER = re.compile(r"\s*(?:\bor\b|\bto\b|\band\b)\s*")
 _OR = re.compile(r"[\s,(]*\bor\s+")
 _AND_LETTER = re.compile(r"\s*(?:,|;|and|or|,\s*and)?\s*[A-Za-z]\s*=\s*")

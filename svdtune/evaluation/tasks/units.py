@@ -60,7 +60,8 @@ _UNITS = {written: name for name, ways in _NAMES.items() for written in ways.spl
 _CURRENCIES = {"$": "$", "£": "£", "€": "€"}
 _RAISED = r"\s*\^\s*\(?\{?\d\}?\)?|[²³]"
 _UNIT = re.compile(
-    rf"\s*(?P<squared>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>[A-Za-z]+|[%°¢])(?P<power>{_RAISED})?(?P<scale>\s*[CF]\b)?"
+    rf"\s*(?P<squared>square|sq\.?|cubic|cu\.?)?\s*(?P<unit>[A-Za-z]+|[%°¢])(?P<power>{_RAISED})?"
+    r"(?P<scale>\s*(?:C(?:elsius)?|F(?:ahrenheit)?)\b)?"
 )
 _HOURS = re.compile(r"(?:\s|\s?[-*·]\s?)(?:hours?|hrs?|h)\b")
 _PER = re.compile(
@@ -96,7 +97,7 @@ def unit_at(text: str, at: int) -> Unit | None:
     if short and re.match(r"\s*(?!per\b|and\b)[A-Za-z]", text[end:]):
         return None
     power = _power(found["power"]) or {"s": "2", "c": "3"}.get((found["squared"] or " ")[0], "")
-    name = f"{name}^{power}" if power else f"{name}{(scale or '').strip()}"
+    name = f"{name}^{power}" if power else f"{name}{(scale or '').strip()[:1]}"
     per = _PER.match(text, end)
     below = per and _UNITS.get(per["unit"].lower())
     if per and below:

@@ -12,10 +12,11 @@ but two units must agree.
 """
 
 import re
+from typing import Any
 
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.tasks.answers import boxed, marked_answers, without_denied
-from svdtune.evaluation.tasks.notation import plain
+from svdtune.evaluation.tasks.answers import boxed, joined_boxes, marked_answers, without_denied
+from svdtune.evaluation.tasks.notation import SUPERSCRIPTS, plain
 from svdtune.evaluation.tasks.number import same_quantity
 from svdtune.evaluation.tasks.quantities import first_quantity, repeating
 from svdtune.evaluation.tasks.task import Grade, Reference, Task
@@ -31,7 +32,7 @@ _ITEM = r"(?:\$[^$]+\$|[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?)"
 _WORDS = re.compile(r"\\(?:text|textbf|textit|mathrm|mbox|operatorname)\s*\{([^{}]*)\}")
 _LISTED = re.compile(r"\s*\\text\s*\{\s*(and|or)\s*\}\s*")
 _LISTED_SIGN = re.compile(r",?\\text\{(?:and|or)\}")
-_NOISE = (
+_NOISE: tuple[tuple[str, Any], ...] = (
     (r"\\(?:left|right|displaystyle|!|,|;|:|quad|qquad)(?![a-zA-Z])|(?<!\\)\\ |~", ""),
     (r"\\\{\s*([a-z])\s*(?:\\mid|:|\|)\s*([^{}]*\1[^{}]*)\\\}", r"\2"),  # {x | x > 2}
     (r"\\varnothing", r"\\emptyset"),
@@ -47,6 +48,12 @@ _NOISE = (
     (r"(?<![\\a-zA-Z])infinity|∞", r"\\infty "),
     (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])|π", r"\\pi "),
     (r"−", "-"),
+    (r"√\s*(?:\(([^()]*)\)|(\d+|[a-z]))", r"\\sqrt{\1\2}"),
+    (r"±", r"\\pm "),
+    (r"[·⋅×]", r"\\cdot "),
+    (r"∪", r"\\cup "),
+    (r"∈", r"\\in "),
+    (r"[⁰¹²³⁴-⁹⁻]+", lambda found: f"^{{{found[0].translate(SUPERSCRIPTS)}}}"),
 )
 _SIGN = r"(?:\^\s*\{?\s*\\circ\s*\}?|\\degree|°)"
 _DEGREES = re.compile(
@@ -64,9 +71,20 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sq
 
 def grade_strict(completion: str, reference: Reference) -> Grade:
     """Compare the answers of both texts as mathematics."""
-    expected, answer = boxed(str(reference)), answer_formula(completion)
-    assert expected is not None
-    return Grade(answer, answer is not None and same_mathematics(answer, expected))
+    answer = answer_formula(completion)
+    return Grade(answer, answer is not None and _same_answer(answer, str(reference)))
+
+
+def _same_answer(answer: str, solution: str) -> bool:
+    """Compare with the solution's last box, and with all that it is joined to: of some solutions
+    "\\boxed{3} or \\boxed{5}" are the answer, of others either. An answer is right in two forms."""
+    expected = {boxed(solution), [*joined_boxes(solution).values()][-1]}
+    forms = re.split(r"\\text\{ or \}", answer)
+    return any(
+        same_mathematics(answer, one) or (len(forms) > 1 and all(same_mathematics(form, one) for form in forms))
+        for one in expected
+        if one is not None
+    )
 
 
 def answer_formula(text: str) -> str | None:
