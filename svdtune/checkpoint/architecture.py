@@ -6,7 +6,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 
 from svdtune.errors import SvdtuneError
 
-# Of a model whose weights are not there to tell.
+# For a model without weights, which would tell.
 MOST_LAYERS = 1000
 
 

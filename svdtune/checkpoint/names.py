@@ -1,9 +1,9 @@
-"""Under which names a checkpoint stores a model's parameters.
+"""The names under which a checkpoint stores a model's parameters.
 
-A stored name may lack the base model's prefix, have one too many, or be an older one that
-Transformers renames when it loads the checkpoint. A tied parameter may be stored under another of
-its names. A tensor that Transformers does not take as it is, such as one expert of a layer that
-keeps all of them in one parameter, is no parameter's, but may be a part of an expert's matrix.
+A stored name may lack the base model's prefix, have one too many, or be an older name that
+Transformers changes when it loads. A tied parameter may be stored under another of its names. Some
+tensors are no parameter of their own, but a part of an expert's matrix: Transformers keeps all
+experts of some layers in one parameter.
 """
 
 import re

@@ -1,6 +1,6 @@
 """A checkpoint written anew with some of its weights replaced, one tensor in memory at a time.
 
-Files, their names, their order and whatever stands beside the weights stay those of the base.
+The files, their names and order and everything beside the weights stay those of the base.
 """
 
 import json
@@ -18,7 +18,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.system import read_json
 
 CARD = "README.md"
-# Not copied: weights in other formats, the base's card, and the hidden.
+# Not copied: weights in other formats, the base's card, and hidden files.
 _LEFT_OUT = {".safetensors", ".bin", ".gguf", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".npz"}
 _FOLDERS = ("additional_chat_templates",)
 

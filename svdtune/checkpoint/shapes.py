@@ -1,4 +1,4 @@
-"""Models known by their shape alone, to plan for what is not at hand: the configurations that their
+"""Models known by their shape alone, for plans without a download: the configurations that their
 authors published."""
 
 from transformers import LlamaConfig

@@ -1,5 +1,5 @@
-"""Which files a model folder's weights lie in: the one place that reads an index, and trusts
-nothing in it."""
+"""The files of a model folder's weights. Only this file reads an index, and it trusts nothing
+there."""
 
 import json
 from pathlib import Path, PurePath, PureWindowsPath

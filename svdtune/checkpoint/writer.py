@@ -1,10 +1,10 @@
 """Write a safetensors file one tensor at a time, whether or not the tensors' sizes are known
 beforehand.
 
-The header stands first and is written last. Where a size is not known, it gets room for every name,
-and spaces fill what is left of it, as the format allows. Numbers must lie at multiples of their
-size, so a tensor whose bytes would shift the next off then waits for the end. Where all sizes are
-known, the file's layout is exactly the one that was asked for.
+The header stands first and is written last. If a size is unknown, the header gets room for every
+name, and spaces fill what is left, as the format allows. Numbers must lie at multiples of their
+size, so a tensor that would shift the next one off is written at the end. If all sizes are known,
+the file's layout is exactly the one that was asked for.
 """
 
 import json

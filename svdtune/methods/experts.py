@@ -1,5 +1,5 @@
-"""Experts whose weights are one tensor [experts, out, in] instead of a layer each, which no module
-name reaches: `target_parameters` names them."""
+"""Experts whose weights are one tensor [experts, out, in] instead of a layer each. No module name
+reaches them; `target_parameters` names them."""
 
 import re
 import warnings
@@ -81,7 +81,7 @@ def _check_place(name: str, config: SvdConfig) -> None:
         )
     parts = name.split(".")
     around = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    # PEFT takes a module whose name ends so, wherever the last part begins
+    # PEFT compares the ends of names, and a match may begin within a part
     if saved := next((key for key in config.modules_to_save or () if any(one.endswith(key) for one in around)), None):
         raise SvdtuneError(
             f"{name!r} (target_parameters) lies in {saved!r}, which `modules_to_save` trains and saves whole, so an adapter "

@@ -1,9 +1,9 @@
-"""What the first passes and the first training step of an adapter show, said once: layers that the
-model passes over, factors that get no gradient, SORSA trained without its regularizer, and a
-reference that SARA does not start at.
+"""Warnings about the first passes and the first training step of an adapter, each given once: the
+model calls some adapted layers never, factors get no gradient, SORSA is trained without its
+regularizer, or SARA does not start at the reference.
 
-None of these is an error for certain, and none shows in a loss curve. A pass is watched by a hook
-on the model that takes itself off, a step by PyTorch's hook on every optimizer.
+None of these is an error for certain, and none shows in a loss curve. A hook on the model watches a
+pass and then removes itself. PyTorch's hook on every optimizer watches the step.
 """
 
 import re
@@ -66,7 +66,7 @@ def after_pass(model: nn.Module, *_: Any) -> None:
     modules = dict(model.named_modules())
     if any(module._compiled_call_impl is not None or "_orig_mod" in module._modules for module in modules.values()):
         return  # compiled layers do not note that they are called
-    # of a module that is trained whole, one of two copies is used
+    # a module that is trained whole stands there twice, and one copy is used
     copied = re.compile(r"\.(original_module|modules_to_save)\.")
     layers = {
         name: module for name, module in modules.items() if isinstance(module, SvdLayer) and not copied.search(name)

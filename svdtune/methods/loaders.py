@@ -1,11 +1,11 @@
 """Transformers' own loaders fill an adapter through `load_state_dict`, as PEFT does.
 
 `model.load_adapter(folder)`, `AutoModelFor….from_pretrained(adapter_folder)` and
-`pipeline(model=adapter_folder)` end in one function of Transformers. From release 5 it puts a
-file's values into parameters by names, and finds only names that begin with the method's: it passes
-over frozen factors and probes of them, and over every check. So where an adapter of ours waits for
-its values, that function is given none, and the file goes the one way that all adapters of ours go.
-They also read configurations through `PeftConfig`, which passes over the checks of the files.
+`pipeline(model=adapter_folder)` end in one function of Transformers. From release 5 it finds
+parameters by names that begin with the method's. It passes over frozen factors and their probes,
+and makes no check. So if an adapter of svdtune's waits for its values, that function gets none, and
+the file is loaded as all such adapters are. The loaders also read configurations through
+`PeftConfig`, which skips the checks of the files.
 """
 
 import functools

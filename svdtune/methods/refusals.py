@@ -1,9 +1,9 @@
-"""Where PEFT or transformers refuses a method of ours: its own refusal, followed by the way round.
+"""PEFT's and transformers' own refusals of svdtune's methods, each followed by the way round.
 
-PEFT takes a fixed list of methods in some places, and one method a model in others; transformers
-takes certain versions of PEFT. There is no hook for this, so the functions that refuse are wrapped
-when svdtune is imported. What they do stays as it is, for PEFT's own methods and for ours; only the
-message of an error that concerns ours is longer.
+PEFT takes a fixed list of methods in some places, and one method a model in others. Transformers
+takes certain versions of PEFT. Neither has a hook for this, so the functions that refuse are
+wrapped when svdtune is imported. They do what they did, for PEFT's methods and svdtune's; only the
+message of an error about svdtune's methods is longer.
 """
 
 import functools

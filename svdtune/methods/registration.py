@@ -1,9 +1,9 @@
-"""Makes PEFT know methods of ours: `PeftType` members, configurations and tuners. Importing svdtune
-runs it, once.
+"""Makes svdtune's methods known to PEFT: `PeftType` members, configurations and tuners. Importing
+svdtune runs it, once.
 
 PEFT has no plugin point: its registry takes only names that are members of the `PeftType` enum. So
-the members are added to the enum. Should a PEFT release bring a method of the same name, PEFT's own
-stays and ours is left out with a warning.
+the members are added to the enum. If a PEFT release brings a method of the same name, PEFT's own
+stays and svdtune's is left out with a warning.
 """
 
 import warnings

@@ -1,8 +1,8 @@
 """What is decided about the layers of a model before the first is adapted: names, ranks, factors,
 fingerprints.
 
-All layers are gone through together, so that one that cannot be adapted leaves the model as it was,
-and the disk cache and the progress bar see the whole job.
+All layers are decided together. So a layer that cannot be adapted leaves the model as it was, and
+the disk cache and the progress bar see the whole job.
 """
 
 import re

@@ -1,5 +1,5 @@
-"""The settings of a PEFT configuration: the fields that a user gives, apart from those that saving
-and loading write."""
+"""The settings of a PEFT configuration: the fields that a user sets. Saving and loading write the
+others."""
 
 import inspect
 from dataclasses import MISSING, Field, fields

@@ -1,8 +1,8 @@
 """StateDictTuner takes an adapter's tensors out of a model to save them, and puts a file's tensors
 into a model.
 
-A file may fill what its configuration implies and nothing else; one that is refused leaves the
-model as it was.
+A file may fill what its configuration implies and nothing else. A refused file leaves the model as
+it was.
 """
 
 import warnings
@@ -49,7 +49,7 @@ class StateDictTuner(BaseTuner):
         check_finite(found, saving=True)
         _check_written_by_peft(model)
         kept = ours(config)
-        # a class variable, lest the dataclass take it for a setting
+        # typed as a class variable, so that the dataclass does not take it for a setting
         kept.last_taken = cls._some_of(found, model, adapter_name)  # type: ignore[misc]
         kept.embedding_weights = embedding_weights(model)  # type: ignore[misc]
         if kept.compact:

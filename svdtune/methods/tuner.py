@@ -1,7 +1,6 @@
-"""SvdTuner: how the three methods enter a model through PEFT: which layers, which ranks, which
-factors, loading, merging.
+"""SvdTuner: how the three methods enter a model through PEFT.
 
-Ranks and factors are settled for all target layers together before any layer is replaced, so that a
+The ranks and factors of all target layers are settled before the first layer is replaced. So a
 layer that cannot be decomposed leaves the model as it was, and the disk cache and the progress bar
 see the whole job.
 """
@@ -76,7 +75,7 @@ class SvdTuner(StateDictTuner):
         load_only = low_cpu_mem_usage or config.initialized or parameters_go_to_meta()
         self._resolution = Resolution(config, model, self.tuner_layer_cls, load_only)
         self._places = shared_places(model)
-        # PEFT takes the modules' names from the keys, and a slice is no module yet
+        # PEFT reads the modules' names off the keys, and slices are no modules yet
         if config.target_parameters:
             state_dict = None  # PEFT finds parameters by the configuration alone
         if state_dict is not None:
@@ -111,7 +110,7 @@ class SvdTuner(StateDictTuner):
                 layer.fill(adapter_name, layer.adapter_tensors(original), ())
 
     def _watch(self, model: nn.Module, trained_before: list[nn.Parameter]) -> None:
-        # Transformers makes a tuner for each adapter
+        # Transformers makes a new tuner for each adapter
         there = (layer.together for layer in self.adapted_layers() if layer.together is not None)
         self.together = self.together or next(there, None) or Together()
         self.together.trained_before = trained_before
@@ -128,7 +127,7 @@ class SvdTuner(StateDictTuner):
         self.together.leave(self.model)
         forget_first_use(self.model)
         self._places = shared_places(self.model)
-        # A whole module in modules_to_save comes back at once, with the adapted layers inside it.
+        # PEFT puts back a module of modules_to_save whole, adapted layers inside: unload those first.
         for wrapper in [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]:
             inside = cast(SvdTuner, self._over(wrapper))
             inside._places, inside.peft_config = self._places, self.peft_config
@@ -199,7 +198,7 @@ class SvdTuner(StateDictTuner):
         if current_key in self._resolution.parts:
             self._adapt_slices(config, adapter_name, target, target_name, parent, current_key)
             return
-        # PEFT found the layer in a state dict, not by the configuration
+        # PEFT found this layer by a state dict and not by the configuration
         if current_key not in self._resolution.ranks:
             self._resolution.decide({current_key: target})
         layer = self._adapted(config, adapter_name, target, current_key)

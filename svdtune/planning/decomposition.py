@@ -1,5 +1,5 @@
-"""The host memory that starting an adapter layer by layer takes: what one weight's decomposition
-holds, and no more."""
+"""The host memory for starting an adapter layer by layer: what the decomposition of one weight
+holds."""
 
 import torch
 from torch import Tensor

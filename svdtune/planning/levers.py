@@ -1,5 +1,5 @@
-"""The cheapest setting that fits: levers that save memory, the dearest pulled only where nothing
-fits without them."""
+"""The cheapest setting that fits. Levers save memory; the dearest are pulled only if nothing fits
+without them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ from svdtune.planning.anatomy import Anatomy
 from svdtune.planning.memory import QUANTIZED, Memory, Setting, estimate
 from svdtune.planning.speed import LINK, StepTime, step_time
 
-# Of a device's memory, what is left to CUDA's context, NCCL's buffers and fragmentation.
+# The part of a device's memory for CUDA's context, NCCL's buffers and fragmentation.
 RESERVE = 0.08
 # In order of price. Smaller batches and checkpointing cost time alone, so of these two the estimate
 # of a step's time decides. Sharding costs communication, offloading waits for the host, and 4 bits

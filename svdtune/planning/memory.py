@@ -1,9 +1,8 @@
-"""An estimate of the memory that training takes on each device, checked against steps that were
-measured.
+"""An estimate of the memory that training takes on each device, checked against measured steps.
 
-The peak is at the start of the backward pass, when every activation and the loss's work are there,
-or, where the loss is small beside a decoder layer's, while a layer's backward pass runs.
-docs/planning.md compares it with measured peaks.
+The peak is at the start of the backward pass, when every activation and the loss's work are there.
+If the loss is small beside a decoder layer, the peak is in a layer's backward pass.
+docs/planning.md compares the estimate with measured peaks.
 """
 
 from dataclasses import dataclass, field

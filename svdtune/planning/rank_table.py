@@ -1,4 +1,4 @@
-"""Ranks from spectra: at a threshold, or at the largest threshold whose ranks a budget allows."""
+"""Ranks from spectra: at a given threshold, or at the largest threshold that a budget allows."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Where weights are decomposed: on a GPU where there is one, also those that lie on the CPU."""
+"""Where weights are decomposed: on a GPU if there is one, even if they lie on the CPU."""
 
 import os
 import warnings

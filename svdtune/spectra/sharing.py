@@ -1,15 +1,15 @@
 """The decompositions of one start, shared out among the processes of a distributed run.
 
-Each process does its part, results go to all: every process has the same ranks and, bit for bit,
-the same factors with the same signs, each weight was decomposed once, and its entry in the disk
-cache was written by one process.
+Each process does its part, and all get the results. So every process has the same ranks and, bit
+for bit, the same factors with the same signs. Each weight is decomposed once, and one process
+writes its entry in the disk cache.
 
-Where a weight cannot be read by one process alone, work goes in rounds of one weight for each
-process: one that is spread over processes is put together by all of them, one that the main process
-alone has is sent. So nobody holds more than one.
+A weight that one process cannot read alone is handled in rounds, one weight for each process. If it
+is spread over processes, all of them put it together; if the main process alone has it, it is sent.
+So no process holds more than one.
 
-Every process must take part. SVDTUNE_SHARED_INIT=off switches it off, for programs that adapt a
-model in some processes alone.
+Every process must take part. SVDTUNE_SHARED_INIT=off switches sharing off, for programs that adapt
+a model in some processes alone.
 """
 
 import math

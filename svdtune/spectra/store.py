@@ -1,8 +1,8 @@
 """The cache on disk: safetensors files under a key, written atomically and checked when read.
 
-Nothing here can make a computation fail or change its result: a file that cannot be read, is
-damaged or was written by another version counts as absent, and a folder that cannot be written to
-is reported once and then left alone.
+Nothing here can make a computation fail or change its result. A file that cannot be read, is
+damaged or was written by another version counts as absent. A folder that cannot be written to is
+reported once and then left alone.
 """
 
 import hashlib

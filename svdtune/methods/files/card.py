@@ -1,8 +1,8 @@
 """The model card of a saved adapter: README.md, with what the Hub reads in its head and what a
 person needs below it.
 
-PEFT writes a card of its own first, an empty form. The form is replaced; a text that somebody wrote
-is kept, and only the sections that are named here are brought up to date.
+PEFT writes an empty form first, which is replaced here. A text that somebody wrote is kept: only
+the sections that are named here are brought up to date.
 """
 
 import re

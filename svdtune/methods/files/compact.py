@@ -1,11 +1,12 @@
 """Compact saving: frozen factors stay out of the file, and are recomputed from the base weight when
 the adapter is loaded.
 
-SORSA's P₀ and V₀ and Mo-SARA's U and V follow from the base weight. Computed in float64 and rounded
-to fp32 they come out the same, bit for bit, on the machine and thread count that made them;
-elsewhere up to rounding, which a hash would not forgive. So the file keeps, in place of a factor F
-[n, k], its probe: the products of four fixed vectors with every column, [4, k] in float64. A column
-that is turned, swapped or of the other sign changes them. What was recomputed must agree with them.
+SORSA's P₀ and V₀ and Mo-SARA's U and V follow from the base weight. They are computed in float64
+and rounded to fp32. On the same machine with the same number of threads they come out bit for bit;
+elsewhere they differ by rounding, so a hash would not do. Instead the file keeps a probe of each
+factor F [n, k]: the products of four fixed vectors with every column, [4, k] in float64. A turned
+or swapped column, or one of the other sign, changes the probe. The recomputed factors must agree
+with it.
 """
 
 from collections.abc import Mapping

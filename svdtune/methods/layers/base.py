@@ -1,11 +1,11 @@
-"""SvdLayer: what the adapted layers of the three methods share inside PEFT: forward and moving;
-loading and merging are beside it.
+"""SvdLayer: what the adapted layers of the three methods share inside PEFT. Their forward pass and
+their moves between devices are here; loading and merging have files of their own.
 
-A method's own layer says which tensors it has, how they start and what they compute; everything
-PEFT asks of a layer stands here. Frozen factors are parameters without a gradient, in PEFT's
-`other_param_names`: counted, sharded and saved, never switched to trainable. Their names lack the
-method's prefix, by which PEFT's tools know what is trained; `frozen.py` has what that asks of a
-merged layer.
+A method's own layer says which tensors it has, how they start and what they compute. Everything
+that PEFT asks of a layer is here. Frozen factors are parameters without a gradient, in PEFT's
+`other_param_names`: they are counted, sharded and saved, and never become trainable. Their names
+lack the method's prefix, since PEFT's tools take a name with it for trained. `frozen.py` has what
+this means for a merged layer.
 """
 
 from abc import abstractmethod
@@ -189,7 +189,7 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         for name, tensor in tensors.items():
             getattr(self, name)[adapter_name] = nn.Parameter(tensor.contiguous(), requires_grad=name in trains)
         dropouts = getattr(self, f"{self.method}_dropout")
-        # one module for all that drop out alike: of a thousand adapters they would fill the memory
+        # adapters with the same dropout share its module: a thousand modules would fill the memory
         alike = (other for other in dropouts.values() if getattr(other, "p", 0.0) == config.dropout)
         new = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
         dropouts[adapter_name] = next(alike, new)
@@ -216,7 +216,7 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
 
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter; None if its settings leave it out."""
-        # every step reads these: nn.Module's own look-up is slow
+        # read in every step, and nn.Module's own look-up is slow
         of_name: Any = self._modules[name]
         parameters: dict[str, Tensor | None] = of_name._parameters
         if adapter in parameters:

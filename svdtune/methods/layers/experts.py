@@ -1,10 +1,11 @@
 """FusedExperts: experts whose weights are one parameter [experts, out, in], each with an adapted
 layer of its own.
 
-An expert's matrix is a slice of the parameter, and its layer, named `<parameter>.<expert>`, one as
-for the slices of a fused projection: ranks, factors, saved tensors and fingerprints are an expert's
-own. The module that computes with the parameter is handed W + ΔW for the call, all experts' ΔW from
-one batched product, so that every way to compute experts sees it and the parameter stays as it is.
+An expert's matrix is a slice of the parameter, and its layer is named `<parameter>.<expert>`. As
+for the slices of a fused projection, an expert has its own rank, factors, saved tensors and
+fingerprint. For a call, the module that computes with the parameter is given W + ΔW; one batched
+product forms the ΔW of all experts. So every way to compute experts sees the change, and the
+parameter stays as it is.
 """
 
 from collections.abc import Iterator

@@ -1,15 +1,14 @@
-"""FrozenTensors: one frozen tensor of a layer, by adapter, which is out of sight while the layer is
-merged.
+"""FrozenTensors: one frozen tensor of a layer, by adapter. It is hidden while the layer is merged.
 
-Whoever hands the weights of a merged model to another program walks its parameters and leaves out
-those with the method's prefix: TRL does before vLLM generates. Frozen tensors lack that prefix, by
-which PEFT's tools know what is trained, and would be sent as weights of the base. Nothing computes
-with them while the base weight holds the adapter, so for that time they are buffers. At other times
-they are parameters: DistributedDataParallel broadcasts buffers before each pass, FSDP rounds them
-for good under mixed precision, and neither FSDP nor ZeRO-3 shards them.
+TRL hands the weights of a merged model to vLLM: it walks the model's parameters and leaves out
+those with the method's prefix. Frozen tensors lack that prefix, since PEFT's tools take a name with
+it for trained. So they would be sent as weights of the base. While the base weight holds the
+adapter nothing computes with them, so they are buffers then. At other times they are parameters:
+DistributedDataParallel broadcasts buffers before each pass, FSDP's mixed precision rounds them for
+good, and neither FSDP nor ZeRO-3 shards them.
 
-They follow from the base weight, so adapters of one rank have the same: of a thousand adapters they
-are in memory once.
+Adapters of one rank have the same frozen tensors, which follow from the base weight. A thousand
+adapters keep them in memory once.
 """
 
 import torch

@@ -55,7 +55,7 @@ def kept(base: Any) -> Any:
         return base
     # PEFT changes bitsandbytes' notes beside the codes when it merges
     notes = dict(vars(base.weight))
-    # the first use hands them from the weight to the layer
+    # the scales move from the weight to the layer at the first use
     if type(base.weight).__name__ == "Int8Params":
         scales = base.state.SCB if base.weight.SCB is None else base.weight.SCB
         notes |= {"CB": base.weight.data, "SCB": scales}

@@ -1,9 +1,9 @@
-"""Unrounded: trained tensors that were rounded behind the layer's back come back as they were.
+"""Unrounded: trained tensors that another library rounded get their values back.
 
-On a quantized base TRL's trainers set the `data` of all that is trained to bfloat16, as QLoRA had
-LoRA. A step smaller than 2⁻⁸ of a number is lost there, and with it most of what SORSA and SARA
-train; the orthonormality of factors falls from 1e-6 to 1e-3. A cast that the user asks for
-(`model.to(dtype)`, `autocast_adapter_dtype=False`) goes other ways and stays.
+On a quantized base TRL's trainers set the `data` of everything that is trained to bfloat16, as
+QLoRA had LoRA. A step smaller than 2⁻⁸ of a number is lost there, and so is most of what SORSA and
+SARA train. The orthonormality of factors falls from 1e-6 to 1e-3. A cast that the user asks for
+(`model.to(dtype)`, `autocast_adapter_dtype=False`) takes other ways, and stays.
 """
 
 import warnings

@@ -1,9 +1,8 @@
 """FusedLinear: a fused projection with an adapted layer of its own for each slice.
 
-Each slice is an ordinary adapted layer, named `<module>.<slice>`, whose base layer is a `RowSlice`:
-a view of some rows of the fused weight that answers 0, so that the layer's output is what it adds.
-Ranks, factors, saved tensors and fingerprints are therefore a slice's own, and nothing about them
-is special.
+Each slice is an ordinary adapted layer, named `<module>.<slice>`. Its base layer is a `RowSlice`: a
+view of some rows of the fused weight, whose output is 0. So the layer's output is what it adds.
+Each slice has its own rank, factors, saved tensors and fingerprint, and needs no special case.
 """
 
 from collections.abc import Iterator, Mapping
@@ -146,8 +145,7 @@ class FusedLinear(Fused):
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Samples | None = None, **kwargs: Any) -> Tensor:
         """The fused layer's output with every slice's addition in its rows."""
-        # The slices come first: one that was merged and is now disabled takes its change out of the
-        # weight.
+        # The slices come first: one that was merged and is disabled now unmerges itself.
         heard = [part for part in self.slices() if adapter_names is not None or not part.is_silent()]
         added = [(_rows(part), part(x, adapter_names=adapter_names)) for part in heard]
         y = self.base_layer(x, *args, **kwargs)

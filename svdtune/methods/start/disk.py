@@ -1,9 +1,9 @@
-"""Start an adapter from a checkpoint layer by layer: the model is never built, and one weight is in
+"""Start an adapter from a checkpoint layer by layer. The model is never built, and one weight is in
 memory at a time.
 
 The result is what `get_peft_model(model, config).save_pretrained(folder)` writes for a model on the
-CPU, bit for bit where the same device decomposes: names, ranks and checks come from PEFT on the
-model without weights, tensors from the same functions, random ones in the same order.
+CPU, bit for bit if the same device decomposes. Names, ranks and checks come from PEFT on the model
+without weights, tensors from the same functions, and random numbers are drawn in the same order.
 """
 
 from collections.abc import Iterator

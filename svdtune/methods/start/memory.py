@@ -1,8 +1,5 @@
-"""What the start of an adapter takes from the base weights: ranks, factors, fingerprints; shared
-out among processes.
-
-See `svdtune.spectra.sharing`.
-"""
+"""What the start of an adapter takes from the base weights: ranks, factors and fingerprints.
+Processes share the work; see `svdtune.spectra.sharing`."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
