@@ -127,7 +127,7 @@ class SvdTuner(StateDictTuner):
         self.together.leave(self.model)
         forget_first_use(self.model)
         self._places = shared_places(self.model)
-        # PEFT puts back a module of modules_to_save whole, adapted layers inside: unload those first.
+        # PEFT puts back a module of modules_to_save whole, with adapted layers: unload those first.
         for wrapper in [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]:
             inside = cast(SvdTuner, self._over(wrapper))
             inside._places, inside.peft_config = self._places, self.peft_config
