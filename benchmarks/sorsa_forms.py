@@ -3,6 +3,7 @@
     cd benchmarks
     python sorsa_forms.py run > results/sorsa-forms-cpu.jsonl
     python sorsa_forms.py draw results/sorsa-forms-cpu.jsonl ../docs/sorsa-forms.svg
+    python sorsa_forms.py run --device cuda --tokens 8192 > results/sorsa-forms-gpu.jsonl
 
 `formed` forms W_p = U diag(s) Vᵀ first (10·T·m·n of the authors' code), `diagonal` multiplies by a
 matrix diag(s), and `scaled` scales U by s (Eq. 15), as svdtune does. Forward and backward.
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-WIDTHS, RANK, TOKENS, REPEATS = (256, 512, 1024, 2048, 4096), 128, 256, 5
+WIDTHS, RANK, REPEATS = (256, 512, 1024, 2048, 4096), 128, 5
 
 
 def forms(U: Tensor, s: Tensor, V: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -43,7 +44,7 @@ def seconds(form: Callable[[Tensor], Tensor], x: Tensor) -> float:
     return min(found[1:])
 
 
-def run(device: str) -> None:
+def run(device: str, tokens: int) -> None:
     """Print one line for each width and form."""
     machine = (
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -52,10 +53,10 @@ def run(device: str) -> None:
         torch.manual_seed(0)
         U, V = (torch.randn(width, RANK, device=device, requires_grad=True) for _ in range(2))
         s = torch.rand(RANK, device=device, requires_grad=True)
-        x = torch.randn(TOKENS, width, device=device, requires_grad=True)
+        x = torch.randn(tokens, width, device=device, requires_grad=True)
         for name, form in forms(U, s, V).items():
             taken = seconds(form, x)
-            line = {"form": name, "width": width, "rank": RANK, "tokens": TOKENS, "milliseconds": round(taken * 1e3, 3)}
+            line = {"form": name, "width": width, "rank": RANK, "tokens": tokens, "milliseconds": round(taken * 1e3, 3)}
             print(json.dumps(line | {"machine": machine, "torch": torch.__version__}), flush=True)
 
 
@@ -74,20 +75,24 @@ def draw(results: Path, output: Path) -> None:
         )
         for name in dict.fromkeys(one["form"] for one in lines)
     ]
-    title = f"Forms of SORSA's product (Figure 4), rank {RANK}, {lines[0]['machine']}"
+    title = f"Forms of SORSA's product (Figure 4), rank {RANK}, {lines[0]['tokens']:,} tokens, {lines[0]['machine']}"
     save(drawn(Lines("sorsa-forms", title, "width of the layer", "milliseconds", series, "xy")), output)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("run").add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    running = verbs.add_parser("run")
+    running.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    running.add_argument(
+        "--tokens", type=int, default=256, help="rows of x; a GPU waits for its launches below some thousands"
+    )
     drawing = verbs.add_parser("draw")
     drawing.add_argument("results", type=Path)
     drawing.add_argument("output", type=Path)
     given = parser.parse_args()
     if given.verb == "run":
-        run(given.device)
+        run(given.device, given.tokens)
     else:
         draw(given.results, given.output)
 

@@ -1,8 +1,9 @@
 """Every option of every verb, with values that mean nothing: one sentence and exit 2."""
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import typer
@@ -41,10 +42,12 @@ def options() -> Iterator[tuple[str, str, type]]:
     app: Any = typer.main.get_command(cli.app)
     for verb in cli.verbs():
         for name, command in leaves(app.get_command(None, verb), verb):
+            hints = get_type_hints(inspect.unwrap(command.callback))
             for option in command.params:
-                kind = option.type_descriptor.annotation
+                hint = hints.get(option.name, str)  # --json is of all verbs
+                kind = next((one for one in (hint, *get_args(hint)) if isinstance(one, type)), str)
                 written = next((text for text in option.opts if text.startswith("--")), None)
-                if written and kind is not bool and "completion" not in written[:-4]:
+                if written and not option.is_flag and "completion" not in written[:-4]:
                     yield name, written, kind
 
 
