@@ -12,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 import transformers.dynamic_module_utils
+import transformers.utils.hub
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -98,6 +99,8 @@ def hub(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     (model / "refs" / "main").write_text(OLD)
     for name, value in (("HF_HUB_CACHE", str(cache)), ("HF_HUB_OFFLINE", True)):
         monkeypatch.setattr(huggingface_hub.constants, name, value)
+    if hasattr(transformers.utils.hub, "TRANSFORMERS_CACHE"):  # Transformers 4 has a name of its own
+        monkeypatch.setattr(transformers.utils.hub, "TRANSFORMERS_CACHE", str(cache))
     return model
 
 

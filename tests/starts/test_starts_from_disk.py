@@ -56,10 +56,10 @@ def test_it_is_pefts_own_exact_start(init, family, dtype, tmp_path):
     model_of(family, dtype).save_pretrained(tmp_path / "base", max_shard_size="12KB")
     made = svdtune.start(tmp_path / "base", lora(init, family), tmp_path / "made")
     assert (made.residual is None) == (init == "mica")
-    base = AutoModelForCausalLM.from_pretrained(made.residual or tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(made.residual or tmp_path / "base", dtype="auto")
     assert base.dtype == dtype
     ours = PeftModel.from_pretrained(base, made.adapter, is_trainable=True)
-    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto")
     rounding = torch.finfo(dtype).eps
     torch.testing.assert_close(logits(ours), logits(before), rtol=0, atol=8 * rounding + 1e-5)
     assert set(made.ranks.values()) == {4}
@@ -67,7 +67,7 @@ def test_it_is_pefts_own_exact_start(init, family, dtype, tmp_path):
     if (init, family) == ("olora", "gpt2"):
         return  # which PEFT cannot start
     exact = "pissa" if init.startswith("pissa") else init
-    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), lora(exact, family))
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto"), lora(exact, family))
     found, expected = layers(ours), layers(theirs)
     assert found.keys() == expected.keys()
     for name, layer in found.items():
