@@ -14,7 +14,7 @@ app = typer.Typer()
 @app.command()
 def new(
     model: Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, or smollm2-135m.")],
-    data: Annotated[str, typer.Argument(help="File (.jsonl, .json, .csv, .parquet, .txt) or hub name.")],
+    data: Annotated[str, typer.Argument(help="File (.jsonl, .json, .csv, .tsv, .parquet, .txt) or hub name.")],
     output: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
     method: Annotated[str, typer.Option(help="sorsa, sara, mosara, lora, any PEFT method, or full.")] = "sorsa",
     task: Annotated[str | None, typer.Option(help="sft, dpo, kto or reward; told by the columns.")] = None,
@@ -44,7 +44,10 @@ def new(
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
     made = draft(model, data, method=method, task=task, origin=origin, console=console, **fields)
     typer.echo(f"format    {made.format}")
-    typer.echo(f"rows      {made.rows:,}, {made.tokens:,} tokens, the longest {made.longest:,}")
+    empty = f", {made.empty:,} with an empty answer" if made.empty else ""
+    typer.echo(f"rows      {made.rows:,}, {made.tokens:,} tokens, the longest {made.longest:,}{empty}")
+    if made.unread:
+        typer.echo(f"unread    {', '.join(made.unread)} (columns that nothing is made of)")
     counts = [f"{count:,} at {length:,}" for length, count in sorted(made.overlong.items()) if count]
     typer.echo(f"overlong  {', '.join(counts) or 'none at 128 tokens'} (rows left out at that data.max_length)")
     with explain_write_errors(output):

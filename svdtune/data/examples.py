@@ -71,6 +71,14 @@ def to_examples(
     return [_example(row, prompt, completion, f"{source} row {i}") for i, row in enumerate(rows, 1)]
 
 
+def has_empty_answer(example: Example) -> bool:
+    """Whether an answer that is to be learnt is nothing but white space, and calls no tool."""
+    if example.chat is None:
+        return not example.completion.strip()
+    learnt = [turn for turn in example.chat.messages[example.chat.learn_from :] if turn["role"] == "assistant"]
+    return any(not (str(turn.get("content") or "").strip() or turn.get("tool_calls")) for turn in learnt)
+
+
 def fields_of(*specs: str | None) -> list[str]:
     """The fields that `prompt` and `completion` specifications refer to, each once.
 
@@ -105,8 +113,11 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
 
 
 def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: str) -> Example:
-    if prompt == PROMPT and PROMPT not in row:
-        row = standard_row(row, name)
+    in_chat = (
+        completion == COMPLETION and COMPLETION not in row and "messages" in row
+    )  # the prompt repeats its beginning
+    if prompt == PROMPT and (PROMPT not in row or in_chat):
+        row = standard_row({key: value for key, value in row.items() if key != PROMPT}, name)
     asked = row.get(prompt)
     if isinstance(asked, list | tuple):
         return _chat_example(row, messages_of(asked, f"{name}: field {prompt!r}"), completion, name)
@@ -131,7 +142,11 @@ def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | Non
     if completion is None and (not learnt or learnt[-1] != len(turns) - 1):
         return Example(turns, "", row, name)  # it asks, and nothing is to be learnt from it
     if not learnt:
-        raise SvdtuneError(f"{name}: no message is the assistant's, so that nothing can be learnt from it")
+        roles = ", ".join(dict.fromkeys(repr(turn["role"]) for turn in turns))
+        raise SvdtuneError(
+            f"{name}: no message is the assistant's, so that nothing can be learnt from it; the roles are {roles}, and "
+            "an answer's is 'assistant' (in ShareGPT's chats 'gpt')"
+        )
     last = turns[learnt[-1]]
     text = last.get("content")
     tools = row.get("tools")

@@ -19,7 +19,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.names import meant
 from svdtune.system import explain_read_error
 
-FILES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 SEPARATOR = "||"  # between meaning and sentence in the text form of E2E
 
@@ -58,7 +58,7 @@ def scan(path: Path) -> Iterator[Located | Fault]:
         )
     if kind(path) == ".parquet":
         return _scan_parquet(path)
-    scanners = {".json": _scan_json, ".jsonl": _scan_jsonl, ".csv": _scan_csv, ".txt": _scan_text}
+    scanners = {".json": _scan_json, ".jsonl": _scan_jsonl, ".csv": _scan_csv, ".tsv": _scan_csv, ".txt": _scan_text}
     return scanners[kind(path)](_read_text(path), path)
 
 
@@ -114,7 +114,12 @@ def _scan_jsonl(text: str, path: Path) -> Iterator[Located | Fault]:
         try:
             row = _parse(line)
         except json.JSONDecodeError as error:
-            yield Fault(f"line {number}", f"is not valid JSON: {error.msg} at column {error.colno}")
+            hint = ""
+            if text.lstrip().startswith("["):
+                hint = "; a list of objects is JSON: rename it to .json"
+            elif line.rstrip().endswith("},"):
+                hint = "; take out the comma behind the object"
+            yield Fault(f"line {number}", f"is not valid JSON: {error.msg} at column {error.colno}{hint}")
         except _Unusable as error:
             yield Fault(f"line {number}", str(error))
         else:
@@ -161,7 +166,10 @@ def _object(row: Any, place: str) -> Located | Fault:
 
 def _scan_csv(text: str, path: Path) -> Iterator[Located | Fault]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # a long text is no fault
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    header = text.partition("\n")[0]
+    # where a comma is the decimal sign, spreadsheets write semicolons
+    between = next((sign for sign in ("\t" if kind(path) == ".tsv" else ",", ";", "\t") if sign in header), ",")
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=between)
     try:
         names = list(reader.fieldnames or ())
         if twice := [name for name in names if names.count(name) > 1]:
@@ -185,7 +193,10 @@ def _scan_text(text: str, path: Path) -> Iterator[Located | Fault]:
         if len(completions) == 1:
             yield Located(f"line {number}", {"context": context.strip(), "completion": completions[0].strip()})
         else:
-            yield Fault(f"line {number}", f"is {line!r:.60}; expected a meaning, {SEPARATOR} and one sentence")
+            yield Fault(
+                f"line {number}",
+                f"is {line!r:.60}; expected a meaning, {SEPARATOR} and one sentence (plain text goes into a column text)",
+            )
 
 
 def _scan_parquet(path: Path) -> Iterator[Located]:

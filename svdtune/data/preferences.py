@@ -4,7 +4,7 @@ single answers with a label.
 | task | columns |
 |---|---|
 | dpo, reward | `prompt`, `chosen`, `rejected` |
-| kto | `prompt`, `completion`, `label` |
+| kto | `prompt`, `completion`, `label`; or `messages` that end with the answer, and `label` |
 | grpo | `prompt`, and whatever the rewards look at |
 
 Prompts and answers are text, or messages. Where `chosen` and `rejected` hold whole chats or texts,
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
-from svdtune.data.standard import messages_of
+from svdtune.data.standard import chat_of, messages_of
 from svdtune.errors import SvdtuneError
 
 Row = Mapping[str, Any]
@@ -35,7 +35,7 @@ COLUMNS = {
 }
 _TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _FITS = "chosen and rejected are for dpo and reward, completion and label for kto, completion or messages alone for sft"
-_LABELS = {True: True, False: False, "true": True, "false": False}  # a CSV file has texts
+_LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # a CSV file has texts
 
 
 def to_pairs(
@@ -77,6 +77,7 @@ def to_labelled(
     labels, asked = [], []
     for at, row in enumerate(rows, 1):
         name = f"{source} row {at}"
+        row = _with_answer(row, name) if (prompt, completion) == (PROMPT, COMPLETION) else row
         own = [column for column in (prompt, completion) if column in (PROMPT, COMPLETION)]
         _check_columns(row, (*own, LABEL), "kto", name)
         given = row[LABEL]
@@ -190,13 +191,26 @@ def _check_columns(row: Row, columns: Sequence[str], task: str, name: str) -> No
         )
 
 
+def _with_answer(row: Row, name: str) -> Row:
+    """The row with its chat in two: the last message, which is judged, and those before it."""
+    column = next((column for column in ("messages", "conversations") if column in row), None)
+    if column is None or PROMPT in row or COMPLETION in row:
+        return row
+    chat = chat_of(row, column, name)
+    if chat[-1]["role"] != "assistant" or len(chat) == 1:
+        raise SvdtuneError(
+            f"{name}: field {column!r} ends with no answer of the assistant's that the label would judge"
+        )
+    return {**row, PROMPT: chat[:-1], COMPLETION: chat[-1:]}
+
+
 def _with_prompt(row: Row, name: str) -> Row:
     """The row with a prompt of its own: the column, the chat before the answers, or what both
     answers begin with."""
     prompt = row.get(PROMPT)
     for column in ("conversations", "messages"):
         if prompt is None and column in row:
-            prompt = messages_of(row[column], f"{name}: field {column!r}")
+            prompt = chat_of(row, column, name)
     chosen, rejected = (_answer(row[column], f"{name}: field {column!r}") for column in (CHOSEN, REJECTED))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise SvdtuneError(f"{name}: one of chosen and rejected is text and the other messages; give both alike")
@@ -223,6 +237,8 @@ def _asked(text: str) -> list[dict[str, Any]]:
 def _answer(value: Any, name: str) -> Any:
     if isinstance(value, Mapping):
         value = [value]
+    if not isinstance(value, str | list | tuple):
+        raise SvdtuneError(f"{name} holds {value!r:.60}; expected text or messages")
     return value if isinstance(value, str) else messages_of(value, name)
 
 

@@ -34,9 +34,9 @@ def read_rows(
     """Read all rows, or the first `limit`.
 
     Args:
-        source: a path ending in .json, .jsonl, .csv, .parquet or .txt (.gz may follow), the name of
-            an offline generator ("arithmetic") or of a data set in `svdtune.data.catalogue`, or a
-            data set's name on the hub.
+        source: a path ending in .json, .jsonl, .csv, .tsv, .parquet or .txt (.gz may follow), the
+            name of an offline generator ("arithmetic") or of a data set in
+            `svdtune.data.catalogue`, or a data set's name on the hub.
         split: of anything but a file, "train" by default; files have none.
         config: the configuration of a hub data set ("main" of openai/gsm8k).
         limit: how many rows; a generator makes 1000 by default.

@@ -8,7 +8,8 @@
 | `instruction`, `input`, `output` | Alpaca's | `prompt`: instruction and input, `completion` |
 | `text` | plain text | `completion`: the text, after an empty prompt |
 
-`tools` beside messages goes to the chat template.
+`tools` beside messages goes to the chat template; `system` beside them is the first message of a
+chat that has none. A content in parts becomes one text.
 """
 
 from collections.abc import Mapping
@@ -45,7 +46,7 @@ def standard_row(row: Row, name: str) -> Row:
         return row
     for column in ("messages", "conversations"):
         if column in row:
-            return {**row, "prompt": messages_of(row[column], f"{name}: field {column!r}")}
+            return {**row, "prompt": chat_of(row, column, name)}
     if "instruction" in row and "output" in row:
         given = str(row.get("input") or "").strip()
         prompt = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
@@ -56,6 +57,18 @@ def standard_row(row: Row, name: str) -> Row:
         f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}); "
         "say which hold what is asked and answered: data.prompt and data.completion"
     )
+
+
+def chat_of(row: Row, column: str, name: str) -> list[Message]:
+    """The chat in a column, after the row's `system` where it opens with none.
+
+    Raises:
+        SvdtuneError: as `messages_of`.
+    """
+    messages, system = messages_of(row[column], f"{name}: field {column!r}"), row.get("system")
+    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    return messages
 
 
 def messages_of(turns: Any, name: str) -> list[Message]:
@@ -82,4 +95,13 @@ def _message(turn: Any, name: str) -> Message:
             f"{name} has {', '.join(f'{key} = {value!r:.40}' for key, value in message.items()) or 'nothing'}; "
             "expected a role and a content (or tool_calls), or from and value"
         )
+    if isinstance(content, list):
+        message["content"] = "".join(_text_of(part, name) for part in content)
     return message
+
+
+def _text_of(part: Any, name: str) -> str:
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+    if not isinstance(text, str):
+        raise SvdtuneError(f"{name} has a part {part!r:.60}; expected text alone: {{'type': 'text', 'text': ...}}")
+    return text

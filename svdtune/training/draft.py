@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from svdtune._version import __version__
 from svdtune.data import read_rows, to_examples
-from svdtune.data.examples import COMPLETION, PROMPT, check_fields
-from svdtune.data.preferences import token_counts
+from svdtune.data.examples import COMPLETION, PROMPT, check_fields, fields_of
+from svdtune.data.preferences import CHOSEN, LABEL, REJECTED, token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
 from svdtune.models.loader import context_length, load_config, locate
@@ -39,17 +39,19 @@ _ANY_LENGTH = 10**9
 _FEW = 40  # rows of which none are held out
 SCORED = 0.2  # of the rows, where a recipe is to be scored and no test set is named
 _ANSWERS = (16, 32, 64, 128, 256, 512, 1024)  # tokens
-# By the columns that tell them; SFT is what is left.
-_TASKS = {"dpo": ("chosen", "rejected"), "kto": ("completion", "label")}
-# How a format is told to the user, by the columns that tell it.
+_CHATS = ("messages", "conversations")
+# How a format is told to the user, by the columns that tell it, and what else is read.
 _FORMATS = {
-    ("chosen", "rejected"): "preferences: the answer that is chosen, and the one that is rejected",
-    ("completion", "label"): "labelled answers",
-    ("messages",): "chats (messages); every turn of the assistant's is trained on",
-    ("conversations",): "chats (ShareGPT's conversations); every turn of the assistant's is trained on",
-    ("instruction", "output"): "Alpaca's instruction, input and output",
-    ("prompt", "completion"): "prompts and completions",
-    ("text",): "plain text, all of which is trained on",
+    ("chosen", "rejected"): (
+        "preferences: the answer that is chosen, and the one that is rejected",
+        ("prompt", *_CHATS),
+    ),
+    ("completion", "label"): ("labelled answers", ("prompt",)),
+    ("messages",): ("chats (messages); every turn of the assistant's is trained on", ("tools",)),
+    ("conversations",): ("chats (ShareGPT's conversations); every turn of the assistant's is trained on", ("tools",)),
+    ("instruction", "output"): ("Alpaca's instruction, input and output", ("input",)),
+    ("prompt", "completion"): ("prompts and completions", ("tools",)),
+    ("text",): ("plain text, all of which is trained on", ()),
 }
 
 
@@ -64,6 +66,8 @@ class Draft:
         tokens: of all rows.
         longest: tokens of the longest row.
         overlong: by length in tokens, how many rows are longer.
+        empty: how many rows have an empty answer.
+        unread: the columns that nothing is made of.
     """
 
     text: str
@@ -72,6 +76,8 @@ class Draft:
     tokens: int
     longest: int
     overlong: dict[int, int]
+    empty: int
+    unread: list[str]
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,10 @@ def draft(
         SvdtuneError: the rows are of no format that is known, an option is not one, or the model
             has no tokenizer.
     """
-    columns = sorted({name for row in read_rows(data, limit=100) for name in row})
-    task = task or next((name for name, told in _TASKS.items() if {*told} <= {*columns}), "sft")
-    found = _format_of(columns, prompt, completion)
+    first = read_rows(data, limit=100)
+    columns = sorted({name for row in first for name in row})
+    task = task or _task_of(first)
+    found, read = _format_of(columns, task, prompt, completion)
     origin = {name: value for name, value in (origin or {}).items() if value}
     tokenizer = load_tokenizer(model, **origin)
     settings = _settings(model, data, method, task, _template(tokenizer, columns, prompt), prompt, completion)
@@ -133,7 +140,8 @@ def draft(
         if scoring.test is None:
             settings["data"]["train"] = {"source": data, "without": SCORED}
     seen = check_recipe(settings | {"data": settings["data"] | {"max_length": _ANY_LENGTH}}, "the recipe")
-    rows = TaskRows(seen, seen.data.train[0].plain).encode(tokenizer, Console(quiet=True))
+    made = TaskRows(seen, seen.data.train[0].plain)
+    rows = made.encode(tokenizer, Console(quiet=True))
     lengths = token_counts(rows)
     (show_example if task == "sft" else show_judged)(console, rows[0], tokenizer)
     settings["data"]["max_length"] = longest = _length_for(lengths, _context(model, **origin))
@@ -143,17 +151,40 @@ def draft(
     text = _written(settings, lengths)
     overlong = {length: sum(one > length for one in lengths) for length in (*_LENGTHS, longest)}
     check_recipe(read_yaml(text, "the recipe") | {"output": settings["output"]})
-    return Draft(text, found, len(rows), sum(lengths), max(lengths), overlong)
+    unread = [name for name in columns if name not in read]
+    return Draft(text, found, len(rows), sum(lengths), max(lengths), overlong, made.empty, unread)
 
 
-def _format_of(columns: Sequence[str], prompt: str | None, completion: str | None) -> str:
+def _task_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The task that columns tell; SFT is what is left. Beside chats a label may be anything: it
+    judges them where all are true or false, or numbers."""
+    columns = {name for row in rows for name in row}
+    if {CHOSEN, REJECTED} <= columns:
+        return "dpo"
+    judged = all(
+        str(row.get(LABEL)).strip().lower() in ("true", "false") or isinstance(row.get(LABEL), int | float)
+        for row in rows
+    )
+    if LABEL in columns and (COMPLETION in columns or (judged and columns & {*_CHATS})):
+        return "kto"
+    return "sft"
+
+
+def _format_of(
+    columns: Sequence[str], task: str, prompt: str | None, completion: str | None
+) -> tuple[str, Sequence[str]]:
+    """What the rows are, in words, and the columns that are read."""
     if prompt is not None:
-        return f"rows with {prompt} and {completion or 'completion'}"
-    for told, words in _FORMATS.items():
+        read = fields_of(prompt, completion or COMPLETION)
+        return f"rows with {prompt} and {completion or COMPLETION}", read
+    system = ["system"] if {*_CHATS} & {*columns} else []
+    if task == "kto" and COMPLETION not in columns:
+        return "labelled answers, the last of each chat", [*_CHATS, LABEL, "tools", *system]
+    for told, (words, more) in _FORMATS.items():
         if {*told} <= {*columns}:
-            return words
+            return words, [*told, *more, *system]
     raise SvdtuneError(
-        f"the columns {', '.join(columns)} are those of no format (messages, conversations, prompt and completion, "
+        f"the columns {', '.join(map(repr, columns))} are those of no format (messages, conversations, prompt and completion, "
         "instruction and output, text, chosen and rejected, completion and label). Say which hold what is asked and "
         "answered: --prompt question --completion answer, or texts with fields in braces"
     )

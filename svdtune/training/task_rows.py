@@ -15,6 +15,7 @@ from svdtune.data.cache import content_of, key_of, tokenizer_facts
 from svdtune.data.columns import Columns
 from svdtune.data.cores import in_chunks
 from svdtune.data.encoding import prompt_ids
+from svdtune.data.examples import has_empty_answer
 from svdtune.data.leaks import Questions, questions
 from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, token_counts
 from svdtune.errors import SvdtuneError
@@ -74,6 +75,7 @@ class TaskRows:
     def __init__(self, recipe: Recipe, source: DataSource):
         self.recipe, self.source = recipe, source
         self._file = content_of(source.source, None)
+        self.empty = 0  # rows with an empty answer, once they are encoded
 
     @cached_property
     def judged(self) -> Judged:
@@ -108,6 +110,7 @@ class TaskRows:
         how = known and [*known, data.template, data.max_length, data.loss_on, data.overlong]
         tensors, facts, cached = self._remembered("rows", how, lambda: self._encoded(tokenizer))
         columns = Columns.of_tensors(tensors)
+        self.empty = facts["empty"]
         self._say(console, len(columns), sum(token_counts(columns)), facts["overlong"], " (cached)" if cached else "")
         return columns
 
@@ -129,7 +132,8 @@ class TaskRows:
         else:
             encode = encode_labelled if task == "kto" else encode_pairs
             columns, overlong = encode(self.judged, tokenizer, data.max_length, data.template, overlong=data.overlong)
-        return columns.to_tensors(), {"overlong": overlong}
+        empty = sum(has_empty_answer(example) for example, _ in self.judged)
+        return columns.to_tensors(), {"overlong": overlong, "empty": empty}
 
     def _remembered(self, kind: str, how: list[Any] | None, make: Callable[[], Made]) -> Entry:
         """What the cache has of these rows, else what `make` gives.
@@ -171,6 +175,7 @@ class TaskRows:
         data = self.recipe.data
         how = "cut off at" if data.overlong == "cut" else "left out as longer than"
         note = f", {overlong:,} {how} {data.max_length} tokens" if overlong else ""
+        note += f", {self.empty:,} with an empty answer" if self.empty else ""
         what = f"{count:,} {_CALLED[self.recipe.training.task]}, {tokens:,} tokens"
         console.print(f"data      {self.source.source}: {what}{note}{cached}", highlight=False)
 

@@ -58,11 +58,43 @@ def test_every_format_is_told_and_its_recipe_trains(format: str, tiny_folder: Pa
     assert "trained 1 steps" in trained.stdout
 
 
+@pytest.mark.parametrize(
+    ("row", "task", "unread"),
+    [
+        ({"messages": [ASKED, SAID], "label": True}, "kto", ""),
+        ({"conversations": [ASKED, SAID], "label": "false", "system": "Be brief."}, "kto", ""),
+        ({"messages": [ASKED, SAID], "label": "greeting", "id": 3}, "sft", "id, label"),
+        ({"instruction": "Add.", "output": "4", "system": "Be brief.", "history": []}, "sft", "history, system"),
+        ({"prompt": "2 + 2", "chosen": "4", "rejected": "5", "system": "Be brief."}, "dpo", "system"),
+        ({"text": "abc"}, "sft", ""),
+    ],
+)
+def test_what_rows_are_for_is_told_and_what_is_not_read(
+    row: dict[str, Any], task: str, unread: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = with_template(tmp_path / "with-template", tiny_folder, TEMPLATE)
+    found = new(str(model), write(tmp_path, [row] * 2), "--method", "lora")
+    assert found.exit_code == 0, found.output
+    assert load_recipe("recipe.yaml").training.task == task
+    assert (f"unread    {unread} (columns that nothing is made of)" in found.stdout) == bool(unread)
+    assert ("unread" in found.stdout) == bool(unread)
+
+
+def test_empty_answers_are_counted_before_training_and_in_it(tiny_folder: Path, tmp_path: Path) -> None:
+    data = write(tmp_path, [{"prompt": "2 + 2", "completion": said} for said in ("4", "", " ")])
+    assert "rows      3, 20 tokens, the longest 7, 2 with an empty answer" in new(str(tiny_folder), data).stdout
+    words = ["train", "recipe.yaml", "--method.r", "2", "--training.epochs", "1"]
+    for _ in range(2):  # and where the rows come out of the cache
+        trained = CliRunner().invoke(app, [*words, "--overwrite"])
+        assert trained.exit_code == 0, trained.output
+        assert "3 examples, 20 tokens, 2 with an empty answer" in trained.output
+
+
 def test_columns_of_no_format_are_named_and_can_be_said(tiny_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path, [{"question": "2 + 2", "result": "4"}])
     found = new(str(tiny_folder), data)
     assert found.exit_code == 2
-    assert "the columns question, result are those of no format" in found.stderr
+    assert "the columns 'question', 'result' are those of no format" in found.stderr
     assert "--prompt question --completion answer" in found.stderr
     found = new(str(tiny_folder), data, "--prompt", "Q: {question}", "--completion", "result", "--method", "sara")
     assert found.exit_code == 0, found.output

@@ -83,12 +83,19 @@ def test_the_prompt_is_what_both_texts_begin_with(
 
 
 def test_labels_are_read_as_files_write_them(chat_tokenizer: PreTrainedTokenizerFast) -> None:
-    given = [True, False, 1, 0, "True", "false"]
+    given = [True, False, 1, 0, "True", "false", "1", " 0"]
     rows = [{"prompt": "Hi", "completion": [GOOD], "label": label} for label in given]
     encoded, _ = encode_labelled(to_labelled(rows), chat_tokenizer, 64)
-    assert [row["label"] for row in encoded] == [True, False] * 3
+    assert [row["label"] for row in encoded] == [True, False] * 4
     assert chat_tokenizer.decode(encoded[0]["prompt_ids"]) == "user: Hi<|end|>assistant: "
     assert chat_tokenizer.decode(encoded[0]["completion_ids"]) == "Hello<|end|>"
+
+
+@pytest.mark.parametrize("label", [True, False])
+@pytest.mark.parametrize("answer", [GOOD, {"from": "gpt", "value": "Hello"}])
+def test_a_label_beside_a_chat_judges_its_last_message(answer: dict[str, Any], label: bool) -> None:
+    [(found, judged)] = to_labelled([{"messages": [USER, BAD, USER, answer], "label": label}])
+    assert (found.prompt, found.completion, judged) == ([USER, BAD, USER], "Hello", label)
 
 
 @pytest.mark.parametrize("label", [None, "good", 0.5, [True]])
@@ -113,7 +120,8 @@ def test_a_label_that_is_none_is_refused(label: Any) -> None:
         ),
         (to_pairs, {"chosen": "b", "rejected": [GOOD]}, "one of chosen and rejected is text and the other messages"),
         (to_pairs, {"chosen": [GOOD], "rejected": [BAD]}, "share no first message that would be one; add the column"),
-        (to_pairs, {"prompt": "a", "chosen": 3, "rejected": "c"}, "expected a list of messages"),
+        (to_pairs, {"prompt": "a", "chosen": 3, "rejected": "c"}, "field 'chosen' holds 3; expected text or messages"),
+        (to_labelled, {"messages": [USER], "label": True}, "field 'messages' ends with no answer of the assistant's"),
     ],
 )
 def test_rows_that_lack_something_are_refused(read: Any, row: dict[str, Any], message: str) -> None:

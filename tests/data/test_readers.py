@@ -42,6 +42,15 @@ def test_a_byte_order_mark_is_not_part_of_the_first_field(tmp_path: Path) -> Non
     assert read_rows(path) == [{"question": "a", "answer": "b"}]
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
+def test_a_table_is_read_by_the_sign_between_its_columns(tmp_path: Path, name: str, between: str, ending: str) -> None:
+    lines = [["question", "answer"], ['"two, and; two\t?"', "4"], ["a", '"4 ""or"" 5"']]
+    (tmp_path / name).write_bytes(("\ufeff" + "".join(between.join(line) + ending for line in lines)).encode())
+    assert [tuple(row.values()) for row in read_rows(tmp_path / name)] == [("two, and; two\t?", "4"), ("a", '4 "or" 5')]
+    assert [*read_rows(tmp_path / name)[0]] == ["question", "answer"]
+
+
 def test_a_json_object_around_one_list_is_looked_into(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"version": 1, "data": ROWS}))
@@ -59,6 +68,8 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"a": 1}\n\n{"a": \n', r"a\.jsonl line 3 is not valid JSON: .* at column 7"),
+        ("a.jsonl", '{"a": 1},\n{"a": 2}\n', "at column 9; take out the comma behind the object"),
+        ("a.jsonl", '[{"a": 1},\n{"a": 2}]', r"; a list of objects is JSON: rename it to \.json"),
         ("a.jsonl", "[1]\n", r"a\.jsonl line 1 is \[1\]; expected an object with named fields"),
         ("a.json", '[{"a": 1},\n{"a"}]', r"a\.json line 2 is not valid JSON"),
         ("a.json", '{"a": 1}\n{"a": 2}\n', r"line 2 is not valid JSON: Extra data; .* rename it to \.jsonl"),

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from svdtune.data import Example, to_examples
+from svdtune.data.examples import has_empty_answer
 from svdtune.errors import SvdtuneError
 
 ASK, SAY = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -24,11 +25,47 @@ def example(row: dict[str, Any]) -> Example:
         {"prompt": [ASK], "completion": [SAY]},
         {"prompt": [ASK], "completion": "4"},
         {"messages": [ASK | {"tool_calls": None}, SAY | {"tool_calls": None}]},
+        {"prompt": "2 + 2?", "messages": [ASK, SAY]},
+        {"messages": [ASK | {"content": [{"type": "text", "text": "2 +"}, {"type": "text", "text": " 2?"}]}, SAY]},
+        {"messages": [ASK, SAY | {"content": [{"type": "text", "text": "4", "image": None}]}]},
+        {"prompt": [ASK | {"content": ["2 + 2?"]}], "completion": [SAY | {"content": ["4"]}]},
+        {"conversations": [{"from": "human", "value": ["2 + 2?"]}, {"from": "gpt", "value": ["4"]}]},
     ],
 )
 def test_chats_of_one_answer(row: dict[str, Any]) -> None:
     found = example(row)
     assert (found.prompt, found.completion, found.chat) == ([ASK], "4", None)
+
+
+@pytest.mark.parametrize("system", ["Be brief.", "", None])
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_column_system_opens_a_chat_that_has_none(column: str, system: str | None) -> None:
+    own = {"role": "system", "content": "Be long."}
+    opening = [{"role": "system", "content": system}] if system else []
+    assert example({column: [ASK, SAY], "system": system}).prompt == [*opening, ASK]
+    assert example({column: [own, ASK, SAY], "system": system}).prompt == [own, ASK]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+BLANK = {"role": "assistant", "content": " \n"}
+
+
+@pytest.mark.parametrize(
+    ("row", "empty"),
+    [
+        ({"messages": [ASK, SAY]}, False),
+        ({"messages": [ASK, BLANK]}, True),
+        ({"messages": [ASK, BLANK, ASK, SAY]}, True),
+        ({"messages": [ASK, CALL, ASK, SAY]}, False),
+        ({"messages": [ASK, CALL]}, False),
+        ({"prompt": [ASK, BLANK, ASK], "completion": [SAY]}, False),
+        ({"instruction": "Add.", "output": ""}, True),
+        ({"text": "\t"}, True),
+        ({"prompt": "2 + 2?", "completion": 0}, False),
+    ],
+)
+def test_an_answer_of_white_space_is_told(row: dict[str, Any], empty: bool) -> None:
+    assert has_empty_answer(example(row)) == empty
 
 
 @pytest.mark.parametrize(
@@ -75,7 +112,12 @@ def test_tools_are_handed_on() -> None:
         ({"messages": "hi"}, r"field 'messages' holds 'hi'; expected a list of messages"),
         ({"messages": ["hi"]}, "message 1 is 'hi'; expected an object with role and content"),
         ({"messages": [{"role": "user"}]}, r"message 1 has role = 'user'; expected a role and a content"),
-        ({"messages": [ASK]}, "no message is the assistant's, so that nothing can be learnt from it"),
+        (
+            {"messages": [ASK]},
+            "no message is the assistant's, so that nothing can be learnt from it; the roles are 'user'",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}, SAY]}, "expected text alone"),
+        ({"messages": [ASK, {"role": "assistant", "content": [3]}]}, "message 2 has a part 3; expected text alone"),
     ],
 )
 def test_what_is_malformed_is_named(row: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ Model = Annotated[str, typer.Argument(help="Hub name, local folder, .gguf file, 
 
 def new(
     model: Model,
-    data: Annotated[str, typer.Argument(help="File (.jsonl, .json, .csv, .parquet, .txt) or hub name.")],
+    data: Annotated[str, typer.Argument(help="File (.jsonl, .json, .csv, .tsv, .parquet, .txt) or hub name.")],
     methods: Annotated[str, typer.Option(help="Comma-separated; each is an arm.")] = "lora,sorsa,sara",
     output: Annotated[Path, typer.Option(help="The study to write; its recipe goes beside it.")] = Path("study.yaml"),
     budget: Annotated[str, typer.Option(help="Trained parameters of every arm: 300k, or a share, 0.5%.")] = "0.5%",
