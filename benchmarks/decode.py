@@ -15,7 +15,7 @@ from pathlib import Path
 
 import peft
 import torch
-from step import SHAPES, Run, contenders, machine
+from step import SHAPES, Run, contenders, machine, words
 
 CONTENDERS = ("floor", "sorsa-delta", "lora", "lora-qv-r8", "sara-qv", "mosara-qv-5-heads")
 
@@ -29,8 +29,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    settings = {"batch": 1, "length": 32, "layers": None, "steps": 1, "warmup": 0, "compile": False, "together": "all"}
-    run = Run(argparse.Namespace(shape=arguments.shape, device=arguments.device, **settings))
+    given = ["--shape", arguments.shape, "--device", arguments.device, "--batch", "1", "--length", "32"]
+    run = Run(words().parse_args(given))
     base_ms = None
     for contender in contenders():
         if contender.name not in CONTENDERS:

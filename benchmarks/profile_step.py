@@ -5,7 +5,7 @@ python benchmarks/profile_step.py sorsa-delta --shape llama-7b
 
 import argparse
 
-from step import SHAPES, Run, contenders
+from step import SHAPES, Run, contenders, words
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -16,16 +16,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="llama-7b")
     parser.add_argument("--rows", type=int, default=25)
     arguments = parser.parse_args()
-    settings = {
-        "device": "cuda",
-        "batch": None,
-        "length": None,
-        "layers": None,
-        "steps": 2,
-        "warmup": 3,
-        "compile": False,
-    }
-    run = Run(argparse.Namespace(shape=arguments.shape, **settings))
+    run = Run(words().parse_args(["--shape", arguments.shape, "--steps", "2", "--warmup", "3"]))
     (contender,) = (c for c in contenders() if c.name == arguments.contender)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         run.measure(contender)
