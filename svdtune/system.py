@@ -130,6 +130,28 @@ def _harmless(character: str) -> bool:
     return character in "\n\t" or not (unicodedata.category(character) == "Cc" or character in _TURNING)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def needs(what: str, extra: str) -> Iterator[None]:
+    """Import inside it what an extra of svdtune brings.
+
+    Args:
+        what: the beginning of the message: what needs which package.
+        extra: of pyproject.toml.
+
+    Raises:
+        SvdtuneError: it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise SvdtuneError(f"{what}: pip install 'svdtune[{extra}]'") from error
+
+
 def explain_read_error(error: OSError) -> str:
     """Why a file cannot be read, as the end of a sentence."""
     return _READING.get(error.errno or 0) or _REASONS.get(error.errno or 0) or error.strerror or str(error)
@@ -140,15 +162,20 @@ def replace_text(path: Path, text: str) -> None:
     replace_bytes(path, text.encode())
 
 
-def write_json(path: Path, document: Any) -> None:
-    """Write a document as indented JSON, whole or not at all, and its folder where that is missing.
+def write_text(path: Path, text: str, advice: str = "name another output") -> None:
+    """Write a text whole or not at all, and its folder where that is missing.
 
     Raises:
-        SvdtuneError: it cannot be written.
+        SvdtuneError: it cannot be written; `advice` is the end of the message.
     """
-    with explain_write_errors(path):
+    with explain_write_errors(path, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(document, indent=2) + "\n")
+        replace_text(path, text)
+
+
+def write_json(path: Path, document: Any, advice: str = "name another output", indent: int | None = 2) -> None:
+    """`write_text` of a document as JSON."""
+    write_text(path, json.dumps(document, indent=indent) + "\n", advice)
 
 
 def read_json(path: Path) -> dict[str, Any]:

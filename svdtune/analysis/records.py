@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from svdtune.system import read_objects, unique_keys
+from svdtune.system import first_line, read_objects, unique_keys
 from svdtune.training.problems import from_pydantic
 
 RESULT = "result.json"  # of an evaluation
@@ -259,7 +259,7 @@ def _each_valid(lines: list[dict[str, Any]], kind: type[Record]) -> list[dict[st
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "its values lie too deep in each other"
-    return printable((str(error).splitlines() or [type(error).__name__])[0])[:300]
+    return printable(first_line(error))[:300]
 
 
 def printable(name: str) -> str:

@@ -1,6 +1,5 @@
 """Analyze a finished run: everything that its files tell, written into its folder."""
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from svdtune.analysis.weights import Opened, open_run
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import to_items
 from svdtune.evaluation.questions import prepare, sets_to_ask
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import write_json
 from svdtune.training.folder import ANALYSIS, RECIPE
 from svdtune.training.lock import held
 
@@ -83,10 +82,10 @@ def _analyze(
     assert opened.source.run is not None
     folder = opened.source.run / ANALYSIS
     found: dict[str, Any] = {"before": before(opened)}
-    _write(folder / "before.json", found["before"])
+    write_json(folder / "before.json", found["before"], indent=None)
     if opened.matrices:
         found["after"] = after(opened, k=k)
-        _write(folder / "after.json", found["after"])
+        write_json(folder / "after.json", found["after"], indent=None)
     if len(opened.matrices) < len(opened.layers):
         try:
             tasks = _tasks(opened, data, items)
@@ -95,7 +94,7 @@ def _analyze(
                 raise
             return RunAnalysis(opened.source.run, folder, **found, unrouted=str(error))
         found["routing"] = routing(opened, tasks)
-        _write(folder / "routing.json", found["routing"])
+        write_json(folder / "routing.json", found["routing"], indent=None)
     return RunAnalysis(opened.source.run, folder, **found)
 
 
@@ -110,10 +109,3 @@ def _tasks(run: Opened, data: Sequence[str], items: int) -> dict[str, list[tuple
         found = to_items(asked.examples, tokenizer, asked.form.template_for(tokenizer), asked.form.answer)
         tasks[Path(asked.rows.source).stem] = [item.tokens for item in found[:items]]
     return tasks
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """Write a file whole or not at all."""
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(found) + "\n")

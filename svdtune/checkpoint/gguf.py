@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from svdtune.checkpoint.architecture import build_model, check_depth
 from svdtune.errors import SvdtuneError
-from svdtune.system import is_out_of_memory
+from svdtune.system import first_line, is_out_of_memory
 
 
 def need_gguf(doing: str) -> None:
@@ -85,5 +85,6 @@ def _explain_damage(path: Path) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or isinstance(error, SvdtuneError):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {reason:.200}; download it again") from error
+        raise SvdtuneError(
+            f"{path} cannot be read as a GGUF model: {first_line(error):.200}; download it again"
+        ) from error

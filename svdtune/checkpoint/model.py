@@ -21,6 +21,7 @@ from svdtune.checkpoint.shards import shard_names
 from svdtune.checkpoint.tensors import Shard, Stored, read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.spectra import base_weight
+from svdtune.system import first_line
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,9 @@ def open_checkpoint(
     except SvdtuneError:
         raise
     except Exception as error:  # a damaged config.json comes out as any of a dozen types
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise SvdtuneError(f"{folder / 'config.json'} describes no model that can be built: {reason:.200}") from error
+        raise SvdtuneError(
+            f"{folder / 'config.json'} describes no model that can be built: {first_line(error):.200}"
+        ) from error
     names = match_names(skeleton, stored)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
     commit = None if path.is_dir() else folder.name  # as the hub's cache names its snapshots
@@ -192,9 +194,9 @@ def _download(name: str, revision: str | None, weights: bool, trust_remote_code:
         wanted += ["*.py"] * trust_remote_code
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SvdtuneError(
-            f"{name!r} is neither a model folder, nor a .gguf file, nor a hub model that can be downloaded ({reason})"
+            f"{name!r} is neither a model folder, nor a .gguf file, nor a hub model that can be downloaded "
+            f"({first_line(error)})"
         ) from error
 
 

@@ -5,7 +5,6 @@ Each method goes through the functions behind `svdtune train`, `evaluate` and `m
 folder can be used with those commands afterwards.
 """
 
-import json
 import os
 import platform
 import shutil
@@ -92,7 +91,7 @@ def demo(
     """
     from svdtune.models import SMOLLM2
     from svdtune.models.loader import locate
-    from svdtune.system import explain_write_errors, open_console, replace_text
+    from svdtune.system import open_console, write_json
 
     console, size, started = open_console(), QUICK if quick else FULL, time.monotonic()
     if not console.is_terminal:
@@ -129,8 +128,7 @@ def demo(
         "rows": [asdict(row) for row in rows],
     }
     for_json(results)
-    with explain_write_errors(output):
-        replace_text(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(output / "results.json", results)
     console.print(table(rows, name, quick, seconds))
     console.print(
         f'results: {output / "results.json"}; try: svdtune generate {output / "sorsa"} "..."', highlight=False

@@ -110,11 +110,9 @@ def _write(to: Path | str | None) -> None:
     if target == Path("-"):
         _standard(sys.stdout, text)
         return
-    from svdtune.system import explain_write_errors, replace_text
+    from svdtune.system import write_text
 
-    with explain_write_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(target, text)
+    write_text(target, text)
     typer.echo(f"wrote {target}")
 
 

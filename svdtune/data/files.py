@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from svdtune.errors import SvdtuneError
 from svdtune.names import meant
-from svdtune.system import explain_read_error
+from svdtune.system import explain_read_error, needs
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
@@ -200,10 +200,8 @@ def _scan_text(text: str, path: Path) -> Iterator[Located | Fault]:
 
 
 def _scan_parquet(path: Path) -> Iterator[Located]:
-    try:
+    with needs(f"reading {path} needs pyarrow", "parquet"):
         from pyarrow import ArrowException, parquet
-    except ImportError as error:
-        raise SvdtuneError(f"reading {path} needs pyarrow: pip install 'svdtune[parquet]'") from error
     try:
         rows = parquet.read_table(path).to_pylist()
     except (ArrowException, OSError, ValueError, OverflowError) as error:

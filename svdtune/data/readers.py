@@ -13,6 +13,7 @@ from svdtune.data.shares import in_share
 from svdtune.errors import SvdtuneError
 from svdtune.names import check_hub_name
 from svdtune.registry import Registry
+from svdtune.system import first_line, needs
 
 Rows = list[dict[str, Any]]
 
@@ -92,17 +93,12 @@ def _read_named(name: str, split: str) -> Rows:
 
 
 def _read_hub(name: str, config: str | None, split: str) -> Rows:
-    try:
+    listed = GENERATORS.listed()
+    with needs(f"{name!r} is no file and no generator ({listed}); if it is a data set's name on the hub", "hub"):
         import datasets
-    except ImportError as error:
-        raise SvdtuneError(
-            f"{name!r} is no file and no generator ({GENERATORS.listed()}); "
-            f"if it is a data set's name on the hub: pip install 'svdtune[hub]'"
-        ) from error
     try:
         return list(datasets.load_dataset(name, config, split=split))
     except Exception as error:  # datasets raises a dozen unrelated types, some of them not its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SvdtuneError(
-            f"{name!r} is no file, no generator ({GENERATORS.listed()}), and could not be loaded from the hub: {reason}"
+            f"{name!r} is no file, no generator ({listed}), and could not be loaded from the hub: {first_line(error)}"
         ) from error

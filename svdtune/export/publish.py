@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.names import meant
+from svdtune.system import first_line
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE
 
 _CARD = "README.md"
@@ -47,10 +48,9 @@ def push(source: str | Path, name: str, *, base: str | None = None, private: boo
             api.create_repo(name, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=name, folder_path=copy, commit_message="svdtune push"))
         except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise SvdtuneError(
-                f"{folder} cannot be pushed to {name}: {reason}; expected owner/name, and a login that may write there "
-                "(hf auth login)"
+                f"{folder} cannot be pushed to {name}: {first_line(error)}; expected owner/name, and a login that may "
+                "write there (hf auth login)"
             ) from error
 
 

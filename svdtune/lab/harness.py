@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks import HARNESSES
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import needs, write_text
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -75,18 +75,13 @@ def run_harness(
         results = lm_eval.simple_evaluate(model=model, tasks=list(tasks), limit=limit, **options)
     except (KeyError, ValueError, OSError) as error:
         raise SvdtuneError(f"lm-eval could not run {', '.join(map(str, tasks))[:200]}: {error}") from error
-    with explain_write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(results, indent=2, default=str, ensure_ascii=False)
-        replace_text(output / "results.json", text + "\n")
+    write_text(output / "results.json", json.dumps(results, indent=2, default=str, ensure_ascii=False) + "\n")
     return make_table(results)
 
 
 def _import_harness() -> Any:
-    try:
+    with needs("tasks of lm-eval need it", "lm-eval"):
         import lm_eval
-    except ImportError as error:
-        raise SvdtuneError("tasks of lm-eval need it: pip install 'svdtune[lm-eval]'") from error
     return lm_eval
 
 

@@ -25,7 +25,7 @@ from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
 from svdtune.names import check_hub_name, meant
-from svdtune.system import explain_read_error, is_out_of_memory, read_json
+from svdtune.system import explain_read_error, first_line, is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _HEADS = ("score", "classifier")  # of a sequence classifier
@@ -103,7 +103,7 @@ def load(
         except Exception as error:
             if is_out_of_memory(error) or isinstance(error, SvdtuneError):
                 raise
-            raise SvdtuneError(f"the model {name!r} cannot be loaded: {_first_line(error)}") from error
+            raise SvdtuneError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
         heads = _HEADS if reward else ()
         _check_complete(name, [key for key in found["missing_keys"] if key.partition(".")[0] not in heads])
         if getattr(loaded, "_hf_peft_config_loaded", False):  # of a hub model; a folder is looked at before
@@ -144,7 +144,7 @@ def load_config(model: str | Path, **origin: Any) -> PretrainedConfig:
         found: PretrainedConfig = AutoConfig.from_pretrained(model, **origin)
         return found
     except Exception as error:  # as for a model
-        raise SvdtuneError(f"the configuration of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise SvdtuneError(f"the configuration of {str(model)!r} cannot be loaded: {first_line(error)}") from error
 
 
 def load_decoding(model: str | Path, *, revision: str | None) -> GenerationConfig:
@@ -182,7 +182,7 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises bare Exceptions
         if is_out_of_memory(error):
             raise
-        raise SvdtuneError(f"the tokenizer of {str(model)!r} cannot be loaded: {_first_line(error)}") from error
+        raise SvdtuneError(f"the tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}") from error
     _give_padding(tokenizer)
     return tokenizer
 
@@ -277,10 +277,6 @@ def _give_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     padding."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _read_template(path: Path) -> str:

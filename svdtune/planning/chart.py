@@ -8,7 +8,7 @@ from statistics import fmean
 
 from svdtune.errors import SvdtuneError
 from svdtune.planning.plan import Plan
-from svdtune.system import explain_write_errors, replace_bytes
+from svdtune.system import explain_write_errors, needs, replace_bytes
 
 
 def by_depth(plan: Plan) -> dict[str, dict[int, list[int]]]:
@@ -39,10 +39,8 @@ def draw(plan: Plan, file: Path) -> None:
     """
     if file.suffix not in (".svg", ".png", ".pdf"):
         raise SvdtuneError(f"{file.name} is no chart; end it in .svg, .png or .pdf")
-    try:
+    with needs("charts need matplotlib", "plots"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SvdtuneError("charts need matplotlib: pip install 'svdtune[plots]'") from error
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for kind, ranks in by_depth(plan).items():

@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from svdtune.errors import SvdtuneError
 from svdtune.reports.numbers import Grid, Lines, Numbers, all_numbers, as_csv
-from svdtune.system import explain_write_errors
+from svdtune.system import explain_write_errors, needs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,10 +50,8 @@ def new_figure(title: str, height: float = 4) -> "Figure":
     Raises:
         SvdtuneError: matplotlib is not installed.
     """
-    try:
+    with needs("figures need matplotlib", "plots"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SvdtuneError("figures need matplotlib: pip install 'svdtune[plots]'") from error
     figure = Figure(figsize=(6.4, height), layout="constrained")
     figure.add_subplot().set_title(title, fontsize="medium")
     return figure

@@ -10,7 +10,7 @@ from svdtune.reports.figures import write_figures
 from svdtune.reports.gather import gather
 from svdtune.reports.render import render
 from svdtune.reports.summary import add_analysis
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import write_text
 from svdtune.training.folder import ADAPTER, REPORT
 
 
@@ -62,9 +62,7 @@ def report(
     facts = [read_facts(run) for run in dict.fromkeys(map(str, runs))]
     data = gather(facts, title)
     page = Path(output).expanduser() if output is not None else Path(runs[0]).expanduser() / REPORT
-    with explain_write_errors(page):
-        page.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(page, render(data))
+    write_text(page, render(data))
     for one in facts:
         adapter = Path(one["folder"]).expanduser() / ADAPTER
         if adapter.is_dir():

@@ -16,6 +16,7 @@ from transformers.utils.import_utils import is_torch_tf32_available
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
+from svdtune.system import needs
 from svdtune.training.compilation import LIGER_BESIDE, compiles
 from svdtune.training.recipe import Recipe
 
@@ -153,10 +154,8 @@ def configuration_class(task: str) -> type[TrainingArguments]:
     Raises:
         SvdtuneError: if TRL is not installed.
     """
-    try:
+    with needs("training needs TRL", "train"):
         import trl
-    except ImportError as error:
-        raise SvdtuneError("training needs TRL: pip install 'svdtune[train]'") from error
     found: type[TrainingArguments] = getattr(trl, CONFIGURATIONS[task])
     return found
 

@@ -26,7 +26,7 @@ from ruamel.yaml.resolver import VersionedResolver
 
 from svdtune.errors import SvdtuneError
 from svdtune.names import FLOAT, INTEGER
-from svdtune.system import explain_read_error
+from svdtune.system import explain_read_error, first_line
 
 _MOST_VALUES, _DEEPEST = 100_000, 30
 _TAG = "tag:yaml.org,2002:"
@@ -120,13 +120,12 @@ def read_yaml(text: str, source: str) -> Any:
         tab = "; indent with spaces, not tabs" if "'\\t'" in problem else ""
         raise SvdtuneError(f"{source}{where} is not valid YAML: {problem}{tab}") from error
     except YAMLError as error:
-        raise SvdtuneError(f"{source} is not valid YAML: {str(error).splitlines()[0]}") from error
+        raise SvdtuneError(f"{source} is not valid YAML: {first_line(error)}") from error
     except RecursionError as error:
         raise SvdtuneError(f"{source} is not a recipe: its values lie too deep in each other") from error
     # values that look like dates or numbers and are none, by the types of what makes them
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise SvdtuneError(f"{source} is not valid YAML: {reason:.200}; put texts in quotes") from error
+        raise SvdtuneError(f"{source} is not valid YAML: {first_line(error):.200}; put texts in quotes") from error
     _check_shape(found, source)
     return found
 

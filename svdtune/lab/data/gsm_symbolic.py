@@ -6,6 +6,7 @@ Drawing both splits from all templates would let a model learn the wording of th
 """
 
 from svdtune.errors import SvdtuneError
+from svdtune.system import needs
 
 
 def rows(split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
@@ -18,10 +19,8 @@ def rows(split: str, size: int, seed: int = 0) -> list[dict[str, str]]:
     """
     if split not in ("train", "test"):
         raise SvdtuneError(f"the task 'gsm_symbolic' has no split {split!r}: expected train or test")
-    try:
+    with needs("the task 'gsm_symbolic' needs reasoning-gym", "demo"):
         from reasoning_gym.arithmetic.gsm_symbolic import gsm_symbolic as source
-    except ImportError as error:
-        raise SvdtuneError("the task 'gsm_symbolic' needs reasoning-gym: pip install 'svdtune[demo]'") from error
     held_out = source.tasks_ok[::5]
     templates = held_out if split == "test" else [index for index in source.tasks_ok if index not in held_out]
     budget = 4 * size + 100  # a template has few variables, so some problems come up twice

@@ -16,7 +16,7 @@ from svdtune.lab.study.counts import opened
 from svdtune.lab.study.ranks import Source
 from svdtune.lab.study.spec import ArmSection, Settings, Study, Tune, arm_settings
 from svdtune.planning import parse_budget
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import write_json
 from svdtune.training.inheritance import merge
 from svdtune.training.recipe import Model
 
@@ -180,9 +180,7 @@ class Fits:
         if key not in self._known:
             self._known[key] = fit(method, model, budget, ranks, seed, **origin).method
             if self.path is not None:
-                with explain_write_errors(self.path):
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    replace_text(self.path, json.dumps(self._known))
+                write_json(self.path, self._known, indent=None)
         return self._known[key]
 
 

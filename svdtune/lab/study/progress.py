@@ -1,7 +1,6 @@
 """A study in the making: what each cell waits for, given the records there are, and the results as
 far as they go."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from svdtune.lab.study.grid import Cell, Job
 from svdtune.lab.study.records import record_of, results_of
 from svdtune.lab.study.results import RESULTS
 from svdtune.lab.study.spec import Study
-from svdtune.system import explain_write_errors, replace_text
+from svdtune.system import write_json
 
 Record = dict[str, Any]
 
@@ -101,10 +100,8 @@ class StudyProgress:
         is there for each."""
         jobs = [job for cell in self.cells for job in (*cell.search(), *self.finals(cell))]
         known = [self.records[job.key] | job.cell for job in jobs if job.key in self.records]
-        with explain_write_errors(self.folder / RESULTS, "free some space; the same command goes on"):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            results = results_of(self.study, self.models, known, command, self.ranks)
-            replace_text(self.folder / RESULTS, json.dumps(results, indent=1) + "\n")
+        results = results_of(self.study, self.models, known, command, self.ranks)
+        write_json(self.folder / RESULTS, results, "free some space; the same command goes on", indent=1)
 
 
 def take_up(studies: Sequence[StudyProgress], known: Callable[[Job], Record | None]) -> list[tuple[int, int, int, Job]]:

@@ -16,7 +16,7 @@ from svdtune.lab.study.grid import Job, file_name
 from svdtune.lab.study.measurement import MEASURED
 from svdtune.lab.study.results import RESULTS, pack, read_results
 from svdtune.lab.study.spec import Study
-from svdtune.system import explain_write_errors, read_objects, replace_text
+from svdtune.system import read_objects, write_json
 from svdtune.training.folder import LOG, SUMMARY
 from svdtune.training.movement import DURING
 
@@ -111,9 +111,7 @@ def scores_of(result: Evaluation) -> dict[str, Any]:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Write a record in one step: its presence says that the run is done."""
-    with explain_write_errors(path, "free some space; the same command goes on"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(record) + "\n")
+    write_json(path, record, "free some space; the same command goes on", indent=None)
 
 
 def read_record(path: Path, key: str) -> dict[str, Any] | None:

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from svdtune.errors import SvdtuneError
 from svdtune.evaluation.interval import Z95, Interval, wilson_interval
+from svdtune.system import needs
 
 
 class Chance(NamedTuple):
@@ -216,8 +216,6 @@ def stats() -> ModuleType:
     Raises:
         SvdtuneError: scipy is not installed.
     """
-    try:
+    with needs("a study's statistics need scipy", "study"):
         from scipy import stats
-    except ImportError as error:
-        raise SvdtuneError("a study's statistics need scipy: pip install 'svdtune[study]'") from error
     return stats

@@ -19,6 +19,7 @@ from svdtune._version import __version__
 from svdtune.checkpoint.rewrite import CARD
 from svdtune.errors import SvdtuneError
 from svdtune.methods.settings import chosen
+from svdtune.system import first_line
 
 if TYPE_CHECKING:
     from svdtune.methods.config import SvdConfig
@@ -106,7 +107,7 @@ def _load(folder: Path) -> ModelCard:
         card = ModelCard.load(path)
     except Exception as error:  # by the types of what reads YAML
         raise SvdtuneError(
-            f"{path} is damaged: {str(error).splitlines()[0]}; mend its head, or delete it for a new one"
+            f"{path} is damaged: {first_line(error)}; mend its head, or delete it for a new one"
         ) from error
     text, mark, versions = card.text.partition(_VERSIONS)
     if text.strip() == _empty_form():
