@@ -171,7 +171,11 @@ def agree(facts: Mapping[str, Any], advice: str) -> None:
 
 
 class Question:
-    """A yes or no that was asked of all processes without waiting for them."""
+    """Whether any process says yes, asked without waiting. All must ask.
+
+    Args:
+        own: what this process says.
+    """
 
     def __init__(self, own: bool):
         self._votes = torch.tensor([int(own)])
@@ -181,11 +185,6 @@ class Question:
         """Whether any process said yes; waits until all have been asked."""
         self._work.wait()
         return bool(self._votes)
-
-
-def ask_any(own: bool) -> Question:
-    """Ask all processes, who must all ask too, whether any of them says yes."""
-    return Question(own)
 
 
 _host_groups: dict[Any, Any] = {}

@@ -94,7 +94,7 @@ def _write_reason(error: Exception, path: Path) -> str | None:
         found = re.search(r"os error (\d+)", str(error))
         return _REASONS.get(int(found[1])) if found else None
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
-        return f"writing stopped half-way, with {_free(path)} left on the disk"
+        return f"writing stopped half-way, with {free_bytes(path) / 1e6:,.0f} MB left on the disk"
     return None
 
 
@@ -115,10 +115,6 @@ def check_free(path: Path, needed: int, what: str) -> None:
             f"{path} needs {needed / 1e6:,.0f} MB for {what}, and {free / 1e6:,.0f} MB are free on that disk; free some, or "
             "name another place (output.dir)"
         )
-
-
-def _free(path: Path) -> str:
-    return f"{free_bytes(path) / 1e6:,.0f} MB"
 
 
 def printable(text: str) -> str:

@@ -40,7 +40,7 @@ class Opened:
             SvdtuneError: none is wanted.
         """
         found = trained_layers(self.loaded.model)
-        chosen = [layer for layer in found if self._is_wanted(layer.name)]
+        chosen = [layer for layer in found if self.wanted is None or is_sampled(layer.name, self.wanted)]
         if not chosen:
             there = ", ".join(dict.fromkeys(layer.name.rpartition(".")[2] for layer in found))
             raise SvdtuneError(
@@ -73,9 +73,6 @@ class Opened:
         assert self.source.recipe is not None
         base = replace(self.source, base=self.source.recipe.model.name)
         return open_checkpoint(base_folder(base), **base.origin)
-
-    def _is_wanted(self, name: str) -> bool:
-        return self.wanted is None or is_sampled(name, self.wanted)
 
 
 def open_run(run: str | Path, wanted: Sequence[str] | None = None) -> Opened:

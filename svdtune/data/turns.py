@@ -113,7 +113,8 @@ def _of_roles(tree: nodes.Template, loop: nodes.For) -> Iterator[tuple[nodes.If,
         [compared, *more] = node.test.ops
         if more or compared.op != "eq" or not isinstance(compared.expr, nodes.Const):
             continue
-        if _is_role(node.test.expr, turn) and _mentions(node.body, {"messages", "loop"}):
+        read = {name.name for inner in node.body for name in _names(inner)}
+        if _is_role(node.test.expr, turn) and read & {"messages", "loop"}:
             yield node, compared.expr.value
 
 
@@ -126,10 +127,6 @@ def _is_role(node: nodes.Node, turn: str) -> bool:
     else:
         return False
     return key == "role" and isinstance(node.node, nodes.Name) and node.node.name == turn
-
-
-def _mentions(body: list[nodes.Node], names: set[str]) -> bool:
-    return any(name.name in names for node in body for name in _names(node))
 
 
 def _is_rest(node: nodes.Assign) -> bool:

@@ -105,7 +105,8 @@ def evaluate_source(
     Raises:
         SvdtuneError: a part is missing, a setting has no meaning, or a folder cannot be written.
     """
-    recipe, run, adapter = (None, None, None) if isinstance(source, LoadedModel) else _facts(source)
+    named = None if isinstance(source, LoadedModel) else source
+    recipe, run, adapter = (named.recipe, named.run, named.adapter) if named else (None, None, None)
     if isinstance(source, Source):
         locate(source.base)  # a model that is not there shows before its questions are read
     if dtype is None and recipe is not None and recipe.evaluation is not None:
@@ -136,10 +137,6 @@ def evaluate_source(
         return Evaluations(results)
     group = data or (run.name if run else "sets")
     return _averaged(results, (output or folder.parent) / f"{group}-averages.json")
-
-
-def _facts(source: Source) -> tuple[Any, Path | None, Path | None]:
-    return source.recipe, source.run, source.adapter
 
 
 def _given(settings: Mapping[str, Any] | None) -> dict[str, Any]:

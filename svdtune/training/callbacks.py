@@ -140,7 +140,7 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         stop = self.stopped
         if processes.count() > 1:
-            asked, self._asked = self._asked, processes.ask_any(self.stopped)
+            asked, self._asked = self._asked, processes.Question(self.stopped)
             stop = asked is not None and asked.answer()
             self.stopped |= stop
         if stop:

@@ -101,7 +101,8 @@ def is_empty(folder: Path) -> bool:
 
 
 def _write_holder(path: Path, verb: str) -> None:
-    holder = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    holder = {"verb": verb, "pid": os.getpid(), "host": socket.gethostname(), "since": now}
     with contextlib.suppress(OSError):  # it only makes the message better
         path.write_text(json.dumps(holder), encoding="utf-8")
 
@@ -123,7 +124,3 @@ def _in_use(what: str, path: Path) -> str:
     if isinstance(holder, dict):
         who = f"`svdtune {holder.get('verb')}`, process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
     return f"{what} is in use by {who}. Wait until that has ended, or end it, and start again"
-
-
-def _now() -> str:
-    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")

@@ -103,6 +103,17 @@ _E2E = DataSet(
     max_new_tokens=64,
     convert=_e2e,
 )
+_MATH = DataSet(
+    "math",
+    {"test": ("MATH_test.jsonl", "math/MATH_test.jsonl")},
+    "one JSON object a line with problem and solution, made of https://github.com/hendrycks/math",
+    prompt="problem",
+    completion="solution",
+    answer="solution",
+    task="math",
+    template="sorsa_math",
+    max_new_tokens=2048,
+)
 DATA_SETS = (
     DataSet(
         "sara_math",
@@ -148,28 +159,13 @@ DATA_SETS = (
         template="sorsa_math",
         max_new_tokens=1024,
     ),
-    DataSet(
-        "math",
-        {"test": ("MATH_test.jsonl", "math/MATH_test.jsonl")},
-        "one JSON object a line with problem and solution, made of https://github.com/hendrycks/math",
-        prompt="problem",
-        completion="solution",
-        answer="solution",
-        task="math",
-        template="sorsa_math",
-        max_new_tokens=2048,
-    ),
-    DataSet(
-        "math500",
-        {"test": ("MATH500.jsonl", "math/MATH500.jsonl")},
-        "MATH-500, from the hub: HuggingFaceH4/MATH-500",
+    _MATH,
+    replace(
+        _MATH,
+        name="math500",
+        files={"test": ("MATH500.jsonl", "math/MATH500.jsonl")},
+        where="MATH-500, from the hub: HuggingFaceH4/MATH-500",
         hub=("HuggingFaceH4/MATH-500", None),
-        prompt="problem",
-        completion="solution",
-        answer="solution",
-        task="math",
-        template="sorsa_math",
-        max_new_tokens=2048,
     ),
     DataSet(
         "metamathqa",

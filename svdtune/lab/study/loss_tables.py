@@ -135,16 +135,12 @@ def _at_rate(runs: Sequence[Run], chosen: Sequence[Run]) -> str:
 
 def tied(losses: Sequence[float], best: Sequence[float]) -> bool:
     """Whether a rate's losses cannot be told from those of the best, each over its seeds."""
-    interval = crossed(*(_column(one) for one in (losses, best))).interval
+    interval = crossed(*(np.array(one)[:, None] for one in (losses, best))).interval
     return interval is not None and interval.low <= 0 <= interval.high
 
 
 def _spread(cell: Spread) -> str:
     return _nats(cell.mean) + ("" if cell.sd is None else f" ± {_nats(cell.sd)}")
-
-
-def _column(values: Sequence[float]) -> np.ndarray:
-    return np.array(values)[:, None]
 
 
 def _mean(runs: Sequence[Run]) -> str:
