@@ -10,7 +10,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -18,12 +18,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import loftq_utils
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.linalg import Components, Factors, band_factors, band_of, check_band, top_factors
+from svdtune.linalg import Components, Factors, check_band, top_factors
+from svdtune.spectra import factors
 from svdtune.spectra.devices import devices_for_work, on_device
 from svdtune.starts.pairs import (
     PISSA,
@@ -40,6 +42,16 @@ Parts = TypeVar("Parts", Factors, LoraPair)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The triplets that PiSSA takes in the block that the calling thread is inside of.
 _entered: ContextVar[Components | None] = ContextVar("svdtune.fast_starts", default=None)
+# The layers of the adapter that is being injected whose start is still to come.
+_waiting: ContextVar["list[Waiting] | None"] = ContextVar("svdtune.waiting_starts", default=None)
+
+
+class Waiting(NamedTuple):
+    """A layer and the name of its adapter, which PiSSA is to start from the weight [out, in]."""
+
+    layer: LoraLayer
+    adapter: str
+    weight: Tensor
 
 
 class PeftPlace(NamedTuple):
@@ -51,6 +63,7 @@ class PeftPlace(NamedTuple):
         parameters: its parameters as this code knows them.
         ours: takes the same arguments; NotImplemented where PEFT's own is to be called.
         any_triplets: whether it takes those that the block asks for, not its own.
+        around: what PEFT's own runs inside of.
     """
 
     owner: Any
@@ -58,6 +71,7 @@ class PeftPlace(NamedTuple):
     parameters: tuple[str, ...]
     ours: Callable[..., Any]
     any_triplets: bool = False
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @contextmanager
@@ -153,9 +167,37 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
             done = place.ours(*args, **kwargs)
             if done is not NotImplemented:
                 return done
+            with place.around():
+                return own(*args, **kwargs)
         return own(*args, **kwargs)
 
     return door
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Start the layers that PEFT makes inside the block once it has made all of them, so that
+    several weights are decomposed at once."""
+    waiting: list[Waiting] = []
+    token = _waiting.set(waiting)
+    try:
+        yield
+    finally:
+        _waiting.reset(token)
+    _start_waiting(waiting)
+
+
+def _start_waiting(waiting: list[Waiting]) -> None:
+    """Start the layers that wait, the first first, and leave none."""
+    named = {str(i): one for i, one in enumerate(waiting)}
+    waiting.clear()
+    ranks = {name: layer.r[adapter] for name, (layer, adapter, _) in named.items()}
+    weights = {name: one.weight for name, one in named.items()}
+    for name, found in factors(weights, ranks, components=_entered.get() or "first"):
+        layer, adapter, weight = named.pop(name)
+        pair = from_factors(found, layer.scaling[adapter])
+        _start(layer, adapter, LoraPair(*(part.to(weight.dtype) for part in pair)))  # PEFT too rounds them to it
+        _take_off(layer, weight, pair, layer.scaling[adapter])
 
 
 def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> Any:
@@ -168,12 +210,16 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
                 "fewer triplets than r, and takes the first ones: give components='first', or leave the layer out"
             )
         return NotImplemented
-    r, scaling = self.r[adapter_name], self.scaling[adapter_name]
-    start, stop = band_of(components, r, min(weight.shape))
-    decompose = top_factors if start == 0 else lambda there, _: band_factors(there, start, stop)
-    pair = from_factors(_where_fastest(decompose, weight, r), scaling)
-    _start(self, adapter_name, pair)
-    _take_off(self, weight, pair, scaling)
+    own: Any = self.get_base_layer().weight
+    waiting = _waiting.get()
+    # a variant reads what is started, and DeepSpeed takes a gathered weight away again
+    if waiting is None or adapter_name in self.lora_variant or hasattr(own, "ds_id"):
+        _start_waiting([Waiting(self, adapter_name, weight)])
+        return None
+    if any(one.weight.data_ptr() == weight.data_ptr() for one in waiting):  # tied: its start comes off first
+        _start_waiting(waiting)
+        weight = own.data.mT if _is_transposed(self) else own.data
+    waiting.append(Waiting(self, adapter_name, weight))
     return None
 
 
@@ -224,7 +270,9 @@ def _corda_eigens(linear: Any, config: LoraConfig) -> Any:
 
 def places() -> list[PeftPlace]:
     """Every place; CorDA's where its own requirement, attrs, is installed."""
+    inject = ("self", "model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict")
     found = [
+        PeftPlace(BaseTuner, "inject_adapter", inject, lambda *_, **__: NotImplemented, True, _together),
         PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init, True),
         PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
         PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
