@@ -46,7 +46,8 @@ def test_a_method_trains_and_merges_on_the_librarys_model(fla, method, tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "expand_k": 1.0, "vocab_size": 64}
     base = RWKV6ForCausalLM(RWKV6Config(**sizes)).cuda()
-    tokens = torch.randint(0, 64, (4, 80), device="cuda")
+    # up to 64 tokens the library takes the kernel above; the one of chunks is tuned for minutes first
+    tokens = torch.randint(0, 64, (4, 48), device="cuda")
     names = r".*attn\.([rkvg]_proj\.linear|o_proj)"
     config = {
         "sara": svdtune.SaraConfig(threshold=0.3, target_modules=names),
