@@ -32,6 +32,12 @@ def number_of(text: str) -> int | float | None:
     return float(text.lower().replace(".inf", "inf").replace(".nan", "nan")) if re.fullmatch(FLOAT, text) else None
 
 
+def depth_of(module: str) -> int:
+    """The number of the layer that a module is in: the first number in its name, or 0."""
+    number = re.search(r"\.(\d+)\.", f".{module}.")
+    return int(number.group(1)) if number else 0
+
+
 def meant(given: str | Path, known: Sequence[str] = (), *, folders: bool = False) -> str:
     """The end of a message about a path that is not there: where was looked, and what comes near.
 

@@ -38,7 +38,7 @@ from svdtune.linalg import Spectrum, rank_at_threshold, spectrum, top_factors
 from svdtune.methods import injection
 from svdtune.methods.files.adapter import read_adapter
 from svdtune.methods.start import disk
-from svdtune.planning import draw, plan
+from svdtune.planning import draw_chart, plan
 from svdtune.spectra import base_weight, factors
 from svdtune.training import arguments, method
 from svdtune.training.method import build_config
@@ -185,7 +185,7 @@ def test_plans(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ):
         plan(checkpoint, svdtune.SorsaConfig(r=99))
     with pytest.raises(SvdtuneError, match=r"ranks\.txt is no chart; end it in \.svg, \.png or \.pdf"):
-        draw(plan(checkpoint, svdtune.SorsaConfig(r=2)), tmp_path / "ranks.txt")
+        draw_chart(plan(checkpoint, svdtune.SorsaConfig(r=2)), tmp_path / "ranks.txt")
     for owner in (type(checkpoint.model.config), checkpoint.model.config):  # PEFT asks the first
         monkeypatch.setattr(owner, "model_type", "unheard_of")
     with pytest.raises(SvdtuneError, match="knows no default target_modules for 'unheard_of'; name them, or use"):

@@ -14,9 +14,9 @@ from svdtune.analysis.records import (
     Sample,
     Scores,
     Summary,
-    printable,
     read_lines,
     read_record,
+    spelled_out,
 )
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.averages import average, no_average
@@ -158,7 +158,7 @@ def _scores(folder: Path, problems: list[str], weights: str | None) -> dict[str,
     sets: dict[str, tuple[str, str]] = {}
     counts: dict[str, dict[str, tuple[int, int]]] = {"strict": {}, "paper": {}}
     for path in sorted(folder.glob(f"evaluations/*/{RESULT}")):
-        name = printable(path.parent.name)
+        name = spelled_out(path.parent.name)
         result = read_record(folder, str(path.relative_to(folder)), Scores, problems)
         if result is None or result["n"] is None:
             continue

@@ -233,7 +233,7 @@ def _read(path: Path, problems: list[str], read: Callable[[], Found]) -> Found |
     try:
         return read()
     except (OSError, ValueError, RecursionError) as error:
-        shown = path.name if path.name != RESULT else f"{printable(path.parent.name)}/{path.name}"
+        shown = path.name if path.name != RESULT else f"{spelled_out(path.parent.name)}/{path.name}"
         problems.append(f"{shown} is damaged and was left out: {_reason(error)}")
         return None
 
@@ -259,10 +259,10 @@ def _each_valid(lines: list[dict[str, Any]], kind: type[Record]) -> list[dict[st
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "its values lie too deep in each other"
-    return printable(first_line(error))[:300]
+    return spelled_out(first_line(error))[:300]
 
 
-def printable(name: str) -> str:
+def spelled_out(name: str) -> str:
     """A text of others as a page and a terminal can show it: bytes that are no text are written
     out."""
     return name.encode(errors="backslashreplace").decode()

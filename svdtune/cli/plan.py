@@ -111,7 +111,7 @@ def plan(
 
 def _tell(made: "Plan", fitting: "Fitting", chart: Path | None) -> None:
     """Print a plan, and write the files that were asked for."""
-    from svdtune.planning import draw
+    from svdtune.planning import draw_chart
 
     console = open_console()
     if made.sites.ranks:
@@ -121,7 +121,7 @@ def _tell(made: "Plan", fitting: "Fitting", chart: Path | None) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     for_json(made.to_json() | fitting.to_json())
     if chart is not None:
-        draw(made, chart)
+        draw_chart(made, chart)
         console.print(f"wrote {chart}")
 
 

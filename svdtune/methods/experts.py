@@ -11,7 +11,7 @@ from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.injection import by_kind
 from svdtune.methods.layers.experts import ExpertSlice, ExpertStack, FusedExperts, stacks_in
-from svdtune.methods.start.memory import is_sharded
+from svdtune.methods.start.memory import has_sharded_weight
 from svdtune.names import is_named
 
 # What single experts' layers are called, in the models that have them.
@@ -49,7 +49,12 @@ def asked_stacks(model: nn.Module, config: SvdConfig) -> dict[str, ExpertStack]:
     stacks = {name: stack for name, stack in there.items() if name in wanted}
     for name, stack in stacks.items():
         offloaded = getattr(getattr(stack.experts, "_hf_hook", None), "offload", False)
-        if offloaded or is_sharded(stack) or not stack.weight.is_floating_point() or stack.weight.element_size() == 1:
+        if (
+            offloaded
+            or has_sharded_weight(stack)
+            or not stack.weight.is_floating_point()
+            or stack.weight.element_size() == 1
+        ):
             raise SvdtuneError(
                 f"{name!r} (target_parameters) is quantized, offloaded or spread over processes, and an adapter of experts "
                 "needs its numbers whole in memory. Load the model so, or leave `target_parameters` out"

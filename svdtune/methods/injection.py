@@ -57,10 +57,10 @@ def check_targets(model: nn.Module, config: PeftConfig) -> None:
     targets = _as_given(getattr(config, "target_modules", None))
     if isinstance(targets, list):
         chosen = any(getattr(config, key, None) for key in ("layers_to_transform", "exclude_modules"))
-        check_names(model, targets, chosen)
+        check_target_names(model, targets, chosen)
 
 
-def check_names(model: nn.Module, targets: list[str], chosen: bool = False) -> None:
+def check_target_names(model: nn.Module, targets: list[str], chosen: bool = False) -> None:
     """As `check_targets`, for names alone. `chosen` says that another setting picks layers."""
     everything = [name for name, _ in model.named_modules() if name]
     for target in targets:

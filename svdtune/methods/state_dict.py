@@ -20,7 +20,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import leave_out, restore
-from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_names, check_tensors, tensor_digest
+from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_tensor_names, check_tensors, tensor_digest
 from svdtune.methods.layers.base import SvdLayer
 
 
@@ -92,7 +92,7 @@ class StateDictTuner(BaseTuner):
             # A program may hand over its own biases; a file says in its configuration what it has.
             of_file = ours(config).svdtune_version is not None
             named = {key: tensor for key, tensor in bare.items() if of_file or not key.endswith(".bias")}
-            check_names(cls._loadable(model, ours(config), adapter_name), named)
+            check_tensor_names(cls._loadable(model, ours(config), adapter_name), named)
             check_finite(bare, saving=False)
         except SvdtuneError:
             cls._take_back(model, adapter_name)

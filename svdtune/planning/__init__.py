@@ -2,7 +2,7 @@
 built."""
 
 from svdtune.planning.anatomy import Anatomy, anatomy
-from svdtune.planning.chart import by_depth, draw
+from svdtune.planning.chart import by_depth, draw_chart
 from svdtune.planning.costs import RANKED, Costs
 from svdtune.planning.decomposition import initialisation_bytes
 from svdtune.planning.levers import Choice, cheapest, devices_needed, fits, least
@@ -25,7 +25,7 @@ __all__ = [
     "by_depth",
     "cheapest",
     "devices_needed",
-    "draw",
+    "draw_chart",
     "estimate",
     "fits",
     "initialisation_bytes",

@@ -1,12 +1,12 @@
 """The chart of a plan: rank by depth, one line a kind of module."""
 
 import io
-import re
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
 from svdtune.errors import SvdtuneError
+from svdtune.names import depth_of
 from svdtune.planning.plan import Plan
 from svdtune.system import explain_write_errors, needs, replace_bytes
 
@@ -20,9 +20,7 @@ def by_depth(plan: Plan) -> dict[str, dict[int, list[int]]]:
     """
     found: dict[str, dict[int, list[int]]] = {}
     for name, sites in groupby(plan.sites, lambda site: site.module if site.expert else site.name):
-        number = re.search(r"\.(\d+)\.", f".{name}.")
-        depth = int(number.group(1)) if number else 0
-        parts = name.split(".")
+        depth, parts = depth_of(name), name.split(".")
         for size in range(1, len(parts) + 1):
             kind = ".".join(parts[-size:])
             if depth not in found.setdefault(kind, {}):
@@ -31,7 +29,7 @@ def by_depth(plan: Plan) -> dict[str, dict[int, list[int]]]:
     return {kind: ranks for kind, ranks in found.items() if ranks}
 
 
-def draw(plan: Plan, file: Path) -> None:
+def draw_chart(plan: Plan, file: Path) -> None:
     """Write the chart as SVG, PNG or PDF, by the file's suffix.
 
     Raises:

@@ -9,6 +9,7 @@ from svdtune._version import __version__
 from svdtune.analysis import Facts, comparisons
 from svdtune.analysis.facts import AVERAGE
 from svdtune.methods.files.card import TITLES
+from svdtune.names import depth_of
 
 _MEASURES = ("relative_change", "delta_d", "delta_sigma", "angle", "condition")
 
@@ -68,13 +69,6 @@ def title_of(run: Facts) -> str:
         told = [text for text in told if not text.startswith("θ")]
     name = settings["variant"] or {**TITLES, "full": "full fine-tuning", "lora": "LoRA"}.get(method, method)
     return ", ".join([name, *told])
-
-
-def depth_of(name: str) -> int:
-    """The layer's number in the model: the first number in its module's name, 0 where there is
-    none."""
-    number = re.search(r"\.(\d+)\.", f".{name}.")
-    return int(number.group(1)) if number else 0
 
 
 def kind_of(name: str) -> str:

@@ -15,7 +15,7 @@ _REPLACED = "method"
 _SECTIONS = "model, method, data, training, evaluation, output"
 
 
-def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The settings of a recipe file, those of the files that it extends included.
 
     Args:
@@ -39,7 +39,7 @@ def read_settings(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise SvdtuneError(f"{path}: extends is {bases!r}; expected a file's name, or a list of them")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = merge(merged, read_settings(path.parent / base, (*above, path.resolve())))
+        merged = merge(merged, read_extended(path.parent / base, (*above, path.resolve())))
     return merge(merged, settings)
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.methods import registration
-from svdtune.methods.injection import check_names, check_targets, inject
+from svdtune.methods.injection import check_target_names, check_targets, inject
 from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
 from svdtune.names import is_named
@@ -64,7 +64,7 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("method", str(error))
 
 
-def as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:
+def section_as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """The settings of a run that was begun, perhaps with an earlier svdtune, as this one has
     them."""
     if name == "sorsa" and "layout" in options:
@@ -114,7 +114,7 @@ def adapt(
 def _trained(model: PreTrainedModel, targets: list[str] | None) -> PreTrainedModel:
     if targets is None:
         return model.requires_grad_(True)
-    check_names(model, targets)
+    check_target_names(model, targets)
     model.requires_grad_(False)
     for name, module in model.named_modules():
         if any(is_named(name, target) for target in targets):

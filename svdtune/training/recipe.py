@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 
 from svdtune.errors import SvdtuneError
 from svdtune.training.exclusions import exclusions
-from svdtune.training.inheritance import read_settings
+from svdtune.training.inheritance import read_extended
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.sections import DataSource, EvaluationSection, Section, TrainSource, check_template
 from svdtune.training.shipped import find_file
@@ -270,7 +270,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
         SvdtuneError: if the file cannot be read, or with all of the recipe's problems.
     """
     path = find_file(path, "recipe")
-    settings = read_settings(path)
+    settings = read_extended(path)
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     for dotted, value in parse_overrides(overrides):
         set_at(settings, dotted, value)
@@ -289,14 +289,14 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
     Raises:
         SvdtuneError: with all problems, the method's own settings included.
     """
-    from svdtune.training.method import as_stored, method_problems
+    from svdtune.training.method import method_problems, section_as_stored
     from svdtune.training.trl_settings import trl_problems
 
     problems: list[Problem] = []
     recipe = None
     method = settings.get("method")
     if begun and isinstance(method, dict):
-        method = as_stored(str(method.get("name")), method)
+        method = section_as_stored(str(method.get("name")), method)
         settings = {**settings, "method": method}
     try:
         recipe = Recipe.model_validate(settings)

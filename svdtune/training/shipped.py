@@ -9,7 +9,7 @@ from typing import Literal
 
 from svdtune.errors import SvdtuneError
 from svdtune.names import meant
-from svdtune.training.inheritance import read_settings
+from svdtune.training.inheritance import read_extended
 from svdtune.training.yaml_files import read_text, read_yaml, write_yaml
 
 Kind = Literal["recipe", "study"]
@@ -55,4 +55,4 @@ def whole_text(path: Path) -> str:
     if "extends" not in read_yaml(text, str(path)):
         return text
     comments = [line for line in text.splitlines() if line.startswith("#")]
-    return "\n".join([*comments, write_yaml(read_settings(path))])
+    return "\n".join([*comments, write_yaml(read_extended(path))])

@@ -25,7 +25,7 @@ from svdtune.checkpoint import open_checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold, spectrum
 from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
-from svdtune.planning import Setting, anatomy, by_depth, draw, estimate, plan
+from svdtune.planning import Setting, anatomy, by_depth, draw_chart, estimate, plan
 from svdtune.planning.rank_table import RankTable
 from tiny import LLAMA, tiny_gpt2, tiny_llama
 
@@ -357,10 +357,10 @@ def test_the_chart_has_a_line_a_kind(folder, tmp_path):
     made = planned(open_checkpoint(folder), "sara", threshold=0.2, target_modules=QV)
     assert {kind: list(ranks) for kind, ranks in by_depth(made).items()} == {kind: [0, 1, 2] for kind in QV}
     for suffix in ("svg", "png"):
-        draw(made, tmp_path / "charts" / f"ranks.{suffix}")
+        draw_chart(made, tmp_path / "charts" / f"ranks.{suffix}")
     assert (tmp_path / "charts" / "ranks.png").read_bytes()[1:4] == b"PNG"
     with pytest.raises(SvdtuneError, match=r"\.svg"):
-        draw(made, tmp_path / "ranks.bmp")
+        draw_chart(made, tmp_path / "ranks.bmp")
 
 
 def saved(model, folder):

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from svdtune.analysis import comparisons, read_facts
 from svdtune.cli import app
+from svdtune.names import depth_of
 from svdtune.reports import all_numbers, figures, gather, render, write_figures
 from svdtune.reports.figures import draw, save
-from svdtune.reports.gather import depth_of
 from svdtune.reports.numbers import Lines, Series
 
 

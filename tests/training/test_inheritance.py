@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.inheritance import merge, read_settings
+from svdtune.training.inheritance import merge, read_extended
 from svdtune.training.recipe import load_recipe
 
 BASE = """\
@@ -38,7 +38,7 @@ def test_sections_are_changed_and_the_method_is_replaced(tmp_path: Path) -> None
 def test_later_files_change_earlier_ones(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", BASE)
     write(tmp_path / "other.yaml", "data: {train: code.jsonl}\n")
-    settings = read_settings(write(tmp_path / "mine.yaml", "extends: [base.yaml, other.yaml]\n"))
+    settings = read_extended(write(tmp_path / "mine.yaml", "extends: [base.yaml, other.yaml]\n"))
     assert settings["data"] == {"train": "code.jsonl", "max_length": 256}
 
 
@@ -60,4 +60,4 @@ def test_merging_leaves_both_as_they_are() -> None:
 def test_what_cannot_be_extended(tmp_path: Path, text: str, message: str) -> None:
     write(tmp_path / "bad.yaml", "- a\n")
     with pytest.raises(SvdtuneError, match=message):
-        read_settings(write(tmp_path / "mine.yaml", text))
+        read_extended(write(tmp_path / "mine.yaml", text))

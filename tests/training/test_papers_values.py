@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from svdtune.training.inheritance import read_settings
+from svdtune.training.inheritance import read_extended
 from svdtune.training.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +39,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 def of_recipe(path: Path) -> dict[str, Any]:
     """All that a recipe and those it extends set, and nothing that they leave to the defaults."""
-    settings = read_settings(path)
+    settings = read_extended(path)
     data = {part: {"source": given} if isinstance(given, str) else given for part, given in _sources(settings)}
     return dict(flat({**settings, "data": {**settings["data"], **data}}))
 

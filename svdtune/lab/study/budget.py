@@ -10,7 +10,7 @@ from typing import Any, get_args
 from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.counts import count, largest_rank, opened
-from svdtune.lab.study.ranks import Source, solve_ranks, with_ranks
+from svdtune.lab.study.ranks import Source, section_with_ranks, solve_ranks
 from svdtune.training.method import FULL, config_class, method_names
 
 # The setting that sizes a method, where it is not `r`.
@@ -106,7 +106,7 @@ def fit(
     if knob == "threshold":
         found, theta = solve_ranks(checkpoint, method, budget)
         section = {key: value for key, value in method.items() if key != "r"} | {"threshold": theta}
-        return Fitted(section, count(checkpoint, with_ranks(method, found)), knob, theta)
+        return Fitted(section, count(checkpoint, section_with_ranks(method, found)), knob, theta)
     value, trained = _search(checkpoint, method, knob, budget)
     return Fitted(_sized(method, knob, value), trained, knob, value)
 
@@ -146,7 +146,7 @@ def _settings(name: str) -> set[str]:
 def _by_layer(checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, source: Source, seed: int) -> Fitted:
     found, theta = solve_ranks(checkpoint, method, budget, source, seed)
     mean = sum(found.values()) / len(found)
-    section = with_ranks(method, found, _ratio(method, mean))
+    section = section_with_ranks(method, found, _ratio(method, mean))
     return Fitted(section, count(checkpoint, section), "threshold", theta)
 
 

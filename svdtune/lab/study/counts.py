@@ -8,7 +8,7 @@ from peft import PeftConfig
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.methods.injection import check_names, check_targets
+from svdtune.methods.injection import check_target_names, check_targets
 from svdtune.methods.sites import Sites, sites
 from svdtune.models.loader import locate
 from svdtune.training.method import FULL, TARGETS, build_config
@@ -47,7 +47,7 @@ def count(checkpoint: Checkpoint, method: Mapping[str, Any]) -> int:
     """Parameters that a method section trains on a model; errors as in `sites_of`."""
     targets = method.get(TARGETS)
     if method["name"] == FULL and targets:
-        check_names(checkpoint.model, targets)
+        check_target_names(checkpoint.model, targets)
         return sum(
             tensor.numel()
             for name, tensor in checkpoint.model.named_parameters()

@@ -13,8 +13,8 @@ from svdtune.lab.study.plots import file_of, label_of, scaled
 from svdtune.lab.study.results import LayerRanks
 from svdtune.lab.study.spec import Settings, Study
 from svdtune.lab.study.table import NONE, number
+from svdtune.names import depth_of
 from svdtune.reports.figures import new_figure, style_of
-from svdtune.reports.gather import depth_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -90,7 +90,9 @@ def reverse(ranks: list[int]) -> list[int]:
     return [ranks[mirrored[at]] for at in range(len(ranks))]
 
 
-def with_ranks(method: Mapping[str, Any], ranks: Mapping[str, int], scale: float | None = None) -> dict[str, Any]:
+def section_with_ranks(
+    method: Mapping[str, Any], ranks: Mapping[str, int], scale: float | None = None
+) -> dict[str, Any]:
     """The section with these ranks, where it has none of its own, in place of `r` and `threshold`.
 
     Args:

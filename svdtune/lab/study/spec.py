@@ -15,7 +15,7 @@ from svdtune.data.catalogue import CATALOGUE
 from svdtune.data.examples import COMPLETION, PROMPT
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
-from svdtune.training.inheritance import merge, read_settings
+from svdtune.training.inheritance import merge, read_extended
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.recipe import check_recipe, set_at
 from svdtune.training.sections import DataSource, EvaluationSection, Section
@@ -203,7 +203,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
     tasks = {}
     for name, recipe in study.tasks.items():
         try:
-            tasks[name] = merge(read_settings(path.parent / recipe), study.settings)
+            tasks[name] = merge(read_extended(path.parent / recipe), study.settings)
         except SvdtuneError as error:
             problems.append(Problem(f"tasks.{name}", str(error)))
         else:

@@ -162,7 +162,7 @@ def check_known_layers(fingerprints: Collection[str], ranks: Collection[str]) ->
         )
 
 
-def check_names(allowed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
+def check_tensor_names(allowed: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Refuse tensors that an adapter's configuration does not ask for: they would overwrite the
     base model.
 

@@ -36,7 +36,7 @@ class Work:
         self.shapes = {name: spectra.matrix_shape(module) for name, module in targets.items()}
         self.weights = {name: partial(spectra.base_weight, module) for name, module in targets.items()}
         self.shared = together and sharing.is_on()
-        self.spread = any(is_sharded(module) for module in targets.values())
+        self.spread = any(has_sharded_weight(module) for module in targets.values())
 
     def ranks(self, names: list[str], threshold: float) -> dict[str, int]:
         """The rank at a threshold of each layer, by name."""
@@ -110,14 +110,14 @@ def _sample(module: nn.Module) -> str | None:
     """A digest of a sample of a weight as it is stored; None if processes do not hold the same
     weight."""
     weight = getattr(_base(module), "weight", None)
-    if not isinstance(weight, Tensor) or is_sharded(module) or weight.is_meta:
+    if not isinstance(weight, Tensor) or has_sharded_weight(module) or weight.is_meta:
         return None
     flat = weight.detach().reshape(-1)
     some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().view(torch.uint8).cpu()
     return hashlib.sha256(some.numpy().data).hexdigest()
 
 
-def is_sharded(module: nn.Module) -> bool:
+def has_sharded_weight(module: nn.Module) -> bool:
     """Whether a layer's base weight is spread over processes: a DTensor, or a parameter that ZeRO-3
     has partitioned."""
     weight = getattr(_base(module), "weight", None)

@@ -18,7 +18,7 @@ from svdtune.lab.study.spec import Measure, load_study
 from svdtune.models import load
 from svdtune.system import read_objects
 from svdtune.training import check_recipe, train
-from svdtune.training.inheritance import read_settings
+from svdtune.training.inheritance import read_extended
 from svdtune.training.method import adapt
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -52,7 +52,7 @@ def text(study_folder: Path) -> Path:
 
 
 def recipe_of(name: str, folder: str):
-    settings = read_settings(Path("recipe.yaml"))
+    settings = read_extended(Path("recipe.yaml"))
     settings["method"] = {"name": name} | METHODS[name]
     settings["training"] |= {"max_steps": 4} | ({"padding_free": False} if name == "prompt_tuning" else {})
     return check_recipe({**settings, "output": {"dir": folder}})
