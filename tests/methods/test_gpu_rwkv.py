@@ -46,7 +46,7 @@ def test_a_method_trains_and_merges_on_the_librarys_model(fla, method, tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 2, "expand_k": 1.0, "vocab_size": 64}
     base = RWKV6ForCausalLM(RWKV6Config(**sizes)).cuda()
-    # up to 64 tokens the library takes the kernel above; the one of chunks is tuned for minutes first
+    # up to 64 tokens the library takes the kernel above; that of chunks is first tuned for minutes
     tokens = torch.randint(0, 64, (4, 48), device="cuda")
     names = r".*attn\.([rkvg]_proj\.linear|o_proj)"
     config = {
