@@ -152,7 +152,7 @@ def is_recipe(given: Any) -> bool:
     """Whether something is a recipe: a YAML file, the name of one that comes with svdtune, its
     sections, or one that was read."""
     if isinstance(given, str | Path):
-        from svdtune.training.shipped import shipped
+        from svdtune.training.collection import shipped
 
         is_file = Path(given).suffix in (".yaml", ".yml")
         return is_file or (str(given) in shipped("recipe") and not Path(given).exists())

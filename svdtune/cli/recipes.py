@@ -27,7 +27,7 @@ def list_() -> None:
     svdtune train small
     """
     from svdtune.registry import has_lab
-    from svdtune.training.shipped import first_words, shipped
+    from svdtune.training.collection import first_words, shipped
 
     for verb, kind in (("train", "recipe"), *((("study", "study"),) if has_lab() else ())):
         found = shipped(kind)
@@ -45,7 +45,7 @@ def show(name: Name) -> None:
     \b
     svdtune recipes show sara/llama-7b-math-sara
     """
-    from svdtune.training.shipped import find_file, whole_text
+    from svdtune.training.collection import find_file, whole_text
 
     text = whole_text(find_file(name, "recipe"))
     for_json({"name": name, "text": text})
@@ -64,7 +64,7 @@ def write(
     svdtune recipes write small --output mine.yaml
     """
     from svdtune.system import check_new_file, explain_write_errors, replace_text
-    from svdtune.training.shipped import find_file, whole_text
+    from svdtune.training.collection import find_file, whole_text
 
     found = find_file(name, "recipe")
     output = output or Path(found.name)

@@ -30,7 +30,7 @@ from svdtune.methods.files.integrity import (
     check_base,
     check_same_layers,
 )
-from svdtune.methods.firstuse import forget_first_use, watch_first_use
+from svdtune.methods.first_use import forget_first_use, watch_first_use
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.experts import FusedExperts
 from svdtune.methods.layers.quantization import backend_of, device_and_dtype

@@ -12,11 +12,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from svdtune.errors import SvdtuneError
+from svdtune.training.collection import find_file
 from svdtune.training.exclusions import exclusions
 from svdtune.training.inheritance import read_extended
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.sections import DataSource, EvaluationSection, Section, TrainSource, check_template
-from svdtune.training.shipped import find_file
 from svdtune.training.yaml_files import read_yaml, write_yaml
 
 

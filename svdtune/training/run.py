@@ -34,6 +34,7 @@ from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.collators import make_collator
 from svdtune.training.compilation import compiled_blocks, compiles
+from svdtune.training.early_stopping import StopWithoutProgress
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, digest_of, start_run, take_up, write_summary
 from svdtune.training.health import WatchNumbers
 from svdtune.training.lock import held
@@ -46,8 +47,7 @@ from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
 from svdtune.training.room import check_room
-from svdtune.training.sharded import is_spread, saved_state
-from svdtune.training.stopping import StopWithoutProgress
+from svdtune.training.sharded_state import is_spread, saved_state
 
 if TYPE_CHECKING:
     from svdtune.training.trainer import RunTrainer

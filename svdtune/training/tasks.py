@@ -24,7 +24,7 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import RepeatSampler
 
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.methods.firstuse import forget_reference
+from svdtune.methods.first_use import forget_reference
 from svdtune.training.trainer import RunTrainer
 
 # Logits of a batch above which they are formed in chunks on a CPU too: 1 GiB in float32. Below it a

@@ -22,7 +22,7 @@ from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, 
 from svdtune.training.compilation import any_number_of_rows
 from svdtune.training.groups import split_groups
 from svdtune.training.packing import TOKENS
-from svdtune.training.sharded import saved_state, spread_optimizer_state, whole_optimizer_state
+from svdtune.training.sharded_state import saved_state, spread_optimizer_state, whole_optimizer_state
 
 OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # Trainer's names
 

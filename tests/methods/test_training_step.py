@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from test_peft_verbs import CONFIGS, TOKENS, adapted, config_of, layers, logits, model_of, move
 from torch.nn import functional as F
 
-from svdtune.methods.firstuse import forget_first_use
+from svdtune.methods.first_use import forget_first_use
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import reference as sara_reference
 from svdtune.methods.sorsa import reference as sorsa_reference

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.spec import load_study
-from svdtune.training import load_recipe, shipped
+from svdtune.training import collection, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,12 +27,12 @@ def recipes(*words: str) -> str:
 
 def test_a_wheel_has_them_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = pytest.importorskip("hatchling.builders.wheel").WheelBuilder(str(ROOT))
-    here = {kind: {*shipped.shipped(kind)} for kind in ("recipe", "study")}
+    here = {kind: {*collection.shipped(kind)} for kind in ("recipe", "study")}
     with zipfile.ZipFile(next(wheel.build(directory=str(tmp_path / "dist"), versions=["standard"]))) as file:
         file.extractall(tmp_path / "installed", [name for name in file.namelist() if name.endswith(".yaml")])
-    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "installed" / "svdtune")
-    assert {kind: {*shipped.shipped(kind)} for kind in here} == here
-    assert shipped.find_file("small", "recipe").is_relative_to(tmp_path)
+    monkeypatch.setattr(collection, "PACKAGE", tmp_path / "installed" / "svdtune")
+    assert {kind: {*collection.shipped(kind)} for kind in here} == here
+    assert collection.find_file("small", "recipe").is_relative_to(tmp_path)
     assert load_recipe("small").output.dir == "runs/small"
     assert {*load_study("small/math")[0].tasks} == {"math"}
 
@@ -74,10 +74,10 @@ def test_a_file_goes_before_a_name() -> None:
         ("zzzzzz", "recipe", "`svdtune recipes` lists those that come with svdtune"),
     ],
 )
-def test_what_comes_near_is_named(given: str, kind: shipped.Kind, near: str, tmp_path: Path) -> None:
+def test_what_comes_near_is_named(given: str, kind: collection.Kind, near: str, tmp_path: Path) -> None:
     Path("recipe.yaml").write_text("")
     with pytest.raises(SvdtuneError) as refused:
-        shipped.find_file(given, kind)
+        collection.find_file(given, kind)
     assert f"{given} (looked in {tmp_path})" in str(refused.value)
     assert near in str(refused.value)
 
