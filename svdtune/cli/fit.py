@@ -37,7 +37,18 @@ def setting_of(
     settings = left | {name: value for name, value in given.items() if value is not None}
     if quantize is not None:
         settings["dtype"] = {"4bit": "int4", "8bit": "int8"}[quantize]
+    _check_optimizer(settings.get("optimizer"))
     return Setting(strategy=strategy or "ddp", devices=devices, **settings)
+
+
+def _check_optimizer(name: str | None) -> None:
+    from transformers.training_args import OptimizerNames
+
+    if name is not None and name not in [known.value for known in OptimizerNames]:
+        raise SvdtuneError(
+            f"Transformers knows no optimizer {name!r}; --optimizer and training.optimizer take one of its OptimizerNames, "
+            "such as adamw_torch or adamw_bnb_8bit"
+        )
 
 
 def _of_recipe(recipe: Any, model: Any) -> dict[str, Any]:
@@ -48,6 +59,7 @@ def _of_recipe(recipe: Any, model: Any) -> dict[str, Any]:
         "accumulation": recipe.training.gradient_accumulation,
         "gradient_checkpointing": recipe.training.gradient_checkpointing,
         "dtype": stored if recipe.model.dtype == "auto" else recipe.model.dtype,
+        "optimizer": recipe.training.optimizer,
     }
 
 
@@ -111,7 +123,11 @@ class Fitting:
             )
 
     def _notes(self) -> list[str]:
-        notes = self.time.notes + (self.choice.time.notes if self.choice else ())
+        from svdtune.planning.memory import MOMENTS
+
+        notes = [*self.time.notes, *(self.choice.time.notes if self.choice else ())]
+        if self.setting.optimizer not in MOMENTS:
+            notes.append(f"what {self.setting.optimizer} keeps for a number is not known; AdamW's 8 bytes are counted")
         return list(dict.fromkeys(notes))
 
     def to_json(self) -> dict[str, Any]:
@@ -149,6 +165,7 @@ def setting_text(setting: Any) -> str:
     if setting.devices > 1 or setting.strategy != "ddp":
         words.append(f"{setting.strategy} on {setting.devices} device{'s' if setting.devices > 1 else ''}")
     words.append(setting.dtype)
+    words += [setting.optimizer] * (setting.optimizer != "adamw_torch")
     words += ["gradient checkpointing"] * setting.gradient_checkpointing + ["offload"] * setting.offload
     return ", ".join(words)
 

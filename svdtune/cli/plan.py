@@ -51,6 +51,7 @@ def plan(
     length: Annotated[int | None, typer.Option(help="Tokens a sequence (512).")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Batches before a step of the optimizer (1).")] = None,
     dtype: Annotated[str | None, typer.Option(help=f"Of the frozen base: {', '.join(_DTYPES)} (bfloat16).")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="Such as adamw_bnb_8bit (adamw_torch).")] = None,
     quantize: Annotated[str | None, typer.Option(help="4bit or 8bit: the base's linear weights.")] = None,
     gradient_checkpointing: Annotated[bool | None, typer.Option(help="Compute activations again.")] = None,
     devices: Annotated[int, typer.Option(help="GPUs that train together.")] = 1,
@@ -103,7 +104,7 @@ def plan(
     by_spectrum = getattr(wanted.config, "threshold", None) is not None
     checkpoint = wanted.open(weights=by_spectrum or ranks != "sara" or any(size is not None for size in sizes.values()))
     step = {"batch_size": batch_size, "length": length, "accumulation": accumulation, "dtype": dtype}
-    step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
+    step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload, "optimizer": optimizer}
     setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
     made = make_plan(checkpoint, wanted.config, **sizes, ranks=ranks, device=device)
     _tell(made, Fitting(made, checkpoint.model, setting, memory, link), chart)

@@ -14,6 +14,19 @@ from svdtune.planning.anatomy import Anatomy
 # int8 and a scale a row.
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5 + 4 / 64}
 QUANTIZED = ("int8", "int4")
+_EIGHT_BITS = 1 + 4 / 256  # a byte, and a 4-byte scale for 256 of them
+# Bytes that an optimizer keeps for a trained number, by its name in Transformers; those that are
+# not here keep what depends on shapes.
+MOMENTS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit"), 8.0),
+    **dict.fromkeys(("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2 * _EIGHT_BITS),
+    "adamw_torch_4bit": 2 * (0.5 + 4 / 128),
+    **dict.fromkeys(("ademamix", "paged_ademamix_32bit"), 12.0),
+    **dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3 * _EIGHT_BITS),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit", "adagrad", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit"), 4.0),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), _EIGHT_BITS),
+    "sgd": 0.0,
+}
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 SHARDED = ("fsdp2", "zero3")
 # cuBLAS keeps work space for itself, as PyTorch sets it on H100s.
@@ -38,6 +51,7 @@ class Setting:
             optimizer (zero2).
         dtype: of the frozen base's weights, one of `BYTES`; int8 and int4 are for the decoder
             layers' linear weights.
+        optimizer: by its name in Transformers; one that is not in `MOMENTS` is counted as AdamW.
 
     Raises:
         SvdtuneError: a value that there is not, or a strategy that cannot offload.
@@ -51,6 +65,7 @@ class Setting:
     gradient_checkpointing: bool = False
     offload: bool = False
     dtype: str = "bfloat16"
+    optimizer: str = "adamw_torch"
 
     def __post_init__(self) -> None:
         if self.strategy not in STRATEGIES:
@@ -62,6 +77,11 @@ class Setting:
                 raise SvdtuneError(f"{name} must be at least 1; got {getattr(self, name)}")
         if self.offload and self.strategy == "ddp":
             raise SvdtuneError("ddp keeps everything on every device; offload with fsdp2, zero3 or zero2")
+
+    @property
+    def moments(self) -> float:
+        """Bytes that the optimizer keeps for a trained number."""
+        return MOMENTS.get(self.optimizer, MOMENTS["adamw_torch"])
 
     @property
     def tokens(self) -> int:
@@ -81,7 +101,7 @@ class Memory:
         frozen: its frozen factors.
         gradients: all of them, as accumulation has them beside the activations; under DDP twice,
             for its buckets.
-        optimizer: AdamW's moments; ZeRO keeps a copy of the factors beside them.
+        optimizer: its moments; ZeRO keeps a copy of the factors beside them.
         activations: what the forward pass keeps for the backward pass.
         logits: three copies in fp32: the probabilities and two gradients.
         temporaries: what a decoder layer's backward pass takes beyond the logits, dequantized
@@ -112,7 +132,7 @@ class Memory:
 
 
 def estimate(sizes: Anatomy, setting: Setting) -> Memory:
-    """Estimate training memory for a frozen base, an fp32 adapter under bf16 autocast and AdamW."""
+    """Estimate training memory for a frozen base and an fp32 adapter under bf16 autocast."""
     base = weight_bytes(sizes, setting.dtype)
     sharded, zero = setting.strategy in SHARDED, setting.strategy.startswith("zero")
     share = setting.devices if sharded else 1
@@ -123,7 +143,7 @@ def estimate(sizes: Anatomy, setting: Setting) -> Memory:
         "adapter": 4 * sizes.trained / share,
         "frozen": 4 * sizes.frozen / share,
         "gradients": 4 * sizes.trained / split * (2 if several_ddp else 1),
-        "optimizer": (12 if zero else 8) * sizes.trained / split,
+        "optimizer": (setting.moments + (4 if zero else 0)) * sizes.trained / split,
     }
     moved = set(stored) if sharded else {"gradients", "optimizer"}
     moved = moved if setting.offload else set()

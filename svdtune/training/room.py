@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from svdtune.methods.sites import Count
+from svdtune.planning.memory import MOMENTS
 from svdtune.system import check_free
 from svdtune.training.recipe import Recipe
 
@@ -12,7 +13,7 @@ from svdtune.training.recipe import Recipe
 def check_room(recipe: Recipe, model: nn.Module, count: Count, steps: int) -> None:
     """Refuse a run whose result and checkpoints the disk has no room for.
 
-    What is written is at least this: an optimizer's state is left out where it may be a small one.
+    What is written is at least this: an optimizer's state is left out where its size is not known.
 
     Raises:
         SvdtuneError: saying how much is needed, and for what.
@@ -22,6 +23,6 @@ def check_room(recipe: Recipe, model: nn.Module, count: Count, steps: int) -> No
     taken = 0 if settings.save_steps is None else steps // settings.save_steps
     kept = min(taken, settings.keep_checkpoints + 1)  # one is written before the oldest is deleted
     saved = size * (count.trained + count.frozen)
-    moments = 2 * size * count.trained if settings.optimizer in ("adamw", "adamw_torch", "adamw_torch_fused") else 0
+    moments = int(MOMENTS.get(settings.optimizer, 0) * size / 4 * count.trained)
     what = "its result" if kept == 0 else f"its result and {kept} checkpoints"
     check_free(Path(recipe.output.dir), saved * (1 + kept) + moments * kept, what)

@@ -123,6 +123,7 @@ def test_sara_has_the_papers_threshold_by_default(folder):
         (["--r", "2", "--memory", "-1"], "GiB of one device"),
         (["--r", "2", "--link", "0"], "GB/s"),
         (["--r", "2", "--offload"], "ddp keeps everything"),
+        (["--r", "2", "--optimizer", "adamw_8bits"], "Transformers knows no optimizer 'adamw_8bits'"),
     ],
 )
 def test_user_errors_are_one_line(folder, options, message):
@@ -194,6 +195,23 @@ def test_options_stand_for_what_a_recipe_says(tiny_folder, tmp_path):
     assert made["trained_parameters"] <= 700
     step = {"batch_size": 2, "length": 96, "accumulation": 4, "gradient_checkpointing": False, "dtype": "float32"}
     assert made["setting"] == made["setting"] | step
+
+
+@pytest.mark.parametrize(("name", "bytes_each"), [("adamw_bnb_8bit", 2.03125), ("galore_adamw", 8)])
+def test_moments_are_counted_by_the_optimizer(tiny_folder, tmp_path, name, bytes_each):
+    """Of a recipe as of an option; where a number's bytes are not known, the plan says what it
+    counts."""
+    model, path = str(tiny_folder), recipe(tiny_folder, tmp_path, model=str(tiny_folder))
+    found = [
+        run("plan", path, "--training.optimizer", name, "--json", "-"),
+        run("plan", model, "--r", "2", "--optimizer", name, "--json", "-"),
+    ]
+    for result in found:
+        made = json.loads(result.stdout)
+        assert made["memory"]["optimizer"] == int(bytes_each * made["trained_parameters"])
+    said = run("plan", model, "--r", "2", "--optimizer", name).output
+    assert f", {name}: " in said
+    assert (f"what {name} keeps for a number is not known" in said) == (name == "galore_adamw")
 
 
 def test_a_method_without_ranks_is_planned(folder, tmp_path):
