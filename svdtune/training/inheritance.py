@@ -1,10 +1,12 @@
 """Recipe files on top of others: `extends: base.yaml` takes that file's settings and changes some.
 
 A section is changed setting by setting, but for `method`, which is replaced: the settings of one
-method mean nothing to another. With several files the later ones change the earlier ones. Paths are
+method mean nothing to another; and of `epochs` and `max_steps`, which exclude each other, the one
+that is said later stays. With several files the later ones change the earlier ones. Paths are
 relative to the file that names them.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.training.yaml_files import read_text, read_yaml
 
 _REPLACED = "method"
+_IN_PLACE_OF = {"training.epochs": "training.max_steps", "training.max_steps": "training.epochs"}
 _SECTIONS = "model, method, data, training, evaluation, output"
 
 
@@ -43,13 +46,21 @@ def read_extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(merged, settings)
 
 
+def replaced_by(changes: Mapping[str, Any]) -> set[str]:
+    """The settings that changes take the place of, all by their dotted paths."""
+    found = {_IN_PLACE_OF.get(path, path) for path, value in changes.items() if value is not None}
+    return found - changes.keys()
+
+
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """The settings of `base` with `changes`; both stay as they are."""
     merged = dict(base)
     for section, value in changes.items():
         before = merged.get(section)
         if isinstance(before, dict) and isinstance(value, dict) and section != _REPLACED:
-            merged[section] = {**before, **value}
+            replaced = replaced_by({f"{section}.{name}": one for name, one in value.items()})
+            kept = {name: one for name, one in before.items() if f"{section}.{name}" not in replaced}
+            merged[section] = {**kept, **value}
         else:
             merged[section] = value
     return merged

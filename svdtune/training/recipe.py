@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serial
 from svdtune.errors import SvdtuneError
 from svdtune.training.collection import find_file
 from svdtune.training.exclusions import exclusions
-from svdtune.training.inheritance import read_extended
+from svdtune.training.inheritance import read_extended, replaced_by
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.sections import DataSource, EvaluationSection, Section, TrainSource, check_template
 from svdtune.training.yaml_files import read_yaml, write_yaml
@@ -272,7 +272,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     path = find_file(path, "recipe")
     settings = read_extended(path)
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
-    for dotted, value in parse_overrides(overrides):
+    changes = dict(parse_overrides(overrides))
+    for dotted in replaced_by(changes):
+        set_at(settings, dotted, None)
+    for dotted, value in changes.items():
         set_at(settings, dotted, value)
     return check_recipe(settings, str(path), begun=begun)
 

@@ -35,6 +35,18 @@ def test_sections_are_changed_and_the_method_is_replaced(tmp_path: Path) -> None
     assert recipe.output.dir == "runs/mine"
 
 
+@pytest.mark.parametrize("door", ["extends", "override"])
+@pytest.mark.parametrize(("before", "later"), [("epochs", "max_steps"), ("max_steps", "epochs")])
+def test_of_two_that_exclude_each_other_the_later_stays(tmp_path: Path, before: str, later: str, door: str) -> None:
+    base = write(tmp_path / "base.yaml", BASE.replace("epochs", before))
+    mine = write(tmp_path / "mine.yaml", f"extends: base.yaml\ntraining: {{{later}: 7}}\n")
+    recipe = load_recipe(mine) if door == "extends" else load_recipe(base, [f"--training.{later}", "7"])
+    assert (getattr(recipe.training, later), getattr(recipe.training, before)) == (7, None)
+    assert recipe.training.learning_rate == 1e-4
+    with pytest.raises(SvdtuneError, match=r"training\.epochs: excludes training\.max_steps; give one of them"):
+        load_recipe(base, ["--training.epochs", "2", "--training.max_steps", "7"])
+
+
 def test_later_files_change_earlier_ones(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", BASE)
     write(tmp_path / "other.yaml", "data: {train: code.jsonl}\n")
