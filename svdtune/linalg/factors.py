@@ -22,9 +22,11 @@ from svdtune.linalg.precision import full_precision
 from svdtune.linalg.spectrum import DENSE, LARGE, Spectrum, from_eigenvalues, settled_spectrum
 
 # Relative error allowed to the smallest singular value kept, and to Ritz residuals against the
-# smallest squared one: the error of a Ritz value is of the order of its residual squared, 2.5e-7.
+# smallest squared one. A Ritz value errs by the residual squared, but vectors on the two sides of
+# σ_r mix by the residual over the gap there, and with them the weight's best approximation: for
+# spectra like LLaMA's, by a third of the residual.
 _ACCURACY = 1e-5
-_RESIDUAL = 5e-4
+_RESIDUAL = 5e-6
 _EXACT = 1e-9
 # The share of a spectrum's sum above which the rank is likely too large for the Krylov route.
 _MANY = 0.2
@@ -218,16 +220,21 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
     # their spectra are flat, which takes many blocks.
     if n < LARGE or 2 * (r + 4 * block) > n:
         return None
-    krylov = BlockKrylov(tall(working_copy(weight, scale, dtype)), block, capacity=n // 2)
+    W = tall(working_copy(weight, scale, dtype))
+    # A pass with the Gram matrix multiplies n² numbers where one with W takes 2mn. Forming it takes
+    # half of m n², by products twice as fast as thin ones; on a GPU those cost least.
+    expected = 3 * r + 10 * block
+    pays = not W.is_cuda and n * (len(W) + 4 * expected) < 8 * len(W) * expected
+    krylov = BlockKrylov(W, block, 5 * n // 8, gram(W, 1.0, dtype) if pays else None)
     # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely
-    # to be the last time.
-    check_at = max(6 * r, r + 8 * block)
+    # to be the last time; on a CPU an early look tells how many passes are missing.
+    check_at = max((6 if W.is_cuda else 4) * r, r + 8 * block)
     while krylov.room:
         krylov.extend()
         if krylov.p < check_at and krylov.room:
             continue
         values, vectors, residuals = krylov.ritz()
-        # Rounding in B = WQ leaves a relative error of some 4 ε σ₁/σ_r in σ_r, the float64
+        # Rounding in W V leaves a relative error of some 4 ε σ₁/σ_r in σ_r, the float64
         # eigenproblem one of its noise.
         rounding = 4 * torch.finfo(dtype).eps * values[0].sqrt() <= _ACCURACY * values[r - 1].sqrt()
         solving = noise(float(values[0]), krylov.p, torch.float64) <= _ACCURACY * float(values[r - 1])
@@ -237,17 +244,19 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
             if dtype == torch.float64:
                 return None
             raise _TooCoarse
-        if (residuals[:r] <= _RESIDUAL * values[r - 1]).all():
-            return _triplets(krylov.W, krylov.Q[:, : krylov.p].double() @ vectors[:, :r])
-        check_at = krylov.p + max(2 * block, r)
+        found = int((residuals[:r] <= _RESIDUAL * values[r - 1]).sum())
+        if found == r:
+            return _triplets(W, krylov.Q[: krylov.p].mT @ vectors[:, :r].to(dtype))
+        # Once its turn has come, a triplet takes two directions or a few more.
+        check_at = krylov.p + max(block, 9 * (r - found) // 4)
     return None
 
 
 def _triplets(W: Tensor, V: Tensor) -> Triplets:
-    """The triplets of W [m, n] within the span of V [n, r], nearly orthonormal; in float64, so that
-    they are exact there."""
-    V = polish(polish(V))
-    US = W.double() @ V
+    """The triplets of W [m, n] within the span of V [n, r], nearly orthonormal; all but W V in
+    float64, so that they are exact there."""
+    V = polish(V.double())
+    US = (W @ V.to(W.dtype)).double()
     squared, Y = torch.linalg.eigh(US.mT @ US)
     s, Y = squared.flip(0).clamp_min(0).sqrt(), Y.flip(1)
     return polish(US @ Y / s), s, V @ Y

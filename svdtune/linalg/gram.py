@@ -20,16 +20,18 @@ def gram(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """
     W = tall(weight)
     n = W.shape[1]
+    step = n if weight.is_cuda or n < 512 else -(-n // _BLOCKS)
     G: Tensor | None = None
     for start in range(0, W.shape[0], _ROWS):
         slab = working_copy(W[start : start + _ROWS], scale, dtype)
         if G is None:
             G = torch.zeros(n, n, dtype=dtype, device=slab.device)
-        step = n if slab.is_cuda or n < 512 else -(-n // _BLOCKS)
         for i in range(0, n, step):
             G[i:, i : i + step].addmm_(slab[:, i:].mT, slab[:, i : i + step])
     assert G is not None
-    return torch.tril(G) + torch.tril(G, -1).mT
+    for i in range(0, n, step):
+        G[i : i + step, i + step :] = G[i + step :, i : i + step].mT
+    return G
 
 
 def noise(largest_eigenvalue: float, n: int, dtype: torch.dtype) -> float:

@@ -34,13 +34,18 @@ def largest_entry(weight: Tensor) -> float:
         raise SvdtuneError("the weight is on the meta device and has no values; load it before decomposing it")
     if not weight.is_floating_point():
         raise SvdtuneError(f"a weight must be floating point, not {weight.dtype}; dequantize it first")
-    if weight.element_size() == 1:
-        weight = weight.float()
-    low, high = torch.aminmax(weight.detach())
-    largest = max(-float(low), float(high))
+    largest = magnitude(weight)
     if not math.isfinite(largest):
         raise SvdtuneError("the weight holds NaN or infinity, so it has no singular values; check the checkpoint")
     return largest
+
+
+def magnitude(weight: Tensor) -> float:
+    """The largest magnitude in a weight that has entries: NaN where one of them is, or infinite."""
+    if weight.element_size() == 1:
+        weight = weight.float()
+    low, high = torch.aminmax(weight.detach())
+    return max(-float(low), float(high))
 
 
 def tall(weight: Tensor) -> Tensor:
@@ -50,12 +55,13 @@ def tall(weight: Tensor) -> Tensor:
 
 def power_of_two(largest: float) -> float:
     """The power of two at or below `largest`, clamped so that it and its inverse are finite in
-    fp32.
+    fp32; 1, which spares a copy, where that is near.
 
     Dividing by it is exact, and keeps squares of very large or very small weights inside the range
     of fp32.
     """
-    return 2.0 ** max(-120, min(120, math.frexp(largest)[1] - 1)) if largest > 0 else 1.0
+    exponent = math.frexp(largest)[1] - 1
+    return 1.0 if abs(exponent) <= 16 else 2.0 ** max(-120, min(120, exponent))
 
 
 def working_copy(weight: Tensor, scale: float, dtype: torch.dtype) -> Tensor:

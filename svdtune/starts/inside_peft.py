@@ -7,6 +7,7 @@ and meta weights, ranks that the weight does not have) goes to PEFT's too, error
 """
 
 import inspect
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.linalg import Components, Factors, check_band, top_factors
+from svdtune.linalg.matrix import magnitude
 from svdtune.spectra import factors
 from svdtune.spectra.devices import devices_for_work, on_device
 from svdtune.starts.pairs import (
@@ -303,7 +305,7 @@ def _where_fastest(decompose: Callable[[Tensor, int], Parts], weight: Tensor, r:
 def _is_plain(weight: Tensor) -> bool:
     """Whether it is a matrix of finite numbers in one piece."""
     plain = type(weight) is Tensor and weight.ndim == 2 and weight.dtype in _DTYPES and not weight.is_meta
-    return plain and bool(torch.isfinite(weight).all())
+    return plain and weight.numel() > 0 and math.isfinite(magnitude(weight))
 
 
 def _is_transposed(layer: LoraLayer) -> bool:

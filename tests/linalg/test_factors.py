@@ -68,6 +68,24 @@ def test_krylov_agrees_with_the_dense_route_vector_by_vector(kind, monkeypatch):
     assert (overlap.abs() > 1 - 1e-6).all()
 
 
+@pytest.mark.parametrize("shape", [(640, 640), (900, 640)], ids=str)
+@pytest.mark.parametrize("first", [2, 10, 60])  # times the smallest value that is wanted; 60 takes float64
+@pytest.mark.parametrize("formed", [True, False])
+def test_krylov_gives_the_best_approximation_to_rounding(shape, first, formed, monkeypatch):
+    """What PiSSA starts from: values settle before the vectors on the two sides of the rank do."""
+    values, r = llama_like(640), 24
+    values[0] = first * values[r - 1]
+    weight = weight_with(values, *shape).float()
+    monkeypatch.setattr(module, "_by_gram", lambda *_: pytest.fail("the Krylov route gave up"))
+    if not formed:
+        monkeypatch.setattr(module, "gram", lambda *_: None)
+    found = top_factors(weight, r)
+    U, s, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
+    best = (U[:, :r] * s[:r]) @ Vh[:r]
+    assert (best - (found.U * found.s).double() @ found.Vh.double()).norm() <= 2e-6 * best.norm()
+    torch.testing.assert_close(found.s.double(), s[:r], rtol=5e-7, atol=0)
+
+
 def test_more_copies_of_a_value_than_a_block_holds_are_all_found():
     """From one start block, Krylov iteration finds at most a block's worth of copies; that must be
     noticed."""
