@@ -299,3 +299,8 @@ def test_a_run_with_next_to_nothing_says_what_is_missing(opened: Any, tmp_path: 
 def test_json_in_a_script_element_keeps_every_number(data: dict[str, Any], file: Path) -> None:
     text = file.read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
     assert json.loads(text) == json.loads(json.dumps(data))
+
+
+def test_the_tables_round_as_the_sentences_do(opened: Any, file: Path) -> None:
+    shares = [*(n / 16 for n in range(17)), 0.12345, 2 / 3]
+    assert opened(file).evaluate("shares => shares.map(tenths)", shares) == [f"{share:.1%}"[:-1] for share in shares]

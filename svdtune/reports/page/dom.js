@@ -24,7 +24,14 @@ function shown(value) {
   return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 });
 }
 
-const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(1)} %`);
+/** A share in percent, to a tenth; a half goes to the even one, as in the page's sentences. */
+function tenths(share) {
+  const near = Math.round(1000 * share);
+  const half = near - 1000 * share === 0.5;
+  return ((half && near % 2 ? near - 1 : near) / 10).toFixed(1);
+}
+
+const percent = (value) => (value === null || value === undefined ? "–" : `${tenths(value)} %`);
 
 /** A number for an axis: short. */
 function tickText(value) {

@@ -50,7 +50,7 @@ function result() {
   const box = document.getElementById("result");
   const labels = [...new Set(RUNS.flatMap((run) => Object.keys(run.scores)))].sort((a, b) => b.startsWith("average") - a.startsWith("average"));
   box.append(el("p", { class: "lead" }, DATA.headline));
-  const scored = (score) => (score ? `${percent(score.value)}${score.low === null ? "" : `\n(${(100 * score.low).toFixed(1)}–${(100 * score.high).toFixed(1)})`}` : "–");
+  const scored = (score) => (score ? `${percent(score.value)}${score.low === null ? "" : `\n(${tenths(score.low)}–${tenths(score.high)})`}` : "–");
   const metric = (score) => (score ? shown(score.value) : "–");
   const columns = [
     { title: "run", value: (run) => run.name, words: true },
