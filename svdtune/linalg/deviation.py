@@ -1,10 +1,9 @@
-"""How far a weight has moved from where it started, in the terms of its singular value
-decomposition.
+"""How far a weight has moved from its start, in terms of its singular value decomposition.
 
-SORSA's ΔΣ and ΔD (Eq. 7–10) pair singular vectors by their index. Where two close singular values
-change places, the vectors of both indices turn by 90° and ΔD jumps although the weight hardly
-moved. The angle between the subspaces that the leading vectors span has no such jump, provided that
-the subspace ends at a gap of the spectrum; both are given.
+SORSA's ΔΣ and ΔD (Eq. 7–10) pair singular vectors by their index. If two close singular values
+change places, the vectors of both indices turn by 90°, and ΔD jumps although the weight hardly
+moved. The angle between the subspaces of the leading vectors has no such jump, provided that the
+subspace ends at a gap of the spectrum. Both are given.
 """
 
 import math
@@ -120,7 +119,7 @@ def product_values(A: Tensor, B: Tensor) -> Tensor:
 
 
 def condition_number(values: Tensor) -> float:
-    """σ_max / σ_min of descending singular values; infinite where the last is 0 to float64's
+    """σ_max / σ_min of descending singular values; infinite if the last is 0 to float64's
     rounding."""
     first, last = float(values[0]), float(values[-1])
     return first / last if last > first * len(values) * torch.finfo(torch.float64).eps else math.inf

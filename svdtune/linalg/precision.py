@@ -1,5 +1,5 @@
-"""fp32 products in fp32: the one place that keeps autocast, TF32 and bf16 out of a block, whatever
-the user allowed, and gives the user's choice back."""
+"""fp32 products in fp32: no autocast, no TF32 and no bf16 inside a block, whatever the user
+allowed. Afterwards the user's choice is back. Only this file does so."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -48,10 +48,10 @@ class _Ieee:
 
 
 def _forbid() -> tuple[Callable[[], None], ...]:
-    """Forbid less than fp32 in matrix products; what puts back what was allowed.
+    """Forbid less than fp32 in matrix products. Return what puts the user's choice back.
 
-    torch 2.9 gave GPUs and CPUs a setting each. The older one for both raises a RuntimeError from
-    then on where they were set apart, so it is asked in 2.8 alone.
+    torch 2.9 gave GPUs and CPUs a setting each. If they were set apart, the older one for both
+    raises a RuntimeError from then on, so only 2.8 is asked for it.
     """
     settings = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
     if all(hasattr(setting, "fp32_precision") for setting in settings):

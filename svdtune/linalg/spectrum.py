@@ -62,8 +62,8 @@ class Spectrum:
         return _value_errors(self.values, self.squared_error).cumsum(0)
 
     def locate(self, threshold: float) -> tuple[int | None, bool]:
-        """(rank at `threshold`, whether no error within the bounds could change it); the rank is
-        None out of reach."""
+        """(rank at `threshold`, whether no error within the bounds could change it). The rank is
+        None if it lies beyond the values."""
         sums, target = self.values.cumsum(0), threshold * self.total
         reached = (sums >= target).nonzero()
         if self.total == 0:
@@ -200,8 +200,8 @@ def _by_svd(weight: Tensor) -> Spectrum:
 
 
 def _leading(weight: Tensor, threshold: float) -> Spectrum | None:
-    """The leading values and the nuclear norm, as far as `threshold` needs; None where that is no
-    shortcut."""
+    """The leading values and the nuclear norm, as far as `threshold` needs them; None if they are
+    no shortcut."""
     largest, n = largest_entry(weight), min(weight.shape)
     if largest == 0:
         return None

@@ -1,8 +1,8 @@
 """Start a stock LoRA from a checkpoint, one weight in memory at a time.
 
-The result is a folder that PEFT loads without svdtune. Where the start is taken off the weights
-(PiSSA, MiLoRA, OLoRA), the weights that are left are written beside it, as a checkpoint like the
-one that was read: pair and rest come from one reading of each weight.
+The result is a folder that PEFT loads without svdtune. PiSSA, MiLoRA and OLoRA take the start off
+the weights. The weights that are left are then written beside the adapter, as a checkpoint like the
+one that was read. Each weight is read once for both.
 """
 
 from collections.abc import Callable, Mapping
@@ -134,7 +134,7 @@ def _pissa(components: Components, weight: Tensor, site: Site, scaling: float, w
 
 
 def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) -> _PlannedLora:
-    """Put the adapter on the model without weights, and make sure that A and B are all of it."""
+    """Put the adapter on the model without weights, and check that A and B are all of it."""
     check_components(config, components)
     starts_at_zero = config.init_lora_weights == "mica"  # the name also says that B stays
     # PEFT would decompose weights that are not there; what is loaded is not taken off again either
@@ -169,7 +169,8 @@ def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) ->
 
 
 def check_components(config: LoraConfig, components: Components) -> None:
-    """Raise `SvdtuneError` for triplets that are none, or not those of a LoRA of this rank."""
+    """Raise `SvdtuneError` for components that name no triplets, or not as many as a LoRA of this
+    rank has."""
     init = config.init_lora_weights
     if not (isinstance(init, str) and PISSA.fullmatch(init)):
         check_not_asked(components, init)
@@ -178,7 +179,8 @@ def check_components(config: LoraConfig, components: Components) -> None:
 
 
 def _check_weights(checkpoint: Checkpoint, planned: _PlannedLora) -> None:
-    """Refuse a weight that is not there, or whose loss would be another module's too."""
+    """Refuse a weight that is missing, or that other modules share: they would lose the start
+    too."""
     for parameter, (site, _) in planned.sites.items():
         if parameter not in checkpoint.readers:
             site.weight(checkpoint)  # says what is missing
@@ -193,7 +195,7 @@ def _check_weights(checkpoint: Checkpoint, planned: _PlannedLora) -> None:
 def _write_residual(
     checkpoint: Checkpoint, work: Path, planned: _PlannedLora, begin: Callable[[str], tuple[Tensor, LoraPair]]
 ) -> None:
-    """Write the checkpoint with every pair taken off its weight, beginning each pair as its weight
+    """Write the checkpoint with every pair taken off its weight. Each pair is begun when its weight
     is reached."""
     work.mkdir()
     places = {checkpoint.names.of(parameter): parameter for parameter in planned.sites}

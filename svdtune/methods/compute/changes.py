@@ -27,11 +27,11 @@ class Change(NamedTuple):
 
 
 def changes_at_once(jobs: list[tuple[Product, torch.dtype]]) -> list[Change | None]:
-    """A `Change` for each job, whose second entry is its dtype; None where tensors are sharded or
-    not there.
+    """A `Change` for each job, whose second entry is its dtype. None if tensors are sharded or not
+    there.
 
-    The sum inside ΔW is formed in fp32 of factors rounded to that dtype, as the layers' own nodes
-    do it.
+    The sum inside ΔW is formed in fp32 from factors rounded to that dtype, as the layers' own nodes
+    form it.
     """
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, (tensors, dtype) in enumerate(jobs):
@@ -48,8 +48,8 @@ def changes_at_once(jobs: list[tuple[Product, torch.dtype]]) -> list[Change | No
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Whether a parameter is an ordinary one, with its values in memory: FSDP and ZeRO shard theirs
-    between layers' turns."""
+    """Whether a parameter is an ordinary one with its values in memory. FSDP and ZeRO shard theirs
+    between the layers' turns."""
     return type(tensor) is nn.Parameter and not hasattr(tensor, "ds_id") and not tensor.is_meta
 
 

@@ -1,6 +1,6 @@
-"""The key-value cache that a pass of a model extends, found by what it is.
+"""The key-value cache that a pass of a model extends, found by its type.
 
-What a model's forward calls the argument depends on the release of transformers.
+The name of a forward's argument for it depends on the release of transformers.
 """
 
 from collections.abc import Iterable
@@ -10,10 +10,11 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 
 def growing_cache(arguments: Iterable[Any]) -> DynamicCache | None:
-    """The cache among a forward's arguments that grows by the tokens of each pass, or None.
+    """The cache among a forward's arguments that grows by the tokens of each pass; None if there is
+    none.
 
-    An encoder-decoder model's is the one of its decoder's self-attention. A static cache is left
-    out: it keeps its length on the device, and asking for it would wait for the device.
+    Of an encoder-decoder model it is the cache of the decoder's self-attention. A static cache is
+    left out: it keeps its length on the device, and asking for it would wait for the device.
     """
     for argument in arguments:
         cache = argument.self_attention_cache if isinstance(argument, EncoderDecoderCache) else argument
@@ -23,7 +24,7 @@ def growing_cache(arguments: Iterable[Any]) -> DynamicCache | None:
 
 
 def is_empty(cache: DynamicCache) -> bool:
-    """Whether a cache holds nothing yet, or nothing any more after its reset."""
+    """Whether a cache holds nothing yet, or nothing any more after a reset."""
     try:
         return cache.get_seq_length() == 0
     except ValueError:  # recurrent states alone (Mamba), which have no length

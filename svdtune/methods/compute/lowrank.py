@@ -49,7 +49,7 @@ def stacked(
 ) -> tuple[Tensor, Tensor]:
     """The pair A [in, w], B [out, w] with A Bᵀ = (P Vᵀ − P₀ V₀ᵀ)ᵀ, rounded to `dtype` last.
 
-    w is r, or 2r where a principal part is taken away, filled up with zero columns to a multiple of
+    w is r, or 2r if a principal part is taken away. Zero columns fill it up to a multiple of
     `pad`.
     """
     if kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
@@ -59,8 +59,8 @@ def stacked(
 
 
 def pair(U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A = [V, V − V₀] and B = [P − P₀, P₀], or V and P where nothing is taken away; all may have
-    leading dimensions."""
+    """A = [V, V − V₀] and B = [P − P₀, P₀]; V and P if nothing is taken away. All may have leading
+    dimensions."""
     P = scaled(U, s)
     if P0 is None or V0 is None:
         return V, P
@@ -79,7 +79,7 @@ def alignment(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def tall_product(X: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
-    """Xᵀ Q in `dtype`; 16-bit products on a GPU leave their fp32 sums unrounded where that is asked
+    """Xᵀ Q in `dtype`. 16-bit products on a GPU leave their fp32 sums unrounded if that is asked
     for."""
     if X.is_cuda and X.dtype.itemsize == 2 and dtype == torch.float32:
         return torch.mm(X.mT, Q, out_dtype=dtype)
@@ -225,7 +225,7 @@ def beside(matrices: list[Tensor]) -> Tensor:
 
 
 def apart(matrix: Tensor, like: list[Tensor]) -> Sequence[Tensor]:
-    """Views of the columns of `matrix`, as many each as the matrices in `like` have."""
+    """Views of the columns of `matrix`, each as wide as the matrix of its place in `like`."""
     return [matrix] if len(like) == 1 else matrix.split([one.shape[1] for one in like], 1)
 
 
@@ -293,8 +293,8 @@ def linear_plus(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, B: Te
 def input_gradient(
     dYs: list[Tensor], weights: list[Tensor | None], Q: Tensor | None, A: Tensor, p: float, seed: Tensor | None
 ) -> Tensor | None:
-    """Σ dY W + Q Aᵀ [T, in], a term left out where its factor is None, the last one masked where
-    there is a seed."""
+    """Σ dY W + Q Aᵀ [T, in]. A term whose factor is None is left out. With a seed the last term is
+    masked."""
     large = [(dY, cast(W, dY.dtype)) for dY, W in zip(dYs, weights, strict=True) if W is not None]
     dx = None
     # the small product first, as in `linear_plus`
@@ -346,7 +346,7 @@ def add_low_rank(
 
 
 def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:
-    """What `LowRankLinear` gives, not in place, in operations that torch.func transforms."""
+    """The result of `LowRankLinear`, not in place, in operations that torch.func transforms."""
     dtype = compute_dtype(x)
     A, B = pair(*part[2:])
     added = cast(x if x_adapter is None else x_adapter, dtype) @ cast(A, dtype) @ cast(B, dtype).mT
@@ -355,8 +355,8 @@ def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:
 
 
 def base_in_plain(x: Tensor, weight: Tensor | None, bias_or_output: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The base layer's output [..., out] in `dtype`; where there is no weight to read, the output
-    that was given, as it is."""
+    """The base layer's output [..., out] in `dtype`. Without a weight to read it is the output that
+    was given."""
     if weight is None:
         assert bias_or_output is not None
         return bias_or_output

@@ -1,24 +1,22 @@
-"""What the layers of one model do together during a forward pass of it, where that is cheaper than
-each by itself.
+"""Work that the layers of one model share during a forward pass, where sharing is cheaper.
 
 Layers that read one tensor (q, k and v; gate and up) become one autograd node: one skinny product
-with x, one sum of input gradients. In training small models, whose GPU waits for its launches, all
-weight changes are formed at once instead (`svdtune.methods.compute.changes`). And while a text is
-generated, each layer forms for the first token alone what does not depend on tokens, such as its
-pair: passes that extend one key-value cache have one set of parameters, or the cache itself would
+with x, and one sum of input gradients. When a small model trains, its GPU waits for launches, so
+all weight changes are formed at once instead (`svdtune.methods.compute.changes`). While a text is
+generated, each layer forms only for the first token what does not depend on tokens, such as its
+pair. Passes that extend one key-value cache have one set of parameters, or the cache itself would
 be out of date.
 
-Nothing of the model's code is read for it: a pass is watched, and the next one does ahead what the
-last one showed. What was done ahead is used only if layer, tensors and input are the very same
-objects, and forgotten when the pass ends, so a step of an optimizer can never lie between. (Fused
-optimizers move no version counter that would tell.) Otherwise a layer computes for itself, as it
-does
+The model's code is not read for this. One pass is recorded, and in the next, layers that shared an
+input share a product. A result that was computed ahead is used only if layer, tensors and input are
+the same objects, and it is dropped when the pass ends. So no step of an optimizer can lie between.
+(Fused optimizers move no version counter that would tell.) Otherwise a layer computes for itself:
 
-- outside a pass of the whole model, when one of its blocks is called or recomputed under gradient
+- outside a pass of the whole model: one of its blocks is called, or recomputed under gradient
   checkpointing,
-- while saved tensors are packed by hooks (checkpointing, offloading), since a recomputation must
-  save the same ones,
-- under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run shall repeat every
+- while hooks pack saved tensors (checkpointing, offloading): a recomputation must save the same
+  ones,
+- under `torch.compile`, which fuses by itself, and on CPUs, where a resumed run repeats every
   bit.
 """
 
@@ -62,11 +60,8 @@ layer's own node makes six more of them."""
 
 class Turn(NamedTuple):
     """What one layer did in a pass: for which adapter, with which tensors (U, s, V, P₀, V₀), in
-    which dtype.
-
-    `input` numbers the inputs of a pass: layers with one number read one tensor. `rows` is how long
-    it was, once.
-    """
+    which dtype. `input` numbers the inputs of a pass: layers with one number read one tensor.
+    `rows` is how long it was, once."""
 
     layer: "LowRankLayer[Any]"
     adapter: str
@@ -77,7 +72,7 @@ class Turn(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """An output that was computed before its layer was called, with what it is the answer to."""
+    """An output that was computed before its layer was called, and what it was computed from."""
 
     x: Tensor
     p: float
@@ -98,7 +93,7 @@ KeptByAdapter = dict[tuple[nn.Module, str], Kept]
 
 @dataclass
 class Pass:
-    """One forward pass: what was done ahead, how far it goes as the one before, and the latest
+    """One forward pass: what was computed ahead, how far it follows the pass before, and the latest
     input, also as [rows, in]."""
 
     changes: dict[nn.Module, Change]
@@ -148,7 +143,8 @@ class Together:
         self._follow([])
 
     def _hooks_on(self, model: nn.Module) -> list[tuple[dict[int, Any], int]]:
-        """Our hooks: found on the model, since a copy of one has hooks but no handles to them."""
+        """svdtune's hooks on the model. They are looked up there: a copy of a model has the hooks,
+        but no handles to them."""
         every = (model._forward_pre_hooks, model._forward_hooks)
         return [
             (hooks, key) for hooks in every for key, hook in hooks.items() if getattr(hook, "__self__", None) is self
@@ -169,7 +165,7 @@ class Together:
             self._pass = Pass({turn.layer: change for turn, change in found if change is not None})
 
     def _kept_for(self, cache: DynamicCache | None) -> KeptByAdapter | None:
-        """What was formed for the first tokens in a key-value cache; None where there is no such
+        """What was formed for the first tokens in a key-value cache; None if there is no such
         cache."""
         if cache is None:
             return None
@@ -205,7 +201,8 @@ class Together:
         self._followers = {group[0].layer: group[1:] for group in by_input.values() if len(group) > 1}
 
     def linear(self, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, *arguments: Any) -> Tensor:
-        """`low_rank_linear` for one layer, with what of it was or can be done for several.
+        """`low_rank_linear` for one layer. It uses what was computed ahead, or computes several
+        layers at once.
 
         Args:
             layer: which.
@@ -280,7 +277,7 @@ class Together:
     def _note(
         self, now: Pass, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, tensors: Product, dtype: torch.dtype
     ) -> None:
-        """Add a layer's turn to the pass: the planned one, where it is the same."""
+        """Add a layer's turn to the pass: the planned one, if it is the same."""
         turns = now.turns
         number = 0 if not turns else turns[-1].input + (now.x is not x)
         if now.x is not x:

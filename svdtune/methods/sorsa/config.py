@@ -130,8 +130,8 @@ def _length(band: Sequence[int]) -> int:
 
 
 def stored_layout(layout: Any) -> Any:
-    """The layout of a saved adapter or a run that was begun; version 0.1's "residual" becomes
-    "delta", and a warning says so.
+    """The layout of a saved adapter, or of a run that was begun. Version 0.1's "residual" becomes
+    "delta", with a warning.
 
     The tensors are the same, and so is the function, up to the rounding of W − P₀ V₀ᵀ to the
     weight's dtype.

@@ -78,8 +78,8 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
 
     @property
     def stored_apart(self) -> str | None:
-        """The adapter whose principal part the base weight was stored without; None where it was
-        stored whole."""
+        """The adapter whose principal part is missing from the stored base weight; None if the
+        weight is whole."""
         found = (name for name, config in self.configs.items() if config.layout == "split")
         return next((name for name in found if not self.awaits(name)), None)
 

@@ -83,8 +83,8 @@ def sorsa_pair(
 
 
 def gram_error(stacked: Tensor, lengths: Sequence[int], of_whole: Tensor | None = None) -> Tensor:
-    """E = MᵀM − I [n, r, r] of n factors M [d, r], one under the other in `stacked`; where these
-    are some rows of sharded ones, `of_whole` is `gram` of all."""
+    """E = MᵀM − I [n, r, r] of n factors M [d, r], one below the other in `stacked`. If these are
+    only some rows of sharded factors, `of_whole` is the `gram` of the whole ones."""
     E = gram(stacked, lengths) if of_whole is None else of_whole.clone()
     E.diagonal(dim1=-2, dim2=-1).sub_(1)
     return E

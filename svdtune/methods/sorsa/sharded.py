@@ -29,13 +29,13 @@ CHUNK_ELEMENTS = 1 << 25
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether a tensor is a DTensor; what may not be there in a torch without distributed training
-    is not imported for it."""
+    """Whether a tensor is a DTensor. A torch without distributed training may lack that class, so
+    it is not imported for this."""
     return hasattr(tensor, "to_local")
 
 
 def rows(factor: Tensor) -> Tensor:
-    """The rows of a factor that this process holds: all of them, unless the factor is sharded."""
+    """The rows of a factor that this process holds. Unless the factor is sharded these are all."""
     return factor.to_local() if is_sharded(factor) else factor
 
 
@@ -54,7 +54,7 @@ def chunks(factors: Iterable[FactorT]) -> Iterator[list[FactorT]]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor put together, where it is sharded; every process must call it."""
+    """A tensor, put together if it is sharded. Every process must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -71,7 +71,7 @@ def as_gradient(own: Tensor, factor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def summed_grams(factors: Iterable[Tensor]) -> dict[int, Tensor]:
-    """MᵀM [r, r] of every sharded factor, by its id, with one all-reduce for all; {} where none is
+    """MᵀM [r, r] of every sharded factor, by its id, with one all-reduce for all. Empty if none is
     sharded.
 
     Raises:

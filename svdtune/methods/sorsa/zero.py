@@ -1,10 +1,10 @@
 """SORSA's regularizer under DeepSpeed's ZeRO, whose optimizer steps flat tensors instead of
 parameters.
 
-A flat tensor is this process's part of a group of parameters, laid end to end. When the optimizer
-inside ZeRO's steps it, its gradient has been averaged and clipped: there the penalty's gradient is
-added, cut to the same part. Stages 1 and 2 leave the factors whole, so that nothing is sent; stage
-3 gathers those of one shape at a time.
+A flat tensor is this process's part of a group of parameters, laid end to end. The optimizer inside
+ZeRO's steps it after its gradient was averaged and clipped. There the penalty's gradient is added,
+cut to the same part. Stages 1 and 2 leave the factors whole, so nothing is sent. Stage 3 gathers
+the factors of one shape at a time.
 """
 
 from collections import defaultdict
@@ -70,8 +70,7 @@ class ZeroFactors:
         return ((number, flat) for number, flat in enumerate(flats) if id(flat) in now)
 
     def place(self, group: int, factor: Any) -> Partition | None:
-        """Where this process's part of a factor is, by what ZeRO notes on it; None where it has
-        none."""
+        """This process's part of a factor, as ZeRO notes it on the factor; None if it has none."""
         if self.whole:
             mapping = factor._hp_mapping
             if mapping is None:
@@ -86,7 +85,7 @@ class ZeroFactors:
 
     @torch.no_grad()
     def add_gradients(self, optimizer: torch.optim.Optimizer, max_learning_rate: float) -> Tensor | None:
-        """What `add_regularizer_gradients` does, for the flat tensors that are about to be stepped;
+        """`add_regularizer_gradients` for the flat tensors that are about to be stepped. Returns
         L_reg over all groups."""
         for group, flat in self.stepped(optimizer):
             total = torch.zeros((), device=flat.device)
