@@ -235,6 +235,7 @@ class Run:
         """Build, warm up and time one contender. A contender that cannot run gives a line that says
         why."""
         gc.collect()
+        torch.compiler.reset()  # one process keeps few graphs of one block's code
         model = in_nf4(self.base()) if contender.nf4 else self.base()
         began = time.perf_counter()
         torch.manual_seed(1)

@@ -54,15 +54,18 @@ def test_optimizers_keep_what_is_counted(name, tmp_path):
     assert found == pytest.approx(MOMENTS[name] * count, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("name", "package"), [("adamw_bnb_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")], ids=["bnb", "torchao"]
+)
 @pytest.mark.slow
 def test_a_run_with_eight_bit_moments_goes_on_as_it_was(
-    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, package: str, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bitsandbytes")
+    pytest.importorskip(package)
     model = save_tiny_llama(tmp_path / "model", tiny_tokenizer, hidden_size=128, intermediate_size=128)
     recipe: dict[str, Any] = {
         "model": str(model),
-        "method": {"name": "sorsa", "r": 48},  # bitsandbytes keeps what has fewer than 4,096 numbers in fp32
+        "method": {"name": "sorsa", "r": 48},  # tensors of fewer than 4,096 numbers keep fp32 moments
         "data": {
             "train": {"source": "arithmetic", "limit": 8},
             "prompt": "question",
@@ -72,10 +75,10 @@ def test_a_run_with_eight_bit_moments_goes_on_as_it_was(
         "training": {"learning_rate": 1e-3, "max_steps": 4, "batch_size": 1, "logging_steps": 1, "save_steps": 2},
         "output": {"dir": str(tmp_path / "whole")},
     }
-    recipe["training"] |= {"optimizer": "adamw_bnb_8bit", "keep_checkpoints": 2}
+    recipe["training"] |= {"optimizer": name, "keep_checkpoints": 2}
     whole, _ = go(recipe)
     saved = tree_leaves(torch.load(whole / "checkpoint-4" / "optimizer.pt", weights_only=True))
-    assert any(isinstance(leaf, Tensor) and leaf.dtype == torch.uint8 for leaf in saved)
+    assert any(isinstance(leaf, Tensor) and getattr(leaf, "codes", leaf).dtype == torch.uint8 for leaf in saved)
     recipe["output"]["dir"] = str(tmp_path / "stopped")
     with monkeypatch.context() as patch:
         patch.setattr(run, "write_summary", lambda *_, **__: 1 / 0)
