@@ -1,7 +1,6 @@
 """After training: what changed in each layer, how large it is, and how it lies in the base weight's
 own singular directions."""
 
-import math
 from typing import Any
 
 import torch
@@ -10,12 +9,12 @@ from tqdm import tqdm
 
 from svdtune.analysis.weights import Opened
 from svdtune.linalg import Factors, spectrum
-from svdtune.linalg.deviation import compared_factors, condition_number, deviation, product_values
+from svdtune.linalg.deviation import compared_factors, product_values
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed
 from svdtune.spectra import base_weight
 from svdtune.system import without_bar
-from svdtune.training.movement import side_by_side
+from svdtune.training.movement import moved, side_by_side
 
 # So many leading singular values of a change are kept.
 KEPT = 32
@@ -54,16 +53,11 @@ def _compared(run: Opened, layer: Observed, k: int | None) -> dict[str, Any]:
     base, weight = run.start(layer), layer.weight()
     start = compared_factors(base, k)
     delta, values = _delta(layer, base, weight, float(start.s[0]))
-    trained = layer.trained_pair()
-    condition = math.inf if trained is None else condition_number(product_values(*trained))
-    norm, change = float(base.norm()), float(values.square().sum().sqrt())
+    change = float(values.square().sum().sqrt())
     return {
         "out": base.shape[0],
         "in": base.shape[1],
-        **deviation(start, compared_factors(weight, k))._asdict(),
-        "relative_change": change / norm if norm else 0.0,
-        "condition": condition if math.isfinite(condition) else None,
-        "orthonormality": layer.orthonormality(),
+        **moved(layer, start, weight, change, float(base.norm())),
         "delta": spectrum_of_change(values),
         "energy": energy(delta, start) if change else None,
     }

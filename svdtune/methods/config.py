@@ -141,8 +141,11 @@ class SvdConfig(PeftConfig):
     last_taken: ClassVar[Mapping[str, str]] = {}
     embedding_weights: ClassVar[Collection[str]] = ()  # of an instance: their names in the model last saved
     paper_slices: ClassVar[tuple[str, ...] | None] = None  # of a fused projection; None: all
+    paper_threshold: ClassVar[float | None] = None  # taken where neither `r` nor `threshold` is given
 
     def __post_init__(self) -> None:
+        if self.r is None and self.threshold is None:
+            self.threshold = self.paper_threshold
         super().__post_init__()
         from peft import PeftType  # resolved late: the member exists once the method is registered
 

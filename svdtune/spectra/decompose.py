@@ -68,18 +68,13 @@ def ranks(
     SVD gives.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
-            few where they are small or on a GPU.
+        weights, device, progress: as for `spectra`.
         threshold: θ in (0, 1].
-        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
-            `svdtune.spectra.devices`). Results lie where their weights do.
-        progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
         SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message
             names it.
     """
-
     return dict(_each(weights, _settling(settled_spectrum, threshold), "ranks", device, progress))
 
 
@@ -89,18 +84,13 @@ def ranked_factors(
     """Yield (name, leading factors) of each weight, as many as its rank at `threshold`.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
-            few where they are small or on a GPU.
+        weights, device, progress: as for `spectra`.
         threshold: θ in (0, 1].
-        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
-            `svdtune.spectra.devices`). Results lie where their weights do.
-        progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
         SvdtuneError: `threshold` outside (0, 1], or a weight is not a finite matrix; the message
             names it.
     """
-
     return _each(weights, _settling(factors_at_threshold, threshold), "factors", device, progress)
 
 
@@ -134,16 +124,12 @@ def factors(
     or those of another band.
 
     Args:
-        weights: by name, a weight [out, in] or a function that reads it; one is held at a time, a
-            few where they are small or on a GPU.
+        weights, device, progress: as for `spectra`.
         ranks: how many triplets, by name.
         components: which: "first", "middle", "last", or a band (start, stop) of that many.
         exact: in float64, so that they come out the same on every machine; see
             `svdtune.linalg.top_factors`.
         remember: keep the factors in the cache too, r(out + in + 1) fp32 numbers a weight.
-        device: where those that lie on the CPU are decomposed; the fastest there is by default (see
-            `svdtune.spectra.devices`). Results lie where their weights do.
-        progress: show a bar once this has taken a second; by default where stderr is a terminal.
 
     Raises:
         SvdtuneError: a rank without a weight, a rank outside 1 … min(out, in), or a weight that is

@@ -177,7 +177,13 @@ def start_of(layer: Observed, k: int | None = None) -> Start:
 def movement(layer: Observed, start: Start) -> Movement:
     """How far a layer is from where it started."""
     weight = layer.weight()
-    found = deviation(start.factors, compared_factors(weight, len(start.factors.s)))
+    return moved(layer, start.factors, weight, _change(layer, start, weight), start.norm)
+
+
+def moved(layer: Observed, start: Factors, weight: Tensor, change: float, norm: float) -> Movement:
+    """What is said of a layer that came from the triplets `start` of W_0 to `weight`, with
+    `change` = ‖W_t − W_0‖_F and `norm` = ‖W_0‖_F."""
+    found = deviation(start, compared_factors(weight, len(start.s)))
     pair = layer.trained_pair()
     condition = math.inf if pair is None else condition_number(product_values(*pair))
     return {
@@ -186,7 +192,7 @@ def movement(layer: Observed, start: Start) -> Movement:
         "angle": found.angle,
         "k": found.k,
         "p": found.p,
-        "relative_change": _change(layer, start, weight) / start.norm if start.norm else 0.0,
+        "relative_change": change / norm if norm else 0.0,
         "condition": condition if math.isfinite(condition) else None,
         "orthonormality": layer.orthonormality(),
     }

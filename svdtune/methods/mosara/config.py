@@ -7,8 +7,6 @@ from typing import ClassVar
 from svdtune.methods.config import SvdConfig, one_of
 from svdtune.methods.mosara.gates import GATES, has_router
 
-DEFAULT_THRESHOLD = 0.5
-
 
 @dataclass
 class MoSaraConfig(SvdConfig):
@@ -32,6 +30,7 @@ class MoSaraConfig(SvdConfig):
 
     method: ClassVar[str] = "mosara"
     paper_slices: ClassVar[tuple[str, ...] | None] = ("q", "v")
+    paper_threshold: ClassVar[float | None] = 0.5
 
     num_heads: int = field(default=5, metadata={"help": "Parallel sets of singular values."})
     gate: str = field(
@@ -39,11 +38,6 @@ class MoSaraConfig(SvdConfig):
     )
     use_v: bool = field(default=True, metadata={"help": "Train the diagonal v."})
     v_position: str = field(default="after", metadata={"help": "Where v stands: after or front."})
-
-    def __post_init__(self) -> None:
-        if self.r is None and self.threshold is None:
-            self.threshold = DEFAULT_THRESHOLD
-        super().__post_init__()
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()

@@ -6,8 +6,6 @@ from typing import ClassVar
 
 from svdtune.methods.config import SvdConfig, one_of
 
-DEFAULT_THRESHOLD = 0.01
-
 
 @dataclass
 class SaraConfig(SvdConfig):
@@ -26,14 +24,10 @@ class SaraConfig(SvdConfig):
 
     method: ClassVar[str] = "sara"
     paper_slices: ClassVar[tuple[str, ...] | None] = ("q", "v")
+    paper_threshold: ClassVar[float | None] = 0.01
 
     init: str = field(default="kaiming", metadata={"help": "Start of the factors: kaiming, zero_v or spectral."})
     use_lambda: bool = field(default=True, metadata={"help": "Train the diagonal λ between the factors."})
-
-    def __post_init__(self) -> None:
-        if self.r is None and self.threshold is None:
-            self.threshold = DEFAULT_THRESHOLD
-        super().__post_init__()
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
