@@ -131,6 +131,7 @@ def test_torchrun_makes_the_run_of_one_process(alone: Path, tiny_folder: Path, t
     check_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.slow
 def test_sharded_processes_go_on_from_one_and_leave_the_run_of_one(
     alone: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -164,7 +165,7 @@ def test_a_killed_process_ends_the_others_with_one_sentence_and_a_run_to_go_on_f
     check_same_run(tmp_path / "run", alone)
 
 
-@pytest.mark.parametrize("when", ["start", "end"])
+@pytest.mark.parametrize("when", ["start", pytest.param("end", marks=pytest.mark.slow)])
 def test_what_the_main_process_cannot_write_ends_all_with_its_sentence(
     tiny_folder: Path, tmp_path: Path, when: str
 ) -> None:

@@ -77,7 +77,7 @@ def estimated(method, vocabulary, key_value_heads, checkpointing):
 @pytest.mark.parametrize(
     ("method", "vocabulary", "key_value_heads", "checkpointing"), all_pairs(CONFIGS, [64, 4096], [8, 2], [False, True])
 )
-@pytest.mark.family(2)
+@pytest.mark.family(1)
 def test_a_step_takes_what_is_estimated_and_no_more(method, vocabulary, key_value_heads, checkpointing):
     above = 1.65 if checkpointing else 1.2
     case = method, vocabulary, key_value_heads, checkpointing

@@ -234,7 +234,7 @@ def test_evaluations_since_the_best() -> None:
     ],
     ids=lambda changes: "-".join(map(str, next(iter(changes.items())))),
 )
-@pytest.mark.family(2)
+@pytest.mark.family(1)
 def test_what_else_a_trainer_can_do_regularizes_and_resumes(
     recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:

@@ -60,7 +60,7 @@ def graphs() -> int:
 
 @pytest.mark.parametrize(
     "method",
-    [pytest.param(name, marks=[pytest.mark.slow] if name in ("sara", "lora") else []) for name in METHODS],
+    [pytest.param(name, marks=[pytest.mark.slow] if name != "sorsa" else []) for name in METHODS],
 )
 def test_all_blocks_share_one_graph_and_give_the_same_step(method: str) -> None:
     model = adapted(method)

@@ -94,6 +94,7 @@ def test_a_run_that_was_made_under_another_name_is_not_made_again(write_study) -
     assert [path.name for path in Path("out/records").iterdir()] == before
 
 
+@pytest.mark.slow
 def test_a_run_that_two_arms_share_is_made_once_and_stands_for_both(write_study) -> None:
     method = {"method": {"name": "lora", "r": 2, "target_modules": QV}}
     runs = run(write_study(arms={"one": method, "two": method}, tune={"learning_rates": [1e-3, 1e-2]}))
@@ -137,6 +138,7 @@ def test_a_run_whose_record_and_weights_are_gone_is_trained_again(write_study) -
     assert found["status"] == "finished", found["error"]
 
 
+@pytest.mark.slow
 def test_failed_and_diverged_runs_are_in_the_results_and_are_retried_on_request(write_study) -> None:
     arms = {
         "too long": {
@@ -344,6 +346,7 @@ def test_a_failed_run_counts_only_where_no_other_record_says_more(write_study) -
     assert KnownRuns(Path("out"), Path("docs")).find(job)["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_published_runs_are_taken_over_and_failed_ones_are_made(write_study) -> None:
     study = write_study(tune={"learning_rates": [1e-3, 1e-2]})
     before = run(study)

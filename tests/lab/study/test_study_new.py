@@ -87,6 +87,7 @@ def test_what_is_scored_and_how(rows: list[dict[str, Any]], words: list[str], ta
 @pytest.mark.parametrize(
     "words", [[], ["--test", "test.jsonl"], ["--prompt", "Q: {prompt}"]], ids=["share", "test", "form"]
 )
+@pytest.mark.family(1)
 def test_answers_are_scored_by_their_loss(words: list[str], tiny_folder: Path) -> None:
     write("test.jsonl", [row | {"prompt": f"another, {row['prompt']}"} for row in SUMS[:3]])
     made = study("new", str(tiny_folder), "rows.jsonl", "--task", "nll", "--methods", "lora", "--budget", "3k", *words)
