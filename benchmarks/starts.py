@@ -11,7 +11,7 @@ leaves as they are with `--threads 1`, and against what is right
 
     sigma_error  the worst relative error of a singular value that A and B hold (PiSSA)
     difference   ‖c BA − c B₀A₀‖ / ‖c B₀A₀‖ from PEFT's own exact start, the worst layer's; for
-                 MiCA of the projections B Bᵀ
+                 MiCA of the projections B Bᵀ, for OSF of what it trains, U s Vᵀ
 
 `disk` is `svdtune.starts.disk.start_lora` on the same layer saved in bf16, residual written. The
 weights have LLaMA's spectrum (benchmarks/init.py) and random vectors.
@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from init import Bench, synthetic
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,6 +51,7 @@ STARTS = {
     "pissa_niter_16": ("PEFT",),
     "olora": ("PEFT", "svdtune", "disk"),
     "mica": ("PEFT", "svdtune", "disk"),
+    "osf": ("PEFT", "svdtune"),
 }
 
 
@@ -98,6 +99,9 @@ def pairs(model: Any) -> Iterator[tuple[str, Tensor, Tensor, float]]:
         if getattr(layer, "lora_A", None):
             A, B = (getattr(layer, f"lora_{part}")["default"].weight.detach().double() for part in "AB")
             yield name.removeprefix("base_model.model.model."), A, B, layer.scaling["default"]
+        elif getattr(layer, "osf_svd_params", None):  # the triplets that OSF trains
+            U, s, Vh = (layer.osf_svd_params["default"][f"{part}_low"].detach().double() for part in "USV")
+            yield name.removeprefix("base_model.model.model."), Vh, U * s, 1.0
 
 
 def sigma_error(model: Any, values: dict[str, Tensor]) -> float:
@@ -127,7 +131,9 @@ def measure(bench: Bench, shape: str, r: int, starts: list[str]) -> None:
         for init in starts:
             exact = None
             for who in STARTS[init]:
-                config = LoraConfig(init_lora_weights=init, r=r, lora_alpha=r, target_modules="all-linear")
+                config: PeftConfig = LoraConfig(init_lora_weights=init, r=r, lora_alpha=r, target_modules="all-linear")
+                if init == "osf":
+                    config = OSFConfig(effective_rank=r, target_modules="all-linear")
                 facts: dict[str, Any] = {"start": init, "by": who, "shape": shape, "r": r, "layers": SHAPES[shape][-1]}
                 if who == "disk":
                     _, cost = timed(bench, partial(from_disk, Path(folder), config, bench.device))
@@ -155,7 +161,7 @@ def timed(bench: Bench, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]
     }
 
 
-def started(model: nn.Module, config: LoraConfig, block: Callable[[], AbstractContextManager[Any]]) -> Any:
+def started(model: nn.Module, config: PeftConfig, block: Callable[[], AbstractContextManager[Any]]) -> Any:
     with block():
         return get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
 

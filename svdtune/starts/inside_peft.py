@@ -19,13 +19,14 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from peft import LoraConfig
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.osf import layer as osf_layer
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import loftq_utils
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.linalg import Components, Factors, check_band, top_factors
+from svdtune.linalg import Components, Factors, all_factors, check_band, top_factors
 from svdtune.linalg.matrix import magnitude
 from svdtune.spectra import factors
 from svdtune.spectra.devices import devices_for_work, on_device
@@ -40,7 +41,7 @@ from svdtune.starts.pairs import (
     residual,
 )
 
-Parts = TypeVar("Parts", Factors, LoraPair)
+Parts = TypeVar("Parts", Factors, LoraPair, Factors | None)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The triplets that PiSSA takes in the block that the calling thread is inside of.
 _entered: ContextVar[Components | None] = ContextVar("svdtune.fast_starts", default=None)
@@ -84,10 +85,10 @@ def fast_starts(components: Components = "first") -> Iterator[None]:
             model = get_peft_model(model, LoraConfig(init_lora_weights="pissa"))
 
     The starts are "pissa", "pissa_niter_N" (exact too: nothing is drawn at random), "olora",
-    "mica", and the decompositions in "loftq" and in `preprocess_corda`. They equal PEFT's own exact
-    ones to rounding; singular vectors may differ in sign. What PEFT refuses is refused by PEFT.
-    Weights on the CPU are decomposed on a GPU where there is one; SVDTUNE_DEVICE=cpu leaves them
-    there.
+    "mica", and the decompositions in "loftq", in `preprocess_corda` and, on a GPU, of OSF. They
+    equal PEFT's own exact ones to rounding; singular vectors may differ in sign. What PEFT refuses
+    is refused by PEFT. Weights on the CPU are decomposed on a GPU where there is one;
+    SVDTUNE_DEVICE=cpu leaves them there.
 
     `components` is which triplets "pissa" starts from: "first", "middle", "last" (MiLoRA), or
     (start, stop) with stop - start = r. With another one than "first", the other starts above are
@@ -270,6 +271,22 @@ def _corda_eigens(linear: Any, config: LoraConfig) -> Any:
     return found(factors.s, factors.U.cpu(), (factors.Vh @ inverse).mT.cpu())
 
 
+def _decompose_weight_matrix(weight: Tensor, top_k: int) -> Any:
+    """OSF's frozen and trained triplets, as `peft.tuners.osf.utils` has them. On a CPU LAPACK's own
+    SVD of all triplets is as quick."""
+    if not _is_plain(weight) or not _has_gpu():
+        return NotImplemented
+    found = _where_fastest(lambda there, _: all_factors(there), weight, top_k)
+    if found is None:
+        return NotImplemented
+    k = min(top_k, len(found.s))
+    U, s, Vh = (part.to(weight.dtype) for part in found)
+    high = {"U_high": U[:, :k], "S_high": s[:k], "V_high": Vh[:k]}
+    low = {"U_low": U[:, k:], "S_low": s[k:], "V_low": Vh[k:]}
+    trained = {name: nn.Parameter(part.contiguous()) for name, part in low.items()}
+    return {name: part.contiguous() for name, part in high.items()} | trained | {"rank_high": k}
+
+
 def places() -> list[PeftPlace]:
     """Every place; CorDA's where its own requirement, attrs, is installed."""
     inject = ("self", "model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict")
@@ -279,6 +296,7 @@ def places() -> list[PeftPlace]:
         PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
         PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
         PeftPlace(loftq_utils, "_low_rank_decomposition", ("weight", "reduced_rank"), _low_rank_decomposition),
+        PeftPlace(osf_layer, "decompose_weight_matrix", ("weight", "top_k"), _decompose_weight_matrix),
     ]
     with suppress(ImportError):
         from peft.tuners.lora import corda
@@ -300,6 +318,10 @@ def _weight(layer: LoraLayer, adapter: str) -> Tensor | None:
 def _where_fastest(decompose: Callable[[Tensor, int], Parts], weight: Tensor, r: int) -> Parts:
     """decompose(weight, r) on a GPU where there is one, handed back to where the weight lies."""
     return on_device(lambda there: decompose(there, r), weight, devices_for_work()[0])
+
+
+def _has_gpu() -> bool:
+    return devices_for_work()[0].type == "cuda"
 
 
 def _is_plain(weight: Tensor) -> bool:

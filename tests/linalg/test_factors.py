@@ -1,6 +1,7 @@
 """Leading factors against a float64 SVD, and the promises about orthonormality, signs and
 reproducibility."""
 
+import math
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from weights_with_known_spectra import llama_like, spectra, weight_with
 from pairwise import all_pairs
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import (
+    all_factors,
     band_factors,
     band_of,
     factors_at_threshold,
@@ -227,6 +229,21 @@ def test_a_band_is_that_of_a_float64_svd(shape, kind, components, exact):
     if all(float(s[i - 1] - s[i]) > 1e-3 * largest for i in apart):  # else any basis is right
         expected = (U[:, start:stop] * s[start:stop]) @ Vh[start:stop]
         torch.testing.assert_close(got, expected, atol=1e-4 * largest, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("smallest", [1e-2, 1e-5, 1e-9])
+def test_all_triplets_or_none_where_the_smallest_vanish(shape, smallest):
+    weight = weight_with(torch.logspace(0, math.log10(smallest), min(shape)).double(), *shape).float()
+    found = all_factors(weight)
+    if smallest == 1e-9:
+        assert found is None
+        return
+    values = torch.linalg.svdvals(weight.double())
+    torch.testing.assert_close(found.s.double(), values, rtol=2e-7, atol=0)
+    assert orthonormality_error(found.U.double()) < 1e-6
+    assert orthonormality_error(found.Vh.mT.double()) < 1e-6
+    assert ((found.U * found.s).double() @ found.Vh.double() - weight).norm() < 1e-6
 
 
 @pytest.mark.parametrize("band", [(-1, 2), (2, 2), (3, 2), (0, 9)])

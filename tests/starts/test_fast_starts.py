@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, OSFConfig, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import loftq_utils
@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pairwise import all_pairs
 from svdtune import SvdtuneError, SvdtuneWarning, fast_starts
+from svdtune.linalg import all_factors
 from svdtune.starts import inside_peft
 from tiny import tiny_gpt2, tiny_llama
 
@@ -157,6 +158,35 @@ def test_loftqs_decomposition():
     assert [ours[part].shape for part in "LR"] == [theirs[part].shape for part in "LR"] == [(30, 5), (5, 20)]
     torch.testing.assert_close(ours["L"] @ ours["R"], theirs["L"] @ theirs["R"], rtol=0, atol=1e-5)
     torch.testing.assert_close(ours["S"], theirs["S"][:5])
+
+
+@pytest.mark.parametrize(("shape", "dtype"), all_pairs(["square", "wide", "tall", "deficient"], DTYPES), ids=str)
+def test_osfs_frozen_and_trained_triplets_on_a_gpu(shape, dtype, monkeypatch):
+    """The path that a GPU takes; a weight whose triplets no Gram matrix settles is PEFT's."""
+    asked: list[Any] = []
+    monkeypatch.setattr(inside_peft, "_has_gpu", lambda: True)
+    monkeypatch.setattr(inside_peft, "all_factors", lambda weight: asked.append(all_factors(weight)) or asked[-1])
+    config = OSFConfig(effective_rank=5, target_modules=["0"])
+    theirs = get_peft_model(one_layer(shape, dtype), config).base_model.model[0]
+    with fast_starts():
+        ours = get_peft_model(one_layer(shape, dtype), config).base_model.model[0]
+    if shape != "deficient" or dtype == torch.float32:  # rounding fills a null space, more or less
+        assert [found is None for found in asked] == [shape == "deficient"]
+    tolerance = 1e-5 + 4 * torch.finfo(dtype).eps
+    products = []
+    for layer in (theirs, ours):
+        trained = {name: value.detach().double() for name, value in layer.osf_svd_params["default"].items()}
+        frozen = [layer._osf_U_high, layer._osf_V_high]
+        held = [each["default"].double() if "default" in each else None for each in frozen]
+        spans = [held[0], None if held[1] is None else held[1].mT]
+        products.append((trained["U_low"] * trained["S_low"] @ trained["V_low"], spans))
+        assert {value.dtype for value in layer.osf_svd_params["default"].values()} == {torch.float32}  # by PEFT
+    (expected, (U0, V0)), (product, (U, V)) = products
+    torch.testing.assert_close(product, expected, rtol=0, atol=4 * tolerance)
+    for one, other in ((U, U0), (V, V0)):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one @ one.mT, other @ other.mT, rtol=0, atol=tolerance)
 
 
 def functions() -> list[Any]:
