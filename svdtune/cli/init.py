@@ -31,9 +31,6 @@ def init(
     target_modules: Annotated[
         str | None, typer.Option(help="Comma-separated names, a regular expression or all-linear.")
     ] = None,
-    compact: Annotated[
-        bool, typer.Option(help="Leave frozen factors out of the file; loading recomputes them.")
-    ] = False,
     components: Annotated[
         str, typer.Option(help="Which triplets LoRA's pissa starts from: first, middle, last (MiLoRA), or 64:128.")
     ] = "first",
@@ -54,6 +51,7 @@ def init(
     \b
     svdtune init smollm2-135m --r 32 --target-modules all-linear --output adapter
     svdtune init my-model --method sara --method.init spectral --output adapter
+    svdtune init my-model --method sorsa --method.compact true --output adapter
     svdtune init my-model --method lora --method.init_lora_weights pissa --r 32 --output start
     svdtune plan my-model --budget 0.1% --json plan.json
     svdtune init my-model --plan plan.json --output adapter
@@ -67,7 +65,7 @@ def init(
     if plan is not None:
         method = json.dumps(_section(plan))
     origin = {"revision": revision, "trust_remote_code": trust_remote_code}
-    settings = {"r": r, "threshold": threshold, "target_modules": names(target_modules), "compact": compact or None}
+    settings = {"r": r, "threshold": threshold, "target_modules": names(target_modules)}
     wanted = asked("svdtune init", model, "sorsa", method, settings, ctx.args, options_of(ctx), **origin)
     made = begin("svdtune init", wanted, output, _band(components), seed, device)
     for_json(made)

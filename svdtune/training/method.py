@@ -43,7 +43,7 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
                     f"method.{option}", f"expected a list of module names, such as [q_proj, v_proj]; got {value!r}"
                 )
         return
-    cls = config_class(name)
+    cls = class_of_method(name)
     if cls is None:
         near = difflib.get_close_matches(name.lower(), method_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(dict.fromkeys(method_names()))}"
@@ -75,7 +75,7 @@ def section_as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:
 def build_config(name: str, options: dict[str, Any], task: str = "sft") -> PeftConfig:
     """The PEFT configuration of a method whose settings were checked; a `task` of "reward" is on a
     classifier, whose head PEFT trains and saves beside the adapter."""
-    cls = config_class(name)
+    cls = class_of_method(name)
     if cls is None:
         raise SvdtuneError(f"{name!r} is no PEFT method; there are {', '.join(method_names())}{lab_note()}")
     try:
@@ -122,6 +122,6 @@ def _trained(model: PreTrainedModel, targets: list[str] | None) -> PreTrainedMod
     return model
 
 
-def config_class(name: str) -> type[PeftConfig] | None:
+def class_of_method(name: str) -> type[PeftConfig] | None:
     """The configuration class of a method of PEFT; None where there is no such method."""
     return registration.config_class(name.upper()) if name == name.lower() else None

@@ -11,7 +11,7 @@ from svdtune.checkpoint import Checkpoint
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.counts import count, largest_rank, opened
 from svdtune.lab.study.ranks import Source, section_with_ranks, solve_ranks
-from svdtune.training.method import FULL, config_class, method_names
+from svdtune.training.method import FULL, class_of_method, method_names
 
 # The setting that sizes a method, where it is not `r`.
 _KNOBS = {
@@ -113,7 +113,7 @@ def fit(
 
 def _check(method: Mapping[str, Any], budget: int | None, ranks: Source) -> None:
     name = method.get("name")
-    if name != FULL and (not isinstance(name, str) or config_class(name) is None):
+    if name != FULL and (not isinstance(name, str) or class_of_method(name) is None):
         raise SvdtuneError(f"{name!r} is no method; there are {', '.join(dict.fromkeys(method_names()))}")
     if ranks not in get_args(Source):
         raise SvdtuneError(f"ranks must be {', '.join(map(repr, get_args(Source)))}; got {ranks!r}")
@@ -138,7 +138,7 @@ def _knob(method: Mapping[str, Any]) -> str | None:
 
 
 def _settings(name: str) -> set[str]:
-    cls = config_class(name)
+    cls = class_of_method(name)
     assert cls is not None  # `_check` has seen to it
     return {field.name for field in fields(cls)}
 
