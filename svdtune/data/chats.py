@@ -29,11 +29,6 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, name: str) -> li
     """Texts whose sum is the chat as the template writes it, each with whether it is an assistant's
     turn that is trained on.
 
-    Args:
-        chat: ends with an assistant's turn.
-        tokenizer: has a chat template.
-        name: what to call the chat in an error.
-
     Raises:
         SvdtuneError: if the template cannot write the chat, or writes a turn differently once
             others follow.

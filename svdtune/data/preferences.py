@@ -43,12 +43,6 @@ def to_pairs(
 ) -> list[tuple[Example, Example]]:
     """Make of each row the prompt with its chosen answer, and with its rejected one.
 
-    Args:
-        rows: as read by `read_rows`, with `chosen` and `rejected`.
-        prompt: as for `to_examples`.
-        task: for error messages.
-        source: what to call the data there.
-
     Raises:
         SvdtuneError: if a row lacks a column or holds no text there; it is named.
     """
@@ -65,11 +59,6 @@ def to_labelled(
     rows: Sequence[Row], prompt: str = PROMPT, completion: str = COMPLETION, *, source: str = "the data"
 ) -> list[tuple[Example, bool]]:
     """Make of each row the prompt with its answer, and whether that is a good one.
-
-    Args:
-        rows: as read by `read_rows`, with a `label`.
-        prompt, completion: as for `to_examples`.
-        source: what to call the data in an error.
 
     Raises:
         SvdtuneError: if a row lacks a column, or its label is neither true nor false; it is named.

@@ -35,10 +35,6 @@ FORMATS = "messages, conversations, prompt and completion, instruction and outpu
 def standard_row(row: Row, name: str) -> Row:
     """The row with a `prompt` and, unless its prompt is a whole chat, a `completion`.
 
-    Args:
-        row: in any of the formats above; other columns stay.
-        name: what to call it in an error.
-
     Raises:
         SvdtuneError: if its columns are those of no format, or a chat is malformed.
     """

@@ -62,11 +62,6 @@ def to_items(
 def check_items(items: Sequence[Item], max_new_tokens: int, context: int | None) -> None:
     """Refuse what cannot be evaluated, before the first token is generated.
 
-    Args:
-        items: What to evaluate.
-        max_new_tokens: Room each completion needs behind its prompt.
-        context: Positions the model has, None where unknown.
-
     Raises:
         SvdtuneError: If there is no item, an item's prompt is empty, or a prompt leaves too little
             room.

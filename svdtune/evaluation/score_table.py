@@ -9,12 +9,7 @@ from svdtune.training.folder import trained_weights
 
 
 def add_scores(run: Path, adapter: Path) -> None:
-    """Bring the section "Scores" of an adapter's card up to date with the run's evaluations.
-
-    Args:
-        run: the run folder, with `evaluations/*/result.json`.
-        adapter: folder of its adapter.
-    """
+    """Bring the section "Scores" of an adapter's card up to date with the run's evaluations."""
     found = {path.parent.name: json.loads(path.read_text("utf-8")) for path in run.glob("evaluations/*/result.json")}
     now = trained_weights(run)  # another run's that was overwritten say nothing of these
     found = {name: result for name, result in found.items() if now is None or result.get("weights", now) == now}

@@ -218,14 +218,8 @@ def write_lora(
     errors: Mapping[str, float] | None = None,
     notes: Sequence[str] = (),
 ) -> LoraReport:
-    """Write a change of the weights as a LoRA adapter, cut or padded as asked for.
-
-    Args:
-        change: what to write.
-        output: folder to create.
-        cut, uniform: as for `export_lora`.
-        errors: by layer, what was lost before.
-        notes: what to tell of it.
+    """Write a change of the weights as a LoRA adapter, cut or padded as asked for. `errors` has by
+    layer what was lost before, and `notes` go into the report.
 
     Raises:
         SvdtuneError: a layer cannot be a LoRA's, holds NaN, or `output` cannot be written.

@@ -104,11 +104,6 @@ def expert_at(model: nn.Module, layer: str) -> ExpertSlice:
 def say_experts_left_out(model: nn.Module, asked: Collection[str] | str | None, adapted: Collection[str]) -> None:
     """Warn if `target_modules` asks for experts, or for all layers, and the model's experts are no
     layers.
-
-    Args:
-        model: the base model.
-        asked: `target_modules`.
-        adapted: names of the parameters that `target_parameters` names.
     """
     names = {asked} if isinstance(asked, str) else set(asked or ())
     meant = "all-linear" in names or any(name.rpartition(".")[2] in _NAMES for name in names)

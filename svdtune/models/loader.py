@@ -133,10 +133,6 @@ def input_device(model: Any) -> torch.device:
 def load_config(model: str | Path, **origin: Any) -> PretrainedConfig:
     """A model's configuration alone.
 
-    Args:
-        model: a folder or hub name, as `locate` gives it.
-        **origin: `revision` and `trust_remote_code`.
-
     Raises:
         SvdtuneError: there is none, or it is damaged.
     """

@@ -15,12 +15,7 @@ _MEASURES = ("relative_change", "delta_d", "delta_sigma", "angle", "condition")
 
 
 def gather(runs: Sequence[Facts], title: str | None = None) -> dict[str, Any]:
-    """The page's data.
-
-    Args:
-        runs: from `read_facts`; their names are made distinct.
-        title: of the page; the runs' names by default.
-    """
+    """The page's data."""
     named = _with_all_layers(_distinct(runs))
     names = dict.fromkeys(name for run in named for name in _layers(run))
     return {

@@ -18,10 +18,6 @@ def add_analysis(adapter: Path, data: dict[str, Any]) -> bool:
     """Bring the section "What changed" of an adapter's card up to date; the figure lies beside the
     card.
 
-    Args:
-        adapter: folder of the adapter.
-        data: of this run alone, from `svdtune.reports.gather`.
-
     Returns:
         Whether there is anything to show: `svdtune analyze` ran. Without matplotlib there is the
             table alone.

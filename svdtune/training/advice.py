@@ -12,11 +12,6 @@ from svdtune.methods.compute.together import SMALL_LAYER
 def launch_bound(model: nn.Module, batch_size: int, tokens: float) -> str | None:
     """A sentence of advice where the layers' products are shorter than the launches around them;
     None elsewhere.
-
-    Args:
-        model: with its adapter.
-        batch_size: rows of one forward pass.
-        tokens: of a mean row.
     """
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     sizes = [layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features")]

@@ -16,10 +16,6 @@ from svdtune.lab.nlg.ngrams import bleu, bleu_counts, nist, nist_counts, tokeniz
 def e2e_metrics(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Metric]:
     """Score texts against several references each.
 
-    Args:
-        outputs: One text a meaning.
-        references: One or more texts for each of them.
-
     Returns:
         BLEU, NIST, METEOR, ROUGE-L and CIDEr. The intervals are bootstrap intervals: they say how
         much the draw of the meanings matters. NIST's and CIDEr's word statistics stay those of all

@@ -117,10 +117,6 @@ def acting(module: nn.Module) -> list[str]:
 def observed_layers(model: nn.Module, wanted: Callable[[str], bool] = lambda name: True) -> list[Observed]:
     """The `trained_layers` whose change is a matrix: not Mo-SARA with several heads, whose change
     depends on the token.
-
-    Args:
-        model: with an adapter, or fully trained.
-        wanted: which of them, by the name in the base model.
     """
     return [layer for layer in trained_layers(model) if _is_matrix(layer.module) and wanted(layer.name)]
 
