@@ -92,6 +92,37 @@ def test_frozen_factors_stay_shared_and_a_model_of_several_is_saved(kind, tmp_pa
         assert torch.equal(tensor, again.state_dict()[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [SaraConfig, SorsaConfig, MoSaraConfig])
+def test_set_adapter_of_several_keeps_values_and_trains_the_chosen_one_alone(kind, dtype, tmp_path):
+    """The frozen factors that they share belong to every adapter, and to no gradient."""
+
+    def base():
+        return tiny_llama(num_hidden_layers=1).to(dtype)
+
+    moved(get_peft_model(base(), kind(r=2, target_modules=["q_proj"]))).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(base(), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    load_adapters(model, {"third": tmp_path, "fourth": tmp_path})
+    names = ("default", "second", "third", "fourth")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    loaded = {name: tensor.clone() for name, tensor in layer.state_dict(keep_vars=True).items()}
+    for chosen in ("third", "default", "fourth", "second"):
+        model.set_adapter(chosen)
+        held = layer.state_dict(keep_vars=True)
+        assert held.keys() == loaded.keys()
+        assert all(tensor.dtype == loaded[name].dtype for name, tensor in held.items())
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in held.items())
+        for part in layer.frozen:
+            assert {id(getattr(layer, part)[name]) for name in names} == {id(getattr(layer, part)[chosen])}
+        model.zero_grad()
+        model(TOKENS).logits.square().mean().backward()
+        own = {id(layer.adapter_tensor(part, chosen)) for part in layer.trained}
+        given = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        assert {id(parameter) for parameter in given if parameter.grad.any()} == own
+        assert {id(parameter) for parameter in model.parameters() if parameter.requires_grad} == own
+
+
 @pytest.mark.parametrize("split", ["first", "second"])
 def test_a_split_adapter_stands_alone(split, tmp_path):
     for name in ("first", "second"):
