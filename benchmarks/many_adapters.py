@@ -7,10 +7,11 @@ samples have an adapter each against the same batch with one adapter.
 
 Each kind has a process of its own. Memory is what the adapters added to it: resident memory after
 freed pages went back to the system, and on a GPU what PyTorch's allocator holds there. Mo-SARA's
-adapters are compact files and loaded by `svdtune.load_adapters`, PEFT's LoRA (r = 1 on the same
-layers, about as many trained numbers) by PEFT's `load_adapter`, whose time for one grows with those
-that are there. Seconds are processor time where the device is the CPU. The file of one adapter is
-written once and loaded under other names: what is in it does not matter to any of these numbers.
+adapters are compact files; they, SARA and SORSA are loaded by `svdtune.load_adapters`, PEFT's LoRA
+by PEFT's `load_adapter`, whose time for one grows with those that are there. SARA, SORSA and LoRA
+have r = 1 on Mo-SARA's layers, about as many trained numbers. Seconds are processor time where the
+device is the CPU. The file of one adapter is written once and loaded under other names: what is in
+it does not matter to any of these numbers.
 """
 
 import argparse
@@ -27,11 +28,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from step import machine
 
-from svdtune import MoSaraConfig, load_adapters
+from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, load_adapters
 from svdtune.models import SMOLLM2, load
 
 CONFIGS = {
     "mosara": lambda: MoSaraConfig(threshold=0.5, num_heads=5, compact=True, task_type="CAUSAL_LM"),
+    "sara": lambda: SaraConfig(r=1, task_type="CAUSAL_LM"),
+    "sorsa": lambda: SorsaConfig(r=1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
     "lora": lambda: LoraConfig(r=1, lora_alpha=1, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
 }
 
@@ -77,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         size = Path(folder, "adapter_model.safetensors").stat().st_size
         names = [f"adapter{i}" for i in range(arguments.count)]
         before, begin = memory(arguments.device), now(arguments.device)
-        if arguments.one == "mosara":
+        if arguments.one != "lora":
             load_adapters(model, dict.fromkeys(names, folder))
             last = None
         else:
