@@ -45,6 +45,11 @@ settings.register_profile("fuzz", settings.get_profile("quick"), max_examples=10
 settings.load_profile("quick")
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A long text names a case by its start alone, which not every release of pytest sees to."""
+    return f"{val[:40]}…".encode("unicode_escape").decode() if isinstance(val, str) and len(val) > 100 else None
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse names that a whole object was written into: a set in it has another order in every
