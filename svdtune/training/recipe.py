@@ -289,10 +289,13 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
         begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that
             settings which are refused now are taken as what they have become; a warning says so.
 
+    A number in quotes is read as the number where no text would do; a warning says so.
+
     Raises:
         SvdtuneError: with all problems, the method's own settings included.
     """
-    from svdtune.training.method import method_problems, section_as_stored
+    from svdtune.training.method import FULL, class_of_method, method_problems, section_as_stored
+    from svdtune.training.quoted import without_quotes
     from svdtune.training.trl_settings import trl_problems
 
     problems: list[Problem] = []
@@ -301,6 +304,9 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
     if begun and isinstance(method, dict):
         method = section_as_stored(str(method.get("name")), method)
         settings = {**settings, "method": method}
+    named = str(method.get("name")) if isinstance(method, dict) else FULL
+    settings = without_quotes(settings, Recipe, None if named == FULL else class_of_method(named))
+    method = settings.get("method")
     try:
         recipe = Recipe.model_validate(settings)
     except ValidationError as error:

@@ -1,11 +1,12 @@
 """Recipes: strict, all problems at once, each with its path and the nearest right name."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from svdtune.errors import SvdtuneError
+from svdtune.errors import SvdtuneError, SvdtuneWarning
 from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe, parse_overrides
 from svdtune.training.yaml_files import read_yaml
 
@@ -63,7 +64,7 @@ def test_all_problems_come_at_once_each_with_path_and_nearest_name() -> None:
     [
         ({"method": {"name": "sorza"}}, "method.name: 'sorza' is no method; did you mean sorsa?"),
         ({"method": {"name": "lora", "lora_aplha": 4}}, "method.lora_aplha: unknown setting; did you mean lora_alpha?"),
-        ({"method": {"name": "lora", "r": "8"}}, "method.r: expected a valid integer; got '8'"),
+        ({"method": {"name": "lora", "r": "8x"}}, "method.r: expected a valid integer; got '8x'"),
         ({"method": {"name": "lora", "peft_type": "LORA"}}, "method.peft_type: unknown setting"),
         ({"method": {"name": "full", "r": 8}}, "method.r: full fine-tuning has no setting but target_modules"),
         (
@@ -97,6 +98,33 @@ def test_whole_numbers_do_for_floats_and_bare_texts_for_sections() -> None:
     assert recipe.model.name == "some/model"
     assert recipe.data.train[0].source == "rows.jsonl"
     assert (recipe.training.learning_rate, recipe.training.epochs) == (1.0, 2.0)
+
+
+QUOTED = {
+    "training__max_steps": ("3", 3),
+    "training__learning_rate": ("1e-3", 1e-3),
+    "data__max_length": ("0x20", 32),
+    "data__train": ({"source": "rows.jsonl", "limit": "5"}, {"source": "rows.jsonl", "limit": 5}),
+    "data__eval": ({"own": {"source": "a.jsonl", "limit": "7"}}, {"own": {"source": "a.jsonl", "limit": 7}}),
+    "method": ({"name": "sara", "threshold": "0.1"}, {"name": "sara", "threshold": 0.1}),
+}
+
+
+@pytest.mark.parametrize("changed", QUOTED)
+def test_a_number_in_quotes_is_read_with_a_note(changed: str) -> None:
+    quoted, plain = QUOTED[changed]
+    given = settings(**{changed: quoted})
+    before = copy.deepcopy(given)
+    with pytest.warns(SvdtuneWarning, match="' is in quotes; it is read as the number ") as said:
+        recipe = check_recipe(given)
+    assert (recipe, given, len(said)) == (check_recipe(settings(**{changed: plain})), before, 1)
+
+
+def test_quotes_stay_where_a_text_is_meant_or_the_number_does_not_fit() -> None:
+    assert check_recipe(settings(model="123")).model.name == "123"
+    with pytest.warns(SvdtuneWarning, match="training.max_steps: '1.5' is in quotes; it is read as the number 1.5"):
+        assert "training.max_steps: expected a valid integer" in problems(settings(training__max_steps="1.5"))[1]
+    assert problems(settings(training__max_steps="1_0"))[1].endswith("expected a valid integer; got '1_0'")
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "vera", "ia3"])
