@@ -21,8 +21,9 @@ from step import machine
 
 from svdtune.analysis import after, before, open_run, read_facts
 from svdtune.reports import gather, render
+from svdtune.system import read_objects
 from svdtune.training import check_recipe, train
-from svdtune.training.movement import DURING, read_samples
+from svdtune.training.movement import DURING
 
 TARGETS = ["q_proj", "v_proj"]
 METHODS = {"sorsa": {"name": "sorsa", "r": 16, "target_modules": TARGETS}, "full": {"name": "full"}}
@@ -53,7 +54,7 @@ def of_runs(folder: Path) -> list[dict[str, Any]]:
             "output": {"dir": str(folder / name)},
         }
         run = train(check_recipe(settings)).folder
-        samples = read_samples(run / DURING)
+        samples = read_objects(run / DURING)
         opened = open_run(run, TARGETS)
         began = time.perf_counter()
         before(opened)

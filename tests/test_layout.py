@@ -2,6 +2,7 @@
 flows."""
 
 import ast
+import importlib.util
 import io
 import re
 import tokenize
@@ -153,6 +154,25 @@ def too_long(text: str) -> list[str]:
             wide.add(token.end[0])
         depth -= kind == "FSTRING_END"
     return found + [f"{number}: too wide" for number in sorted(wide)]
+
+
+def test_what_stands_beside_the_package_imports_what_it_has():
+    """The benchmarks' scripts, most of which no test starts."""
+    missing = []
+    for folder in ("benchmarks", "conformance", "torture"):
+        for path in sorted((ROOT.parent / folder).rglob("*.py")):
+            nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+            for node in nodes:
+                if (node.module or "").partition(".")[0] == "svdtune":
+                    module = importlib.import_module(str(node.module))
+                    missing += [
+                        f"{path.name}: {node.module}.{one.name}" for one in node.names if not _has(module, one.name)
+                    ]
+    assert missing == []
+
+
+def _has(module, name):
+    return hasattr(module, name) or importlib.util.find_spec(f"{module.__name__}.{name}") is not None
 
 
 def test_nothing_is_longer_than_the_house_allows():

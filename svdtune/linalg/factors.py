@@ -114,12 +114,15 @@ def all_factors(weight: Tensor) -> Factors | None:
 
     Returns:
         None where the Gram matrix does not settle the smallest (below some 4e-6 of the largest;
-        rank-deficient weights).
+        rank-deficient weights and zero).
 
     Raises:
         SvdtuneError: `weight` is not a finite matrix.
     """
-    scale = power_of_two(largest_entry(weight))
+    largest = largest_entry(weight)
+    if largest == 0:
+        return None
+    scale = power_of_two(largest)
     with full_precision(weight.device):
         triplets = _by_gram(weight, 0, min(weight.shape), scale, _ALL)
         return triplets and _signed(weight, triplets, scale)

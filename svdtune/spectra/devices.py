@@ -58,22 +58,25 @@ def _numbered(device: torch.device) -> torch.device:
 
 def on_device(compute: Callable[[Tensor], Result], weight: Tensor, device: torch.device) -> Result:
     """compute(weight) on a device. The tensors that it gives come back to where the weight lies. A
-    device without room hands the weight back, with a warning."""
-    if weight.device == device:
-        return compute(weight)
+    device without room hands the weight back to where it lies, or to the CPU where it lies on the
+    device itself, with a warning."""
+    there = device
     try:
-        found = compute(weight.to(device))
+        found = compute(weight.to(there))
     except Exception as error:
-        if not is_out_of_memory(error):
+        there = CPU if weight.device == device else weight.device
+        if not is_out_of_memory(error) or there == device:
             raise
         warnings.warn(
-            f"{device} has no room to decompose a weight {list(weight.shape)}, which is done on {weight.device} instead; "
+            f"{device} has no room to decompose a weight {list(weight.shape)}, which is done on {there} instead; "
             f"{DEVICE}=cpu leaves all of them where they are",
             SvdtuneWarning,
             stacklevel=2,
         )
-        return compute(weight)
+        found = compute(weight.to(there))
+    if there == weight.device:
+        return found
     from accelerate.utils import send_to_device
 
-    there: Result = send_to_device(found, weight.device)
-    return there
+    back: Result = send_to_device(found, weight.device)
+    return back

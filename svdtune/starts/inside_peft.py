@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -50,11 +50,11 @@ _waiting: ContextVar["list[Waiting] | None"] = ContextVar("svdtune.waiting_start
 
 
 class Waiting(NamedTuple):
-    """A layer and the name of its adapter, which PiSSA is to start from the weight [out, in]."""
+    """A layer and the name of its adapter, which PiSSA is to start. No weight is held: each is read
+    when its turn comes, and let go once what is left of it stands in its place."""
 
     layer: LoraLayer
     adapter: str
-    weight: Tensor
 
 
 class PeftPlace(NamedTuple):
@@ -194,10 +194,11 @@ def _start_waiting(waiting: list[Waiting]) -> None:
     """Start the layers that wait, the first first, and leave none."""
     named = {str(i): one for i, one in enumerate(waiting)}
     waiting.clear()
-    ranks = {name: layer.r[adapter] for name, (layer, adapter, _) in named.items()}
-    weights = {name: one.weight for name, one in named.items()}
+    ranks = {name: layer.r[adapter] for name, (layer, adapter) in named.items()}
+    weights = {name: partial(_matrix, layer) for name, (layer, _) in named.items()}
     for name, found in factors(weights, ranks, components=_entered.get() or "first"):
-        layer, adapter, weight = named.pop(name)
+        layer, adapter = named[name]
+        weight = _matrix(layer)
         pair = from_factors(found, layer.scaling[adapter])
         _start(layer, adapter, LoraPair(*(part.to(weight.dtype) for part in pair)))  # PEFT too rounds them to it
         _take_off(layer, weight, pair, layer.scaling[adapter])
@@ -217,12 +218,11 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
     waiting = _waiting.get()
     # a variant reads what is started, and DeepSpeed takes a gathered weight away again
     if waiting is None or adapter_name in self.lora_variant or hasattr(own, "ds_id"):
-        _start_waiting([Waiting(self, adapter_name, weight)])
+        _start_waiting([Waiting(self, adapter_name)])
         return None
-    if any(one.weight.data_ptr() == weight.data_ptr() for one in waiting):  # tied: its start comes off first
+    if any(_matrix(one.layer).data_ptr() == weight.data_ptr() for one in waiting):  # tied: its start comes off first
         _start_waiting(waiting)
-        weight = own.data.mT if _is_transposed(self) else own.data
-    waiting.append(Waiting(self, adapter_name, weight))
+    waiting.append(Waiting(self, adapter_name))
     return None
 
 
@@ -310,9 +310,15 @@ def _weight(layer: LoraLayer, adapter: str) -> Tensor | None:
     stored: Any = getattr(layer.get_base_layer(), "weight", None)
     if not isinstance(stored, nn.Parameter) or not _is_plain(stored.data):
         return None
-    weight = stored.data.mT if _is_transposed(layer) else stored.data
+    weight = _matrix(layer)
     # PEFT cuts a larger rank short, where the engine would refuse it
     return weight if layer.r[adapter] <= min(weight.shape) else None
+
+
+def _matrix(layer: LoraLayer) -> Tensor:
+    """The base weight as it is now, as a matrix [out, in]."""
+    weight: Tensor = getattr(layer.get_base_layer(), "weight").data  # noqa: B009
+    return weight.mT if _is_transposed(layer) else weight
 
 
 def _where_fastest(decompose: Callable[[Tensor, int], Parts], weight: Tensor, r: int) -> Parts:

@@ -2,6 +2,7 @@
 results come back to where the weights lie."""
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,23 @@ def test_a_full_device_hands_the_weight_back(error: Exception) -> None:
         found = on_device(compute, weight, META)
     for one, other in zip(found, top_factors(weight, 2), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("home", [torch.device("cuda", 0), CPU])
+def test_a_weight_on_the_full_device_itself_goes_to_the_cpu(home: torch.device) -> None:
+    weight: Any = SimpleNamespace(device=home, shape=(5, 4), to=lambda there: there)
+
+    def compute(there: Any) -> str:
+        if there == home:
+            raise torch.OutOfMemoryError("out of memory")
+        return str(there)
+
+    if home == CPU:
+        with pytest.raises(torch.OutOfMemoryError):
+            on_device(compute, weight, home)  # type: ignore[arg-type]
+        return
+    with pytest.warns(SvdtuneWarning, match=r"cuda:0 has no room .* which is done on cpu instead"):
+        assert on_device(compute, weight, home) == "cpu"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ was."""
 import importlib.util
 import sys
 import threading
+import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -394,3 +395,19 @@ def test_an_adapter_that_peft_cannot_make_leaves_none_waiting():
             started(nn.Sequential(nn.Linear(40, 40), nn.ReLU()), "pissa", target_modules=["0", "1"])
         assert inside_peft._waiting.get() is None
         assert parts(started(one_layer("wide", torch.float32), "pissa"))[1].any()
+
+
+def test_a_weight_is_let_go_once_what_is_left_of_it_stands_in_its_place(monkeypatch):
+    held, alive, take_off = [], [], inside_peft._take_off
+
+    def watched(layer, weight, pair, scaling):
+        alive.append(sum(one() is not None for one in held))
+        held.append(weakref.ref(weight))
+        take_off(layer, weight, pair, scaling)
+
+    monkeypatch.setattr(inside_peft, "_take_off", watched)
+    names = [str(number) for number in range(12)]
+    with fast_starts():
+        started(nn.Sequential(*(nn.Linear(40, 40) for _ in names)), "pissa", target_modules=names)
+    assert len(alive) == 12
+    assert max(alive) <= 1
