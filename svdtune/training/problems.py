@@ -5,7 +5,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, PydanticSchemaGenerationError, PydanticUserError, TypeAdapter, ValidationError
@@ -20,13 +20,19 @@ class Problem(NamedTuple):
     message: str
 
 
-def refuse(problems: Sequence[Problem], source: str) -> None:
-    """Raise one SvdtuneError that lists all problems; do nothing if there are none."""
-    if not problems:
-        return
-    lines = [f"  {path}: {message}" if path else f"  {message}" for path, message in problems]
-    count = "one problem" if len(lines) == 1 else f"{len(lines)} problems"
-    raise SvdtuneError("\n".join([f"{source} has {count}:", *lines]))
+def refuse(problems: Sequence[Problem], source: str, typed: Collection[str] = ()) -> None:
+    """Raise one SvdtuneError that lists all problems of `source`, and apart from them those at the
+    paths that were `typed` on the command line; do nothing if there are none."""
+    found: dict[str, list[str]] = {source: [], "the command line": []}
+    for path, message in problems:
+        here = any(f"{path}.".startswith(f"{one}.") for one in typed)
+        found["the command line" if here else source].append(f"  {path}: {message}" if path else f"  {message}")
+    blocks = []
+    for where, lines in found.items():
+        count = "one problem" if len(lines) == 1 else f"{len(lines)} problems"
+        blocks += [f"{where} has {count}:", *lines] if lines else []
+    if blocks:
+        raise SvdtuneError("\n".join(blocks))
 
 
 def from_pydantic(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:

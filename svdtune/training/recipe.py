@@ -5,7 +5,7 @@ other. All problems are reported at once. The file is YAML 1.2 (`1e-3` is a numb
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -277,10 +277,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
         set_at(settings, dotted, None)
     for dotted, value in changes.items():
         set_at(settings, dotted, value)
-    return check_recipe(settings, str(path), begun=begun)
+    return check_recipe(settings, str(path), begun=begun, typed=changes)
 
 
-def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun: bool = False) -> Recipe:
+def check_recipe(
+    settings: dict[str, Any], source: str = "the recipe", *, begun: bool = False, typed: Collection[str] = ()
+) -> Recipe:
     """Make a `Recipe` of plain settings.
 
     Args:
@@ -288,6 +290,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
         source: what to call it in an error.
         begun: whether it is that of a run that was begun, perhaps with svdtune 0.1, so that
             settings which are refused now are taken as what they have become; a warning says so.
+        typed: the dotted paths that the command line set, whose problems are its own.
 
     A number in quotes is read as the number where no text would do; a warning says so.
 
@@ -316,7 +319,7 @@ def check_recipe(settings: dict[str, Any], source: str = "the recipe", *, begun:
     problems += exclusions(settings)
     if recipe is not None:
         problems += trl_problems(recipe.training.task, recipe.training.trl)
-    refuse(problems, source)
+    refuse(problems, source, typed)
     assert recipe is not None
     return recipe
 

@@ -43,8 +43,25 @@ def test_of_two_that_exclude_each_other_the_later_stays(tmp_path: Path, before: 
     recipe = load_recipe(mine) if door == "extends" else load_recipe(base, [f"--training.{later}", "7"])
     assert (getattr(recipe.training, later), getattr(recipe.training, before)) == (7, None)
     assert recipe.training.learning_rate == 1e-4
-    with pytest.raises(SvdtuneError, match=r"training\.epochs: excludes training\.max_steps; give one of them"):
+    with pytest.raises(
+        SvdtuneError, match=r"^the command line has one problem:\n  training\.epochs: excludes training\.max"
+    ):
         load_recipe(base, ["--training.epochs", "2", "--training.max_steps", "7"])
+
+
+def test_problems_are_those_of_the_file_or_of_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "mine.yaml", BASE.replace("epochs: 3", "epochs: -3, batch_size: 0"))
+    with pytest.raises(SvdtuneError) as found:
+        load_recipe(
+            path, ["--training.batch_size", "-1", "--method", "{name: lora, rank: 8}", "--training.max_steps", "2"]
+        )
+    assert [line for line in str(found.value).splitlines() if not line.startswith(" ")] == [
+        "the command line has 2 problems:"
+    ]
+    with pytest.raises(
+        SvdtuneError, match=r"(?s)^\S+mine\.yaml has one problem:\n  training\.epochs.*\nthe command line has"
+    ):
+        load_recipe(path, ["--training.batch_size", "-1"])
 
 
 def test_later_files_change_earlier_ones(tmp_path: Path) -> None:
