@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from svdtune.data.standard import messages_of, standard_row
+from svdtune.data.standard import chat_column, messages_of, standard_row
 from svdtune.errors import SvdtuneError
 
 Messages = list[dict[str, Any]]
@@ -113,10 +113,10 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
 
 
 def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: str) -> Example:
-    in_chat = (
-        completion == COMPLETION and COMPLETION not in row and "messages" in row
-    )  # the prompt repeats its beginning
-    if prompt == PROMPT and (PROMPT not in row or in_chat):
+    repeated = (
+        completion == COMPLETION and COMPLETION not in row and chat_column(row)
+    )  # the chat begins with the prompt
+    if prompt == PROMPT and (PROMPT not in row or repeated):
         row = standard_row({key: value for key, value in row.items() if key != PROMPT}, name)
     asked = row.get(prompt)
     if isinstance(asked, list | tuple):

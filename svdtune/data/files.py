@@ -12,8 +12,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from svdtune.errors import SvdtuneError
 from svdtune.names import meant
@@ -21,6 +22,10 @@ from svdtune.system import explain_read_error, needs
 
 FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".txt")
 _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
+# What stands above a table's header: blank lines, and Excel's "sep=;", the sign between columns.
+_BEFORE = re.compile(r'(?:\s*[\r\n])?(?:"?sep=([^\w\s"]|\t)"?\s*[\r\n])?', re.IGNORECASE)
+_QUOTED = re.compile(r'(?<![^,;\t|])"(?:[^"]+|"")*+"?')  # a quote sign within a cell is text
+_RECORD = re.compile(rf"(?:{_QUOTED.pattern}|[^\r\n])*+")
 SEPARATOR = "||"  # between meaning and sentence in the text form of E2E
 
 
@@ -166,22 +171,45 @@ def _object(row: Any, place: str) -> Located | Fault:
 
 def _scan_csv(text: str, path: Path) -> Iterator[Located | Fault]:
     csv.field_size_limit(max(csv.field_size_limit(), len(text) + 1))  # a long text is no fault
-    header = text.partition("\n")[0]
+    before = _BEFORE.match(text)
+    assert before is not None
+    text, skipped = text[before.end() :], sum(1 for _ in io.StringIO(before[0], newline=""))
+    header = _RECORD.match(text)
+    assert header is not None
+    signs = _QUOTED.sub("", header[0])
+    usual = "\t" if kind(path) == ".tsv" else ","
     # where a comma is the decimal sign, spreadsheets write semicolons
-    between = next((sign for sign in ("\t" if kind(path) == ".tsv" else ",", ";", "\t") if sign in header), ",")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=between)
+    between = before[1] or next((sign for sign in (usual, *";\t,") if sign in signs), usual)
+    table = partial(_scan_table, text, path, skipped, between)
+    quoted = table(csv.QUOTE_MINIMAL)
+    if between != "\t" or '"' not in text or signs != header[0]:
+        return quoted
+    # Between tabs many programs quote nothing, so that a cell may begin with a quote sign.
+    plain = list(table(csv.QUOTE_NONE))
+    try:
+        rows = list(quoted)
+    except SvdtuneError:
+        return iter(plain)
+    return iter(min(rows, plain, key=lambda found: sum(isinstance(one, Fault) for one in found)))
+
+
+def _scan_table(text: str, path: Path, skipped: int, between: str, quoting: Literal[0, 3]) -> Iterator[Located | Fault]:
+    """The rows of a table below its header, which stands under so many skipped lines."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter=between, quoting=quoting)
     try:
         names = list(reader.fieldnames or ())
         if twice := [name for name in names if names.count(name) > 1]:
             raise SvdtuneError(f"{path} has two columns of the name {twice[0]!r}; rename one of them")
         for row in reader:
-            place = f"line {reader.line_num}"
+            place = f"line {skipped + reader.line_num}"
             if None in row or None in row.values():
-                yield Fault(place, f"does not have the {len(reader.fieldnames or ())} columns of the header")
+                yield Fault(place, f"does not have the {len(names)} columns of the header")
             else:
                 yield Located(place, row)
     except csv.Error as error:
-        raise SvdtuneError(f"{path} is not valid CSV after line {reader.line_num}: {error}") from error
+        raise SvdtuneError(
+            f"{path} is not valid {kind(path)[1:].upper()} after line {skipped + reader.line_num}: {error}"
+        ) from error
 
 
 def _scan_text(text: str, path: Path) -> Iterator[Located | Fault]:

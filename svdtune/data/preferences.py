@@ -4,7 +4,7 @@ single answers with a label.
 | task | columns |
 |---|---|
 | dpo, reward | `prompt`, `chosen`, `rejected` |
-| kto | `prompt`, `completion`, `label`; or `messages` that end with the answer, and `label` |
+| kto | `prompt`, `completion`, `label`; or a chat that ends with the answer, and `label` |
 | grpo | `prompt`, and whatever the rewards look at |
 
 Prompts and answers are text, or messages. Where `chosen` and `rejected` hold whole chats or texts,
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
-from svdtune.data.standard import chat_of, messages_of
+from svdtune.data.standard import chat_column, chat_of, messages_of
 from svdtune.errors import SvdtuneError
 
 Row = Mapping[str, Any]
@@ -69,16 +69,22 @@ def to_labelled(
         row = _with_answer(row, name) if (prompt, completion) == (PROMPT, COMPLETION) else row
         own = [column for column in (prompt, completion) if column in (PROMPT, COMPLETION)]
         _check_columns(row, (*own, LABEL), "kto", name)
-        given = row[LABEL]
-        label = _LABELS.get(given.strip().lower() if isinstance(given, str) else given) if _is_plain(given) else None
+        label = label_of(row[LABEL])
         if label is None:
             raise SvdtuneError(
-                f"{name}: the label is {given!r:.40}; expected true for an answer as it should be, or false"
+                f"{name}: the label is {row[LABEL]!r:.40}; expected true for an answer as it should be, or false"
             )
         labels.append(label)
         in_chat = prompt == PROMPT and isinstance(row[PROMPT], str) and isinstance(row.get(completion), list | tuple)
         asked.append({**row, PROMPT: _asked(row[PROMPT])} if in_chat else row)
     return list(zip(to_examples(asked, prompt, completion, source=source), labels, strict=True))
+
+
+def label_of(value: Any) -> bool | None:
+    """Whether a label calls its answer good, None where it says neither."""
+    if not isinstance(value, str | int | float):
+        return None
+    return _LABELS.get(value.strip().lower() if isinstance(value, str) else value)
 
 
 def encode_pairs(
@@ -182,8 +188,8 @@ def _check_columns(row: Row, columns: Sequence[str], task: str, name: str) -> No
 
 def _with_answer(row: Row, name: str) -> Row:
     """The row with its chat in two: the last message, which is judged, and those before it."""
-    column = next((column for column in ("messages", "conversations") if column in row), None)
-    if column is None or PROMPT in row or COMPLETION in row:
+    column = chat_column(row)
+    if column is None or COMPLETION in row:
         return row
     chat = chat_of(row, column, name)
     if chat[-1]["role"] != "assistant" or len(chat) == 1:
@@ -197,9 +203,8 @@ def _with_prompt(row: Row, name: str) -> Row:
     """The row with a prompt of its own: the column, the chat before the answers, or what both
     answers begin with."""
     prompt = row.get(PROMPT)
-    for column in ("conversations", "messages"):
-        if prompt is None and column in row:
-            prompt = chat_of(row, column, name)
+    if prompt is None and (column := chat_column(row)):
+        prompt = chat_of(row, column, name)
     chosen, rejected = (_answer(row[column], f"{name}: field {column!r}") for column in (CHOSEN, REJECTED))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise SvdtuneError(f"{name}: one of chosen and rejected is text and the other messages; give both alike")
@@ -213,10 +218,6 @@ def _with_prompt(row: Row, name: str) -> Row:
             f"{name} has no 'prompt', and chosen and rejected share no first message that would be one; add the column"
         )
     return {**row, PROMPT: chosen[:begin], CHOSEN: chosen[begin:], REJECTED: rejected[begin:]}
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float)
 
 
 def _asked(text: str) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
+CHATS = ("messages", "conversations")  # the columns of whole chats
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
 
 
@@ -40,9 +41,8 @@ def standard_row(row: Row, name: str) -> Row:
     """
     if "prompt" in row:
         return row
-    for column in ("messages", "conversations"):
-        if column in row:
-            return {**row, "prompt": chat_of(row, column, name)}
+    if column := chat_column(row):
+        return {**row, "prompt": chat_of(row, column, name)}
     if "instruction" in row and "output" in row:
         given = str(row.get("input") or "").strip()
         prompt = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
@@ -53,6 +53,11 @@ def standard_row(row: Row, name: str) -> Row:
         f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}); "
         "say which hold what is asked and answered: data.prompt and data.completion"
     )
+
+
+def chat_column(row: Row) -> str | None:
+    """The column of a row's whole chat, None where it has none."""
+    return next((column for column in CHATS if column in row), None)
 
 
 def chat_of(row: Row, column: str, name: str) -> list[Message]:

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from svdtune._version import __version__
 from svdtune.data import read_rows, to_examples
 from svdtune.data.examples import COMPLETION, PROMPT, check_fields, fields_of
-from svdtune.data.preferences import CHOSEN, LABEL, REJECTED, token_counts
+from svdtune.data.preferences import CHOSEN, LABEL, REJECTED, label_of, token_counts
+from svdtune.data.standard import CHATS
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
 from svdtune.models.loader import context_length, load_config, locate
@@ -39,12 +40,11 @@ _ANY_LENGTH = 10**9
 _FEW = 40  # rows of which none are held out
 SCORED = 0.2  # of the rows, where a recipe is to be scored and no test set is named
 _ANSWERS = (16, 32, 64, 128, 256, 512, 1024)  # tokens
-_CHATS = ("messages", "conversations")
 # How a format is told to the user, by the columns that tell it, and what else is read.
 _FORMATS = {
     ("chosen", "rejected"): (
         "preferences: the answer that is chosen, and the one that is rejected",
-        ("prompt", *_CHATS),
+        ("prompt", *CHATS),
     ),
     ("completion", "label"): ("labelled answers", ("prompt",)),
     ("messages",): ("chats (messages); every turn of the assistant's is trained on", ("tools",)),
@@ -156,18 +156,13 @@ def draft(
 
 
 def _task_of(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The task that columns tell; SFT is what is left. Beside chats a label may be anything: it
-    judges them where all are true or false, or numbers."""
+    """The task that columns tell; SFT is what is left. A label may be anything: it judges answers
+    where KTO takes every one that is looked at."""
     columns = {name for row in rows for name in row}
     if {CHOSEN, REJECTED} <= columns:
         return "dpo"
-    judged = all(
-        str(row.get(LABEL)).strip().lower() in ("true", "false") or isinstance(row.get(LABEL), int | float)
-        for row in rows
-    )
-    if LABEL in columns and (COMPLETION in columns or (judged and columns & {*_CHATS})):
-        return "kto"
-    return "sft"
+    judged = all(label_of(row.get(LABEL)) is not None for row in rows)
+    return "kto" if judged and columns & {COMPLETION, *CHATS} else "sft"
 
 
 def _format_of(
@@ -177,11 +172,11 @@ def _format_of(
     if prompt is not None:
         read = fields_of(prompt, completion or COMPLETION)
         return f"rows with {prompt} and {completion or COMPLETION}", read
-    system = ["system"] if {*_CHATS} & {*columns} else []
+    system = ["system"] if {*CHATS} & {*columns} else []
     if task == "kto" and COMPLETION not in columns:
-        return "labelled answers, the last of each chat", [*_CHATS, LABEL, "tools", *system]
+        return "labelled answers, the last of each chat", [*CHATS, LABEL, "tools", *system]
     for told, (words, more) in _FORMATS.items():
-        if {*told} <= {*columns}:
+        if {*told} <= {*columns} and (LABEL not in told or task == "kto"):
             return words, [*told, *more, *system]
     raise SvdtuneError(
         f"the columns {', '.join(map(repr, columns))} are those of no format (messages, conversations, prompt and completion, "

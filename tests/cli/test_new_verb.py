@@ -80,6 +80,26 @@ def test_what_rows_are_for_is_told_and_what_is_not_read(
     assert ("unread" in found.stdout) == bool(unread)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, SAID]},
+        {"prompt": "Two?", "conversations": [ASKED, SAID]},
+        {"prompt": "2", "completion": "4"},
+    ],
+    ids=lambda row: "-".join(row),
+)
+def test_labels_that_kto_takes_judge_and_any_others_are_not_read(
+    row: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = with_template(tmp_path / "with-template", tiny_folder, TEMPLATE)
+    for label, task in ((1, "kto"), ("0", "kto"), ("True", "kto"), (3, "sft"), (0.73, "sft"), ("good", "sft")):
+        found = new(str(model), write(tmp_path, [row | {"label": label}] * 2), "--method", "lora", "--overwrite")
+        assert found.exit_code == 0, found.output
+        assert (load_recipe("recipe.yaml").training.task, "labelled answers" in found.stdout) == (task, task == "kto")
+        assert ("label (columns that nothing" in found.stdout or "label, prompt (" in found.stdout) == (task == "sft")
+
+
 def test_empty_answers_are_counted_before_training_and_in_it(tiny_folder: Path, tmp_path: Path) -> None:
     data = write(tmp_path, [{"prompt": "2 + 2", "completion": said} for said in ("4", "", " ")])
     assert "rows      3, 20 tokens, the longest 7, 2 with an empty answer" in new(str(tiny_folder), data).stdout

@@ -94,8 +94,10 @@ def test_labels_are_read_as_files_write_them(chat_tokenizer: PreTrainedTokenizer
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("answer", [GOOD, {"from": "gpt", "value": "Hello"}])
 def test_a_label_beside_a_chat_judges_its_last_message(answer: dict[str, Any], label: bool) -> None:
-    [(found, judged)] = to_labelled([{"messages": [USER, BAD, USER, answer], "label": label}])
-    assert (found.prompt, found.completion, judged) == ([USER, BAD, USER], "Hello", label)
+    for column in ("messages", "conversations"):
+        for asked in ({}, {"prompt": "Hi"}):  # which the chat repeats
+            [(found, judged)] = to_labelled([{**asked, column: [USER, BAD, USER, answer], "label": label}])
+            assert (found.prompt, found.completion, judged) == ([USER, BAD, USER], "Hello", label)
 
 
 @pytest.mark.parametrize("label", [None, "good", 0.5, [True]])

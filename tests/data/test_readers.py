@@ -42,13 +42,51 @@ def test_a_byte_order_mark_is_not_part_of_the_first_field(tmp_path: Path) -> Non
     assert read_rows(path) == [{"question": "a", "answer": "b"}]
 
 
-@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize(("name", "between"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")])
 def test_a_table_is_read_by_the_sign_between_its_columns(tmp_path: Path, name: str, between: str, ending: str) -> None:
     lines = [["question", "answer"], ['"two, and; two\t?"', "4"], ["a", '"4 ""or"" 5"']]
     (tmp_path / name).write_bytes(("\ufeff" + "".join(between.join(line) + ending for line in lines)).encode())
     assert [tuple(row.values()) for row in read_rows(tmp_path / name)] == [("two, and; two\t?", "4"), ("a", '4 "or" 5')]
     assert [*read_rows(tmp_path / name)[0]] == ["question", "answer"]
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"], ids=["LF", "CRLF", "CR"])
+@pytest.mark.parametrize("between", [",", ";", "\t", "|"], ids=["comma", "semicolon", "tab", "bar"])
+def test_what_stands_above_a_header_and_in_its_quotes_is_no_column(tmp_path: Path, between: str, ending: str) -> None:
+    """Blank lines, the `sep=` line that Excel writes, and every sign within quotes."""
+    path = tmp_path / "a.csv"
+    for above in ([], [""], ["", " "], [f"sep={between}"], ["", f'"sep={between}"', ""]):
+        if between == "|" and not any("sep" in line for line in above):
+            continue  # no sign is taken for one that nothing says
+        lines = [*above, between.join(['"short, or; or\t""long"""', 'answer (5")']), between.join(["a", '"b\n"'])]
+        path.write_bytes(ending.join([*lines, ""]).encode())
+        assert read_rows(path) == [{'short, or; or\t"long"': "a", 'answer (5")': "b\n"}]
+        path.write_bytes(ending.join([*lines[:-1], "alone", ""]).encode())
+        with pytest.raises(SvdtuneError, match=rf"line {len(lines)} does not have the 2 columns of the header"):
+            read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("cells", "read"),
+    [
+        (['"Hi" she said', "ok"], ['"Hi" she said', "ok"]),
+        (['"Hi', "ok"], ['"Hi', "ok"]),
+        (["ok", '"'], ["ok", '"']),
+        (['"Hi\tok\nok"', "5"], ["Hi\tok\nok", "5"]),
+        (['"Hi ""you"""', '5"'], ['Hi "you"', '5"']),
+    ],
+    ids=["word", "open", "sign", "lines", "doubled"],
+)
+def test_a_table_of_tabs_may_quote_nothing(tmp_path: Path, cells: list[str], read: list[str]) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("q\ta\n1\t2\n" + "\t".join(cells) + "\n")
+    assert [[*row.values()] for row in read_rows(path)] == [["1", "2"], read]
+
+
+def test_a_table_of_one_column_of_tabs_may_hold_commas(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\nHi, you; and "you"\n')
+    assert read_rows(tmp_path / "a.tsv") == [{"text": 'Hi, you; and "you"'}]
 
 
 def test_a_json_object_around_one_list_is_looked_into(tmp_path: Path) -> None:
@@ -78,6 +116,8 @@ def test_limit_takes_the_first_rows(tmp_path: Path) -> None:
         ("a.csv", "a,b\n1,2\n3\n", "line 3 does not have the 2 columns of the header"),
         ("a.csv", "a,b\n1,2,3\n", "line 2 does not have the 2 columns"),
         ("a.csv", 'a,b\n1,"2\n', "is not valid CSV after line 1: unexpected end"),
+        ("a.tsv", 'q\ta\n"Hi" you\tok\nalone\n', r"a\.tsv line 3 does not have the 2 columns"),
+        ("a.tsv", '"q"\t"a"\n"Hi" you\t"ok"\n', r"a\.tsv is not valid TSV after line 1: .* expected after"),
         ("a.parquet", "text", "is not a readable Parquet file"),
         ("a.jsonl.gz", "text", "is not a whole gzip file"),
         ("a.jsonl", '{"a": 1, "b": 2, "a": 3}', r"a\.jsonl line 1 has the field 'a' twice; keep one of them"),

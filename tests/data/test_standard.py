@@ -26,12 +26,14 @@ def example(row: dict[str, Any]) -> Example:
         {"prompt": [ASK], "completion": "4"},
         {"messages": [ASK | {"tool_calls": None}, SAY | {"tool_calls": None}]},
         {"prompt": "2 + 2?", "messages": [ASK, SAY]},
+        {"prompt": "2 + 2?", "conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
         {"messages": [ASK | {"content": [{"type": "text", "text": "2 +"}, {"type": "text", "text": " 2?"}]}, SAY]},
         {"messages": [ASK, SAY | {"content": [{"type": "text", "text": "4", "image": None}]}]},
         {"prompt": [ASK | {"content": ["2 + 2?"]}], "completion": [SAY | {"content": ["4"]}]},
         {"conversations": [{"from": "human", "value": ["2 + 2?"]}, {"from": "gpt", "value": ["4"]}]},
     ],
 )
+@pytest.mark.family(12)
 def test_chats_of_one_answer(row: dict[str, Any]) -> None:
     found = example(row)
     assert (found.prompt, found.completion, found.chat) == ([ASK], "4", None)
