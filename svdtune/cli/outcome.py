@@ -45,7 +45,9 @@ def reporting(command: Any) -> Any:
         return command
 
     @wraps(work)
-    def told(quiet: bool, json_to: Path | None, **given: Any) -> Any:
+    def told(quiet: bool, json_to: Path | str | None, **given: Any) -> Any:
+        # Typer 0.16 gives the text where the option is added to a verb's own
+        json_to = None if json_to is None else Path(json_to)
         _found.clear()
         with ExitStack() as kept:
             if quiet:
@@ -101,10 +103,9 @@ def _hushed() -> Iterator[None]:
             warnings.showwarning = show
 
 
-def _write(to: Path | str | None) -> None:
-    if to is None or not _found:
+def _write(target: Path | None) -> None:
+    if target is None or not _found:
         return
-    target = Path(to)  # Typer 0.16 gives the text where the option is added to a verb's own
     document = _plain(_found[0] if len(_found) == 1 else _found)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if target == Path("-"):

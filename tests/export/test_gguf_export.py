@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
@@ -69,10 +70,18 @@ def changes_in(lora: Path) -> dict[str, Tensor]:
     }
 
 
+def content(field: Any) -> Any:
+    """A text or a number; gguf before 0.17 has no function for it."""
+    part = field.parts[field.data[-1]]
+    return bytes(part).decode() if field.types[-1] == gguf.GGUFValueType.STRING else part[0].item()
+
+
 def read_back(file: Path, base: Path) -> Iterator[tuple[str, Tensor]]:
     """B A by parameter of the model, as llama.cpp scales it and Transformers reads its weights."""
+    if int(transformers.__version__.partition(".")[0]) < 5:
+        pytest.skip("Transformers 4 reads GGUF files by functions that svdtune does not use")
     reader = gguf.GGUFReader(file)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    fields = {name: content(field) for name, field in reader.fields.items() if field.types}
     assert fields["general.type"] == "adapter"
     assert fields["adapter.type"] == "lora"
     stored = {tensor.name: tensor for tensor in reader.tensors}

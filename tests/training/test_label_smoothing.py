@@ -39,4 +39,4 @@ def test_the_first_loss_is_the_smoothed_one(tiny_folder: Path, tmp_path: Path) -
     kept = labels != -100
     losses = -torch.log_softmax(logits, -1)[kept]
     expected = 0.9 * losses.gather(1, labels[kept, None]).mean() + 0.1 * losses.mean()
-    assert abs(logged - expected.item()) < 1e-4
+    assert abs(logged - expected.item()) < 2e-4  # Transformers 4 logs four digits

@@ -222,7 +222,7 @@ def test_the_reference_of_a_trained_adapter_is_that_adapter(name, tiny_folder, t
         before = factors(model)
         trainer = trainer_of("dpo", model, tiny_folder, tmp_path, steps=2, callbacks=callbacks)
         trainer.train()
-        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert trainer.state.log_history[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
         assert trainer.state.log_history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
         for key, layer in model.named_modules():
             if isinstance(layer, SvdLayer):

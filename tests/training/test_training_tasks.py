@@ -106,7 +106,7 @@ def test_the_reference_is_the_base(recipe: dict[str, Any], monkeypatch: pytest.M
     monkeypatch.setattr(tasks, "make_trainer", keep)
     folder, _ = go(recipe)
     first = log_of(folder)[0]
-    assert first["loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-6)
+    assert first["loss"] == pytest.approx(torch.tensor(2.0).log().item(), abs=1e-4)
     assert first["rewards/chosen"] == pytest.approx(0, abs=1e-6)
     [trainer] = trainers
     assert list(trainer.model.peft_config) == ["default"]

@@ -211,12 +211,13 @@ class Together:
         """
         *fields, x_adapter, p = arguments
         part, now = Part(*fields), self._pass
-        pair = self._kept_pair(layer, adapter, x, part[2:]) if x_adapter is None and p == 0 else None
+        tensors: Any = tuple(fields[2:])  # a slice of `part` is no tuple for torch 2.8's compiler
+        pair = self._kept_pair(layer, adapter, x, tensors) if x_adapter is None and p == 0 else None
         if pair is not None:
             return linear_with_pair(x, part, *pair)
         if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
             return LowRankLinear.apply(x, x_adapter, p, *part)
-        tensors, dtype = part[2:], compute_dtype(x)
+        dtype = compute_dtype(x)
         self._note(now, layer, adapter, x, tensors, dtype)
         ahead = now.ahead.pop(layer, None)
         if ahead is not None:

@@ -80,8 +80,10 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
     def stored_apart(self) -> str | None:
         """The adapter whose principal part is missing from the stored base weight; None if the
         weight is whole."""
-        found = (name for name, config in self.configs.items() if config.layout == "split")
-        return next((name for name in found if not self.awaits(name)), None)
+        for name, config in self.configs.items():
+            if config.layout == "split" and not self.awaits(name):
+                return name
+        return None
 
     def is_silent(self) -> bool:
         return super().is_silent() and self.stored_apart is None
