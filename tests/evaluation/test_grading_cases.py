@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from svdtune.evaluation import get_task
+from svdtune.evaluation.tasks.answers import marked_answers
 
 WORDINGS = {
     "number": [
@@ -63,6 +64,19 @@ def test_an_answer_that_goes_on_without_end_is_graded(task: str) -> None:
     for words in ("wait ", "wait, ", "no, ", "hmm, ", "actually, ", "or rather ", "I mean ", "sorry oh wait "):
         completion = f"The answer is $5$. {words * 100}"
         assert graded(task, completion, "5") == (task != "letter")
+
+
+@pytest.mark.parametrize("task", ["number", "math"])
+def test_an_answer_taken_back_a_thousand_times_is_the_last(task: str) -> None:
+    for words in ("5, wait, ", "5, no, ", "5; I mean ", "5, no, not 7, but "):
+        assert graded(task, f"The answer is {words * 1200}6.", "6")
+
+
+def test_a_run_of_boxes_without_end_is_read_in_bounded_pieces() -> None:
+    for run in ("$\\boxed{5}$, " * 3000, "".join(f"$\\boxed{{{i}}}$, " for i in range(3000)) + "$\\boxed{5}$"):
+        assert graded("math", run, "5")
+        assert graded("number", run, "5")
+        assert max(map(len, marked_answers(run, several=True))) < 200
 
 
 def test_the_tables_are_large_and_have_both_verdicts_of_every_task() -> None:

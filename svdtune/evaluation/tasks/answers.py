@@ -2,12 +2,14 @@
 
 The marks are a box, the line after "####", what stands between <answer> and </answer>, the
 sentence after "the answer is" or "answer:", and what stands before "is the answer". The last mark
-of a text counts, so that an answer taken back is none; boxes side by side are one. What a sentence
-denies ("not 5 but 6") is no answer.
+of a text counts, so that an answer taken back is none. What a sentence denies ("not 5 but 6") is
+no answer. Boxes side by side are one answer where "and" or "or" joins them; where a comma alone
+does, the grader says whether they are a list, or the last of them counts.
 """
 
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 _BOX = re.compile(r"\\f?box(?:ed)?(?![a-zA-Z])\s*")
 _HASHES = re.compile(r"####\s*")
@@ -31,10 +33,12 @@ _CHECKED = re.compile(
     r"\b(?:check|verify|confirm)\w*\s+(?:\w+\s+){0,2}$", re.IGNORECASE
 )  # "We check our answer: 2 + 3 = 5"
 _NO_CLAIM = re.compile(r"(?:not|never|neither|no\s+longer|hardly)\b", re.IGNORECASE)
-_WRONG_ONE = re.compile(
-    r"\b(?:wrong|incorrect|false|tempting|first|initial|original|previous|earlier)\s+$", re.IGNORECASE
-)
+_WRONG_ONE = re.compile(r"\b(?:wrong|incorrect|false|tempting)\s+$", re.IGNORECASE)
+_EARLIER = re.compile(r"\b(?:first|initial|original|previous|earlier)\s+$", re.IGNORECASE)
+_PAST = re.compile(r"\b(?:was|were)\b", re.IGNORECASE)
 _BETWEEN_BOXES = re.compile(r"[\s$]*(?:,[\s$]*)?(?:(?:\\text\s*\{\s*)?(and|or))?[\s$}]*")  # "\\boxed{3} and \\boxed{5}"
+_NAME = re.compile(r"^[A-Za-z]\s*=\s*")
+_MOST_BOXES = 20  # of one answer; a model that never ends writes thousands
 # An answer, of one task or another; "A train" is none.
 _ONE = (
     r"(?:(?:the|option|choice|about|exactly)\s+)*[(\"'*]*"
@@ -42,12 +46,19 @@ _ONE = (
     r"|(?:true|false)\b|(?-i:[A-E])(?=[).,;:!?\"'*]|\s*$|\s*\n|\s+(?:is|fits|works|because|since|as|instead|not)\b))"
 )
 _WRONG = r"(?:is|are|was|were|does|do|did|can|could|would|will|has|have)\s+(?:not|wrong|incorrect|impossible|too)\b"
+# "Wait, 3 of them are bad" is a remark: a new answer has a unit, a reason or nothing behind it.
+_REMARK = (
+    r"[,.:;!–—-]*\s+[-−]?[$£€]?[-−]?\.?\d(?:[\w.,/:^%]*[\w%])?[ \t]+(?=[a-z])"
+    r"(?!(?:because|since|as|is\s+(?:it|(?:the\s+)?(?:right|correct|answer)))\b"
+    r"|(?:(?:and|or)\s+(?:a\s+)?\S+?|(?:(?:square|cubic)\s+)?[a-z]+(?:\s+per\s+[a-z]+)?)[ \t]*(?:[^\w\s']|\n|$))"
+)
 # "No, 15", "Sorry, I meant B", "That is wrong: it is true", in a sentence too (", no wait, 15"); a
 # remark ("No, A is wrong", "Sorry, that took 3 steps", "Actually, 3 are left") takes nothing back.
 # What is read is never read again another way (`(?>`, `++`): models go on with "wait wait wait".
 _TAKEN_BACK = re.compile(
     r"(?:[.!?,;:…–—]|\s[(–—-])?(?>\s*(?<![\w'])(?:but\s+|oh,?\s+|hmm,?\s+|actually,?\s+)*"
-    r"(?:no\b(?=[,.:]|\s+wait\b)|wait|hold\s+on|scratch\s+that|correction|oops|sorry|or\s+rather"
+    rf"(?:(?:no\b(?=[,.:]|\s+wait\b)|wait|hold\s+on|oops|sorry)(?!{_REMARK})|scratch\s+that|correction|or\s+rather"
+    r"|but(?=\s+the\s+(?:right|correct)\s+one\s+(?:is|was)\b)"
     r"|let\s+me\s+(?:correct|fix)\s+(?:that|this|it|myself)|I\s+meant?(?=\s)"
     r"|actually,?(?=\s+(?:(?:it|that)(?:\s+is|'s)\s+\S+(?:\s+\w+)?|\S+)\s*(?:[.!](?:\s|$)|\n|$))"
     r"|I\s+(?:made\s+an?|was\s+wrong|mis[a-z]+)[a-z\s]*(?=[.:;,!])"
@@ -56,7 +67,7 @@ _TAKEN_BACK = re.compile(
     r"\s+(?:but\s+|actually,?\s+|rather\s+|make\s+(?:it|that)\s+|I\s+meant?\s+|we\s+(?:get|have)\s+"
     r"|(?:(?:it|this|that|the\s+(?:total|result|sum|right\s+one|correct\s+one))\s*)?"
     rf"(?:\b(?:is|was|should\s+be|must\s+be|has\s+to\s+be)|'s)\s+)*"
-    rf"(?=(?:not\s+{_ONE}[^\n]*?(?:[,;.]\s|\bbut\b)[^\n]*)?{_ONE})"
+    rf"(?=(?:not\s+{_ONE}(?>[^\n]*?(?:[,;.]\s|\bbut\b))[^\n]*)?{_ONE})"
     rf"(?![^\s,.;:]*(?:\s+[a-z]+){{0,4}}?\s+{_WRONG})",
     re.IGNORECASE,
 )
@@ -66,33 +77,65 @@ def boxed(text: str) -> str | None:
     r"""What the last \boxed{...} or \fbox{...} holds, or the token after a \boxed without braces;
     None without any, and where the text ends inside it."""
     found = list(_BOX.finditer(text))
-    return _box(text, found[-1].end())[0] if found else None
+    return _box(text, found[-1].end(), _closings(text))[0] if found else None
 
 
-def joined_boxes(text: str) -> dict[int, str | None]:
-    r"""Where each box starts, and what it holds, after those that it is joined to:
-    "3\text{ and }5" for \boxed{3} and \boxed{5}."""
-    boxes: dict[int, str | None] = {}
-    before, closed = None, len(text)
+class Boxes(NamedTuple):
+    r"""Boxes side by side.
+
+    Attributes:
+        start: Where the last of them starts.
+        whole: What all of them hold: "3\text{ and }5" for \boxed{3} and \boxed{5}.
+        alone: What counts where one answer is expected: all where "and" or "or" joins them, else
+            the last.
+    """
+
+    start: int
+    whole: str | None
+    alone: str | None
+
+
+def joined_boxes(text: str) -> list[Boxes]:
+    """The boxes of a text, those side by side as one; what says the same again is left out."""
+    closings = _closings(text)
+    runs: list[Boxes] = []
+    told: list[str] = []  # by the boxes of the last run
+    worded, closed = False, len(text)
     for found in _BOX.finditer(text):
-        held, end = _box(text, found.end())
+        held, end = _box(text, found.end(), closings)
         joint = _BETWEEN_BOXES.fullmatch(text, closed, found.start())
-        if before and held and joint and joint[0].strip(" $"):
-            held = before + (f"\\text{{ {joint[1]} }}" if joint[1] else ", ") + str(held)
-        boxes[found.start()] = before = held
-        closed = end if text.startswith("{", found.end()) else len(text)
-    return boxes
+        closed = end
+        if held and 0 < len(told) < _MOST_BOXES and joint and joint[0].strip(" $"):
+            whole = runs.pop().whole
+            if not any(held in (one, _NAME.sub("", one)) or _NAME.sub("", held) == one for one in told):
+                told.append(held)
+                worded |= joint[1] is not None
+                whole = f"{whole}\\text{{ {joint[1]} }}{held}" if joint[1] else f"{whole}, {held}"
+            runs.append(Boxes(found.start(), whole, whole if worded else held))
+        else:
+            told, worded = [held] if held else [], False
+            runs.append(Boxes(found.start(), held, held))
+    return runs
 
 
-def _box(text: str, at: int) -> tuple[str | None, int]:
+def _closings(text: str) -> dict[int, int]:
+    """Where each brace that is closed opens, and where it closes."""
+    opened: list[int] = []
+    closings = {}
+    for brace in re.finditer(r"[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            closings[opened.pop()] = brace.start()
+    return closings
+
+
+def _box(text: str, at: int, closings: dict[int, int]) -> tuple[str | None, int]:
+    """What a box holds, and where it ends: nowhere before the text's end without braces."""
     if not text.startswith("{", at):
-        return re.split(r"[\s$.,]", text[at:], maxsplit=1)[0] or None, at
-    depth = 0
-    for end in range(at, len(text)):
-        depth += (text[end] == "{") - (text[end] == "}")
-        if depth == 0:
-            return text[at + 1 : end].strip(), end + 1
-    return None, len(text)  # the completion was cut inside the box
+        return re.split(r"[\s$.,]", text[at:], maxsplit=1)[0] or None, len(text)
+    end = closings.get(at)
+    return (None, len(text)) if end is None else (text[at + 1 : end].strip(), end + 1)
 
 
 def plain_words(text: str) -> str:
@@ -103,23 +146,28 @@ def plain_words(text: str) -> str:
     return re.sub(r"\b(can)(?:not|'t)\b", r"\1 not", re.sub(r"\b(?!can)(\w+)n't\b", r"\1 not", text))
 
 
-def marked_answers(text: str) -> Iterator[str]:
+def marked_answers(text: str, several: bool = False) -> Iterator[str]:
     """The answers that a text marks, the last one first; nothing where it marks none.
 
-    A sentence that only denies ("The answer is not 5. It is 6.") is followed by the next one.
+    A sentence that only denies ("The answer is not 5. It is 6.") is followed by the next one. "My
+    first answer is 5" comes behind all others.
+
+    Args:
+        text: A completion.
+        several: Whether boxes that commas join are one answer; else the last of them is.
     """
     text = plain_words(text)
-    boxes = joined_boxes(text)
-    marks = [(start, start, "box") for start in boxes]
-    marks += [(found.start(), found.end(), "hashes") for found in _HASHES.finditer(text)]
-    marks += [(found.start(), found.end(), "tag") for found in _TAG.finditer(text)]
-    marks += [
-        (found.start(), found.end(), "stated")
-        for found in _STATED.finditer(text)
-        if not any(aside.search(text, max(0, found.start() - 60), found.start()) for aside in (_CHECKED, _WRONG_ONE))
-    ]
-    marks += [(found.start("answer"), found.end("answer"), "before") for found in _IS_THE_ANSWER.finditer(text)]
-    for start, end, kind in sorted(marks, reverse=True):
+    boxes = {run.start: run.whole if several else run.alone for run in joined_boxes(text)}
+    marks = [(True, start, start, "box") for start in boxes]
+    marks += [(True, found.start(), found.end(), "hashes") for found in _HASHES.finditer(text)]
+    marks += [(True, found.start(), found.end(), "tag") for found in _TAG.finditer(text)]
+    for found in _STATED.finditer(text):
+        before = text[max(0, found.start() - 60) : found.start()]
+        early = _EARLIER.search(before) is not None
+        if not (_CHECKED.search(before) or _WRONG_ONE.search(before) or (early and _PAST.search(found[0]))):
+            marks.append((not early, found.start(), found.end(), "stated"))
+    marks += [(True, found.start("answer"), found.end("answer"), "before") for found in _IS_THE_ANSWER.finditer(text)]
+    for _, start, end, kind in sorted(marks, reverse=True):
         rest = text[end:]
         if kind == "before":
             answer: str | None = text[start:end]
@@ -134,24 +182,29 @@ def marked_answers(text: str) -> Iterator[str]:
 
 
 def _sentence(rest: str) -> str:
+    """The sentence that states the answer, behind all that it takes back ("12, no wait, 15")."""
     rest = rest.lstrip()
-    formulas = [found.span() for found in _FORMULA.finditer(rest)]
-    ends = 0
+    formulas = _FORMULA.finditer(rest)
+    formula = next(formulas, None)
+    start = ends = 0
     for found in _PAUSE.finditer(rest):
         end = found.start()
-        if any(start < end < stop for start, stop in formulas):  # a formula is taken whole
+        while formula and formula.end() <= end:
+            formula = next(formulas, None)
+        if end < start or (formula and formula.start() < end):  # a formula is taken whole
             continue
         # "12? No, 15.", "12, no wait, 15"
         if back := _TAKEN_BACK.match(rest, end):
-            return _sentence(rest[back.end() :])
+            start, ends = back.end(), 0
+            continue
         if not _SENTENCE_END.match(rest, end):
             continue
         ends += 1
-        sentence = rest[:end]
+        sentence = rest[start:end]
         # "not 5. It is 6.": the next sentence says it
         if ends > 1 or not _NO_CLAIM.match(sentence) or re.search(r"\bbut\b|[,;]", sentence):
             return sentence.strip()
-    return rest.strip()
+    return rest[start:].strip()
 
 
 def without_denied(text: str, item: str) -> str:

@@ -70,16 +70,20 @@ _PROSE = re.compile(r"(?<![\\A-Za-z])(?!(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sq
 
 
 def grade_strict(completion: str, reference: Reference) -> Grade:
-    """Compare the answers of both texts as mathematics."""
+    """Compare the answers of both texts as mathematics. Boxes that commas join are a list where the
+    reference is one; else the last of them is the answer."""
+    listed, solution = answer_formula(completion, several=True), str(reference)
+    if listed is not None and _same_answer(listed, solution):
+        return Grade(listed, True)
     answer = answer_formula(completion)
-    return Grade(answer, answer is not None and _same_answer(answer, str(reference)))
+    return Grade(answer, answer is not None and answer != listed and _same_answer(answer, solution))
 
 
 def _same_answer(answer: str, solution: str) -> bool:
     """Compare with the solution's last box, and with all that it is joined to: of some solutions
     "\\boxed{3} or \\boxed{5}" are the answer, of others either. An answer is right in two forms."""
-    expected = {boxed(solution), [*joined_boxes(solution).values()][-1]}
-    forms = re.split(r"\\text\{ or \}", answer)
+    expected = {boxed(solution), joined_boxes(solution)[-1].whole}
+    forms = re.split(r"\\text\{ (?:and|or) \}", answer)
     return any(
         same_mathematics(answer, one) or (len(forms) > 1 and all(same_mathematics(form, one) for form in forms))
         for one in expected
@@ -87,12 +91,17 @@ def _same_answer(answer: str, solution: str) -> bool:
     )
 
 
-def answer_formula(text: str) -> str | None:
-    """The formula that a text gives as its answer, None where it gives none."""
-    marked = [_formulas(without_denied(answer, _ITEM).strip()) for answer in marked_answers(text)]
-    # "\\boxed{5}. The answer is thus odd.": words alone are the answer where nothing else is
-    if marked := sorted(filter(None, marked), key=lambda answer: not re.search(r"[\d\\]|^[A-Za-z]$", answer)):
-        return marked[0]
+def answer_formula(text: str, several: bool = False) -> str | None:
+    """The formula that a text gives as its answer, None where it gives none; `several` as in
+    `marked_answers`."""
+    words = None  # "\\boxed{5}. The answer is thus odd.": the answer where nothing else is
+    for marked in marked_answers(text, several):
+        answer = _formulas(without_denied(marked, _ITEM).strip())
+        if re.search(r"[\d\\]|^[A-Za-z]$", answer):
+            return answer
+        words = words or answer
+    if words:
+        return words
     formulas = list(_FORMULA.finditer(text))
     if formulas:
         return _inside(formulas[-1])
