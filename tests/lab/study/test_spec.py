@@ -69,7 +69,10 @@ def test_what_a_study_may_not_say(write_study, settings: dict, message: str) -> 
         ),
         ({"lora": {"method": {"name": "lorra"}}}, "arm lora on math: method.name"),
         ({"lora": {"method": {"name": "lora", "rnk": 3}}}, "arm lora on math: method.rnk: unknown setting"),
-        ({"lora": LORA | {"settings": {"training": {"epochs": 1}}}}, "excludes training.max_steps; give one of them"),
+        (
+            {"lora": LORA | {"settings": {"training": {"epochs": 1, "max_steps": 2}}}},
+            "excludes training.max_steps; give one of them",
+        ),
         ({"lora": LORA | {"learning_rates": [1e-3, 1e-2]}}, "choosing among several needs the section tune"),
         ({"lora": LORA | {"learning_rates": [-1e-3]}}, "arms.lora.learning_rates: expected different learning rates"),
         ({"lora": LORA | {"tuned_as": "sara"}}, "arms.lora.tuned_as: expected an arm that is tuned itself; got 'sara'"),
