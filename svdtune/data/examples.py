@@ -113,9 +113,8 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
 
 
 def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: str) -> Example:
-    repeated = (
-        completion == COMPLETION and COMPLETION not in row and chat_column(row)
-    )  # the chat begins with the prompt
+    # the chat begins with the prompt
+    repeated = completion == COMPLETION and COMPLETION not in row and chat_column(row)
     if prompt == PROMPT and (PROMPT not in row or repeated):
         row = standard_row({key: value for key, value in row.items() if key != PROMPT}, name)
     asked = row.get(prompt)

@@ -144,44 +144,24 @@ def _in_plain(
     w2: Tensor | None,
     front: bool,
     V_ready: Tensor | None,
+    keep: Keep | None = None,
 ) -> Tensor:
-    """What `GatedLinear` gives, not in place, in operations that torch.func transforms."""
+    """What `GatedLinear` gives, not in place, in operations that torch.func transforms.
+
+    With `keep`, in a generation without gradients, it is the same to the bit and in place, and what
+    is the same for all tokens is kept.
+    """
     dtype = compute_dtype(x)
+    form = partial(_readied, U, V, v, w1, front, dtype, V_ready)
+    A, B, read = form() if keep is None else keep(form)
     flat = _rows(x if x_adapter is None else x_adapter, dtype)
-    A, B, read = _readied(U, V, v, w1, front, dtype, V_ready)
     t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2)
     y = base_in_plain(x, weight, bias_or_output, dtype)
-    return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape)
-
-
-def _generating(
-    keep: Keep,
-    x: Tensor,
-    weight: Tensor | None,
-    bias_or_output: Tensor | None,
-    x_adapter: Tensor | None,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    front: bool,
-    V_ready: Tensor | None,
-) -> Tensor:
-    """What `GatedLinear` gives, to the bit, without a gradient; what is the same for all tokens is
-    kept."""
-    dtype = compute_dtype(x)
-    A, B, read = keep(lambda: _readied(U, V, v, w1, front, dtype, V_ready))
-    flat = _rows(x if x_adapter is None else x_adapter, dtype)
-    t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2)
-    return add_product(base_in_plain(x, weight, bias_or_output, dtype), t, B)
+    return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape) if keep is None else add_product(y, t, B)
 
 
 def _linear(keep: Keep | None) -> Callable[..., Tensor]:
-    if keep is not None:
-        return partial(_generating, keep)
-    return _in_plain if under_transform() else GatedLinear.apply
+    return partial(_in_plain, keep=keep) if keep is not None or under_transform() else GatedLinear.apply
 
 
 def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
