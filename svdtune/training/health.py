@@ -7,6 +7,7 @@ for the device anyway.
 
 import logging
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from svdtune import processes
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import gram_error
 from svdtune.methods.sorsa.regularizer import sorsa_layers
-from svdtune.methods.sorsa.sharded import rows, summed_grams, whole
+from svdtune.methods.sorsa.sharded import batches, rows, summed_grams, whole
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class WatchNumbers(TrainerCallback):
                     "again with a lower training.learning_rate, or training.precision bf16 instead of fp16",
                 )
         layers = sorsa_layers(model) if model is not None else []
-        if any(hasattr(tensor, "ds_id") for _, tensor in _trained(layers, "sorsa_s")):
+        if any(hasattr(tensor, "ds_id") for tensor in _trained(layers, "sorsa_s")):
             return  # ZeRO-3's partitions, which would have to be gathered for it
         for kind, find, advice in (
             ("orthonormality", _worst_orthonormality, "raise method.gamma, or lower training.learning_rate"),
@@ -76,9 +77,9 @@ class WatchNumbers(TrainerCallback):
                 log.warning("%s", sentence)
 
 
-def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]:
+def _trained(layers: list[SorsaLinear], *names: str) -> list[Tensor]:
     return [
-        (name, tensor)
+        tensor
         for layer in layers
         for adapter in layer.configs
         for name in names
@@ -86,35 +87,37 @@ def _trained(layers: list[SorsaLinear], *names: str) -> list[tuple[str, Tensor]]
     ]
 
 
+@torch.no_grad()
 def _worst_orthonormality(layers: list[SorsaLinear]) -> str | None:
     """What is to be said of the factor that is farthest from orthonormal, None where all are
     near."""
     factors = _trained(layers, "sorsa_U", "sorsa_V")
     if not factors:
         return None
-    grams = summed_grams(f for _, f in factors)
-    there = factors[0][1].device  # one wait for the device, not one a factor
-    errors = torch.stack([_error(f.detach(), grams.get(id(f))).to(there) for _, f in factors]).cpu()
-    worst = int(errors.nan_to_num(torch.inf).argmax())
-    if errors[worst] <= ORTHONORMALITY:
+    there = factors[0].device  # one wait for the device, not one a factor
+    errors = torch.cat([batch.to(there) for batch in _errors(factors)]).cpu().nan_to_num(torch.inf)
+    worst = float(errors.max())
+    if worst <= ORTHONORMALITY:
         return None
     return (
         f"{int((errors > ORTHONORMALITY).sum())} of SORSA's {len(errors)} factors are no longer near orthonormal, "
-        f"‖MᵀM − I‖/√r up to {float(errors[worst]):.2f}"
+        f"‖MᵀM − I‖/√r up to {worst:.2f}"
     )
 
 
-def _error(factor: Tensor, of_whole: Tensor | None) -> Tensor:
-    """‖MᵀM − I‖_F / √r of a factor M; `of_whole` is MᵀM where these are some of its rows."""
-    E = gram_error(rows(factor), [len(rows(factor))], None if of_whole is None else of_whole[None])
-    return torch.linalg.matrix_norm(E)[0].float() / math.sqrt(factor.shape[1])
+def _errors(factors: list[Tensor]) -> Iterator[Tensor]:
+    """‖MᵀM − I‖_F / √r [n] of factors M, a batch of n at a time."""
+    for batch, of_whole in batches(factors, summed_grams(factors)):
+        held = [rows(factor) for factor in batch]
+        E = gram_error(torch.cat(held), [len(one) for one in held], of_whole)
+        yield torch.linalg.matrix_norm(E).float() / math.sqrt(E.shape[-1])
 
 
+@torch.no_grad()
 def _lowest_value(layers: list[SorsaLinear]) -> str | None:
     """What is to be said of singular values below 0, None where there are none."""
-    values = _trained(layers, "sorsa_s")
-    below = sum((whole(s.detach()) < 0).sum().to(values[0][1].device) for _, s in values)
-    if not int(below):
+    values = [whole(s) for s in _trained(layers, "sorsa_s")]
+    if not values:
         return None
-    total = sum(s.numel() for _, s in values)
-    return f"{int(below)} of SORSA's {total} singular values have fallen below 0"
+    below = int((torch.cat([s.to(values[0].device) for s in values]) < 0).sum())
+    return f"{below} of SORSA's {sum(map(len, values))} singular values have fallen below 0" if below else None

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from operations import Operations
 from peft import get_peft_model
 from torch import nn
 
@@ -54,6 +55,23 @@ def test_factors_that_come_apart(model: nn.Module, caplog: pytest.LogCaptureFixt
     assert sentence.startswith(
         "step 1: 1 of SORSA's 2 factors are no longer near orthonormal, ‖MᵀM − I‖/√r up to 3.00: raise"
     )
+
+
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_a_look_takes_few_operations_however_many_layers(blocks: int, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = [nn.Linear(12, 10), nn.Linear(10, 10), nn.Linear(10, 12)] * blocks
+    model = get_peft_model(nn.Sequential(*sizes), SorsaConfig(r=4, target_modules=[str(i) for i in range(3 * blocks)]))
+    operations = Operations()
+    with operations:
+        assert told(model, caplog) == []
+    assert operations.count < 2 * 25
+
+
+def test_factors_that_are_no_numbers(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    with torch.no_grad():
+        sorsa_layers(model)[0].adapter_tensor("sorsa_U", "default").fill_(float("nan"))
+    (sentence,) = told(model, caplog)
+    assert "1 of SORSA's 2 factors are no longer near orthonormal, ‖MᵀM − I‖/√r up to inf" in sentence
 
 
 def test_singular_values_that_cross_zero(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:

@@ -27,7 +27,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.config import SorsaConfig
 from svdtune.methods.sorsa.layer import SorsaLinear
 from svdtune.methods.sorsa.math import penalty
-from svdtune.methods.sorsa.sharded import as_gradient, chunks, rows, summed_grams
+from svdtune.methods.sorsa.sharded import as_gradient, batches, rows, summed_grams
 from svdtune.methods.sorsa.zero import ZeroFactors, is_zero
 
 
@@ -82,24 +82,22 @@ def add_regularizer_gradients(
     if not factors:
         return None
     grams = summed_grams(factor for factor, _ in factors)
-    groups: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = defaultdict(list)
     for factor, config in factors:
         share = 1 / len(factors) if config.reduction == "mean" else 1.0
-        kind = factor.shape[1], factor.dtype, factor.device, id(factor) in grams
-        groups[kind, share, config.gamma, config.smooth_eps].append(factor)
+        groups[share, config.gamma, config.smooth_eps].append(factor)
     total: Tensor | None = None
-    for ((_, _, device, sharded), share, gamma, smooth_eps), group in groups.items():
+    for (share, gamma, smooth_eps), group in groups.items():
         weight = share * gamma / max_learning_rate
-        scale = grad_scale.to(device) if isinstance(grad_scale, Tensor) else grad_scale
-        for chunk in chunks(sorted(group, key=lambda factor: factor.shape[0])):
-            of_whole = torch.stack([grams[id(factor)] for factor in chunk]) if sharded else None
+        for batch, of_whole in batches(group, grams):
+            scale = grad_scale.to(batch[0].device) if isinstance(grad_scale, Tensor) else grad_scale
             norms, gradients = penalty(
-                [rows(factor.detach()) for factor in chunk], smooth_eps, weight * scale, of_whole
+                [rows(factor.detach()) for factor in batch], smooth_eps, weight * scale, of_whole
             )
             part = norms.sum() * share
             total = part if total is None else total + part.to(total.device)
             if gamma > 0:
-                _accumulate(chunk, gradients)
+                _accumulate(batch, gradients)
     return total
 
 

@@ -8,7 +8,7 @@ U_p E / ‖E‖ follow from it.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
@@ -39,7 +39,24 @@ def rows(factor: Tensor) -> Tensor:
     return factor.to_local() if is_sharded(factor) else factor
 
 
-def chunks(factors: Iterable[FactorT]) -> Iterator[list[FactorT]]:
+def batches(
+    factors: Iterable[FactorT], grams: Mapping[int, Tensor]
+) -> Iterator[tuple[list[FactorT], Tensor | None]]:
+    """Factors that can be treated together: of one rank, dtype and device, the short ones first, as
+    many as CHUNK_ELEMENTS allows and at least one.
+
+    Beside each list stands MᵀM [n, r, r] of the whole factors if these are sharded, from `grams`
+    (`summed_grams`), else None.
+    """
+    kinds: dict[tuple[Any, ...], list[FactorT]] = defaultdict(list)
+    for factor in factors:
+        kinds[factor.shape[1], factor.dtype, factor.device, id(factor) in grams].append(factor)
+    for (_, _, _, sharded), alike in kinds.items():
+        for chunk in _chunks(sorted(alike, key=lambda factor: factor.shape[0])):
+            yield chunk, torch.stack([grams[id(factor)] for factor in chunk]) if sharded else None
+
+
+def _chunks(factors: Iterable[FactorT]) -> Iterator[list[FactorT]]:
     """The factors in order, as many at a time as CHUNK_ELEMENTS allows, and at least one."""
     chunk: list[FactorT] = []
     elements = 0
@@ -123,5 +140,5 @@ def _sum_over(groups: Sequence[Any], factors: list["DTensor"]) -> dict[int, Tens
 
 def _own_grams(factors: "Sequence[DTensor]") -> Tensor:
     """M_pᵀM_p [n, r, r] of the rows M_p of n factors that this process holds."""
-    own = ([rows(factor.detach()) for factor in chunk] for chunk in chunks(factors))
+    own = ([rows(factor.detach()) for factor in chunk] for chunk in _chunks(factors))
     return torch.cat([gram(torch.cat(some), [len(one) for one in some]) for some in own])
