@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from operations import Operations
 from peft import get_peft_model
 from torch import nn
 
+from operations import Operations
 from svdtune import SorsaConfig
 from svdtune.methods.sorsa.regularizer import sorsa_layers
 from svdtune.training.health import WatchNumbers

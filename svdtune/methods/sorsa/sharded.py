@@ -39,9 +39,7 @@ def rows(factor: Tensor) -> Tensor:
     return factor.to_local() if is_sharded(factor) else factor
 
 
-def batches(
-    factors: Iterable[FactorT], grams: Mapping[int, Tensor]
-) -> Iterator[tuple[list[FactorT], Tensor | None]]:
+def batches(factors: Iterable[FactorT], grams: Mapping[int, Tensor]) -> Iterator[tuple[list[FactorT], Tensor | None]]:
     """Factors that can be treated together: of one rank, dtype and device, the short ones first, as
     many as CHUNK_ELEMENTS allows and at least one.
 
