@@ -1,13 +1,14 @@
-"""The start of stock LoRA on one decoder layer, PEFT's own beside svdtune's, in one run.
+"""The start of stock LoRA on one decoder layer or several, PEFT's own beside svdtune's, in one run.
 
     python benchmarks/starts.py --shape tinyllama --threads 2 --out results.jsonl
     python benchmarks/starts.py --shape llama-7b --device cuda --repeat 3 --out results.jsonl
+    python benchmarks/starts.py --shape llama-7b --device cuda --by svdtune --decoder-layers 32
     python benchmarks/starts.py --shape tiny                            # anything, in seconds
 
-Prints one JSON line a start: `seconds` of `get_peft_model` on all linear layers of one decoder
-layer (the median of `--repeat` runs), `layers` that the shape's model has, `peak_gib` that it held
-beyond the model (on a CPU of resident memory), `cpu_seconds` of all threads, which a busy machine
-leaves as they are with `--threads 1`, and against what is right
+Prints one JSON line a start: `seconds` of `get_peft_model` on all linear layers of
+`decoder_layers` layers (the median of `--repeat` runs), `layers` that the shape's model has,
+`peak_gib` that it held beyond the model (on a CPU of resident memory), `cpu_seconds` of all
+threads, which a busy machine leaves as they are with `--threads 1`, and against what is right
 
     sigma_error  the worst relative error of a singular value that A and B hold (PiSSA)
     difference   ‖c BA − c B₀A₀‖ / ‖c B₀A₀‖ from PEFT's own exact start, the worst layer's; for
@@ -45,6 +46,7 @@ SHAPES = {
     "llama-7b": (4096, 11008, 32, 32, 32),
     "llama-2-70b": (8192, 28672, 64, 8, 80),
 }
+WHO = ("PEFT", "svdtune", "disk")
 STARTS = {
     "pissa": ("PEFT", "svdtune", "disk"),
     "pissa_niter_4": ("PEFT",),
@@ -55,15 +57,15 @@ STARTS = {
 }
 
 
-def one_layer(shape: str, device: str) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
-    """A model of one decoder layer, and the singular values of its linear layers."""
+def some_layers(shape: str, layers: int, device: str) -> tuple[LlamaForCausalLM, dict[str, Tensor]]:
+    """A model of some decoder layers, and the singular values of its linear layers."""
     hidden, intermediate, heads, key_value_heads, _ = SHAPES[shape]
     config = LlamaConfig(
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         vocab_size=128,
     )
     with torch.device(device):
@@ -124,17 +126,20 @@ def difference(model: Any, exact: Any) -> float:
     return worst
 
 
-def measure(bench: Bench, shape: str, r: int, starts: list[str]) -> None:
-    model, values = one_layer(shape, bench.device)
+def measure(bench: Bench, given: argparse.Namespace) -> None:
+    shape, r, layers = given.shape, given.r, given.decoder_layers
+    model, values = some_layers(shape, layers, bench.device)
     with tempfile.TemporaryDirectory() as folder:
-        copy.deepcopy(model).bfloat16().save_pretrained(Path(folder, "base"))
-        for init in starts:
+        if "disk" in given.by:
+            copy.deepcopy(model).bfloat16().save_pretrained(Path(folder, "base"))
+        for init in given.starts:
             exact = None
-            for who in STARTS[init]:
+            for who in [who for who in STARTS[init] if who in given.by]:
                 config: PeftConfig = LoraConfig(init_lora_weights=init, r=r, lora_alpha=r, target_modules="all-linear")
                 if init == "osf":
                     config = OSFConfig(effective_rank=r, target_modules="all-linear")
-                facts: dict[str, Any] = {"start": init, "by": who, "shape": shape, "r": r, "layers": SHAPES[shape][-1]}
+                facts: dict[str, Any] = {"start": init, "by": who, "shape": shape, "r": r}
+                facts |= {"decoder_layers": layers, "layers": SHAPES[shape][-1]}
                 if who == "disk":
                     _, cost = timed(bench, partial(from_disk, Path(folder), config, bench.device))
                     bench.report(**facts, **cost)
@@ -144,7 +149,9 @@ def measure(bench: Bench, shape: str, r: int, starts: list[str]) -> None:
                 exact = made if exact is None else exact
                 if init.startswith("pissa"):
                     facts["sigma_error"] = sigma_error(made, values)
-                bench.report(**facts, **cost, difference=difference(made, exact) if made is not exact else 0.0)
+                if "PEFT" in given.by:
+                    facts["difference"] = difference(made, exact) if made is not exact else 0.0
+                bench.report(**facts, **cost)
 
 
 def timed(bench: Bench, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
@@ -175,6 +182,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tinyllama")
     parser.add_argument("--starts", nargs="+", choices=STARTS, default=list(STARTS))
+    parser.add_argument("--by", nargs="+", choices=WHO, default=WHO)
+    parser.add_argument("--decoder-layers", type=int, default=1)
     parser.add_argument("--r", type=int, default=128)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
@@ -183,7 +192,7 @@ def main() -> int:
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
-    measure(Bench(given.device, given.repeat, given.out), given.shape, given.r, given.starts)
+    measure(Bench(given.device, given.repeat, given.out), given)
     return 0
 
 
