@@ -26,7 +26,6 @@ from svdtune.planning import (
     estimate,
     initialisation_bytes,
     plan,
-    step_time,
 )
 
 RESULTS = Path(__file__).parent / "results"
@@ -88,8 +87,8 @@ def before(sizes: Anatomy, config: LlamaConfig, setting: Setting) -> float:
 
 def against_steps() -> Iterator[str]:
     """A row a measured step."""
-    yield "| shape | step | measured, GiB | estimated | off by | before | measured, s | estimated |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| shape | step | measured, GiB | estimated | off by | before |"
+    yield "|---|---|---|---|---|---|"
     for file, contenders in STEPS.items():
         checkpoint = open_shape("llama-7b", layers=8) if "llama" in file else smollm2()
         for line in map(json.loads, (RESULTS / file).read_text().splitlines()):
@@ -101,15 +100,14 @@ def against_steps() -> Iterator[str]:
             total, peak = estimate(sizes, setting).total / GIB, line["peak_gib"]
             old = before(sizes, checkpoint.model.config, setting) / peak - 1
             yield (
-                f"| {line['shape']} | {line['contender']} | {peak:.2f} | {total:.2f} | {total / peak - 1:+.1%} | {old:+.1%} "
-                f"| {line['seconds']:.4f} | {step_time(sizes, setting).seconds:.4f} |"
+                f"| {line['shape']} | {line['contender']} | {peak:.2f} | {total:.2f} | {total / peak - 1:+.1%} | {old:+.1%} |"
             )
 
 
 def of_models() -> Iterator[str]:
     """A row a model and machine: SORSA, r = 128, all linear layers."""
-    yield "| model | devices | asked | a device | the cheapest that fits | a device | step, s | without offload, 4 bits |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield "| model | devices | asked | a device | the cheapest that fits | a device | without offload, 4 bits |"
+    yield "|---|---|---|---|---|---|---|"
     for name, devices, gib, batch, length in MODELS:
         checkpoint = open_shape(name)
         sizes = anatomy(plan(checkpoint, SorsaConfig(r=128, target_modules=ALL)), checkpoint.model)
@@ -118,10 +116,9 @@ def of_models() -> Iterator[str]:
         row = [name, f"{devices} × {gib} GiB", f"{batch} × {length}, {asked.strategy if devices > 1 else 'alone'}"]
         row.append(f"{estimate(sizes, asked).total / GIB:.1f}")
         if choice is None:
-            row += ["none", "", ""]
+            row += ["none", ""]
         else:
             row += [in_words(asked, choice.setting), f"{choice.memory.total / GIB:.1f}"]
-            row.append(f"{choice.time.seconds:.3g} ({choice.time.low:.3g}–{choice.time.high:.3g})")
         dear = choice is None or {"offload", "4-bit"} & set(choice.why)
         row.append(f"{devices_needed(sizes, asked, gib * GIB)} devices" if dear else "as it is")
         yield f"| {' | '.join(row)} |"

@@ -279,7 +279,6 @@ def test_deepspeed_that_rounds_the_adapter(section: str) -> None:
             ["--method.fused_slices", "{c_attn: q}"],
             "`fused_slices['c_attn']` must list slices by name, such as ['q', 'v']; got 'q'",
         ),
-        (["--link", "0"], "--link is in GB/s, such as 200; got 0"),
     ],
 )
 def test_words(tiny_folder: Path, words: list[str], message: str) -> None:

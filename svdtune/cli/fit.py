@@ -1,4 +1,4 @@
-"""What `svdtune plan` says of memory, of devices and of time."""
+"""What `svdtune plan` says of memory and of devices."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -66,22 +66,17 @@ def _of_recipe(recipe: Any, model: Any) -> dict[str, Any]:
 class Fitting:
     """The estimates for one setting, and the cheapest that fits."""
 
-    def __init__(self, made: Any, model: Any, setting: Any, capacity_gib: float | None, link_gb: float | None) -> None:
+    def __init__(self, made: Any, model: Any, setting: Any, capacity_gib: float | None) -> None:
         from svdtune.methods.config import SvdConfig
-        from svdtune.planning import anatomy, cheapest, estimate, initialisation_bytes, step_time
-        from svdtune.planning.speed import LINK
+        from svdtune.planning import anatomy, cheapest, estimate, initialisation_bytes
 
-        if link_gb is not None and not 0 < link_gb < 1e6:
-            raise SvdtuneError(f"--link is in GB/s, such as 200; got {link_gb}")
         self.setting = setting
         self.capacity = None if capacity_gib is None else capacity_gib * 2**30
-        self.link = LINK if link_gb is None else link_gb * 1e9
         self.sizes = anatomy(made, model)
         self.memory = estimate(self.sizes, setting)
-        self.time = step_time(self.sizes, setting, link=self.link)
         ours = isinstance(made.config, SvdConfig)
         self.initialisation = initialisation_bytes(made, model) if ours else None
-        self.choice = None if self.capacity is None else cheapest(self.sizes, setting, self.capacity, link=self.link)
+        self.choice = None if self.capacity is None else cheapest(self.sizes, setting, self.capacity)
 
     def lines(self) -> Iterator[str]:
         """What is printed, a line each."""
@@ -93,7 +88,6 @@ class Fitting:
             yield f"memory of the host, about {size_text(host)} for {self.setting.devices} devices"
         if self.initialisation is not None:
             yield f"initialisation layer by layer (svdtune init), at most {size_text(self.initialisation)} of host memory"
-        yield f"estimated step on H100s: {time_text(self.time)}"
         if self.capacity is not None:
             yield from self._verdict(self.capacity)
         yield from (f"note: {note}" for note in self._notes())
@@ -111,8 +105,7 @@ class Fitting:
         elif self.choice.setting == self.setting:
             yield "no cheaper setting is needed"
         else:
-            size, time = size_text(self.choice.memory.total), time_text(self.choice.time)
-            yield f"the cheapest that fits: {setting_text(self.choice.setting)}; {size}, {time}"
+            yield f"the cheapest that fits: {setting_text(self.choice.setting)}; {size_text(self.choice.memory.total)}"
             yield from (f"  {lever}: {why}" for lever, why in self.choice.why.items())
         if self.choice is None or {"offload", "4-bit"} & set(self.choice.why):
             needed = devices_needed(self.sizes, self.setting, capacity)
@@ -122,13 +115,13 @@ class Fitting:
                 else "without offloading and 4 bits it fits on no number of devices"
             )
 
-    def _notes(self) -> list[str]:
-        from svdtune.planning.memory import MOMENTS
+    def _notes(self) -> Iterator[str]:
+        from svdtune.planning.memory import MEASURED, MOMENTS
 
-        notes = [*self.time.notes, *(self.choice.time.notes if self.choice else ())]
+        if self.sizes.method not in MEASURED:
+            yield f"{self.sizes.method} was not measured; its memory is counted as LoRA's"
         if self.setting.optimizer not in MOMENTS:
-            notes.append(f"what {self.setting.optimizer} keeps for a number is not known; AdamW's 8 bytes are counted")
-        return list(dict.fromkeys(notes))
+            yield f"what {self.setting.optimizer} keeps for a number is not known; AdamW's 8 bytes are counted"
 
     def to_json(self) -> dict[str, Any]:
         """The sections that `svdtune plan --json` adds to a plan's own."""
@@ -137,7 +130,6 @@ class Fitting:
             "memory": self.memory.parts | {"total": self.memory.total},
             "host_memory": self.memory.host,
             "initialisation_memory": self.initialisation,
-            "step_time": _time_json(self.time),
         }
         if self.capacity is not None:
             from svdtune.planning import fits
@@ -147,14 +139,9 @@ class Fitting:
                 "setting": asdict(self.choice.setting),
                 "memory": self.choice.memory.parts | {"total": self.choice.memory.total},
                 "host_memory": self.choice.memory.host,
-                "step_time": _time_json(self.choice.time),
                 "why": self.choice.why,
             }
         return found
-
-
-def _time_json(time: Any) -> dict[str, Any]:
-    return asdict(time) | {"seconds": time.seconds, "low": time.low, "high": time.high}
 
 
 def setting_text(setting: Any) -> str:
@@ -168,11 +155,6 @@ def setting_text(setting: Any) -> str:
     words += [setting.optimizer] * (setting.optimizer != "adamw_torch")
     words += ["gradient checkpointing"] * setting.gradient_checkpointing + ["offload"] * setting.offload
     return ", ".join(words)
-
-
-def time_text(time: Any) -> str:
-    """Seconds with their range, and tokens a second."""
-    return f"{time.seconds:.3g} s ({time.low:.3g}–{time.high:.3g}), {time.tokens / time.seconds:,.0f} tokens/s"
 
 
 def size_text(count: float) -> str:

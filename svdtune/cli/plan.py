@@ -60,7 +60,6 @@ def plan(
     memory: Annotated[
         float | None, typer.Option(help="GiB of one device: whether it fits, and the cheapest setting that does.")
     ] = None,
-    link: Annotated[float | None, typer.Option(help="GB/s that a device receives from others (200).")] = None,
     device: Annotated[
         str | None, typer.Option(help="Where weights are decomposed, such as cpu (a GPU where there is one).")
     ] = None,
@@ -68,8 +67,8 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     chart: Annotated[Path | None, typer.Option(help="Draw rank by layer here (.svg, .png or .pdf).")] = None,
 ) -> None:
-    """Show ranks, trained parameters, memory and time, reading one weight at a time and never
-    building the model.
+    """Show ranks, trained parameters and memory, reading one weight at a time and never building
+    the model.
 
     With a recipe, this plans what `svdtune train` would train, with the same settings on the
     command line. With a model, the method's settings are given in the same words. The batch, the
@@ -107,7 +106,7 @@ def plan(
     step |= {"gradient_checkpointing": gradient_checkpointing, "offload": offload, "optimizer": optimizer}
     setting = setting_of(strategy, devices, memory, quantize, wanted.recipe, checkpoint.model, **step)
     made = make_plan(checkpoint, wanted.config, **sizes, ranks=ranks, device=device)
-    _tell(made, Fitting(made, checkpoint.model, setting, memory, link), chart)
+    _tell(made, Fitting(made, checkpoint.model, setting, memory), chart)
 
 
 def _tell(made: "Plan", fitting: "Fitting", chart: Path | None) -> None:

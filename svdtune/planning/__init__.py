@@ -1,5 +1,4 @@
-"""Ranks, parameters, memory and time of an adapter, from a checkpoint whose model is never
-built."""
+"""Ranks, parameters and memory of an adapter, from a checkpoint whose model is never built."""
 
 from svdtune.planning.anatomy import Anatomy, anatomy
 from svdtune.planning.chart import by_depth, draw_chart
@@ -9,7 +8,6 @@ from svdtune.planning.levers import Choice, cheapest, devices_needed, fits, leas
 from svdtune.planning.memory import Memory, Setting, estimate
 from svdtune.planning.plan import Plan, plan
 from svdtune.planning.rank_table import RankTable, parse_budget
-from svdtune.planning.speed import StepTime, step_time
 
 __all__ = [
     "RANKED",
@@ -20,7 +18,6 @@ __all__ = [
     "Plan",
     "RankTable",
     "Setting",
-    "StepTime",
     "anatomy",
     "by_depth",
     "cheapest",
@@ -32,5 +29,4 @@ __all__ = [
     "least",
     "parse_budget",
     "plan",
-    "step_time",
 ]

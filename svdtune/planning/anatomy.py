@@ -38,8 +38,6 @@ class Anatomy:
         copies: of the adapter's factors in the dtype of the products, kept between forward and
             backward.
         kept: per token, what the adapter keeps for the backward pass beside what the base keeps.
-        widths: Σ (in + out) over the adapted layers but fused experts, what the adapter's products
-            read and write per token.
         changed: of the parameters of fused experts that are adapted: W + ΔW is kept for the
             backward pass.
     """
@@ -58,7 +56,6 @@ class Anatomy:
     frozen: int
     copies: int
     kept: int
-    widths: int
     changed: int = 0
 
 
@@ -86,7 +83,6 @@ def anatomy(plan: Plan, model: PreTrainedModel) -> Anatomy:
         frozen=plan.frozen,
         copies=sum(_padded(site.rank or 0) * n for site, _, n in sized) if plan.method == "mosara" else plan.trained,
         kept=_kept(plan.method, sized),
-        widths=sum(out + n for _, out, n in sized),
         changed=sum(out * n for out, n in experts),
     )
 

@@ -5,29 +5,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from svdtune.planning.anatomy import Anatomy
-from svdtune.planning.memory import QUANTIZED, Memory, Setting, estimate
-from svdtune.planning.speed import LINK, StepTime, step_time
+from svdtune.planning.memory import QUANTIZED, SHARDED, Memory, Setting, estimate
 
 # The part of a device's memory for CUDA's context, NCCL's buffers and fragmentation.
 RESERVE = 0.08
-# In order of price. Smaller batches and checkpointing cost time alone, so of these two the estimate
-# of a step's time decides. Sharding costs communication, offloading waits for the host, and 4 bits
-# change the base model itself.
-LEVERS = ("batch", "checkpointing", "strategy", "offload", "4-bit")
+# By lever, what it sets; in order of price. Smaller batches and checkpointing cost time alone.
+# Sharding costs communication, offloading waits for the host, and 4 bits change the base model
+# itself.
+LEVERS = {
+    "batch": "batch_size",
+    "checkpointing": "gradient_checkpointing",
+    "strategy": "strategy",
+    "offload": "offload",
+    "4-bit": "dtype",
+}
 _STRONGER = {"ddp": ("ddp", "zero2", "fsdp2"), "zero2": ("zero2", "zero3"), "fsdp2": ("fsdp2",), "zero3": ("zero3",)}
 _MOST_DEVICES = 4096
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A setting with its estimates. `pulled` says how far each lever is pulled, in the order of
-    `LEVERS`."""
-
-    pulled: tuple[int, ...]
-    setting: Setting
-    memory: Memory
-    time: StepTime
 
 
 @dataclass(frozen=True)
@@ -37,13 +31,11 @@ class Choice:
     Attributes:
         setting: the global batch is the one that was asked for, by accumulation.
         memory: on each device.
-        time: of a step.
         why: by lever that is pulled, what it is for.
     """
 
     setting: Setting
     memory: Memory
-    time: StepTime
     why: dict[str, str]
 
 
@@ -52,11 +44,9 @@ def fits(memory: Memory, capacity: float) -> bool:
     return memory.total <= (1 - RESERVE) * capacity
 
 
-def cheapest(sizes: Anatomy, asked: Setting, capacity: float, *, link: float = LINK) -> Choice | None:
+def cheapest(sizes: Anatomy, asked: Setting, capacity: float) -> Choice | None:
     """The cheapest setting that fits; None if none does.
 
-    The last three of `LEVERS` are pulled only if nothing fits without them, the cheaper ones first.
-    Then the batch and checkpointing are chosen for the shortest step, with no communication hidden.
     The search starts from the batch, length, strategy and dtype that were asked for, without
     offloading.
 
@@ -64,23 +54,18 @@ def cheapest(sizes: Anatomy, asked: Setting, capacity: float, *, link: float = L
         sizes: of a plan and its model.
         asked: what to start from.
         capacity: bytes of a device.
-        link: bytes a second that a device receives from the others.
     """
-    tried: list[Trial] = []
-    for tier in _tiers(sizes, asked, link):
-        fitting = [trial for trial in tier if fits(trial.memory, capacity)]
-        if fitting:
-            best = min(fitting, key=lambda trial: (trial.time.high, trial.pulled))
-            return Choice(best.setting, best.memory, best.time, _reasons(best, tried, tier, capacity))
-        tried += tier
+    for setting in _settings(asked):
+        memory = estimate(sizes, setting)
+        if fits(memory, capacity):
+            return Choice(setting, memory, _reasons(sizes, asked, setting, capacity))
     return None
 
 
 def least(sizes: Anatomy, asked: Setting) -> tuple[Setting, Memory]:
     """The setting that takes the least memory on a device, whatever it costs."""
-    trials = [trial for tier in _tiers(sizes, asked, LINK) for trial in tier]
-    best = min(trials, key=lambda trial: trial.memory.total)
-    return best.setting, best.memory
+    found = ((setting, estimate(sizes, setting)) for setting in _settings(asked))
+    return min(found, key=lambda pair: pair[1].total)
 
 
 def devices_needed(sizes: Anatomy, asked: Setting, capacity: float) -> int | None:
@@ -95,31 +80,29 @@ def devices_needed(sizes: Anatomy, asked: Setting, capacity: float) -> int | Non
     return None
 
 
-def _tiers(sizes: Anatomy, asked: Setting, link: float) -> Iterator[list[Trial]]:
-    """The trials grouped by how far the last three levers are pulled, cheapest first."""
-    dtypes = (asked.dtype,) if asked.dtype in QUANTIZED else (asked.dtype, "int4")
-    for d, dtype in enumerate(dtypes):
+def _settings(asked: Setting) -> Iterator[Setting]:
+    """Every setting of the levers, the cheapest first."""
+    batches = _batches(asked.batch_size)
+    for dtype in dict.fromkeys((asked.dtype, asked.dtype if asked.dtype in QUANTIZED else "int4")):
         for offload in (False, True):
-            for s, strategy in enumerate(_STRONGER[asked.strategy]):
-                idle = asked.devices == 1 and strategy != asked.strategy and not offload
-                if idle or (offload and strategy == "ddp"):
+            for strategy in _STRONGER[asked.strategy]:
+                if (offload and strategy == "ddp") or (
+                    asked.devices == 1 and strategy != asked.strategy and not offload
+                ):
                     continue
-                tier = []
-                for checkpointing in (False, True):
-                    for b, batch in enumerate(_batches(asked.batch_size)):
-                        setting = replace(
-                            asked,
-                            strategy=strategy,
-                            batch_size=batch,
-                            accumulation=asked.accumulation * asked.batch_size // batch,
-                            gradient_checkpointing=checkpointing,
-                            offload=offload,
-                            dtype=dtype,
-                        )
-                        pulled = (b, int(checkpointing), s, int(offload), d)
-                        times = step_time(sizes, setting, link=link)
-                        tier.append(Trial(pulled, setting, estimate(sizes, setting), times))
-                yield tier
+                pairs = [(batch, again) for again in (False, True) for batch in batches]
+                if strategy in SHARDED:  # each batch gathers the weights anew, which costs more than to compute again
+                    pairs.sort(key=lambda pair: -pair[0])
+                for batch, again in pairs:
+                    yield replace(
+                        asked,
+                        strategy=strategy,
+                        batch_size=batch,
+                        accumulation=asked.accumulation * asked.batch_size // batch,
+                        gradient_checkpointing=again,
+                        offload=offload,
+                        dtype=dtype,
+                    )
 
 
 def _batches(size: int) -> list[int]:
@@ -131,25 +114,26 @@ def _batches(size: int) -> list[int]:
     return found if found[-1] == 1 else [*found, 1]
 
 
-def _reasons(best: Trial, before: list[Trial], tier: list[Trial], capacity: float) -> dict[str, str]:
-    """For each pulled lever the reason: the time of a step without it, or the memory that it would
-    need if that does not fit."""
+def _reasons(sizes: Anatomy, asked: Setting, chosen: Setting, capacity: float) -> dict[str, str]:
+    """For each pulled lever the memory that is needed without it, however far cheaper ones are
+    pulled."""
     why = {}
-    for place, lever in enumerate(LEVERS):
-        if not best.pulled[place]:
+    start, fields = next(_settings(asked)), list(LEVERS.values())
+    for place, (lever, field) in enumerate(LEVERS.items()):
+        if getattr(chosen, field) == getattr(start, field):
             continue
-        dearer = slice(max(place, 1) + 1, None)  # the batch and checkpointing are of one price
+        kept = fields[:2] if place < 2 else []  # the batch and checkpointing are of one price
+        kept = [other for other in (*kept, *fields[max(place, 1) + 1 :]) if other != field]
         without = [
-            trial
-            for trial in (*before, *tier)
-            if trial.pulled[place] == 0 and trial.pulled[dearer] == best.pulled[dearer]
+            estimate(sizes, setting).total / _GIB
+            for setting in _settings(asked)
+            if getattr(setting, field) == getattr(start, field)
+            and all(getattr(setting, other) == getattr(chosen, other) for other in kept)
         ]
-        fitting = [trial.time.high for trial in without if fits(trial.memory, capacity)]
-        if fitting:
-            why[lever] = f"without it a step may take {min(fitting):.3g} s instead of {best.time.high:.3g} s"
-        elif not without:
-            why[lever] = "offloading needs it"
-        else:
-            needed = min(trial.memory.total for trial in without) / _GIB
-            why[lever] = f"without it {needed:.1f} GiB at least, of {(1 - RESERVE) * capacity / _GIB:.1f} GiB to use"
+        usable = (1 - RESERVE) * capacity / _GIB
+        why[lever] = (
+            f"without it {min(without):.1f} GiB at least, of {usable:.1f} GiB to use"
+            if without
+            else "offloading needs it"
+        )
     return why

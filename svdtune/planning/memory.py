@@ -27,6 +27,7 @@ MOMENTS = {
     **dict.fromkeys(("lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), _EIGHT_BITS),
     "sgd": 0.0,
 }
+MEASURED = ("sara", "mosara", "sorsa", "lora")  # methods; others are counted as LoRA
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 SHARDED = ("fsdp2", "zero3")
 # cuBLAS keeps work space for itself, as PyTorch sets it on H100s.

@@ -72,9 +72,8 @@ def test_what_does_not_fit_comes_with_the_cheapest_setting_that_does(tmp_path):
     assert plan["cheapest"]["setting"] == plan["setting"] | {"gradient_checkpointing": True}
     assert list(plan["cheapest"]["why"]) == ["checkpointing"]
     assert plan["initialisation_memory"] > 2 * 8192 * 28672
-    for text in ("does not fit into 80.00 GiB", "the cheapest that fits: 8 × 2048 tokens", "estimated step on H100s"):
+    for text in ("does not fit into 80.00 GiB", "the cheapest that fits: 8 × 2048 tokens"):
         assert text in result.output
-    assert "assumed, not measured" in result.output
 
 
 def test_what_fits_is_left_alone_and_what_cannot_says_so():
@@ -121,7 +120,6 @@ def test_sara_has_the_papers_threshold_by_default(folder):
         (["--r", "2", "--strategy", "fsdp"], "none of ddp"),
         (["--r", "2", "--quantize", "3bit"], "4bit or 8bit"),
         (["--r", "2", "--memory", "-1"], "GiB of one device"),
-        (["--r", "2", "--link", "0"], "GB/s"),
         (["--r", "2", "--offload"], "ddp keeps everything"),
         (["--r", "2", "--optimizer", "adamw_8bits"], "Transformers knows no optimizer 'adamw_8bits'"),
     ],
@@ -219,7 +217,7 @@ def test_a_method_without_ranks_is_planned(folder, tmp_path):
     result = run("plan", folder, "--method", "prompt_tuning", "--method.num_virtual_tokens", "5", "--json", file)
     assert result.exit_code == 0, result.output
     assert f"{5 * 32} trained parameters in 0 modules" in result.output
-    assert "prompt_tuning was not measured; memory and time are counted as LoRA's" in result.output
+    assert "prompt_tuning was not measured; its memory is counted as LoRA's" in result.output
     made = json.loads(file.read_text())
     assert (made["lora"], made["layers"], made["initialisation_memory"]) == (None, [], None)
 

@@ -1,4 +1,4 @@
-"""Memory and time by setting: against measured steps, and by what must hold whatever the
+"""Memory by setting: against measured steps, and by what must hold whatever the
 numbers."""
 
 import json
@@ -24,10 +24,8 @@ from svdtune.planning import (
     fits,
     least,
     plan,
-    step_time,
 )
 from svdtune.planning.levers import RESERVE
-from svdtune.planning.speed import FLOPS, OVER_FLOOR, floor_flops
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 QV = ["q_proj", "v_proj"]
@@ -92,25 +90,6 @@ def test_memory_is_within_10_percent_of_steps_of_smollm2_shapes(contender):
     assert made.trained == line["trained"]
     total = estimate(sizes, Setting(batch_size=line["batch"], length=line["length"])).total
     assert 0.98 <= total / GIB / line["peak_gib"] <= 1.10
-
-
-def test_rates_are_those_of_the_measured_steps():
-    lines = measured("step-llama-7b-h100.jsonl")
-    checkpoint, floor = open_shape("llama-7b", layers=8), lines["floor"]
-    tokens = floor["batch"] * floor["length"]
-    for method, contender in {
-        "sorsa": "sorsa-delta",
-        "sara": "sara-all",
-        "lora": "lora",
-        "mosara": "mosara-qv-5-heads",
-    }.items():
-        sizes = sizes_of(checkpoint, *LLAMA[contender])[1]
-        assert floor_flops(sizes, tokens, floor["length"]) / floor["seconds"] == pytest.approx(FLOPS, rel=0.01)
-        over = (lines[contender]["seconds"] - floor["seconds"]) / tokens / sizes.widths
-        assert over == pytest.approx(OVER_FLOOR[method], rel=0.01)
-        again = step_time(sizes, Setting(batch_size=floor["batch"], length=floor["length"]))
-        assert again.seconds == pytest.approx(lines[contender]["seconds"], rel=0.01)
-        assert again.notes == ()
 
 
 @pytest.mark.parametrize(
@@ -221,11 +200,11 @@ def test_what_is_chosen_fits_and_nothing_cheaper_does(name, devices, strategy):
             assert not fits(estimate(sizes, replace(smallest, offload=False)), gib * GIB)
         if chosen.strategy != strategy:
             assert not fits(estimate(sizes, replace(smallest, strategy=strategy, offload=False)), gib * GIB)
-        for batch in (1, 2, 4, 8):
-            for again in (False, True):
-                other = replace(chosen, batch_size=batch, accumulation=8 // batch, gradient_checkpointing=again)
-                if fits(estimate(sizes, other), gib * GIB):
-                    assert step_time(sizes, other).high >= choice.time.high
+        # of the batch and checkpointing, neither is pulled for nothing
+        other = replace(chosen, batch_size=8, accumulation=1)
+        assert other == chosen or not fits(estimate(sizes, other), gib * GIB)
+        other = replace(chosen, gradient_checkpointing=False)
+        assert other == chosen or not fits(estimate(sizes, other), gib * GIB)
 
 
 @pytest.mark.parametrize("gib", [16, 24, 80])
@@ -238,17 +217,3 @@ def test_how_many_devices_would_do_without_the_dearest_levers(gib):
         choice = cheapest(sizes, replace(asked, devices=devices), gib * GIB)
         assert (not choice.setting.offload and choice.setting.dtype == "bfloat16") == plain
     assert devices_needed(sizes, asked, 4 * GIB) is None  # what is gathered stays, however many
-
-
-def test_time_grows_with_what_it_depends_on(llama):
-    one = step_time(llama, Setting(batch_size=8, length=1024))
-    assert one.communication == 0
-    assert one.low < one.seconds < one.high
-    again = step_time(llama, Setting(batch_size=8, length=1024, gradient_checkpointing=True))
-    assert again.base == pytest.approx(1.5 * one.base, rel=0.05)
-    twice = step_time(llama, Setting(batch_size=8, length=1024, accumulation=2))
-    assert twice.seconds == pytest.approx(2 * one.seconds)
-    slow, fast = (step_time(llama, Setting("fsdp2", 8, 8, 1024), link=link) for link in (1e10, 1e11))
-    assert slow.communication == pytest.approx(10 * fast.communication)
-    assert step_time(llama, Setting("ddp", 8, 8, 1024)).communication < fast.communication
-    assert "assumed" in fast.notes[-1]
