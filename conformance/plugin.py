@@ -17,7 +17,7 @@ import pytest
 
 from conformance import cases
 from svdtune import MoSaraConfig
-from svdtune.methods.refusals import refused_peft
+from svdtune.evaluation.prompt_methods import refused_peft
 
 _FILLED = {"TEST_CASES": cases.custom_models, "ALL_CONFIGS": cases.decoders}
 _FILLED |= {"MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES": cases.active_adapters}

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from svdtune.methods.refusals import refused_peft
+from svdtune.evaluation.prompt_methods import refused_peft
 from tiny import save_tiny_llama
 from torch_state import kept_torch_state
 

@@ -9,8 +9,6 @@ from peft import PeftModel
 from torch import nn
 from transformers.cache_utils import Cache
 
-from svdtune.methods.refusals import refused_peft
-
 PEFTS_NAME = "past_key_values"
 
 
@@ -18,6 +16,19 @@ def is_prompted(model: nn.Module) -> bool:
     """Whether the model's adapter is one of PEFT's prompt methods, whose cache begins with what is
     no token."""
     return isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+
+
+def refused_peft() -> str | None:
+    """Why transformers refuses the installed PEFT in its own `add_adapter` and the like; None if it
+    does not."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+    from transformers.utils.peft_utils import check_peft_version
+
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from svdtune.methods.loaders import fill_through_peft, read_as_ours
 from svdtune.methods.mosara import MoSaraConfig, MoSaraModel
-from svdtune.methods.refusals import explain_refusals
+from svdtune.methods.pickles import refuse_pickles
 from svdtune.methods.registration import register
 from svdtune.methods.sara import SaraConfig, SaraModel
 from svdtune.methods.sorsa import SorsaConfig, SorsaModel
@@ -12,6 +12,6 @@ __all__ = ["MoSaraConfig", "MoSaraModel", "SaraConfig", "SaraModel", "SorsaConfi
 register(SaraConfig, SaraModel)
 register(MoSaraConfig, MoSaraModel)
 register(SorsaConfig, SorsaModel)
-explain_refusals()
+refuse_pickles()
 fill_through_peft()
 read_as_ours()

@@ -28,7 +28,6 @@ from svdtune.methods.layers.experts import ExpertSlice, ExpertStack, layers_of
 from svdtune.methods.layers.rows import Parts, Rows, check_rows, chosen_parts
 from svdtune.methods.layers.slices import FusedLinear, RowSlice
 from svdtune.methods.ranks import given_rank
-from svdtune.methods.refusals import WAY_ROUND
 from svdtune.methods.start.memory import Work, check_agreement
 from svdtune.names import is_named
 from svdtune.spectra import sharing
@@ -284,7 +283,8 @@ def check_one_method(name: str, module: nn.Module, method: type[SvdLayer[Any]]) 
         titles = TITLES[other.method], TITLES[method.method]
         raise SvdtuneError(
             f"layer {name!r} has a {titles[0]} adapter, and a {titles[1]} adapter cannot stand on the same layer. Adapt other "
-            f"layers, or unload the first. {WAY_ROUND}"
+            "layers, or unload the first. Exported to LoRA (`svdtune export ADAPTER --to lora --output FOLDER`) each gives the "
+            "same outputs, and PEFT keeps several LoRAs on one model"
         )
 
 

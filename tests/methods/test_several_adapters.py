@@ -1,5 +1,4 @@
-"""Several adapters on one model: what works, and where PEFT or the methods refuse, one error that
-names the way round."""
+"""Several adapters on one model: what works, and where PEFT or the methods refuse."""
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from svdtune.export.lora import export_lora
 from tiny import tiny_llama as base
 
 TOKENS = torch.arange(1, 25).view(2, 12)
-WAY_ROUND = r"Export each adapter to LoRA \(`svdtune export ADAPTER --to lora --output FOLDER`\)"
 
 
 def sorsa(*targets):
@@ -98,7 +96,7 @@ class TestTwoMethods:
     @pytest.mark.parametrize("way", ["nested", "transformers"])
     def test_on_one_layer_is_refused(self, way, request):
         model = base()
-        match = rf"layer '\S*q_proj' has a SORSA adapter, and a Mo-SARA adapter cannot .* {WAY_ROUND}"
+        match = r"layer '\S*q_proj' has a SORSA adapter, and a Mo-SARA adapter cannot .* Exported to LoRA"
         if way == "nested":
             model = get_peft_model(model, sorsa())
             with pytest.warns(UserWarning, match="second time"), pytest.raises(SvdtuneError, match=match):
@@ -115,11 +113,11 @@ class TestTwoMethods:
         get_peft_model(base(), mosara()).save_pretrained(tmp_path)
         model = move(get_peft_model(base(), sorsa())).eval()
         before = logits(model)
-        match = rf"Cannot combine adapters with different peft types.* {WAY_ROUND}"
+        match = "Cannot combine adapters with different peft types"
         for add in (lambda: model.add_adapter("b", mosara()), lambda: model.load_adapter(tmp_path, "b")):
-            with pytest.raises(SvdtuneError, match=match):
+            with pytest.raises(ValueError, match=match):
                 add()
-        with pytest.raises(SvdtuneError, match=match):
+        with pytest.raises(ValueError, match=match):
             get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])).add_adapter("b", mosara())
         assert list(model.peft_config) == ["default"]
         assert torch.equal(logits(model), before)
@@ -143,32 +141,14 @@ class TestTwoMethods:
 
 class TestWherePeftKnowsAFixedList:
     def test_mixed_models(self):
-        with pytest.raises(SvdtuneError, match=rf"not compatible with the `PeftMixedModel`.* {WAY_ROUND}"):
+        with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`"):
             get_peft_model(base(), sorsa(), mixed=True)
 
     def test_hotswap(self, tmp_path):
         model = get_peft_model(base(), sorsa())
         model.save_pretrained(tmp_path)
-        with pytest.raises(SvdtuneError, match=rf"Hotswapping only supports LORA but SORSA was passed\. {WAY_ROUND}"):
+        with pytest.raises(ValueError, match="Hotswapping only supports LORA but SORSA was passed"):
             hotswap_adapter(model, tmp_path, "default")
-
-    def test_pefts_own_methods_are_refused_in_pefts_own_words(self):
-        model = get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"]))
-        with pytest.raises(ValueError, match="'default' already exists") as caught:
-            model.add_adapter("default", LoraConfig(r=2, target_modules=["q_proj"]))
-        assert not isinstance(caught.value, SvdtuneError)
-        model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"]))
-
-
-def test_a_peft_that_transformers_refuses(monkeypatch):
-    """Transformers 5.24 asked for a PEFT that was not there yet, for PEFT's own methods too."""
-    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "1000")
-    with pytest.raises(SvdtuneError, match=r"use a version .* 1000\. .*`peft.get_peft_model\(model, config\)`"):
-        base().add_adapter(sorsa())
-    with pytest.raises(ValueError, match=r"use a version .* 1000$") as caught:
-        base().add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
-    assert not isinstance(caught.value, SvdtuneError)
-    assert logits(get_peft_model(base(), sorsa())).isfinite().all()
 
 
 @pytest.mark.usefixtures("transformers_takes_peft")
