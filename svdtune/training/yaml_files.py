@@ -108,9 +108,9 @@ def read_yaml(text: str, source: str) -> Any:
         _check_events(_yaml().parse(text), source)
         # Before anything is made of it: merge keys (<<) copy what they name, and a few of them copy
         # for ever.
-        if _size(_yaml().compose(text), {}) > _MOST_VALUES:
+        if _size(_yaml().compose(text), {}, source) > _MOST_VALUES:
             raise SvdtuneError(_too_much(source))
-        found = _yaml().load(text)
+        return _yaml().load(text)
     except SvdtuneError:
         raise
     except MarkedYAMLError as error:
@@ -126,8 +126,6 @@ def read_yaml(text: str, source: str) -> Any:
     # values that look like dates or numbers and are none, by the types of what makes them
     except Exception as error:
         raise SvdtuneError(f"{source} is not valid YAML: {first_line(error):.200}; put texts in quotes") from error
-    _check_shape(found, source)
-    return found
 
 
 def _check_events(events: Iterator[Event], source: str) -> None:
@@ -160,14 +158,17 @@ def _check_tag(tag: str, value: str, where: str) -> None:
         )
 
 
-def _size(node: Any, known: dict[int, int]) -> int:
+def _size(node: Any, known: dict[int, int], source: str) -> int:
     """How many values a node stands for, each alias counted as often as it is used; too many where
-    it contains itself."""
+    it contains itself. Refuses names that are no texts."""
     if id(node) not in known:
         known[id(node)] = _MOST_VALUES + 1
         inner = node.value if isinstance(node, SequenceNode | MappingNode) else []
+        names = [entry[0] for entry in inner if isinstance(entry, tuple)]
+        if odd := [name for name in names if name.tag not in (f"{_TAG}str", f"{_TAG}merge")]:
+            raise SvdtuneError(f"{source}: the name {odd[0].value!r:.60} is not a text; put it in quotes if it is meant")
         parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = min(1 + sum(_size(part, known) for part in parts), _MOST_VALUES + 1)
+        known[id(node)] = min(1 + sum(_size(part, known, source) for part in parts), _MOST_VALUES + 1)
     return known[id(node)]
 
 
@@ -176,22 +177,3 @@ def _too_much(source: str) -> str:
         f"{source} is not a recipe: expected at most {_MOST_VALUES:,} values, at most {_DEEPEST} deep; it has more, or "
         "anchors that contain each other"
     )
-
-
-def _check_shape(found: Any, source: str) -> None:
-    """Refuse names that are no texts, and what a few anchors can blow up to: every alias counts as
-    often as it is used."""
-    waiting, count = [(found, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        count += 1
-        if count > _MOST_VALUES or depth > _DEEPEST:
-            raise SvdtuneError(_too_much(source))
-        if isinstance(value, dict):
-            if names := [name for name in value if not isinstance(name, str)]:
-                raise SvdtuneError(
-                    f"{source}: the name {names[0]!r:.60} is not a text; put it in quotes if it is meant"
-                )
-            waiting += [(inner, depth + 1) for inner in (*value, *value.values())]
-        elif isinstance(value, list | tuple | set):
-            waiting += [(inner, depth + 1) for inner in value]

@@ -145,7 +145,7 @@ def test_yaml_is_1_2(tmp_path: Path) -> None:
         ("- a\n", "holds no settings: expected the sections model, method, data, training, evaluation, output"),
         ("", "holds no settings"),
         ("model:\n\tname: a\n", r"line 2 is not valid YAML: .*indent with spaces, not tabs"),
-        ("model: a\n~: b\n", r"the name None is not a text; put it in quotes if it is meant"),
+        ("model: a\n~: b\n", r"the name '~' is not a text; put it in quotes if it is meant"),
         ("model: &a [*a]\n", r"is not a recipe: expected at most 100,000 values, at most 30 deep"),
         ("[" * 5000, r"is not a recipe|is not valid YAML"),
         ("model: " + "1" * 5000, r"is not valid YAML: Exceeds the limit .*put texts in quotes"),
