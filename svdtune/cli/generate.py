@@ -1,7 +1,7 @@
 """`svdtune generate`: one prompt, its answer printed while it is written; or a file of them."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -30,6 +30,9 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="With --data: answers generated together.")] = 16,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="With --data: drop an interrupted call's answers.")
+    ] = False,
     dtype: DtypeName = None,
     device: DeviceName = None,
 ) -> None:
@@ -57,7 +60,8 @@ def generate(
     loaded = open_source(found, **placement(dtype, device))
     template = choose_template(found.recipe, loaded.tokenizer, template)
     if data is not None and output is not None:
-        _answer_rows(loaded, found.recipe, data, output, field, template, max_new_tokens, batch_size)
+        how = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "restart": restart}
+        _answer_rows(loaded, found.recipe, data, output, field, how)
         return
     assert prompt is not None
     said = answer(loaded, prompt_ids(Example(prompt), loaded.tokenizer, template), max_new_tokens)
@@ -70,9 +74,7 @@ def _answer_rows(
     data: str,
     output: Path,
     field: str | None,
-    template: str,
-    max_new_tokens: int,
-    batch_size: int,
+    how: dict[str, Any],
 ) -> None:
     from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
@@ -83,16 +85,8 @@ def _answer_rows(
     examples = to_examples(read_rows(data), asked, source=data)
     try:
         with counting(f"answering {data}", open_console(stderr=True)) as on_progress:
-            cut = answer_all(
-                loaded,
-                examples,
-                output,
-                template=template,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                on_progress=on_progress,
-            )
+            cut = answer_all(loaded, examples, output, on_progress=on_progress, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {output}.part keeps what is done, the same command goes on") from None
     for_json({"rows": len(examples), "cut": cut, "output": output})
-    typer.echo(f"{len(examples):,} answers in {output}, {cut:,} of them cut at {max_new_tokens} tokens")
+    typer.echo(f"{len(examples):,} answers in {output}, {cut:,} of them cut at {how['max_new_tokens']} tokens")

@@ -70,10 +70,11 @@ class PredictionStore:
         OSError: If the folder cannot be read or written.
     """
 
+    FILES = RESULT, PREDICTIONS, SETTINGS = "result.json", "predictions.jsonl", "settings.json"
+
     def __init__(self, folder: Path, settings: dict[str, Any], restart: bool = False) -> None:
         self.folder = folder
-        self._predictions, self._settings = folder / "predictions.jsonl", folder / "settings.json"
-        self._result = folder / "result.json"
+        self._result, self._predictions, self._settings = (folder / name for name in self.FILES)
         if folder.exists() and not folder.is_dir():
             raise SvdtuneError(f"{folder} is a file; predictions need a folder of their own: name another output")
         folder.mkdir(parents=True, exist_ok=True)

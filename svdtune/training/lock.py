@@ -1,5 +1,5 @@
-"""One program at a time in a run folder or at a file: two would mix what they write, or score what
-is just being replaced.
+"""One program at a time in a folder: two would mix what they write, or score what is just being
+replaced.
 
 The lock is the operating system's, so it goes with the process that holds it, however that ends.
 """
@@ -27,11 +27,11 @@ _CANNOT = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTSUP, errno.ENOLCK, 
 
 @contextmanager
 def held(folder: Path, verb: str) -> Iterator[None]:
-    """Keep other programs out of a run folder for a while. What this process holds already, it may
-    use.
+    """Keep other programs out of a folder for a while. What this process holds already, it may use.
 
     Args:
-        folder: of a run; made where it is missing, and gone again if nothing came into it.
+        folder: of a run, of studies, or of answers; made where it is missing, and gone again if
+            nothing came into it.
         verb: what is done there, for the message of others.
 
     Raises:
@@ -41,57 +41,26 @@ def held(folder: Path, verb: str) -> Iterator[None]:
     if place in _ours:
         yield
         return
-    with _locked(place / LOCK, place / HOLDER, f"the run {folder}", verb):
-        _ours.add(place)
-        try:
-            yield
-        finally:
-            _ours.discard(place)
-            _leave(place)
-
-
-@contextmanager
-def held_file(path: Path, verb: str) -> Iterator[None]:
-    """Keep other programs from writing a file for a while, which is there when the work is done.
-
-    The lock stays beside an unfinished file: who waited for it and who came later then hold the
-    same one.
-
-    Raises:
-        SvdtuneError: another process is writing it; the message says which.
-    """
-    place = path.expanduser().resolve()
-    lock, holder = (place.with_name(f"{place.name}.part{ending}") for ending in (LOCK, HOLDER))
-    with _locked(lock, holder, f"the file {path}", verb):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                holder.unlink(missing_ok=True)
-                if place.exists():
-                    lock.unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(path: Path, holder: Path, what: str, verb: str) -> Iterator[None]:
-    """Hold a lock, and say beside it who does."""
-    lock = FileLock(path, blocking=False)
+    lock = FileLock(place / LOCK, blocking=False)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        if not path.exists():  # filelock waits where no file can be made, as in /proc
-            raise SvdtuneError(f"cannot use {what}: no file can be made beside it; name another output") from None
-        raise SvdtuneError(_in_use(what, holder)) from None
+        if not (place / LOCK).exists():  # filelock waits where no file can be made, as in /proc
+            raise SvdtuneError(f"cannot use {folder}: no file can be made there; name another output") from None
+        raise SvdtuneError(_in_use(folder, place / HOLDER)) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in _CANNOT:
-            raise SvdtuneError(f"cannot use {what}: {error.strerror}; name another output") from error
+            raise SvdtuneError(f"cannot use {folder}: {error.strerror}; name another output") from error
         yield
         return
+    _ours.add(place)
     try:
-        _write_holder(holder, verb)
+        _write_holder(place / HOLDER, verb)
         yield
     finally:
+        _ours.discard(place)
+        _leave(place)
         lock.release()
 
 
@@ -116,11 +85,11 @@ def _leave(place: Path) -> None:
             place.rmdir()
 
 
-def _in_use(what: str, path: Path) -> str:
+def _in_use(folder: Path, path: Path) -> str:
     holder: Any = None
     with contextlib.suppress(OSError, ValueError):
         holder = json.loads(path.read_text(encoding="utf-8"))
     who = "another process"
     if isinstance(holder, dict):
         who = f"`svdtune {holder.get('verb')}`, process {holder.get('pid')} on {holder.get('host')} since {holder.get('since')}"
-    return f"{what} is in use by {who}. Wait until that has ended, or end it, and start again"
+    return f"{folder} is in use by {who}. Wait until that has ended, or end it, and start again"

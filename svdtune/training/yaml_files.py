@@ -166,7 +166,9 @@ def _size(node: Any, known: dict[int, int], source: str) -> int:
         inner = node.value if isinstance(node, SequenceNode | MappingNode) else []
         names = [entry[0] for entry in inner if isinstance(entry, tuple)]
         if odd := [name for name in names if name.tag not in (f"{_TAG}str", f"{_TAG}merge")]:
-            raise SvdtuneError(f"{source}: the name {odd[0].value!r:.60} is not a text; put it in quotes if it is meant")
+            raise SvdtuneError(
+                f"{source}: the name {odd[0].value!r:.60} is not a text; put it in quotes if it is meant"
+            )
         parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = min(1 + sum(_size(part, known, source) for part in parts), _MOST_VALUES + 1)
     return known[id(node)]

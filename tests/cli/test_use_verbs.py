@@ -1,21 +1,20 @@
 """What is trained is used: answers to a file of prompts, a chat, a push to the hub."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+from filelock import FileLock
 from peft import get_peft_model
 from typer.testing import CliRunner, Result
 
 from svdtune import SorsaConfig
 from svdtune.cli import app
-from svdtune.evaluation import answers
+from svdtune.evaluation import TransformersEngine
 from svdtune.export import find_source
 from svdtune.models import load
-from svdtune.training.lock import held_file
 from tiny import with_template
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}{{ '[assistant]' }}"
@@ -59,9 +58,8 @@ def test_an_interrupted_file_goes_on(tiny_folder: Path, monkeypatch: pytest.Monk
     assert answer_file(tiny_folder).exit_code == 0
     whole = Path("answers.jsonl").read_text()
     Path("answers.jsonl").unlink()
-    monkeypatch.setattr(answers, "_BATCHES", 1)
     asked: list[int] = []
-    complete = answers._complete
+    complete = TransformersEngine.complete
 
     def stopping(engine: Any, prompts: Any, *rest: Any) -> Any:
         asked.append(len(prompts))
@@ -69,14 +67,14 @@ def test_an_interrupted_file_goes_on(tiny_folder: Path, monkeypatch: pytest.Monk
             raise KeyboardInterrupt
         return complete(engine, prompts, *rest)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(answers, "_complete", stopping)
-        stopped = answer_file(tiny_folder)
+    monkeypatch.setattr(TransformersEngine, "complete", stopping)
+    stopped = answer_file(tiny_folder)
     assert stopped.exit_code == 130
     assert "answers.jsonl.part keeps what is done, the same command goes on" in stopped.stderr
-    with Path("answers.jsonl.part").open("a") as file:
-        file.write('{"ask": "half a li')
-    monkeypatch.setattr(answers, "_complete", lambda *given: asked.append(len(given[1])) or complete(*given))
+    other = answer_file(tiny_folder, "--template", "{prompt}!")
+    assert other.exit_code == 2
+    assert "predictions made with other settings" in other.stderr
+    assert "--restart" in other.stderr
     assert answer_file(tiny_folder).exit_code == 0
     assert asked[2:] == [2, 1], "the first two are not asked again"
     assert Path("answers.jsonl").read_text() == whole
@@ -84,17 +82,11 @@ def test_an_interrupted_file_goes_on(tiny_folder: Path, monkeypatch: pytest.Monk
 
 
 def test_two_do_not_write_one_file(tiny_folder: Path) -> None:
-    with held_file(Path("answers.jsonl"), "generate"):
+    with FileLock("answers.jsonl.part/.svdtune.lock"):
         second = answer_file(tiny_folder)
     assert second.exit_code == 2
-    assert f"the file answers.jsonl is in use by `svdtune generate`, process {os.getpid()} on" in second.stderr
+    assert "answers.jsonl.part is in use by another process. Wait until that has ended" in second.stderr
     assert answer_file(tiny_folder).exit_code == 0
-
-
-def test_another_limit_begins_anew(tiny_folder: Path) -> None:
-    Path("answers.jsonl.part").write_text('{"max_new_tokens": 9}\n{"ask": "x", "generated": "y", "ended": true}\n')
-    assert answer_file(tiny_folder).exit_code == 0
-    assert [row["id"] for row in rows("answers.jsonl")] == [3, 1, 2, 5, 4]
 
 
 @pytest.mark.parametrize(

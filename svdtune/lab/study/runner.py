@@ -22,11 +22,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
-from svdtune.errors import SvdtuneError
 from svdtune.lab.study.grid import Fits, Job, cells, model_name, origin_of
 from svdtune.lab.study.layers import ranks_by_layer
 from svdtune.lab.study.progress import StudyProgress, take_up
@@ -35,6 +32,7 @@ from svdtune.lab.study.results import RESULTS
 from svdtune.lab.study.spec import Settings, Study
 from svdtune.models.loader import locate
 from svdtune.system import explain_write_errors, replace_text
+from svdtune.training.lock import held
 from svdtune.training.sections import TrainSource
 
 Record = dict[str, Any]
@@ -92,7 +90,7 @@ def run_studies(
         KeyboardInterrupt: on Ctrl-C, after the runs wrote their checkpoints; the same call goes on.
     """
     _check_sources([recipe for _, tasks in studies.values() for recipe in tasks.values()])
-    with _only_runner(output), explain_write_errors(output, "the same command goes on"):
+    with explain_write_errors(output, "the same command goes on"), held(output, "study"):
         known = KnownRuns(output, how.published, how.retry)
         making = planned(studies, output)
         for one in making:
@@ -324,24 +322,6 @@ def outcome(record: Record) -> str:
     score = f"score {sum(values) / len(values):.4f}, " if values else ""
     held_out = f"held-out loss {record['eval_loss']:.4f}, " if record["eval_loss"] is not None else ""
     return f"{score}{held_out}{record.get('seconds', 0):.0f} s"
-
-
-@contextmanager
-def _only_runner(output: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system frees however a process ends."""
-    with explain_write_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".lock", blocking=False)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise SvdtuneError(
-                f"another svdtune study is at work in {output}; wait for it, or name another --output"
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def devices(per_gpu: int, gpus: int) -> tuple[int, tuple[str, ...]]:

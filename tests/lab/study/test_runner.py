@@ -245,9 +245,9 @@ def test_one_runner_a_folder(write_study) -> None:
 
     study = write_study()
     Path("out").mkdir()
-    with Path("out/.lock").open("w") as lock:
+    with Path("out/.svdtune.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(SvdtuneError, match="another svdtune study is at work in out; wait for it, or name another"):
+        with pytest.raises(SvdtuneError, match=r"out is in use by another process\. Wait until that has ended"):
             run(study)
 
 
