@@ -247,7 +247,9 @@ def reads_padding(model: PreTrainedModel) -> bool:
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad: int, model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask (prompts, longest), where the model takes them."""
-    width = max(map(len, prompts))
+    # Transformers 4 loses tokens of prompts that are shorter than these models' convolution.
+    least = model.config.conv_kernel if model.config.model_type in ("mamba", "falcon_mamba") else 1
+    width = max(least, *map(len, prompts))
     ids = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):

@@ -25,6 +25,7 @@ from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
 from svdtune.names import check_hub_name, meant
+from svdtune.spectra.sharing import has_weights
 from svdtune.system import explain_read_error, first_line, is_out_of_memory, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
@@ -108,7 +109,8 @@ def load(
         _check_complete(name, [key for key in found["missing_keys"] if key.partition(".")[0] not in heads])
         if getattr(loaded, "_hf_peft_config_loaded", False):  # of a hub model; a folder is looked at before
             raise SvdtuneError(_BOTH.format(name, ADAPTER_CONFIG))
-        _check_numbers(name, loaded)
+        if has_weights(loaded):  # elsewhere Transformers 4 leaves whatever was in memory
+            _check_numbers(name, loaded)
     if device is not None:
         loaded = loaded.to(device)
     if chat_template is not None:

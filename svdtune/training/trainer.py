@@ -14,6 +14,7 @@ from transformers import SchedulerType, Trainer
 from svdtune import processes
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
+from svdtune.methods.sorsa.sharded import whole
 from svdtune.training.adalora import all_ranks, load_state, save_state
 from svdtune.training.arguments import optimizer_error
 from svdtune.training.batches import fill_up
@@ -99,6 +100,9 @@ class RunTrainer(Trainer):
             ) from error
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        if not self.args.auto_find_batch_size:
+            # Transformers 4 resumes with the batches of whoever wrote the checkpoint.
+            self._train_batch_size = self.args.train_batch_size
         loader = super().get_train_dataloader()
         # Label smoothing, and models that are not told how many labels a step has, take the mean
         # over a batch's labels, of which there must be some.
@@ -205,6 +209,11 @@ class RunTrainer(Trainer):
             raise SvdtuneError(f"{best}, the best checkpoint, cannot be loaded: {reason}")
         super()._load_best_model()
         load_state(self.model, best)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Any, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.control.should_log and isinstance(grad_norm, Tensor):
+            grad_norm = whole(grad_norm)  # torch 2.8 would log this process's part of it
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed.fsdp as fsdp
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from tiny_steps import shard_on_cpu
 
 from svdtune.errors import SvdtuneError
 from svdtune.training import run
@@ -40,6 +42,7 @@ def sharded_on_cpu() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     PartialState.__init__ = begin_as_on_gpus
+    fsdp.fully_shard = shard_on_cpu
     svdtune()
 
 

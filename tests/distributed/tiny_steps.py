@@ -45,9 +45,17 @@ def tiny(seed: int = 0) -> nn.Module:
 def shard(model: nn.Module) -> nn.Module:
     """The model under FSDP2, a block at a time."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for block in model.base_model.model.model.layers:
-        fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    for module in [*model.base_model.model.model.layers, model]:
+        shard_on_cpu(module, mesh=mesh)
+    return model
+
+
+def shard_on_cpu(modules: Any, **settings: Any) -> Any:
+    """`fully_shard` with the mean of gradients, for which torch 2.8's gloo takes their sum."""
+    sharded = fully_shard(modules, **settings)
+    for module in sharded if isinstance(sharded, list) else [sharded]:
+        module.set_force_sum_reduction_for_comms(True)
+    return sharded
 
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -7,6 +7,8 @@ import pytest
 import torch
 from transformers import (
     Cache,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -28,6 +30,7 @@ from svdtune.evaluation.generation import (
     is_loop,
     plan_batches,
     reads_padding,
+    until_end,
 )
 from svdtune.models import LoadedModel, load
 from tiny import tiny_gpt2, tiny_llama
@@ -70,6 +73,7 @@ MODELS = {
     "llama": (lambda: tiny_llama(vocab_size=258), False),
     "gpt2": (lambda: tiny_gpt2(vocab_size=258), False),
     "mamba": (lambda: MambaForCausalLM(MambaConfig(**_RECURRENT, state_size=4)), False),
+    "falcon_mamba": (lambda: FalconMambaForCausalLM(FalconMambaConfig(**_RECURRENT, state_size=4)), False),
     "rwkv4": (lambda: RwkvForCausalLM(RwkvConfig(**_RECURRENT, rescale_every=0)), True),
     "rwkv6": (lambda: FinchForCausalLM(FinchConfig(**_RECURRENT, head_size=8)), True),
 }
@@ -89,6 +93,8 @@ def test_prompts_of_many_lengths_complete_as_alone_where_a_model_reads_padding(
     engine = TransformersEngine(LoadedModel(model, tiny_tokenizer, kind))
     alone = [engine.complete([prompt], 6, Decoding(), [0]) for prompt in PROMPTS]
     assert len({token for (completion,) in alone for token in completion.tokens}) > 4, "repeats itself: tests nothing"
+    ends = set(end_token_ids(model, tiny_tokenizer))
+    assert [completion for (completion,) in alone] == [until_end(plain_loop(model, p, 6), ends) for p in PROMPTS]
     assert engine.complete(PROMPTS, 6, Decoding(), [0] * 4) == [completion for (completion,) in alone]
 
 
