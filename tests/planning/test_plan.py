@@ -2,7 +2,6 @@
 
 import json
 import re
-from itertools import pairwise
 
 import pytest
 import torch
@@ -26,7 +25,6 @@ from svdtune.errors import SvdtuneError
 from svdtune.linalg import rank_at_threshold, spectrum
 from svdtune.methods import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.planning import Setting, anatomy, by_depth, draw_chart, estimate, plan
-from svdtune.planning.rank_table import RankTable
 from tiny import LLAMA, tiny_gpt2, tiny_llama
 
 QV = ["q_proj", "v_proj"]
@@ -400,16 +398,3 @@ def test_convolutions(tmp_path):
     adapted = get_peft_model(ResNetForImageClassification.from_pretrained(tmp_path), config)
     assert adapted.peft_config["default"].ranks == made.sites.ranks
     assert adapted.get_nb_trainable_parameters()[0] == made.trained
-
-
-def test_the_largest_threshold_is_not_a_step_early():
-    """Partial sums divided by their total and multiplied by it again may come out above
-    themselves."""
-    for seed in range(60):
-        generator = torch.Generator().manual_seed(seed)
-        weights = [torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(3)]
-        table = RankTable({str(at): spectrum(weight) for at, weight in enumerate(weights)})
-        ranks = [table.at(sum(pair) / 2) for pair in pairwise([0.0, *table.steps])]
-        for limit in range(3, 18):
-            found = table.largest_threshold(lambda given, limit=limit: sum(given) <= limit)
-            assert table.at(found) == max((given for given in ranks if sum(given) <= limit), key=sum)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -118,3 +119,16 @@ def test_a_plan_written_by_the_command_line_is_a_loras(tmp_path):
     adapted = get_peft_model(model(), LoraConfig(**section))
     ranks = {layer.r["default"] for layer in adapted.modules() if getattr(layer, "lora_A", None)}
     assert ranks == set(by_formula("entropy", 0.3).values())
+
+
+def test_the_largest_threshold_is_not_a_step_early():
+    """Partial sums divided by their total and multiplied by it again may come out above
+    themselves."""
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(6, 9, generator=generator, dtype=torch.float64) for _ in range(3)]
+        table = RankTable({str(at): spectrum(weight) for at, weight in enumerate(weights)})
+        ranks = [table.at(sum(pair) / 2) for pair in pairwise([0.0, *table.steps])]
+        for limit in range(3, 18):
+            found = table.largest_threshold(lambda given, limit=limit: sum(given) <= limit)
+            assert table.at(found) == max((given for given in ranks if sum(given) <= limit), key=sum)
