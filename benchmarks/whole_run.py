@@ -47,6 +47,8 @@ TRL: dict[str, dict[str, Any]] = {
     "trl-lora-wrapped-compiled": WRAPPED | COMPILED,
     "trl-lora-wrapped-liger": WRAPPED | LIGER,
     "trl-lora-wrapped-liger-compiled": WRAPPED | LIGER | COMPILED,
+    "unsloth-lora-packed": PACKED,
+    "unsloth-lora-wrapped": WRAPPED,
     "trl-sorsa-wrapped": WRAPPED,
     "trl-sorsa-wrapped-liger": WRAPPED | LIGER,
     "trl-sorsa-wrapped-liger-compiled": WRAPPED | LIGER | COMPILED,
@@ -177,6 +179,8 @@ def run_svdtune(name: str, folder: Path, arguments: argparse.Namespace) -> dict[
 
 
 def run_trl(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    if by_unsloth := name.startswith("unsloth"):
+        from unsloth import FastLanguageModel  # patches what is imported after it
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -237,8 +241,22 @@ def run_trl(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
         return found
 
     clock = make_clock(speed)
+    if by_unsloth:
+        model, _ = FastLanguageModel.from_pretrained(
+            str(folder / "model"),
+            max_seq_length=LENGTH,
+            dtype=torch.bfloat16,
+            load_in_4bit=False,
+            use_gradient_checkpointing=False,
+        )
+        model = FastLanguageModel.get_peft_model(
+            model, r=arguments.r, lora_alpha=arguments.r, target_modules=LINEAR, use_gradient_checkpointing=False
+        )
+        config = None
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     trainer = Counting(
-        model=AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16),
+        model=model,
         args=args,
         train_dataset=rows,
         peft_config=config,
