@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from svdtune.lab import gates
 from svdtune.methods.mosara import reference
-from svdtune.methods.mosara.math import random_start
+from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start
 
 
 def literal(weights):
@@ -39,8 +39,8 @@ def test_top1_is_the_literal_form_with_its_gradients(num_heads, use_v, front):
     inputs = case(num_heads, use_v, front)
     want = results(reference.mosara_linear(*inputs, changed=literal), inputs)
     for got in (
-        gates.top1_linear(*inputs),
-        gates.add_top1(functional.linear(inputs[0], *inputs[1:3]), inputs[0], *inputs[3:]),
+        mosara_linear(*inputs, weights=gates.top1),
+        add_mosara(functional.linear(inputs[0], *inputs[1:3]), inputs[0], *inputs[3:], weights=gates.top1),
     ):
         torch.testing.assert_close(results(got, inputs), want)
 
@@ -48,7 +48,7 @@ def test_top1_is_the_literal_form_with_its_gradients(num_heads, use_v, front):
 def test_top1_gives_the_router_a_gradient_and_uses_two_heads_at_most():
     inputs = case(6, True, False)
     *_, w2, _ = inputs
-    y = gates.top1_linear(*inputs)
+    y = mosara_linear(*inputs, weights=gates.top1)
     _, _, dlam, _, dw1, dw2 = results(y, inputs)
     assert dw1.abs().min() > 0
     assert dw2.abs().min() > 0

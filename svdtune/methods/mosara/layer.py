@@ -106,15 +106,11 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     def fused(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
-        if other := self._other_gate(adapter):
-            return other.linear(x, weight, bias, *self._tensors(adapter), x_adapter)
-        kept = self._ready_V(x, adapter), self._keep(x, adapter)
-        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, *kept)
+        how = self._ready_V(x, adapter), self._keep(x, adapter), self._other_gate(adapter)
+        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, *how)
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        if other := self._other_gate(adapter):
-            return other.add(y, x, *self._tensors(adapter))
-        return add_mosara(y, x, *self._tensors(adapter), self._keep(x, adapter))
+        return add_mosara(y, x, *self._tensors(adapter), self._keep(x, adapter), self._other_gate(adapter))
 
     def _keep(self, x: Tensor, adapter: str) -> Keep | None:
         """What keeps that which is formed for the first token of a generation; None outside one."""
@@ -140,7 +136,7 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
             gate_input = rows @ w1.to(rows.dtype)
         gate = token_gate(gate_input, w2)
         if other := self._other_gate(adapter):
-            gate = other.weights(gate)
+            gate = other(gate)
         t = as_channels((rows * mixed_values(gate, lam).to(rows.dtype)).view(z.shape), positions)
         return y + expand(base, t, U if front else scaled_rows(U, v)).to(y.dtype)
 
@@ -152,8 +148,8 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
             samples.kept[self] = self._by_kind(samples, x.device)
         y = y.clone()  # it may be a view, or be kept for the base's own backward pass
         for one, where, (lam, v, w1, w2) in samples.kept[self]:
-            other, U, V = self._other_gate(one), self.frozen_U[one], self.frozen_V[one]
-            how = self._front(one), self._ready_V(x, one), other.weights if other else None
+            U, V = self.frozen_U[one], self.frozen_V[one]
+            how = self._front(one), self._ready_V(x, one), self._other_gate(one)
             own, own_x = (y, x) if where is None else (y[where], x[where])
             add_mosara_by_sample(own, own_x, U, V, lam, v, w1, w2, *how)
             if where is not None:

@@ -30,6 +30,7 @@ from svdtune.methods.compute import kernels
 from svdtune.methods.compute.lowrank import add_product, base_in_plain, compute_dtype, filled
 from svdtune.methods.compute.together import Keep
 from svdtune.methods.compute.transforms import under_transform
+from svdtune.methods.mosara.gates import Gate
 
 # k is filled up to a multiple of this on a GPU: with 914 columns instead of 960 a product takes
 # three times as long.
@@ -121,13 +122,21 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighed(
-    flat: Tensor, z: Tensor, read: Tensor | None, lam: Tensor, w1: Tensor | None, w2: Tensor | None
+    flat: Tensor,
+    z: Tensor,
+    read: Tensor | None,
+    lam: Tensor,
+    w1: Tensor | None,
+    w2: Tensor | None,
+    weights: Gate | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`_mix`, whose gate reads x V without v where v stands in front."""
-    if read is None or w2 is None:
+    """`_mix`, whose gate reads x V without v where v stands in front, or has other `weights`."""
+    if w1 is None or w2 is None or (read is None and weights is None):
         return _mix(z, w1, w2, lam)
-    gate_input = flat @ read
+    gate_input = flat @ read if read is not None else _gate_input(z, w1)
     gate = token_gate(gate_input, w2)
+    if weights is not None:
+        gate = weights(gate)
     return z * filled(mixed_values(gate, lam), z.shape[1]).to(z.dtype), gate, gate_input
 
 
@@ -145,8 +154,10 @@ def _in_plain(
     front: bool,
     V_ready: Tensor | None,
     keep: Keep | None = None,
+    weights: Gate | None = None,
 ) -> Tensor:
-    """What `GatedLinear` gives, not in place, in operations that torch.func transforms.
+    """What `GatedLinear` gives, not in place, in operations that torch.func transforms; with
+    `weights`, under another gate than Eq. 6's.
 
     With `keep`, in a generation without gradients, it is the same to the bit and in place, and what
     is the same for all tokens is kept.
@@ -155,13 +166,15 @@ def _in_plain(
     form = partial(_readied, U, V, v, w1, front, dtype, V_ready)
     A, B, read = form() if keep is None else keep(form)
     flat = _rows(x if x_adapter is None else x_adapter, dtype)
-    t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2)
+    t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2, weights)
     y = base_in_plain(x, weight, bias_or_output, dtype)
     return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape) if keep is None else add_product(y, t, B)
 
 
-def _linear(keep: Keep | None) -> Callable[..., Tensor]:
-    return partial(_in_plain, keep=keep) if keep is not None or under_transform() else GatedLinear.apply
+def _linear(keep: Keep | None, weights: Gate | None) -> Callable[..., Tensor]:
+    if keep is None and weights is None and not under_transform():
+        return GatedLinear.apply
+    return partial(_in_plain, keep=keep, weights=weights)
 
 
 def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
@@ -203,7 +216,7 @@ def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[
         return z * filled(lam, z.shape[1]).to(z.dtype), None, None
     if kernels.available(z, w1, w2, lam) and not torch.compiler.is_compiling():
         return kernels.mix(z, w1, w2, lam)
-    a = z @ filled(w1[None], z.shape[1])[0].to(z.dtype)
+    a = _gate_input(z, w1)
     gate = token_gate(a, w2)
     return z * filled(mixed_values(gate, lam), z.shape[1]).to(z.dtype), gate, a
 
@@ -228,6 +241,11 @@ def _mix_backward(
         dw1 = da @ z[:, :k].to(da.dtype)
         dz = dz.addr_(da.to(z.dtype), filled(w1[None], z.shape[1])[0].to(z.dtype))
     return dz, gate.mT @ dvalues, dw1, a.to(w2.dtype) @ dlogits, da
+
+
+def _gate_input(z: Tensor, w1: Tensor) -> Tensor:
+    """a = x V w₁ [T], from x V [T, k']."""
+    return z @ filled(w1[None], z.shape[1])[0].to(z.dtype)
 
 
 def token_gate(a: Tensor, w2: Tensor) -> Tensor:
@@ -259,15 +277,16 @@ def mosara_linear(
     x_adapter: Tensor | None = None,
     V_ready: Tensor | None = None,
     keep: Keep | None = None,
+    weights: Gate | None = None,
 ) -> Tensor:
     """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the
     ablation without it.
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     `keep` (`svdtune.methods.compute.together`) saves forming at every token of a generation what is
-    the same for all.
+    the same for all. `weights`, if given, makes another gate of Eq. 6's.
     """
-    return _linear(keep)(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
+    return _linear(keep, weights)(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
 
 
 def add_mosara(
@@ -281,9 +300,11 @@ def add_mosara(
     w2: Tensor | None,
     front: bool = False,
     keep: Keep | None = None,
+    weights: Gate | None = None,
 ) -> Tensor:
-    """Eq. 5's second term, added to y [..., out] in place; `keep` as for `mosara_linear`."""
-    return _linear(keep)(x, None, y, None, U, V, lam, v, w1, w2, front, None)
+    """Eq. 5's second term, added to y [..., out], in place under Eq. 6's gate; `keep` and `weights`
+    as for `mosara_linear`."""
+    return _linear(keep, weights)(x, None, y, None, U, V, lam, v, w1, w2, front, None)
 
 
 def add_mosara_by_sample(
@@ -297,14 +318,13 @@ def add_mosara_by_sample(
     w2: Tensor | None,
     front: bool = False,
     V_ready: Tensor | None = None,
-    weights: Callable[[Tensor], Tensor] | None = None,
+    weights: Gate | None = None,
 ) -> Tensor:
     """Eq. 5's second term with another adapter for each of N samples, added to y [N, ..., out] in
-    place.
+    place; `weights` as for `mosara_linear`.
 
     x [N, ..., in], λ [N, m, k], v [N, out] (or [N, in] in front), w₁ [N, k], w₂ [N, m]; U and V are
-    the same for all, so that both products with them are of the whole batch. `weights`, if given,
-    makes another gate of Eq. 6's.
+    the same for all, so that both products with them are of the whole batch.
     """
     dtype, k = compute_dtype(x), lam.shape[2]
     x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
