@@ -21,7 +21,8 @@ from pathlib import Path
 
 import peft
 import torch
-from step import literal, machine
+from contenders import literal
+from step import machine
 from torch import Tensor, nn
 
 import svdtune

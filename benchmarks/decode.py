@@ -15,7 +15,8 @@ from pathlib import Path
 
 import peft
 import torch
-from step import SHAPES, Run, contenders, machine, words
+from contenders import contenders
+from step import SHAPES, Run, machine, words
 
 CONTENDERS = ("floor", "sorsa-delta", "lora", "lora-qv-r8", "sara-qv", "mosara-qv-5-heads")
 

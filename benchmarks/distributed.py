@@ -37,8 +37,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from contenders import ALL_LINEAR, QV
 from peft import get_peft_model
-from step import ALL_LINEAR, QV, SHAPES, machine
+from step import SHAPES, machine
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard

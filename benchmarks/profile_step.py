@@ -5,7 +5,8 @@ python benchmarks/profile_step.py sorsa-delta --shape llama-7b
 
 import argparse
 
-from step import SHAPES, Run, contenders, words
+from contenders import contenders
+from step import SHAPES, Run, words
 from torch.profiler import ProfilerActivity, profile
 
 

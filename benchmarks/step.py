@@ -2,7 +2,7 @@
 literal form, in one run.
 
     python benchmarks/step.py --shape llama-7b --out step.jsonl              # a GPU with 80 GB
-    python benchmarks/step.py --shape smollm2-135m --scenario compiled       # launch bound
+    python benchmarks/step.py --shape smollm2-135m --scenario graph          # launch bound
     python benchmarks/step.py --shape tiny --device cpu                      # any machine
     python benchmarks/step_table.py                                          # all shapes, one table
 
@@ -10,7 +10,8 @@ Prints one JSON line a contender. All of them see the same base weights, batches
 AdamW) and precision (bf16 base, fp32 adapters, bf16 autocast; fp32 throughout on a CPU). The floor
 is a frozen base: forward and the gradients of the inputs, no optimizer. `over_floor` divides by the
 floor measured in the same run; `memory_over_floor_gib` subtracts its peak. `--contenders` picks
-some; `--list` names them. Those that end in nf4 have a base in 4 bits, and need bitsandbytes.
+some; `--list` names them. Those that end in nf4 and int4 have a base in 4 bits, and need
+bitsandbytes and torchao.
 """
 
 import argparse
@@ -20,9 +21,8 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,15 @@ from typing import Any
 import peft
 import torch
 import transformers
+from contenders import QUANTIZED, Contender, contenders
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import svdtune
 from svdtune.methods import compute
-from svdtune.methods.mosara import reference as mosara_reference
-from svdtune.methods.sara import reference as sara_reference
-from svdtune.methods.sorsa import reference as sorsa_reference
-from svdtune.training.compilation import any_number_of_rows, blocks_of, compiled_blocks
+from svdtune.training.compilation import any_number_of_rows, compiled_blocks
 from svdtune.training.packing import ROW_LENGTHS, TOKENS, PackingCollator
+from svdtune.training.recording import recorded_body
 from svdtune.training.row_attention import attention_by_rows
 
 
@@ -64,117 +63,10 @@ SCENARIOS = {
     "compiled": "block by block with one shape, as svdtune.training does it",
     "packed": "rows of any length one after another in one sequence, each attended to by itself",
     "packed-compiled": "both",
+    "graph": "compiled, and the body recorded in CUDA graphs",
+    "packed-graph": "the same, packed",
     "model-compiled": "the model as a whole through torch.compile",
 }
-ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-QV = ["q_proj", "v_proj"]
-
-
-@dataclass
-class Contender:
-    """One line of the table: how a base model becomes the thing that is trained."""
-
-    name: str
-    config: Callable[[dict], peft.PeftConfig] | None = None
-    prepare: Callable[[nn.Module], nn.Module] = field(default=lambda model: model)
-    regularized: bool = False
-    trains: bool = True
-    nf4: bool = False
-
-
-def frozen(model: nn.Module) -> nn.Module:
-    """The floor: nothing trained, gradients flowing to the embeddings' outputs."""
-    model.requires_grad_(False)
-    model.enable_input_require_grads()
-    return model
-
-
-def in_nf4(model: nn.Module) -> nn.Module:
-    """The model with the linear layers of its blocks in 4 bits, as Transformers loads them for
-    QLoRA."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    for block in blocks_of(model):
-        for name, layer in list(block.named_modules()):
-            if isinstance(layer, nn.Linear):
-                weight = layer.weight.data
-                new = Linear4bit(
-                    weight.shape[1], weight.shape[0], bias=False, compute_dtype=weight.dtype, quant_type="nf4"
-                )
-                new.weight = Params4bit(weight, requires_grad=False, quant_type="nf4", module=new)
-                block.set_submodule(name, new.to(weight.device))
-    model.is_loaded_in_4bit = True  # by which PEFT's LoRA knows
-    return model
-
-
-def literal(model: nn.Module) -> nn.Module:
-    """The model with every adapted layer computing its paper's equation as written."""
-    for layer in model.modules():
-        if not hasattr(layer, "fused"):
-            continue
-
-        def fused(x: Tensor, weight: Tensor, bias: Tensor | None, *_: object, layer: nn.Module = layer) -> Tensor:
-            flat = x.reshape(-1, x.shape[-1])
-            if layer.method == "sorsa":
-                y = sorsa_reference.sorsa_linear(flat, weight, bias, *layer.product("default"))
-            elif layer.method == "sara":
-                y = sara_reference.sara_linear(flat, weight, bias, *layer.product("default")[:3])
-            else:
-                y = mosara_reference.mosara_linear(flat, weight, bias, *layer._tensors("default"))
-            return y.view(*x.shape[:-1], -1)
-
-        layer.fused = fused
-    return model
-
-
-def contenders() -> list[Contender]:
-    """Every line, the floor first and last: the two floors show how far the machine drifted in
-    between."""
-
-    def lora(**settings):
-        return lambda shape: peft.LoraConfig(r=shape["r"], lora_alpha=shape["r"], target_modules=ALL_LINEAR, **settings)
-
-    def sorsa(**settings):
-        return lambda shape: svdtune.SorsaConfig(r=shape["r"], target_modules=ALL_LINEAR, **settings)
-
-    def sara(shape):
-        return svdtune.SaraConfig(r=shape["r"], target_modules=ALL_LINEAR)
-
-    def mosara(shape):
-        return svdtune.MoSaraConfig(r=shape["top"], num_heads=5, target_modules=QV)
-
-    return [
-        Contender("floor", prepare=frozen, trains=False),
-        Contender("sorsa-delta", sorsa(), regularized=True),
-        Contender("sorsa-delta-without-regularizer", sorsa(gamma=0.0)),
-        Contender("sorsa-delta-dropout", sorsa(dropout=0.05), regularized=True),
-        Contender("sorsa-literal", sorsa(), literal, regularized=True),
-        Contender("lora", lora()),
-        Contender("lora-dropout", lora(lora_dropout=0.05)),
-        Contender("pissa", lora(init_lora_weights="pissa_niter_16")),
-        Contender("dora", lora(use_dora=True)),
-        Contender(
-            "adalora",
-            lambda shape: peft.AdaLoraConfig(
-                init_r=shape["r"], target_r=shape["r"], total_step=10**6, target_modules=ALL_LINEAR
-            ),
-        ),
-        Contender("full", trains=True),
-        Contender("lora-qv-r8", lambda shape: peft.LoraConfig(r=8, lora_alpha=8, target_modules=QV)),
-        Contender("sara-qv", lambda shape: svdtune.SaraConfig(r=shape["k"], target_modules=QV)),
-        Contender(
-            "vera-qv-r1024",
-            lambda shape: peft.VeraConfig(r=min(1024, 4 * shape["top"]), target_modules=QV),
-        ),
-        Contender("mosara-qv-5-heads", mosara),
-        Contender("sara-all", sara),
-        Contender("floor-nf4", prepare=frozen, trains=False, nf4=True),
-        Contender("lora-nf4", lora(), nf4=True),
-        Contender("sorsa-delta-nf4", sorsa(), regularized=True, nf4=True),
-        Contender("sara-all-nf4", sara, nf4=True),
-        Contender("mosara-qv-5-heads-nf4", mosara, nf4=True),
-        Contender("floor-again", prepare=frozen, trains=False),
-    ]
 
 
 def share(model: nn.Module, what: str) -> None:
@@ -201,6 +93,7 @@ class Run:
         vocabulary = self.shape["model"]["vocab_size"]
         self.tokens = torch.randint(0, vocabulary, (4, self.batch, self.length), generator=generator).to(self.device)
         self.packed = arguments.scenario.startswith("packed")
+        self.recorded = arguments.scenario.endswith("graph")
         self.batches = [self.inputs(tokens) for tokens in self.tokens]
 
     def inputs(self, tokens: Tensor) -> dict[str, Any]:
@@ -236,7 +129,7 @@ class Run:
         why."""
         gc.collect()
         torch.compiler.reset()  # one process keeps few graphs of one block's code
-        model = in_nf4(self.base()) if contender.nf4 else self.base()
+        model = self.base() if contender.bits is None else QUANTIZED[contender.bits][1](self.base())
         began = time.perf_counter()
         torch.manual_seed(1)
         if contender.config is not None:
@@ -275,13 +168,19 @@ class Run:
     @contextmanager
     def scenario(self, model: nn.Module) -> Iterator[tuple[nn.Module, Any]]:
         """What is called in place of the model, and what tells the compiler of steps or None."""
-        kind = self.arguments.scenario
-        with attention_by_rows(model) if self.packed else nullcontext():
-            if kind.endswith("compiled") and kind != "model-compiled":
-                with compiled_blocks(model, one_shape=True) as graphs:
-                    yield model, graphs
-            else:
-                yield torch.compile(model) if kind == "model-compiled" else model, None
+        kind, graphs = self.arguments.scenario, None
+        with ExitStack() as stack:
+            # a recording asks no tensor whether a mask is needed: it would form one
+            if self.packed or self.recorded:
+                stack.enter_context(attention_by_rows(model))
+            if kind == "model-compiled":
+                model = torch.compile(model)
+            elif kind not in ("eager", "packed"):
+                graphs = stack.enter_context(compiled_blocks(model, one_shape=True))
+            body = stack.enter_context(recorded_body(model)) if self.recorded else None
+            yield model, graphs
+        if body is not None and body.aside:
+            raise RuntimeError(f"{body.aside} passes were not replayed, but ran as written")
 
     def steps(self, model: nn.Module, optimizer, graphs) -> tuple[list[Tensor], list[float], float]:
         """The losses of all steps, the seconds of those after the warm-up, and when the first had
@@ -306,6 +205,10 @@ class Run:
             begin.record()
         else:
             begin = time.perf_counter()
+        if self.recorded and optimizer is None:
+            # a recording has gradients of what it is given, and the floor of nothing else
+            inputs = {**inputs, "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+            del inputs["input_ids"]
         with self.autocast():
             loss = model(**inputs).loss
         loss.backward()
@@ -366,11 +269,14 @@ def main() -> None:
     run, about = Run(arguments), machine(arguments.device)
     about |= {name: getattr(arguments, name) for name in ("shape", "scenario", "together")}
     about |= {"batch": run.batch, "length": run.length, "r": run.shape["r"]}
-    everything = {c.name for c in known if not c.nf4 or find_spec("bitsandbytes")}
+    missing = {bits: package for bits, (package, _) in QUANTIZED.items() if not find_spec(package)}
+    everything = {c.name for c in known if c.bits not in missing}
     for contender in known:
         if contender.name not in {"floor", *(arguments.contenders or everything)}:
             continue
         try:
+            if contender.bits in missing:
+                raise RuntimeError(f"{missing[contender.bits]} is not installed")
             line = run.measure(contender)
         # out of memory, or a method that refuses the shape: the others still run
         except Exception as error:

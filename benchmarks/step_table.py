@@ -2,11 +2,12 @@
 of its own.
 
     python benchmarks/step_table.py --out step-table.jsonl          # a GPU with 80 GB
-    python benchmarks/step_table.py --shape llama-1b smollm2-135m   # a part of it
-    python benchmarks/step_table.py --shape tiny --device cpu --steps 3 --warmup 1
+    python benchmarks/step_table.py --list                          # the names of its parts
+    python benchmarks/step_table.py --rows llama-1b-64-graph nf4    # a part or several
+    python benchmarks/step_table.py --rows tiny --device cpu --steps 3 --warmup 1
 
 Prints one Markdown table, its rows as they are measured. What it does not know it hands to
-`step.py`. 4 bits need bitsandbytes; without it these rows are left out.
+`step.py`. A row that cannot be measured here says why.
 """
 
 import argparse
@@ -14,14 +15,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 from table import HEAD, row
 
 PLAIN = ("floor", "sorsa-delta", "sara-all", "lora")
-NF4 = ("floor", "lora", "floor-nf4", "lora-nf4", "sorsa-delta-nf4", "sara-all-nf4", "mosara-qv-5-heads-nf4")
+IN_4_BITS = ("floor", "lora", "sorsa-delta", "sara-all", "mosara-qv-5-heads")
 SECONDS = 240  # that one process may take
 
 
@@ -31,22 +31,32 @@ class Part(NamedTuple):
     shape: str
     r: int
     scenario: str = "eager"
-    contenders: tuple[str, ...] = PLAIN
+    bits: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What `--rows` calls it."""
+        return f"{self.shape}-{self.r}-{self.bits or self.scenario}"
+
+    @property
+    def contenders(self) -> tuple[str, ...]:
+        """What `step.py` compares in it; a base in 4 bits beside the whole one."""
+        return PLAIN if self.bits is None else ("floor", "lora", *(f"{name}-{self.bits}" for name in IN_4_BITS))
 
 
 PARTS = (
     Part("llama-7b", 128),
     Part("llama-3-8b", 16),
+    Part("llama-3-8b", 16, "compiled"),
     Part("llama-3b", 64),
     Part("llama-1b", 64),
     Part("llama-1b", 16),
-    Part("llama-1b", 64, "compiled"),
     Part("llama-1b", 64, "packed"),
-    Part("smollm2-135m", 64),
-    Part("smollm2-135m", 64, "compiled"),
-    Part("llama-7b", 64, "eager", NF4),
-    *(Part("tiny", 16, scenario) for scenario in ("eager", "compiled", "packed")),
-    Part("tiny", 16, "eager", NF4),
+    *(Part("llama-1b", 64, scenario) for scenario in ("compiled", "graph", "packed-graph")),
+    *(Part("smollm2-135m", 64, scenario) for scenario in ("eager", "compiled", "graph")),
+    *(Part("llama-7b", 64, bits=bits) for bits in ("nf4", "int4")),
+    *(Part("tiny", 16, scenario) for scenario in ("eager", "compiled", "packed", "graph", "packed-graph")),
+    *(Part("tiny", 16, bits=bits) for bits in ("nf4", "int4")),
 )
 
 
@@ -66,23 +76,22 @@ def measure(part: Part, words: list[str], file: Path) -> list[dict]:
 def main() -> None:
     """Run the parts and print their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = dict.fromkeys(part.shape for part in PARTS)
-    parser.add_argument("--shape", nargs="+", choices=shapes, default=[shape for shape in shapes if shape != "tiny"])
-    parser.add_argument("--scenario", nargs="+", help="of step.py; default: all that the table has")
+    parser.add_argument("--rows", nargs="+", help="parts whose names have one of these in them; default: all but tiny")
+    parser.add_argument("--list", action="store_true", help="name the parts and stop")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     arguments, words = parser.parse_known_args()
+    asked = arguments.rows or sorted({part.shape for part in PARTS} - {"tiny"})
+    if unknown := [word for word in asked if not any(word in part.name for part in PARTS)]:
+        sys.exit(f"--rows: no part has {', '.join(unknown)} in its name; --list names them")
+    parts = [part for part in PARTS if any(word in part.name for word in asked)]
+    if arguments.list:
+        print("\n".join(part.name for part in parts))
+        return
     print(HEAD, flush=True)
-    for part in PARTS:
-        left_out = part.contenders == NF4 and not find_spec("bitsandbytes")
-        if (
-            left_out
-            or part.shape not in arguments.shape
-            or part.scenario not in (arguments.scenario or [part.scenario])
-        ):
-            continue
+    for part in parts:
         with tempfile.TemporaryDirectory(prefix="step-table-") as folder:
             lines = measure(part, words, Path(folder) / "lines.jsonl")
-        print(f"| **{part.shape}, r = {part.r}, {part.scenario}** | | | | | | |", flush=True)
+        print(f"| **{part.name}** | | | | | | |", flush=True)
         for line in lines:
             print(row(line), flush=True)
             if arguments.out is not None:

@@ -44,6 +44,12 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     t = recipe.training
     if t.precision == "fp16" and not torch.cuda.is_available():
         raise SvdtuneError("training.precision: fp16 needs a CUDA device; use bf16 or fp32")
+    if t.compile == "graph" and not torch.cuda.is_available():
+        raise SvdtuneError("training.compile: graph needs a CUDA device, which records the step; use true or false")
+    if t.compile == "graph" and (processes.launched() > 1 or processes.under_deepspeed() or processes.under_fsdp()):
+        raise SvdtuneError(
+            "training.compile: graph records the step of one process with a whole model; use true or false"
+        )
     installed = get_available_reporting_integrations()
     if missing := [tracker for tracker in t.report_to if tracker not in installed]:
         raise SvdtuneError(

@@ -32,8 +32,8 @@ def compiles(recipe: Recipe, steps: int) -> bool:
     blocks are compiled like others; where the compiler cannot take a layer in, it goes around it.
     """
     t = recipe.training
-    if isinstance(t.compile, bool):
-        return t.compile
+    if t.compile != "auto":
+        return bool(t.compile)
     whole = not processes.under_deepspeed() and not processes.under_fsdp()
     return t.packing and torch.cuda.is_available() and whole and steps >= ENOUGH_STEPS
 

@@ -52,6 +52,14 @@ def exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
     if get("training", "eval_steps") is not None and get("data", "eval") is None:
         yield Problem("training.eval_steps", "needs data.eval, the rows to evaluate on")
     yield from _of_the_best(get)
+    if get("training", "compile") == "graph":
+        if not get("training", "packing"):
+            yield Problem("training.compile", "graph needs training.packing: true, by which all batches have one shape")
+        if get("training", "gradient_checkpointing"):
+            yield Problem(
+                "training.gradient_checkpointing",
+                "reads the random state, which a CUDA graph cannot: leave one of them out",
+            )
     if get("method", "name") == "adalora" and get("training", "label_smoothing"):
         yield Problem(
             "training.label_smoothing",

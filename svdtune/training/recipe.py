@@ -156,7 +156,9 @@ class Training(Section):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Autocast; adapters stay as they are.")
     tf32: bool = Field(False, description="TF32 in float32 matrix products, where the GPU has it.")
     gradient_checkpointing: bool = False
-    compile: bool | Literal["auto"] = Field("auto", description="torch.compile the blocks; auto: where it pays.")
+    compile: bool | Literal["auto", "graph"] = Field(
+        "auto", description="torch.compile the blocks; auto: where it pays; graph: and record them in CUDA graphs."
+    )
     padding_free: bool | None = Field(
         None, description="Rows of a batch side by side; null: wherever the model keeps them apart."
     )
@@ -199,8 +201,8 @@ class Training(Section):
     @field_validator("compile", mode="before")
     @classmethod
     def _known_choice(cls, choice: Any) -> Any:
-        if not isinstance(choice, bool) and choice != "auto":
-            raise ValueError(f"expected true, false or auto; got {choice!r}")
+        if not isinstance(choice, bool) and choice not in ("auto", "graph"):
+            raise ValueError(f"expected true, false, auto or graph; got {choice!r}")
         return choice
 
     @field_validator("learning_rate_ratios")

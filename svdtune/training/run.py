@@ -46,6 +46,7 @@ from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
+from svdtune.training.recording import recorded_body
 from svdtune.training.room import check_room
 from svdtune.training.sharded_state import is_spread, saved_state
 
@@ -152,10 +153,13 @@ def _train(
     if task == "sft":
         collator = processes.jointly(lambda: make_collator(model, prepared, recipe, console, attending))
     watching = [*callbacks]
-    compiled = compiles(recipe, steps)
+    compiled, recorded = compiles(recipe, steps), None
     if compiled:
         watching.append(attending.enter_context(compiled_blocks(model, one_shape=recipe.training.packing)))
-        console.print("compile   the model's blocks, which the first steps wait for", highlight=False)
+        if recipe.training.compile == "graph":
+            recorded = attending.enter_context(recorded_body(model))
+        how = "the model's blocks, and its body is recorded in two CUDA graphs" if recorded else "the model's blocks"
+        console.print(f"compile   {how}, which the first steps wait for", highlight=False)
     if torch.cuda.is_available() and not compiled and task != "grpo":
         tokens = sum(token_counts(train_rows)) / len(train_rows)
         if advice := launch_bound(model, recipe.training.batch_size, tokens):
@@ -168,6 +172,8 @@ def _train(
         trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
         if final_loss and prepared.eval_rows:
             trainer.evaluate()
+    if recorded is not None and recorded.aside:
+        console.print(f"compile   {recorded.aside} passes had another shape, and ran as written", highlight=False)
     model.config.use_cache = True
     summary = {
         "svdtune": __version__,

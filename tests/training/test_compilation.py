@@ -103,8 +103,8 @@ def test_blocks_are_the_outermost_lists_of_like_modules() -> None:
 
 
 @pytest.mark.parametrize("choice", ["yes", 1, None, "always"])
-def test_when_to_compile_is_one_of_three(choice: Any) -> None:
-    with pytest.raises(SvdtuneError, match=r"training\.compile: .*expected true, false or auto; got "):
+def test_when_to_compile_is_one_of_four(choice: Any) -> None:
+    with pytest.raises(SvdtuneError, match=r"training\.compile: .*expected true, false, auto or graph; got "):
         recipe_of(compile=choice)
 
 
