@@ -50,21 +50,30 @@ def compiled_blocks(model: nn.Module, *, one_shape: bool, backend: str = "induct
     Yields: a callback that the trainer needs.
     """
     blocks = blocks_of(model)
-    tuner = getattr(model, "base_model", None)
-    together = getattr(tuner, "together", None)
-    before = getattr(together, "enabled", None)
-    if together is not None:
-        together.enabled = False  # it would look for layers that the compiler took in
     for block in blocks:
         block.compile(dynamic=False if one_shape else None, backend=backend)
     try:
-        yield KeepGraphs(1 if one_shape else _SHAPES_SEEN)
+        with layers_apart(model):
+            yield KeepGraphs(1 if one_shape else _SHAPES_SEEN)
     finally:
         torch.compiler.set_stance("default")
         for block in blocks:
             block._compiled_call_impl = None
-        if together is not None:
-            together.enabled = before
+
+
+@contextmanager
+def layers_apart(model: nn.Module) -> Iterator[None]:
+    """Have each adapted layer work alone until the `with` block ends. What does several together
+    looks for layers that the compiler took in, and works before the body that a graph records."""
+    together = getattr(getattr(model, "base_model", None), "together", None)
+    if together is None:
+        yield
+        return
+    before, together.enabled = together.enabled, False
+    try:
+        yield
+    finally:
+        together.enabled = before
 
 
 _SHAPES_SEEN = 5  # steps after which a graph for every shape is there

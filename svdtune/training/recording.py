@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.compilation import ROW_BOUNDS
+from svdtune.training.compilation import ROW_BOUNDS, layers_apart
 
 _LEAST_ROWS = 64
 _NOT_THE_BODYS = "num_items_in_batch"  # the loss's; some models hand it on to a body that does not read it
@@ -44,7 +44,8 @@ def recorded_body(model: Any) -> Iterator["RecordedBody"]:
     recorded = RecordedBody(body)
     body.forward = recorded
     try:
-        yield recorded
+        with layers_apart(model):
+            yield recorded
     finally:
         del body.forward
         if before is not None:
