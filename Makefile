@@ -23,7 +23,9 @@ SHELL := /bin/bash
 RELEASES ?= locked
 VENV := .venv$(if $(filter-out locked,$(RELEASES)),-$(RELEASES))
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check
+# Of two set-ups at a time the second waits: they would take files from under each other.
+ALONE := flock Makefile
+PIP := $(ALONE) $(BIN)/python -m pip install --disable-pip-version-check
 LOCKED_TORCH := torch==2.13.0
 LOCK ?= --upgrade
 TORCH ?=
@@ -47,8 +49,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses $(PROCESSES) --dist worksteal $(PYTEST)
 
+# The newest releases are those of today, also where .venv-latest is there.
 latest lowest:
-	$(MAKE) test RELEASES=$@
+	$(MAKE) test RELEASES=$@ $(if $(filter latest,$@),--what-if pyproject.toml)
 
 interpreters: .venv-lock/.uv
 	.venv-lock/bin/python .ci/interpreters.py
@@ -99,7 +102,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # pip takes the lists without their dependencies, which they name all of, and builds nothing with tools of other versions.
-$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/python
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/pip
 ifeq ($(RELEASES),locked)
 	$(PIP) --quiet --require-hashes --no-deps --requirement requirements/build.txt
 	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/$*.txt
@@ -117,14 +120,16 @@ else
 endif
 	@touch $@
 
-# $(call torch,DEFAULT): `import torch` decides, not pip's list: a torch that .venv sees from elsewhere is as good.
-torch = if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch" 2>/dev/null; then $(PIP) $(or $(TORCH),$(1)); fi
+# $(call torch,DEFAULT): an import decides, not pip's list: a torch that .venv sees from elsewhere is as good. The import is of
+# a part, since half of a torch is a module too.
+torch = if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch.nn" 2>/dev/null; then $(PIP) $(or $(TORCH),$(1)); fi
 
-.venv-lock/.uv: requirements/uv.txt | .venv-lock/bin/python
-	.venv-lock/bin/python -m pip install --quiet --require-hashes --requirement $<
+.venv-lock/.uv: requirements/uv.txt | .venv-lock/bin/pip
+	$(ALONE) .venv-lock/bin/python -m pip install --quiet --require-hashes --requirement $<
 	@touch $@
 
-%/bin/python:
+# pip comes last, so with it all is there.
+%/bin/pip:
 	@python="$(PYTHON)"; \
 	works() { command -v "$$1" >/dev/null && "$$1" -c "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))" 2>/dev/null; }; \
 	if [ -z "$$python" ]; then \
@@ -134,4 +139,4 @@ torch = if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch" 2>/dev/null; t
 		echo "svdtune needs Python 3.11 or newer with its venv module; $${python:-none} does not do." >&2; \
 		echo "Install one (Debian and Ubuntu: apt install python3 python3-venv), or name it: make PYTHON=/path/to/python3" >&2; \
 		exit 1; fi; \
-	"$$python" -m venv $*
+	$(ALONE) "$$python" -m venv $*
