@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from svdtune.lab import gates
 from svdtune.methods.mosara import reference
-from svdtune.methods.mosara.math import add_mosara, mosara_linear, random_start
+from svdtune.methods.mosara.math import Terms, add_mosara, mosara_linear, random_start
 
 
 def literal(weights):
@@ -23,12 +23,12 @@ def case(num_heads, use_v, front):
     v = torch.randn(n if front else out).double().requires_grad_() if use_v else None
     weight, bias = torch.randn(out, n).double(), torch.randn(out).double()
     x = torch.randn(11, n).double().requires_grad_()
-    return x, weight, bias, U[:, :k], Vh[:k].mT, lam, v, w1, w2, front
+    return x, weight, bias, Terms(U[:, :k], Vh[:k].mT, lam, v, w1, w2, front)
 
 
 def results(y, inputs):
     """y and the gradients of every input that takes one."""
-    leaves = [t for t in inputs if isinstance(t, torch.Tensor) and t.requires_grad]
+    leaves = [t for t in (*inputs[:3], *inputs[3]) if isinstance(t, torch.Tensor) and t.requires_grad]
     return [y, *torch.autograd.grad((y * torch.arange(y.numel()).view_as(y).cos()).sum(), leaves)]
 
 
@@ -37,17 +37,17 @@ def results(y, inputs):
 )
 def test_top1_is_the_literal_form_with_its_gradients(num_heads, use_v, front):
     inputs = case(num_heads, use_v, front)
-    want = results(reference.mosara_linear(*inputs, changed=literal), inputs)
+    want = results(reference.mosara_linear(*inputs[:3], *inputs[3], changed=literal), inputs)
     for got in (
         mosara_linear(*inputs, weights=gates.top1),
-        add_mosara(functional.linear(inputs[0], *inputs[1:3]), inputs[0], *inputs[3:], weights=gates.top1),
+        add_mosara(functional.linear(inputs[0], *inputs[1:3]), inputs[0], inputs[3], weights=gates.top1),
     ):
         torch.testing.assert_close(results(got, inputs), want)
 
 
 def test_top1_gives_the_router_a_gradient_and_uses_two_heads_at_most():
     inputs = case(6, True, False)
-    *_, w2, _ = inputs
+    w2 = inputs[3].w2
     y = mosara_linear(*inputs, weights=gates.top1)
     _, _, dlam, _, dw1, dw2 = results(y, inputs)
     assert dw1.abs().min() > 0

@@ -127,8 +127,8 @@ class TestAgainstReference:
         num_heads, use_v, front = variant
         frozen, trained = mosara_case(shape, kind, num_heads, use_v, front)
 
-        def fast(**tensors):
-            return mosara.mosara_linear(**tensors, front=front)
+        def fast(x, weight, bias, x_adapter=None, **tensors):
+            return mosara.mosara_linear(x, weight, bias, mosara.Terms(**tensors, front=front), x_adapter)
 
         def literal(**tensors):
             return mosara_reference.mosara_linear(**tensors, front=front)
@@ -149,8 +149,8 @@ def test_autocast_computes_as_linear_layers_do(case):
         front = case == "front"
         made = mosara_case(shape, "random", 3, True, front)
 
-        def fast(**tensors):
-            return mosara.mosara_linear(**tensors, front=front)
+        def fast(x, weight, bias, x_adapter=None, **tensors):
+            return mosara.mosara_linear(x, weight, bias, mosara.Terms(**tensors, front=front), x_adapter)
 
         def literal(**tensors):
             return mosara_reference.mosara_linear(**tensors, front=front)
@@ -183,9 +183,8 @@ class TestGradcheck:
         frozen, trained = mosara_case((5, 6, 3), "random", 2, True, front)
 
         def function(x, bias, lam, v, w1, w2, x_adapter):
-            return mosara.mosara_linear(
-                x, frozen["weight"], bias, frozen["U"], frozen["V"], lam, v, w1, w2, front, x_adapter
-            )
+            terms = mosara.Terms(frozen["U"], frozen["V"], lam, v, w1, w2, front)
+            return mosara.mosara_linear(x, frozen["weight"], bias, terms, x_adapter)
 
         self.check(function, self.x, frozen["bias"], *trained.values(), None)
         self.check(function, self.x, frozen["bias"], *trained.values(), self.x * 2)
@@ -195,7 +194,7 @@ class TestGradcheck:
         frozen, trained = mosara_case((5, 6, 3), "random", 2, True, front)
 
         def add_to_linear(x, y, *parameters):
-            return mosara.add_mosara(y * 1, x, frozen["U"], frozen["V"], *parameters, front)
+            return mosara.add_mosara(y * 1, x, mosara.Terms(frozen["U"], frozen["V"], *parameters, front))
 
         self.check(add_to_linear, self.x, torch.randn(2, 3, 5).double(), *trained.values())
         frozen, trained = sorsa_case((5, 6, 3), "random", "delta", 0.2)

@@ -113,6 +113,7 @@ def forward(name: str) -> torch.Tensor:
     return logits(adapted(name, moved=0.1))
 
 
+U_OF_MOSARA = (mosara, "projections", "scaled_rows(U, v)", "-scaled_rows(U, v)")
 CHANGES = {
     "sara, forward": (sara, "sara_linear", "bias, U,", "bias, -U,", lambda: forward("sara")),
     "sara, generating": (sara, "sara_linear", "bias, U,", "bias, -U,", lambda: generated("sara")),
@@ -133,11 +134,11 @@ CHANGES = {
         "-2 * weight",
         lambda: slope_of(adapted("sorsa", moved=0.1)),
     ),
-    "mosara, Eq. 5": (mosara, "mosara_linear", "U, V,", "-U, V,", lambda: forward("mosara")),
-    "mosara, generating": (mosara, "mosara_linear", "U, V,", "-U, V,", lambda: generated("mosara")),
+    "mosara, Eq. 5": (*U_OF_MOSARA, lambda: forward("mosara")),
+    "mosara, generating": (*U_OF_MOSARA, lambda: generated("mosara")),
     "mosara, Eq. 6": (mosara, "token_gate", "outer(a", "outer(-a", lambda: forward("mosara")),
     "mosara, in front": (mosara, "token_gate", "outer(a", "outer(-a", lambda: forward("mosara-front")),
-    "mosara, added": (mosara, "add_mosara", "U, V,", "-U, V,", lambda: logits(hooked(adapted("mosara", moved=0.1)))),
+    "mosara, added": (*U_OF_MOSARA, lambda: logits(hooked(adapted("mosara", moved=0.1)))),
     "mosara, convolved": (mosara, "token_gate", "outer(a", "outer(-a", lambda: convolved("mosara")),
     "mosara, mixed": (mosara, "mixed_values", "gate @ lam", "-gate @ lam", lambda: convolved("mosara")),
     "mosara, top-1": (mosara, "token_gate", "outer(a", "outer(-a", lambda: top1()),

@@ -17,6 +17,7 @@ from svdtune.methods.layers.samples import Samples
 from svdtune.methods.mosara.config import MoSaraConfig
 from svdtune.methods.mosara.gates import GATES, Gate, mean_head
 from svdtune.methods.mosara.math import (
+    Terms,
     add_mosara,
     add_mosara_by_sample,
     mixed_values,
@@ -71,15 +72,13 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
     def frozen_from(factors: Factors) -> dict[str, Tensor]:
         return {"frozen_U": factors.U, "frozen_V": factors.Vh.mT.contiguous()}
 
-    def _tensors(
-        self, adapter: str
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, bool]:
+    def _tensors(self, adapter: str) -> Terms:
         names = ("frozen_U", "frozen_V", "mosara_lambda", "mosara_v", "mosara_w1", "mosara_w2")
         U, V, lam, v, w1, w2 = (self.adapter_tensor(name, adapter) for name in names)
         assert U is not None
         assert V is not None
         assert lam is not None
-        return U, V, mean_head(lam) if self._gate(adapter) == "none" else lam, v, w1, w2, self._front(adapter)
+        return Terms(U, V, mean_head(lam) if self._gate(adapter) == "none" else lam, v, w1, w2, self._front(adapter))
 
     def _ready_V(self, x: Tensor, adapter: str) -> Tensor | None:
         """V in the dtype of the products, the last one kept from one step to the next where that is
@@ -107,10 +106,10 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
         how = self._ready_V(x, adapter), self._keep(x, adapter), self._other_gate(adapter)
-        return mosara_linear(x, weight, bias, *self._tensors(adapter), x_adapter, *how)
+        return mosara_linear(x, weight, bias, self._tensors(adapter), x_adapter, *how)
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_mosara(y, x, *self._tensors(adapter), self._keep(x, adapter), self._other_gate(adapter))
+        return add_mosara(y, x, self._tensors(adapter), self._keep(x, adapter), self._other_gate(adapter))
 
     def _keep(self, x: Tensor, adapter: str) -> Keep | None:
         """What keeps that which is formed for the first token of a generation; None outside one."""
@@ -148,10 +147,9 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
             samples.kept[self] = self._by_kind(samples, x.device)
         y = y.clone()  # it may be a view, or be kept for the base's own backward pass
         for one, where, (lam, v, w1, w2) in samples.kept[self]:
-            U, V = self.frozen_U[one], self.frozen_V[one]
-            how = self._front(one), self._ready_V(x, one), self._other_gate(one)
+            terms = Terms(self.frozen_U[one], self.frozen_V[one], lam, v, w1, w2, self._front(one))
             own, own_x = (y, x) if where is None else (y[where], x[where])
-            add_mosara_by_sample(own, own_x, U, V, lam, v, w1, w2, *how)
+            add_mosara_by_sample(own, own_x, terms, self._ready_V(x, one), self._other_gate(one))
             if where is not None:
                 y[where] = own
         return y

@@ -37,6 +37,19 @@ from svdtune.methods.mosara.gates import Gate
 COLUMNS = 64
 
 
+class Terms(NamedTuple):
+    """What Eq. 5 and 6 take of a layer beside its weight: w₁ and w₂ are None for one head, v is
+    None for the ablation without it, and `front` says where v stands."""
+
+    U: Tensor
+    V: Tensor
+    lam: Tensor
+    v: Tensor | None
+    w1: Tensor | None
+    w2: Tensor | None
+    front: bool = False
+
+
 class GatedLinear(torch.autograd.Function):
     """Eq. 5 and 6 with the base layer: `weight` and `bias`, or None and an output to add to in
     place.
@@ -44,6 +57,7 @@ class GatedLinear(torch.autograd.Function):
     Saves x V [T, k], the gate [T, m] and, only where v stands in front, x. The frozen U, V and W
     get no gradient. `V_ready` is V as `ready` gives it, where the caller keeps that. k is filled up
     with zero columns to what tensor cores read; they add nothing and are cut off the gradients.
+    `values` are those of `Terms`, one by one, since autograd sees no tensors inside a tuple.
     """
 
     @staticmethod
@@ -53,20 +67,14 @@ class GatedLinear(torch.autograd.Function):
         weight: Tensor | None,
         bias_or_output: Tensor | None,
         x_adapter: Tensor | None,
-        U: Tensor,
-        V: Tensor,
-        lam: Tensor,
-        v: Tensor | None,
-        w1: Tensor | None,
-        w2: Tensor | None,
-        front: bool,
         V_ready: Tensor | None,
+        *values: Any,
     ) -> Tensor:
-        dtype = compute_dtype(x)
+        dtype, terms = compute_dtype(x), Terms(*values)
         flat = _rows(x if x_adapter is None else x_adapter, dtype)
-        A, B, read = _readied(U, V, v, w1, front, dtype, V_ready)
+        A, B, read = _readied(terms, dtype, V_ready)
         z = flat @ A
-        t, gate, gate_input = _weighed(flat, z, read, lam, w1, w2)
+        t, gate, gate_input = _weighed(flat, z, read, terms)
         if weight is None:
             assert bias_or_output is not None
             y = bias_or_output
@@ -75,19 +83,19 @@ class GatedLinear(torch.autograd.Function):
             bias = None if bias_or_output is None else bias_or_output.to(dtype)
             y = F.linear(x.to(dtype), weight.to(dtype), bias)
         add_product(y, t, B)
-        ctx.save_for_backward(flat if front else None, z, gate_input, gate, weight, U, V, lam, v, w1, w2, V_ready)
-        ctx.front, ctx.shape = front, x.shape
+        ctx.save_for_backward(flat if terms.front else None, z, gate_input, gate, weight, V_ready, *terms[:-1])
+        ctx.front, ctx.shape = terms.front, x.shape
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        flat, z, gate_input, gate, weight, U, V, lam, v, w1, w2, V_ready = ctx.saved_tensors
+        flat, z, gate_input, gate, weight, V_ready, U, V, lam, v, w1, w2 = ctx.saved_tensors
         front, dtype, k = ctx.front, z.dtype, lam.shape[1]
         needs_x, _, needs_base, needs_adapter, *_ = ctx.needs_input_grad
         dY = grad.to(dtype).reshape(-1, grad.shape[-1])
-        A, B = projections(U, V, v, front, dtype, V_ready)
+        A, B = projections(Terms(U, V, lam, v, w1, w2, front), dtype, V_ready)
         dz, dlam, dw1, dw2, da = _mix_backward(dY @ B, z, gate, gate_input, lam, None if front else w1, w2)
         if da is not None and front:
             dw1 = V.mT.to(w1.dtype) @ (flat.mT.to(w1.dtype) @ da)
@@ -113,7 +121,7 @@ class GatedLinear(torch.autograd.Function):
         dbase = None
         if needs_base:
             dbase = grad if weight is None else dY.sum(0)
-        return dx, None, dbase, dx_adapter, None, None, dlam, dv, dw1, dw2, None, None
+        return dx, None, dbase, dx_adapter, None, None, None, dlam, dv, dw1, dw2, None
 
 
 def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,15 +130,10 @@ def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _weighed(
-    flat: Tensor,
-    z: Tensor,
-    read: Tensor | None,
-    lam: Tensor,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    weights: Gate | None = None,
+    flat: Tensor, z: Tensor, read: Tensor | None, terms: Terms, weights: Gate | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`_mix`, whose gate reads x V without v where v stands in front, or has other `weights`."""
+    lam, w1, w2 = terms.lam, terms.w1, terms.w2
     if w1 is None or w2 is None or (read is None and weights is None):
         return _mix(z, w1, w2, lam)
     gate_input = flat @ read if read is not None else _gate_input(z, w1)
@@ -145,14 +148,8 @@ def _in_plain(
     weight: Tensor | None,
     bias_or_output: Tensor | None,
     x_adapter: Tensor | None,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    front: bool,
     V_ready: Tensor | None,
+    *values: Any,
     keep: Keep | None = None,
     weights: Gate | None = None,
 ) -> Tensor:
@@ -162,11 +159,11 @@ def _in_plain(
     With `keep`, in a generation without gradients, it is the same to the bit and in place, and what
     is the same for all tokens is kept.
     """
-    dtype = compute_dtype(x)
-    form = partial(_readied, U, V, v, w1, front, dtype, V_ready)
+    dtype, terms = compute_dtype(x), Terms(*values)
+    form = partial(_readied, terms, dtype, V_ready)
     A, B, read = form() if keep is None else keep(form)
     flat = _rows(x if x_adapter is None else x_adapter, dtype)
-    t, _, _ = _weighed(flat, flat @ A, read, lam, w1, w2, weights)
+    t, _, _ = _weighed(flat, flat @ A, read, terms, weights)
     y = base_in_plain(x, weight, bias_or_output, dtype)
     return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape) if keep is None else add_product(y, t, B)
 
@@ -183,12 +180,11 @@ def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
     return filled(V, COLUMNS if V.is_cuda and dtype.itemsize == 2 else 1).to(dtype)
 
 
-def projections(
-    U: Tensor, V: Tensor, v: Tensor | None, front: bool, dtype: torch.dtype, V_ready: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def projections(terms: Terms, dtype: torch.dtype, V_ready: Tensor | None) -> tuple[Tensor, Tensor]:
     """A [in, k'] and B [out, k'], the frozen factors with v folded into the one it stands
     beside."""
-    if front:
+    U, V, v = terms.U, terms.V, terms.v
+    if terms.front:
         return ready(scaled_rows(V, v), dtype), ready(U, dtype)
     return ready(V, dtype) if V_ready is None else V_ready, ready(scaled_rows(U, v), dtype)
 
@@ -202,11 +198,10 @@ class Readied(NamedTuple):
     read: Tensor | None
 
 
-def _readied(
-    U: Tensor, V: Tensor, v: Tensor | None, w1: Tensor | None, front: bool, dtype: torch.dtype, V_ready: Tensor | None
-) -> Readied:
-    read = (V @ w1.to(V.dtype)).to(dtype) if front and w1 is not None else None
-    return Readied(*projections(U, V, v, front, dtype, V_ready), read)
+def _readied(terms: Terms, dtype: torch.dtype, V_ready: Tensor | None) -> Readied:
+    V, w1 = terms.V, terms.w1
+    read = (V @ w1.to(V.dtype)).to(dtype) if terms.front and w1 is not None else None
+    return Readied(*projections(terms, dtype, V_ready), read)
 
 
 def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -267,58 +262,29 @@ def mosara_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    front: bool = False,
+    terms: Terms,
     x_adapter: Tensor | None = None,
     V_ready: Tensor | None = None,
     keep: Keep | None = None,
     weights: Gate | None = None,
 ) -> Tensor:
-    """Eq. 5 and 6: x [..., in] → [..., out]; w1 and w2 are None for one head, v is None for the
-    ablation without it.
+    """Eq. 5 and 6: x [..., in] → [..., out].
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     `keep` (`svdtune.methods.compute.together`) saves forming at every token of a generation what is
     the same for all. `weights`, if given, makes another gate of Eq. 6's.
     """
-    return _linear(keep, weights)(x, weight, bias, x_adapter, U, V, lam, v, w1, w2, front, V_ready)
+    return _linear(keep, weights)(x, weight, bias, x_adapter, V_ready, *terms)
 
 
-def add_mosara(
-    y: Tensor,
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    front: bool = False,
-    keep: Keep | None = None,
-    weights: Gate | None = None,
-) -> Tensor:
+def add_mosara(y: Tensor, x: Tensor, terms: Terms, keep: Keep | None = None, weights: Gate | None = None) -> Tensor:
     """Eq. 5's second term, added to y [..., out], in place under Eq. 6's gate; `keep` and `weights`
     as for `mosara_linear`."""
-    return _linear(keep, weights)(x, None, y, None, U, V, lam, v, w1, w2, front, None)
+    return _linear(keep, weights)(x, None, y, None, None, *terms)
 
 
 def add_mosara_by_sample(
-    y: Tensor,
-    x: Tensor,
-    U: Tensor,
-    V: Tensor,
-    lam: Tensor,
-    v: Tensor | None,
-    w1: Tensor | None,
-    w2: Tensor | None,
-    front: bool = False,
-    V_ready: Tensor | None = None,
-    weights: Gate | None = None,
+    y: Tensor, x: Tensor, terms: Terms, V_ready: Tensor | None = None, weights: Gate | None = None
 ) -> Tensor:
     """Eq. 5's second term with another adapter for each of N samples, added to y [N, ..., out] in
     place; `weights` as for `mosara_linear`.
@@ -326,6 +292,7 @@ def add_mosara_by_sample(
     x [N, ..., in], λ [N, m, k], v [N, out] (or [N, in] in front), w₁ [N, k], w₂ [N, m]; U and V are
     the same for all, so that both products with them are of the whole batch.
     """
+    U, V, lam, v, w1, w2, front = terms
     dtype, k = compute_dtype(x), lam.shape[2]
     x = x.to(dtype).reshape(len(x), -1, x.shape[-1])
     before = x if v is None or not front else x * v[:, None].to(dtype)
