@@ -180,7 +180,7 @@ def run_svdtune(name: str, folder: Path, arguments: argparse.Namespace) -> dict[
 
 def run_trl(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     if by_unsloth := name.startswith("unsloth"):
-        from unsloth import FastLanguageModel  # patches what is imported after it
+        import unsloth  # noqa: F401 - patches what is imported after it
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -242,17 +242,7 @@ def run_trl(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
 
     clock = make_clock(speed)
     if by_unsloth:
-        model, _ = FastLanguageModel.from_pretrained(
-            str(folder / "model"),
-            max_seq_length=LENGTH,
-            dtype=torch.bfloat16,
-            load_in_4bit=False,
-            use_gradient_checkpointing=False,
-        )
-        model = FastLanguageModel.get_peft_model(
-            model, r=arguments.r, lora_alpha=arguments.r, target_modules=LINEAR, use_gradient_checkpointing=False
-        )
-        config = None
+        model, config = unsloths_lora(folder / "model", arguments.r), None
     else:
         model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.bfloat16)
     trainer = Counting(
@@ -265,6 +255,18 @@ def run_trl(name: str, folder: Path, arguments: argparse.Namespace) -> dict[str,
     )
     trainer.train()
     return result(clock, started)
+
+
+def unsloths_lora(folder: Path, rank: int) -> Any:
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=LENGTH, dtype=torch.bfloat16, load_in_4bit=False, use_gradient_checkpointing=False
+    )
+    return FastLanguageModel.get_peft_model(
+        model, r=rank, lora_alpha=rank, target_modules=LINEAR, use_gradient_checkpointing=False
+    )
 
 
 def make_clock(speed: Callable[[dict[str, Any]], float | None]) -> Any:
