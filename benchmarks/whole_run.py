@@ -64,6 +64,8 @@ SVDTUNE: dict[str, dict[str, Any]] = {
     "svdtune-sorsa-packed-compiled": {"packing": True, "compile": True},
     "svdtune-sara-packed-compiled": {"packing": True, "compile": True},
     "svdtune-lora-packed-compiled": {"packing": True, "compile": True},
+    "svdtune-sorsa-packed-graph": {"packing": True, "compile": "graph"},
+    "svdtune-sara-packed-graph": {"packing": True, "compile": "graph"},
     "svdtune-sorsa-packed-plain": {"packing": True, "liger": False},
     "svdtune-sorsa-padded": {"padding_free": False, "liger": False},
 }
