@@ -8,6 +8,7 @@ import pytest
 import torch
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
+from operations import Operations
 from pairwise import all_pairs
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import (
@@ -15,6 +16,7 @@ from svdtune.linalg import (
     band_factors,
     band_of,
     factors_at_threshold,
+    krylov,
     orthonormality_error,
     settled_spectrum,
     top_factors,
@@ -86,6 +88,47 @@ def test_krylov_gives_the_best_approximation_to_rounding(shape, first, formed, m
     best = (U[:, :r] * s[:r]) @ Vh[:r]
     assert (best - (found.U * found.s).double() @ found.Vh.double()).norm() <= 2e-6 * best.norm()
     torch.testing.assert_close(found.s.double(), s[:r], rtol=5e-7, atol=0)
+
+
+def exhausted(rank: int) -> torch.Tensor:
+    """A weight [700, 640] of that rank, whose Krylov space ends early."""
+    values = torch.zeros(640, dtype=torch.float64)
+    values[:rank] = llama_like(rank)
+    return weight_with(values, 700, 640).float()
+
+
+@pytest.mark.parametrize("kind", ["power", "llama", "exponential", "deficient", "huge", "exhausted"])
+def test_passes_at_which_a_gpu_is_not_waited_for(kind, monkeypatch):
+    monkeypatch.setattr(krylov, "runs_ahead", lambda _: True)
+    weight = exhausted(50) if kind == "exhausted" else weight_with(spectra(640)[kind], 640, 640).float()
+    check(weight, 40)
+
+
+@pytest.mark.parametrize("rank", [3, 50, 300, 640])
+def test_a_pass_that_took_too_much_for_granted_is_taken_back(rank, monkeypatch):
+    """The basis is then, bit for bit, that of passes that are looked at one by one."""
+    weight, bases = exhausted(rank), []
+    for ahead in (False, True):
+        monkeypatch.setattr(krylov, "runs_ahead", lambda _, ahead=ahead: ahead)
+        found = krylov.BlockKrylov(weight, 32, 512)
+        while found.room:
+            found.extend()
+        values, _, _ = found.ritz()
+        assert found._looks is (rank < 640 or not ahead)
+        bases.append((found.p, values, found.Q[: found.p]))
+    (p, values, Q), (taken_back, *others) = bases
+    assert taken_back == p
+    assert all(torch.equal(*pair) for pair in zip((values, Q), others, strict=True))
+
+
+def test_operations_and_looks_of_eight_passes(monkeypatch):
+    """What a GPU is asked for and waited for. It was 280 and 8."""
+    monkeypatch.setattr(krylov, "runs_ahead", lambda _: True)
+    found = krylov.BlockKrylov(weight_with(llama_like(600), 600, 600).float(), 32, 512)
+    with torch.no_grad(), Operations() as counted:
+        for _ in range(8):
+            found.extend()
+    assert (counted.count, counted.looks) == (138, 1)
 
 
 def test_more_copies_of_a_value_than_a_block_holds_are_all_found():
