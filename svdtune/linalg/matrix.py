@@ -44,8 +44,7 @@ def magnitude(weight: Tensor) -> float:
     """The largest magnitude in a weight that has entries: NaN where one of them is, or infinite."""
     if weight.element_size() == 1:
         weight = weight.float()
-    low, high = torch.aminmax(weight.detach())
-    return max(-float(low), float(high))
+    return float(torch.stack(torch.aminmax(weight.detach())).abs().max())
 
 
 def tall(weight: Tensor) -> Tensor:
