@@ -105,20 +105,31 @@ clean:
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.conformance $(VENV)/.docs: $(VENV)/.%: pyproject.toml $(wildcard requirements/*.txt) | $(BIN)/pip
 ifeq ($(RELEASES),locked)
 	$(PIP) --quiet --require-hashes --no-deps --requirement requirements/build.txt
-	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/$*.txt
+	$(PIP) --require-hashes --no-deps --no-build-isolation --requirement requirements/$*.txt || $(BIN)/python -c "$$WHY"
 	$(call torch,$(LOCKED_TORCH))
 	$(PIP) --no-deps --no-build-isolation --editable .
 else ifeq ($(RELEASES),latest)
 	$(call torch,torch)
-	$(PIP) --upgrade --upgrade-strategy eager --editable ".[$*]" $(TORCH)
+	$(PIP) --upgrade --upgrade-strategy eager --editable ".[$*]" $(TORCH) || $(BIN)/python -c "$$WHY"
 else
 	$(MAKE) .venv-lock/.uv
 	.venv-lock/bin/uv pip compile --quiet --resolution lowest-direct --python $(BIN)/python --extra $* pyproject.toml \
 		--constraints <($(lowest_transformers)) $(if $(TORCH),--override <(echo "$(TORCH)")) --output-file $(VENV)/lowest.txt
-	$(PIP) --requirement $(VENV)/lowest.txt
+	$(PIP) --requirement $(VENV)/lowest.txt || $(BIN)/python -c "$$WHY"
 	$(PIP) --no-deps --editable .
 endif
 	@touch $@
+
+# After a pip that failed: pycosat, which reasoning-gym asks for, comes as C alone, and what pip says of it is long.
+define WHY
+import os, shutil, sys, sysconfig
+compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC")).split()[0]
+if not shutil.which(compiler) or not os.path.isfile(sysconfig.get_path("include") + "/Python.h"):
+    print("One package, pycosat, is built from C, and a C compiler or the header Python.h is missing here. Install them "
+          "(Debian and Ubuntu: apt install gcc python3-dev), or name the compiler: make CC=/path/to/gcc", file=sys.stderr)
+sys.exit(1)
+endef
+export WHY
 
 # $(call torch,DEFAULT): an import decides, not pip's list: a torch that .venv sees from elsewhere is as good. The import is of
 # a part, since half of a torch is a module too.

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,13 @@ def clone(tmp_path: Path) -> Path:
 
 
 def would_do(clone: Path, *words: str) -> str:
-    """The commands; what a `make` that runs these tests was told is not handed on."""
-    told = {"PATH": os.environ["PATH"]}
     make = ["make", "--dry-run", *words]
-    return subprocess.run(make, cwd=clone, env=told, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(make, cwd=clone, env=told(), capture_output=True, text=True, check=True).stdout
+
+
+def told() -> dict[str, str]:
+    """Nothing of what a `make` that runs these tests was told."""
+    return {"PATH": os.environ["PATH"]}
 
 
 def given(clone: Path, *names: str) -> None:
@@ -58,6 +62,19 @@ def test_half_a_torch_is_none(clone: Path, tmp_path: Path) -> None:
     (tmp_path / "site" / "torch" / "lib").mkdir(parents=True)
     run = [sys.executable, "-S", "-c", f"import sys; sys.path.insert(0, '{tmp_path / 'site'}'); {code}"]
     assert subprocess.run(run, capture_output=True, check=False).returncode == 1
+
+
+def test_what_a_build_lacks_is_said(clone: Path) -> None:
+    given(clone, ".venv/bin/pip")
+    python = clone / ".venv" / "bin" / "python"  # whose pip fails over a list
+    python.write_text(f'#!/bin/sh\ncase "$*" in *docs.txt) exit 1;; *pip*) ;; *) exec "{sys.executable}" "$@";; esac\n')
+    python.chmod(0o755)
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    for compiler, there in [("/nowhere/gcc", False), (sys.executable, headers)]:
+        make = ["make", "docs", f"CC={compiler}"]
+        done = subprocess.run(make, cwd=clone, env=told(), capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert ("apt install gcc python3-dev" not in done.stderr) == there
 
 
 def test_every_set_up_waits_for_its_turn(clone: Path) -> None:
