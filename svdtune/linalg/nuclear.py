@@ -6,7 +6,7 @@ tr(QᵀW). Q is the limit of X ← X·p(XᵀX) with the polynomials of Amsel, Pe
 singular values.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -60,14 +60,14 @@ def _quintics(low: float) -> tuple[tuple[float, float, float], ...]:
 def _closest_to_one(low: float, high: float) -> tuple[tuple[float, float, float], float]:
     """((a, b, c), error): the odd quintic closest to 1 on [low, high], by Remez exchange in
     float64."""
-    inner = torch.tensor([low + (high - low) / 4, low + 3 * (high - low) / 4], dtype=torch.float64)
-    signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    tensor = partial(torch.tensor, dtype=torch.float64, device="cpu")
+    inner, signs = tensor([low + (high - low) / 4, low + 3 * (high - low) / 4]), tensor([1.0, -1.0, 1.0, -1.0])
     for _ in range(50):
         x = torch.cat([inner.new_tensor([low]), inner, inner.new_tensor([high])])
         a, b, c, error = torch.linalg.solve(torch.stack([x, x**3, x**5, signs], 1), torch.ones_like(x)).tolist()
         # The extrema inside are where a + 3bx² + 5cx⁴ = 0.
         root = max(9 * b * b - 20 * a * c, 0.0) ** 0.5
-        updated = torch.tensor([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)], dtype=torch.float64).sqrt()
+        updated = tensor([(-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)]).sqrt()
         done = bool((updated - inner).abs().max() < 1e-12)
         inner = updated
         if done:

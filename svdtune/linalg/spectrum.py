@@ -56,7 +56,7 @@ class Spectrum:
 
     def partial_errors(self) -> Tensor:
         """Bounds on the errors of the partial sums: [len(values)], float64."""
-        count = torch.arange(1, len(self.values) + 1, dtype=torch.float64)
+        count = torch.arange(1, len(self.values) + 1, dtype=torch.float64, device="cpu")
         if self.squared_error == 0:
             return self.error * count / len(self.values)
         return _value_errors(self.values, self.squared_error).cumsum(0)
@@ -100,7 +100,7 @@ def spectrum(weight: Tensor, *, dtype: torch.dtype | None = None) -> Spectrum:
     largest = largest_entry(weight)
     n = min(weight.shape)
     if largest == 0:
-        return Spectrum(torch.zeros(n, dtype=torch.float64), 0.0, 0.0, reference=True)
+        return Spectrum(torch.zeros(n, dtype=torch.float64, device="cpu"), 0.0, 0.0, reference=True)
     if n <= DENSE:
         return _by_svd(weight)
     scale = power_of_two(largest)

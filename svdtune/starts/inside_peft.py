@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -66,15 +66,15 @@ class PeftPlace(NamedTuple):
         parameters: its parameters as this code knows them.
         ours: takes the same arguments; NotImplemented where PEFT's own is to be called.
         any_triplets: whether it takes those that the block asks for, not its own.
-        around: what PEFT's own runs inside of.
+        around: takes the same arguments; what PEFT's own runs inside of.
     """
 
     owner: Any
     name: str
     parameters: tuple[str, ...]
-    ours: Callable[..., Any]
+    ours: Callable[..., Any] = lambda *_, **__: NotImplemented
     any_triplets: bool = False
-    around: Callable[[], AbstractContextManager[None]] = nullcontext
+    around: Callable[..., AbstractContextManager[Any]] = lambda *_, **__: nullcontext()
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
             done = place.ours(*args, **kwargs)
             if done is not NotImplemented:
                 return done
-            with place.around():
+            with place.around(*args, **kwargs):
                 return own(*args, **kwargs)
         return own(*args, **kwargs)
 
@@ -178,7 +178,7 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def _together(*_: Any, **__: Any) -> Iterator[None]:
     """Start the layers that PEFT makes inside the block once it has made all of them, so that
     several weights are decomposed at once."""
     waiting: list[Waiting] = []
@@ -188,6 +188,18 @@ def _together() -> Iterator[None]:
     finally:
         _waiting.reset(token)
     _start_waiting(waiting)
+
+
+def _on_the_gpu(
+    self: LoraLayer, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **_: Any
+) -> AbstractContextManager[Any]:
+    """A and B come to be on the GPU where the base weight lies. PEFT draws them at random on the
+    CPU before the start takes their place, which is a good part of its time."""
+    init, weight = config.init_lora_weights, getattr(self.get_base_layer(), "weight", None)
+    replaced = isinstance(init, str) and (PISSA.fullmatch(init) or init.lower() in ("olora", "mica"))
+    if not replaced or not _is_on_gpu(weight) or hasattr(weight, "ds_id"):  # DeepSpeed has its own places
+        return nullcontext()
+    return weight.device
 
 
 def _start_waiting(waiting: list[Waiting]) -> None:
@@ -290,8 +302,10 @@ def _decompose_weight_matrix(weight: Tensor, top_k: int) -> Any:
 def places() -> list[PeftPlace]:
     """Every place; CorDA's where its own requirement, attrs, is installed."""
     inject = ("self", "model", "adapter_name", "autocast_adapter_dtype", "low_cpu_mem_usage", "state_dict")
+    update = ("self", "adapter_name", "r", "lora_alpha", "config", "kwargs")
     found = [
-        PeftPlace(BaseTuner, "inject_adapter", inject, lambda *_, **__: NotImplemented, True, _together),
+        PeftPlace(BaseTuner, "inject_adapter", inject, any_triplets=True, around=_together),
+        PeftPlace(LoraLayer, "update_layer", update, any_triplets=True, around=_on_the_gpu),
         PeftPlace(LoraLayer, "pissa_init", ("self", "adapter_name", "init_lora_weights"), _pissa_init, True),
         PeftPlace(LoraLayer, "olora_init", ("self", "adapter_name"), _olora_init),
         PeftPlace(LoraLayer, "mica_init", ("self", "adapter_name"), _mica_init),
@@ -328,6 +342,10 @@ def _where_fastest(decompose: Callable[[Tensor, int], Parts], weight: Tensor, r:
 
 def _has_gpu() -> bool:
     return devices_for_work()[0].type == "cuda"
+
+
+def _is_on_gpu(weight: Any) -> TypeGuard[Tensor]:
+    return isinstance(weight, Tensor) and weight.is_cuda
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -17,8 +17,10 @@ from svdtune.linalg import (
     band_of,
     factors_at_threshold,
     krylov,
+    nuclear,
     orthonormality_error,
     settled_spectrum,
+    spectrum,
     top_factors,
 )
 from svdtune.linalg import factors as module
@@ -195,6 +197,23 @@ def test_gradients_and_autocast_do_not_leak_in():
         under_autocast = top_factors(weight, 4)
     assert not any(part.requires_grad for part in plain)
     assert all(torch.equal(a, b) for a, b in zip(plain, under_autocast, strict=True))
+
+
+def test_a_default_device_of_the_users_changes_nothing():
+    weight = weight_with(llama_like(640), 640, 640).float()
+
+    def found() -> list[torch.Tensor]:
+        krylov._start.cache_clear()
+        nuclear._quintics.cache_clear()
+        known, k = settled_spectrum(weight, 0.05)
+        norm = nuclear.nuclear_norm(weight, 2.0)
+        zero = spectrum(torch.zeros(3, 2, device="cpu"))
+        return [*top_factors(weight, k), known.partial_errors(), torch.tensor(norm, device="cpu"), zero.values]
+
+    expected = found()
+    with torch.device("meta"):
+        others = found()
+    assert all(torch.equal(*pair) for pair in zip(others, expected, strict=True))
 
 
 @pytest.mark.parametrize("r", [0, -1, 21])

@@ -264,6 +264,54 @@ def test_weights_are_decomposed_on_the_device_for_work_and_stay_where_they_are(i
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
 
+@pytest.mark.parametrize(("init", "dora"), [*((init, False) for init in EXACT), ("pissa", True)], ids=str)
+def test_what_a_start_replaces_is_made_on_the_gpu_of_the_base(init, dora, monkeypatch):
+    """Here the base's device is told from the others by another default."""
+    monkeypatch.setattr(inside_peft, "_is_on_gpu", lambda _: True)
+    model = one_layer("square", torch.float32)
+    with torch.device("meta"), fast_starts():
+        made = started(model, init, use_dora=dora)
+    assert {parameter.device.type for parameter in made.parameters()} == {"cpu"}
+    expected = started(one_layer("square", torch.float32), EXACT[init], use_dora=dora)
+    torch.testing.assert_close(parts(made)[0], parts(expected)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("init", "settings"),
+    [("gaussian", {}), (True, {"lora_bias": True}), (False, {}), ("orthogonal", {}), ("pissa", {"shared": True})],
+    ids=str,
+)
+def test_what_stays_as_it_is_drawn_is_drawn_by_peft(init, settings, monkeypatch):
+    monkeypatch.setattr(inside_peft, "_is_on_gpu", lambda _: True)
+    model = one_layer("square", torch.float32)
+    model[0].bias = nn.Parameter(torch.zeros(40))
+    if "shared" in settings:  # by DeepSpeed
+        model[0].weight.ds_id = 0
+    around: list[Any] = []
+    monkeypatch.setattr(
+        inside_peft,
+        "_on_the_gpu",
+        lambda *a, own=inside_peft._on_the_gpu, **k: around.append(own(*a, **k)) or around[-1],
+    )
+    with fast_starts():
+        started(model, init, lora_bias="lora_bias" in settings)
+    assert [type(each) for each in around] == [nullcontext]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("init", list(EXACT))
+def test_for_a_base_on_a_gpu_nothing_is_drawn_on_the_cpu(init):
+    theirs = started(one_layer("tall", torch.float32).cuda(), EXACT[init])
+    model = one_layer("tall", torch.float32).cuda()
+    state = torch.get_rng_state()
+    with fast_starts():
+        ours = started(model, init)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert {parameter.device.type for parameter in ours.parameters()} == {"cuda"}
+    torch.testing.assert_close(parts(ours)[0], parts(theirs)[0], rtol=0, atol=2e-3)  # PEFT's SVD there is of fp32
+
+
 def layers_of(model: Any) -> list[LoraLayer]:
     return [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
 
