@@ -20,6 +20,7 @@ ORDER = [
     "system",
     "names",
     "cache",
+    "progress",
     "processes",
     "linalg",
     "spectra",

@@ -220,9 +220,9 @@ def answer_tokens(loaded: "LoadedModel", recipe: "Recipe") -> int:
 def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, console: "Console") -> "Evaluation":
     """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all
     at once."""
-    from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
     from svdtune.evaluation import Decoding, evaluate, get_task, to_items
+    from svdtune.progress import counting
 
     data = recipe.data
     held_out = data.eval[""]

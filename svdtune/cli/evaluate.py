@@ -128,7 +128,7 @@ def evaluate(
 @contextmanager
 def _watched(name: str, folder: Path) -> Iterator[Callable[[int, int], None]]:
     """Show the progress on one data set; a Ctrl-C says how to go on."""
-    from svdtune.cli.progress import counting
+    from svdtune.progress import counting
     from svdtune.system import open_console
 
     try:

@@ -76,9 +76,9 @@ def _answer_rows(
     field: str | None,
     how: dict[str, Any],
 ) -> None:
-    from svdtune.cli.progress import counting
     from svdtune.data import read_rows, to_examples
     from svdtune.evaluation.answers import answer_all
+    from svdtune.progress import counting
     from svdtune.system import open_console
 
     asked = field or (recipe.data.prompt if recipe else "prompt")

@@ -6,15 +6,14 @@ import os
 import re
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from svdtune import processes
+from svdtune.progress import Progress
 from svdtune.training.checkpoints import keep_steps
 
 # What a line of the log holds first, where known; behind it, what a task's trainer measures.
@@ -55,49 +54,32 @@ def is_measured(name: str) -> bool:
 
 
 class ShowProgress(TrainerCallback):
-    """A bar with the time left on a terminal and in a notebook; elsewhere a line a log, at most
-    one every `every` seconds."""
+    """Steps and the loss as `Progress` shows them."""
 
     def __init__(self, console: Console, every: float = 10.0):
-        self.console, self.every = console, every
-        self.bar: tqdm | None = None
-        self.started = self.shown = 0.0
-        self.first_step = 0
+        self.progress = Progress("step", console, every)
+        self.note = ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.started, self.first_step = time.monotonic(), state.global_step
-        if (self.console.is_terminal or self.console.is_jupyter) and state.is_world_process_zero:
-            place = {"initial": state.global_step, "total": state.max_steps}
-            self.bar = tqdm(desc="loss –", unit="step", **place, file=self.console.file, dynamic_ncols=True)
+        self._show(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(state.global_step - self.bar.n)
+        if self.progress.bar is not None:
+            self._show(state)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        if "loss" not in (logs or {}):
-            return
-        loss = f"loss {float(logs['loss']):.4f}"
-        now = time.monotonic()
-        if self.bar is not None:
-            self.bar.set_description(loss)
-        elif state.is_world_process_zero and (now - self.shown >= self.every or state.global_step == state.max_steps):
-            self.shown = now
-            pace = (now - self.started) / max(1, state.global_step - self.first_step)
-            left = round(pace * (state.max_steps - state.global_step))
-            place = f"step {state.global_step}/{state.max_steps}"
-            self.console.print(f"{place} · {loss} · {left // 60}:{left % 60:02} left", highlight=False)
+        if "loss" in (logs or {}):
+            self.note = f"loss {float(logs['loss']):.4f}"
+            self._show(state)
+
+    def _show(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self.progress.show(state.global_step, state.max_steps, self.note)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Take the bar off the terminal; harmless where there is none."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        self.progress.close()
 
 
 class StopOnInterrupt(TrainerCallback):

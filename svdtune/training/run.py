@@ -233,7 +233,7 @@ def _fit(
     patient = [StopWithoutProgress(patience)] if patience else []
     fill = processes.count() > 1 and recipe.training.task == "sft"
     with StopOnInterrupt() as stop:
-        progress = ShowProgress(console)
+        shown = ShowProgress(console)
         trainer = make_trainer(
             recipe.training.task,
             regularizer=SorsaRegularizer(),
@@ -246,7 +246,7 @@ def _fit(
             data_collator=collator,
             processing_class=prepared.loaded.tokenizer,
             **prepared.more,
-            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, *patient, progress, stop],
+            callbacks=[JsonlLog(folder / LOG), AllocateRanks(), WatchNumbers(), *watching, *patient, shown, stop],
         )
         if recipe.analysis is not None and (trainer.is_fsdp2 or trainer.is_deepspeed_enabled):
             raise processes.everywhere(
@@ -259,7 +259,7 @@ def _fit(
         try:
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
-            progress.close()
+            shown.progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"stopped after step {trainer.state.global_step}, with a checkpoint in {folder}")
     if any(callback.stopped for callback in patient):

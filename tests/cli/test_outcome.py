@@ -160,7 +160,7 @@ def test_a_notebook_has_bars_where_its_standard_error_is_none(shell: Any, monkey
 
 
 def test_every_bar_asks_whether_it_is_seen() -> None:
-    """By `disable`, or as the training's, which is made where its console shows it."""
+    """By `disable`, or as `Progress` does, which makes one where its console shows it."""
     calls = [
         (path.name, {word.arg for word in node.keywords})
         for path in Path(svdtune.__file__).parent.rglob("*.py")
@@ -168,4 +168,4 @@ def test_every_bar_asks_whether_it_is_seen() -> None:
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tqdm"
     ]
     assert len(calls) >= 6
-    assert {name for name, words in calls if "disable" not in words} == {"callbacks.py"}
+    assert {name for name, words in calls if "disable" not in words} == {"progress.py"}

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from transformers import TrainerControl
 
-from svdtune.training import callbacks
+from svdtune import progress as shown
+from svdtune.progress import counting
 from svdtune.training.callbacks import ShowProgress, StopOnInterrupt
 
 
@@ -44,7 +45,7 @@ def state(step: int) -> SimpleNamespace:
 
 def test_lines_with_the_time_left_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([1000.0, 1061.0])
-    monkeypatch.setattr(callbacks, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(shown, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     text = StringIO()
     progress = ShowProgress(Console(file=text, width=80), every=0.0)
     progress.on_train_begin(None, state(0), None)
@@ -52,6 +53,29 @@ def test_lines_with_the_time_left_where_there_is_no_terminal(monkeypatch: pytest
     progress.on_log(None, state(10), None, logs={"eval_loss": 0.5})
     progress.on_train_end(None, state(10), None)
     assert text.getvalue() == "step 5/10 · loss 0.5000 · 1:01 left\n"
+
+
+def test_a_quiet_console_has_no_bar() -> None:
+    text = StringIO()
+    with counting("evaluating", Console(file=text, force_terminal=True, quiet=True)) as on_progress:
+        on_progress(0, 2)
+        on_progress(2, 2)
+    assert text.getvalue() == ""
+
+
+def test_few_lines_of_many_items_and_the_last_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([1000.0, *(1000.0 + 3 * number for number in range(1, 11))])
+    monkeypatch.setattr(shown, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    text = StringIO()
+    with counting("evaluating", Console(file=text, width=80)) as on_progress:
+        for done in range(11):
+            on_progress(done + 10, 20)
+    assert text.getvalue().splitlines() == [
+        "evaluating 11/20 · 0:27 left",
+        "evaluating 15/20 · 0:15 left",
+        "evaluating 19/20 · 0:03 left",
+        "evaluating 20/20 · 0:00 left",
+    ]
 
 
 @pytest.mark.parametrize("place", ["terminal", "jupyter"])
