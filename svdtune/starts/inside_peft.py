@@ -45,8 +45,9 @@ Parts = TypeVar("Parts", Factors, LoraPair, Factors | None)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The triplets that PiSSA takes in the block that the calling thread is inside of.
 _entered: ContextVar[Components | None] = ContextVar("svdtune.fast_starts", default=None)
-# The layers of the adapter that is being injected whose start is still to come.
-_waiting: ContextVar["list[Waiting] | None"] = ContextVar("svdtune.waiting_starts", default=None)
+# The layers of the adapter that is being injected whose start is still to come, by where their
+# weights lie in memory: every further layer asks whether its own is tied to one.
+_waiting: ContextVar["dict[int, Waiting] | None"] = ContextVar("svdtune.waiting_starts", default=None)
 
 
 class Waiting(NamedTuple):
@@ -181,7 +182,7 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
 def _together(*_: Any, **__: Any) -> Iterator[None]:
     """Start the layers that PEFT makes inside the block once it has made all of them, so that
     several weights are decomposed at once."""
-    waiting: list[Waiting] = []
+    waiting: dict[int, Waiting] = {}
     token = _waiting.set(waiting)
     try:
         yield
@@ -202,9 +203,9 @@ def _on_the_gpu(
     return weight.device
 
 
-def _start_waiting(waiting: list[Waiting]) -> None:
+def _start_waiting(waiting: dict[int, Waiting]) -> None:
     """Start the layers that wait, the first first, and leave none."""
-    named = {str(i): one for i, one in enumerate(waiting)}
+    named = {str(at): one for at, one in waiting.items()}
     waiting.clear()
     ranks = {name: layer.r[adapter] for name, (layer, adapter) in named.items()}
     weights = {name: partial(_matrix, layer) for name, (layer, _) in named.items()}
@@ -227,14 +228,14 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
             )
         return NotImplemented
     own: Any = self.get_base_layer().weight
-    waiting = _waiting.get()
+    waiting, at, one = _waiting.get(), weight.data_ptr(), Waiting(self, adapter_name)
     # a variant reads what is started, and DeepSpeed takes a gathered weight away again
     if waiting is None or adapter_name in self.lora_variant or hasattr(own, "ds_id"):
-        _start_waiting([Waiting(self, adapter_name)])
+        _start_waiting({at: one})
         return None
-    if any(_matrix(one.layer).data_ptr() == weight.data_ptr() for one in waiting):  # tied: its start comes off first
+    if at in waiting:  # tied: its start comes off first
         _start_waiting(waiting)
-    waiting.append(Waiting(self, adapter_name))
+    waiting[at] = one
     return None
 
 

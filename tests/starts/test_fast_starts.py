@@ -349,7 +349,10 @@ def test_an_adapter_that_peft_cannot_make_leaves_none_waiting():
 
 
 def test_a_weight_is_let_go_once_what_is_left_of_it_stands_in_its_place(monkeypatch):
+    """Each is looked up three times: to be taken, to be decomposed, and for what is left."""
     held, alive, take_off = [], [], inside_peft._take_off
+    looked_up, matrix = [], inside_peft._matrix
+    monkeypatch.setattr(inside_peft, "_matrix", lambda layer: looked_up.append(layer) or matrix(layer))
 
     def watched(layer, weight, pair, scaling):
         alive.append(sum(one() is not None for one in held))
@@ -362,3 +365,4 @@ def test_a_weight_is_let_go_once_what_is_left_of_it_stands_in_its_place(monkeypa
         started(nn.Sequential(*(nn.Linear(40, 40) for _ in names)), "pissa", target_modules=names)
     assert len(alive) == 12
     assert max(alive) <= 1
+    assert len(looked_up) == 36
