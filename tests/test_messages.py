@@ -9,6 +9,7 @@ import ast
 import importlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,7 +261,7 @@ def test_an_export_that_vllm_does_not_serve(tmp_path: Path, monkeypatch: pytest.
 
 def test_gguf_with_older_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf.transformers, "__version__", "4.56.2")
-    monkeypatch.setattr(gguf.importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setitem(sys.modules, "gguf", SimpleNamespace())
     with pytest.raises(SvdtuneError, match=r"needs Transformers 5.0 or newer, and 4.56.2 is installed"):
         gguf.check_gguf_support(tmp_path / "model.gguf")
 

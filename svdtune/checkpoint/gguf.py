@@ -1,7 +1,6 @@
 """A GGUF file as a Transformers model: Transformers maps names and layout, the package gguf
 dequantizes tensors."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -15,20 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from svdtune.checkpoint.architecture import build_model, check_depth
 from svdtune.errors import SvdtuneError
-from svdtune.system import first_line, is_out_of_memory
-
-
-def need_gguf(doing: str) -> None:
-    """Refuse what needs the package gguf, unless it is installed.
-
-    Args:
-        doing: what needs it, the begin of the message.
-
-    Raises:
-        SvdtuneError: saying how to get it.
-    """
-    if importlib.util.find_spec("gguf") is None:
-        raise SvdtuneError(f"{doing} needs the package gguf: pip install 'svdtune[gguf]'")
+from svdtune.system import first_line, is_out_of_memory, needs
 
 
 def check_gguf_support(path: Path) -> None:
@@ -37,7 +23,8 @@ def check_gguf_support(path: Path) -> None:
     Raises:
         SvdtuneError: naming the package, and what is installed.
     """
-    need_gguf(f"reading {path.name}")
+    with needs(f"reading {path.name} needs the package gguf", "gguf"):
+        import gguf  # noqa: F401
     if int(transformers.__version__.split(".")[0]) < 5:
         raise SvdtuneError(
             f"reading {path.name} needs Transformers 5.0 or newer, and {transformers.__version__} is installed: "

@@ -12,11 +12,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
-from svdtune.checkpoint.gguf import need_gguf
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.models.loader import locate
-from svdtune.system import explain_write_errors, fresh_file, read_json
+from svdtune.system import explain_write_errors, fresh_file, needs, read_json
 
 # Model type in Transformers → architecture in GGUF.
 ARCHITECTURES = {
@@ -52,8 +51,8 @@ def write_gguf(lora: Path, output: Path, base: str | None = None) -> None:
             `ARCHITECTURES`, the LoRA changes something that llama.cpp does not take, or `output`
             cannot be written.
     """
-    need_gguf("writing a GGUF file")
-    import gguf
+    with needs("writing a GGUF file needs the package gguf", "gguf"):
+        import gguf
 
     settings = read_json(lora / ADAPTER_CONFIG)
     named = base or settings.get("base_model_name_or_path")
