@@ -21,7 +21,7 @@ def answer(loaded: "LoadedModel", tokens: Sequence[int], max_new_tokens: int) ->
     from svdtune.system import printable
 
     check_items([Item("the prompt", "", tuple(tokens), "")], max_new_tokens, context_length(loaded.model.config))
-    ends = end_token_ids(loaded.model, loaded.tokenizer)
+    ends = end_token_ids(loaded.model.generation_config, loaded.tokenizer)
     said: list[str] = []
 
     class Safe(TextStreamer):

@@ -51,7 +51,7 @@ class TransformersEngine:
         self.name, self.tokenizer = loaded.name, loaded.tokenizer
         self._model = loaded.model.eval()
         self.context = context_length(self._model.config)
-        self._ends = end_token_ids(self._model, self.tokenizer)
+        self._ends = end_token_ids(self._model.generation_config, self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """Fingerprint of the weights, end tokens, dtype."""

@@ -97,15 +97,15 @@ class Completion(NamedTuple):
     ended: bool
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends a completion: those of the model's generation config and the
-    tokenizer's own.
+def end_token_ids(config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion: those of a model's generation config and the tokenizer's
+    own.
 
     Raises:
         SvdtuneError: If neither names one: generation would then only ever stop at its length
             limit.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = getattr(config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     ends = sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
     if not ends:

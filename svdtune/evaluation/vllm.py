@@ -9,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from transformers import GenerationConfig
+
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.generation import Completion, Decoding, until_end
+from svdtune.evaluation.generation import Completion, Decoding, end_token_ids, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
 from svdtune.export.source import Source
 from svdtune.methods.files.adapter import read_settings
@@ -37,7 +39,7 @@ class VllmEngine:
             set_end_token(None, self.tokenizer, recipe.end_token)
         context = context_length(load_config(base, **origin))
         self.context = options.get("max_model_len") or context
-        self._ends = _end_tokens(base, self.tokenizer.eos_token_id, origin["revision"])
+        self._ends = end_token_ids(_decoding(base, origin["revision"]), self.tokenizer)
         self._identity = {
             "engine": "vllm",
             "weights": _fingerprint(base, source.adapter, origin["revision"]),
@@ -144,18 +146,12 @@ def _served_rank(lora: Path) -> int:
     return next((rank for rank in VLLM_RANKS if rank >= needed), needed)
 
 
-def _end_tokens(base: str | Path, end: int | None, revision: str | None) -> list[int]:
-    """The tokenizer's end token and those of the generation config, as `end_token_ids` finds
-    them."""
+def _decoding(base: str | Path, revision: str | None) -> GenerationConfig | None:
+    """The base model's generation config, where it has one."""
     try:
-        configured = load_decoding(base, revision=revision).eos_token_id
+        return load_decoding(base, revision=revision)
     except OSError:
-        configured = None
-    ids = configured if isinstance(configured, list) else [configured]
-    ends = sorted({i for i in [*ids, end] if i is not None})
-    if not ends:
-        raise SvdtuneError(f"neither the tokenizer nor the generation config of {base} names an end token")
-    return ends
+        return None
 
 
 def _fingerprint(base: str | Path, adapter: Path | None, revision: str | None) -> str:

@@ -93,7 +93,7 @@ def test_prompts_of_many_lengths_complete_as_alone_where_a_model_reads_padding(
     engine = TransformersEngine(LoadedModel(model, tiny_tokenizer, kind))
     alone = [engine.complete([prompt], 6, Decoding(), [0]) for prompt in PROMPTS]
     assert len({token for (completion,) in alone for token in completion.tokens}) > 4, "repeats itself: tests nothing"
-    ends = set(end_token_ids(model, tiny_tokenizer))
+    ends = set(end_token_ids(model.generation_config, tiny_tokenizer))
     assert [completion for (completion,) in alone] == [until_end(plain_loop(model, p, 6), ends) for p in PROMPTS]
     assert engine.complete(PROMPTS, 6, Decoding(), [0] * 4) == [completion for (completion,) in alone]
 
@@ -205,13 +205,13 @@ def test_batches_hold_every_prompt_once_longest_first() -> None:
 
 
 def test_end_tokens_are_the_models_and_the_tokenizers(loaded: LoadedModel) -> None:
-    assert end_token_ids(loaded.model, loaded.tokenizer) == [0]
+    assert end_token_ids(loaded.model.generation_config, loaded.tokenizer) == [0]
     loaded.model.generation_config.eos_token_id = [7, 3]
-    assert end_token_ids(loaded.model, loaded.tokenizer) == [0, 3, 7]
+    assert end_token_ids(loaded.model.generation_config, loaded.tokenizer) == [0, 3, 7]
     loaded.model.generation_config.eos_token_id = None
     loaded.tokenizer.eos_token = None
     with pytest.raises(SvdtuneError, match="names an end token"):
-        end_token_ids(loaded.model, loaded.tokenizer)
+        end_token_ids(loaded.model.generation_config, loaded.tokenizer)
 
 
 def test_drawn_tokens_depend_on_the_seed_alone_and_leave_the_callers_random_numbers(loaded: LoadedModel) -> None:
