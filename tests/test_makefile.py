@@ -56,6 +56,11 @@ def test_the_newest_releases_are_asked_for_again_and_the_lowest_once(clone: Path
     assert "pip install" not in would_do(clone, "lowest")
 
 
+def test_the_lowest_releases_are_tried_on_the_python_that_they_have_wheels_for(clone: Path) -> None:
+    assert 'python="python3.11"' in would_do(clone, "lowest")
+    assert 'python="/opt/python3.11"' in would_do(clone, "lowest", "PYTHON=/opt/python3.11")
+
+
 def test_half_a_torch_is_none(clone: Path, tmp_path: Path) -> None:
     (test,) = [line for line in would_do(clone, "lint").splitlines() if "import torch" in line]
     code = test.split('-c "')[1].split('"')[0]
