@@ -251,11 +251,11 @@ def _by_krylov(weight: Tensor, r: int, scale: float, dtype: torch.dtype) -> Trip
     pays = not W.is_cuda and n * (len(W) + 4 * expected) < 8 * len(W) * expected
     krylov = BlockKrylov(W, block, 5 * n // 8, gram(W, 1.0, dtype) if pays else None)
     # Solving the projected problem is what costs most on a GPU, so it is put off until it is likely
-    # to be solved once: spectra like LLaMA's take 10.5 to 11.3 times this root, for n = 2048 and
-    # 4096 and r = 16 … 256. On a CPU an early look tells how many passes are missing.
+    # to be solved once: at most a pass after spectra like LLaMA's are done, for n = 1024 … 4096 and
+    # r = 8 … 256. On a CPU an early look tells how many passes are missing.
     check_at = max(4 * r, r + 8 * block)
-    if W.is_cuda:
-        check_at = max(check_at, round(11 * (n * r) ** (1 / 3)))
+    if krylov.ahead:
+        check_at = max(check_at, round(10 * (n * r) ** (1 / 3)) + 2 * block)
     while krylov.room:
         krylov.extend()
         if krylov.p < check_at and krylov.room:

@@ -42,7 +42,8 @@ class BlockKrylov:
         self.Q = torch.empty(capacity + block, n, dtype=W.dtype, device=W.device)
         self.T = torch.zeros(capacity + block, capacity, dtype=torch.float64, device=W.device)
         self.Q[:block] = _start(n, block).to(W.dtype)
-        self._looks = not runs_ahead(W)
+        self.ahead = runs_ahead(W)
+        self._looks = not self.ahead
         self._sizes = torch.empty(capacity // block, block, dtype=W.dtype, device=W.device)
         self._failed: list[Tensor] = []  # of each pass not yet checked, whether Cholesky's was
 

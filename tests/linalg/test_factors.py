@@ -99,13 +99,6 @@ def exhausted(rank: int) -> torch.Tensor:
     return weight_with(values, 700, 640).float()
 
 
-@pytest.mark.parametrize("kind", ["power", "llama", "exponential", "deficient", "huge", "exhausted"])
-def test_passes_at_which_a_gpu_is_not_waited_for(kind, monkeypatch):
-    monkeypatch.setattr(krylov, "runs_ahead", lambda _: True)
-    weight = exhausted(50) if kind == "exhausted" else weight_with(spectra(640)[kind], 640, 640).float()
-    check(weight, 40)
-
-
 @pytest.mark.parametrize("rank", [3, 50, 300, 640])
 def test_a_pass_that_took_too_much_for_granted_is_taken_back(rank, monkeypatch):
     """The basis is then, bit for bit, that of passes that are looked at one by one."""
@@ -131,6 +124,21 @@ def test_operations_and_looks_of_eight_passes(monkeypatch):
         for _ in range(8):
             found.extend()
     assert (counted.count, counted.looks) == (138, 1)
+
+
+@pytest.mark.parametrize(("n", "r"), [(1024, 8), (1024, 16), (1024, 64), (1536, 32)])
+def test_a_gpu_solves_the_projected_problem_of_spectra_like_llamas_once(n, r, monkeypatch):
+    """And not much later than it could: three passes before, it is not yet done."""
+    monkeypatch.setattr(krylov, "runs_ahead", lambda _: True)
+    looks, ritz = [], krylov.BlockKrylov.ritz
+    monkeypatch.setattr(krylov.BlockKrylov, "ritz", lambda self: looks.append(self) or ritz(self))
+    weight = torch.diag(llama_like(n)).float()
+    values = top_factors(weight, r).s
+    torch.testing.assert_close(values, weight.diagonal()[:r], rtol=5e-7, atol=0)
+    (found,) = looks
+    found.p -= 3 * found.block
+    squared, _, residuals = ritz(found)
+    assert (residuals[:r] > module._RESIDUAL * squared[r - 1]).any()
 
 
 def test_more_copies_of_a_value_than_a_block_holds_are_all_found():
