@@ -15,7 +15,7 @@ def orthonormality_error(M: Tensor) -> Tensor:
 def polish(M: Tensor) -> Tensor:
     """One Newton–Schulz step towards the nearest matrix with orthonormal columns: an error E of MᵀM
     becomes ¾E²."""
-    return 1.5 * M - 0.5 * (M @ (M.mT @ M))
+    return torch.addmm(M, M, M.mT @ M, beta=1.5, alpha=-0.5)
 
 
 def fixed_signs(V: Tensor) -> Tensor:

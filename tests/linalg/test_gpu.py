@@ -4,6 +4,7 @@ import pytest
 import torch
 from weights_with_known_spectra import llama_like, spectra, weight_with
 
+from svdtune.linalg import factors as module
 from svdtune.linalg import orthonormality_error, rank_at_threshold, safe_rank, spectrum, top_factors
 from torch_state import allow_tf32, forbid_tf32
 
@@ -25,8 +26,9 @@ def test_ranks_equal_those_of_a_float64_svd(shape, kind):
 
 @pytest.mark.parametrize("kind", list(spectra(8)))
 @pytest.mark.parametrize("choice", [forbid_tf32, allow_tf32])
-def test_factors_are_accurate_whatever_the_user_allows(kind, choice):
+def test_factors_are_accurate_whatever_the_user_allows(kind, choice, monkeypatch):
     choice()
+    monkeypatch.setattr(module, "LARGE", 512)  # for the Krylov route
     weight = weight_with(spectra(900)[kind], 1000, 900).float()
     values = torch.linalg.svdvals(weight.double())
     for r in (5, 40, 400):
@@ -35,6 +37,20 @@ def test_factors_are_accurate_whatever_the_user_allows(kind, choice):
         assert orthonormality_error(found.U.double()) < 1e-6
         assert orthonormality_error(found.Vh.mT.double()) < 1e-6
         torch.testing.assert_close(found.s.double().cpu(), values[:r], rtol=1e-5, atol=2e-7 * float(values[0]))
+
+
+@pytest.mark.parametrize("rank", [50, 300])
+def test_the_factors_of_a_weight_whose_krylov_space_ends_early(rank, monkeypatch):
+    """Passes are taken back there; how often does not depend on when the host looks."""
+    monkeypatch.setattr(module, "LARGE", 512)
+    values = torch.zeros(640, dtype=torch.float64)
+    values[:rank] = llama_like(rank)
+    weight = weight_with(values, 700, 640).float().cuda()
+    found, again = top_factors(weight, 40), top_factors(weight, 40)
+    torch.testing.assert_close(found.s.double().cpu(), values[:40], rtol=1e-5, atol=0)
+    assert orthonormality_error(found.U.double()) < 1e-6
+    assert orthonormality_error(found.Vh.mT.double()) < 1e-6
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("n", [300, 900])
