@@ -5,8 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.scheduler import NopKernelSchedulerNode
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.errors import SvdtuneError
@@ -19,8 +24,8 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 METHODS = {"sara": SaraConfig, "mosara": MoSaraConfig, "sorsa": SorsaConfig, "lora": LoraConfig}
 
 
-def adapted(method: str) -> Any:
-    model = tiny_llama(num_hidden_layers=3, num_key_value_heads=2)
+def adapted(method: str, dtype: torch.dtype = torch.float32) -> Any:
+    model = tiny_llama(num_hidden_layers=3, num_key_value_heads=2).to(dtype)
     return get_peft_model(model, METHODS[method](r=4, target_modules=LINEAR)).train()
 
 
@@ -89,6 +94,45 @@ def test_all_blocks_share_one_graph_and_give_the_same_step(method: str) -> None:
         assert graphs() == 2
     assert not any(module._compiled_call_impl for module in model.modules())
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def kernels(method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many kernels a compiled block launches beside the matrix products, forward and back."""
+    found: list[int] = []
+
+    def count(self: Any) -> None:
+        none = NopKernelSchedulerNode  # a place alone: what is joined there was written into it
+        found.append(sum(not node.is_extern() and not isinstance(node, none) for node in self.nodes))
+        raise RuntimeError("counted")  # no code is needed
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        with pytest.raises(RuntimeError, match="counted"):
+            compile_fx_inner(graph, inputs)
+        return make_boxed_func(graph.forward)
+
+    monkeypatch.setattr("torch._inductor.scheduler.Scheduler.codegen", count)
+    backend = aot_autograd(
+        fw_compiler=compiler,
+        bw_compiler=compiler,
+        decompositions=select_decomp_table(),
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    model = adapted(method, torch.bfloat16)  # factors stay in fp32
+    x = torch.randn(4, 128, model.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    positions = model.get_base_model().model.rotary_emb(x, torch.arange(128)[None])
+    block = torch.compile(blocks_of(model)[0], backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = block(x, position_embeddings=positions)
+    (y if isinstance(y, torch.Tensor) else y[0]).sum().backward()
+    return found
+
+
+@pytest.mark.slow
+def test_a_compiled_block_launches_no_more_kernels_than_loras(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, sorsa = (kernels(method, monkeypatch) for method in ("lora", "sorsa"))
+    assert sorsa[0] < lora[0]
+    # a CPU rounds and widens each layer's dV, which a GPU's product leaves in fp32
+    assert sum(sorsa) - len(LINEAR) <= sum(lora)
 
 
 def test_blocks_are_the_outermost_lists_of_like_modules() -> None:

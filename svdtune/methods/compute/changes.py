@@ -61,8 +61,8 @@ class _ChangesAtOnce(torch.autograd.Function):
         Us, ss, Vs, P0s, V0s = (flat[i * count : (i + 1) * count] for i in range(5))
         U, V = torch.stack(Us), torch.stack(Vs)
         s = None if ss[0] is None else torch.stack(ss)[:, None]
-        taken = (None, None) if P0s[0] is None else (torch.stack(P0s), torch.stack(V0s))
-        A, B = (X.to(dtype) for X in pair(U, s, V, *taken))
+        P0, V0 = (None, None) if P0s[0] is None else (torch.stack(P0s), torch.stack(V0s))
+        A, B = pair(U, s, V, P0, V0, dtype)
         ctx.save_for_backward(A[..., : U.shape[-1]], scaled(U, s).to(dtype), None if s is None else U, s)
         ctx.set_materialize_grads(False)
         ctx.count, ctx.dtypes = count, (U.dtype, V.dtype)

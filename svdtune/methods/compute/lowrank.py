@@ -54,17 +54,30 @@ def stacked(
     """
     if kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
         return kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
-    A, B = pair(U, s, V, P0, V0)
-    return filled(A, pad).to(dtype), filled(B, pad).to(dtype)
+    A, B = pair(U, s, V, P0, V0, dtype)
+    return filled(A, pad), filled(B, pad)
 
 
-def pair(U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None) -> tuple[Tensor, Tensor]:
+def pair(
+    U: Tensor,
+    s: Tensor | None,
+    V: Tensor,
+    P0: Tensor | None,
+    V0: Tensor | None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """A = [V, V − V₀] and B = [P − P₀, P₀]; V and P if nothing is taken away. All may have leading
-    dimensions."""
+    dimensions. Each half is rounded to `dtype`, if one is given, before they are joined: so a
+    compiler forms A and B in one kernel each."""
+
+    def joined(*halves: Tensor) -> Tensor:
+        rounded = [half if dtype is None else cast(half, dtype) for half in halves]
+        return rounded[0] if len(rounded) == 1 else torch.cat(rounded, -1)
+
     P = scaled(U, s)
     if P0 is None or V0 is None:
-        return V, P
-    return torch.cat([V, V - V0], -1), torch.cat([P - P0, P0], -1)
+        return joined(V), joined(P)
+    return joined(V, V - V0), joined(P - P0, P0)
 
 
 def filled(x: Tensor, pad: int) -> Tensor:
@@ -348,8 +361,8 @@ def add_low_rank(
 def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:
     """The result of `LowRankLinear`, not in place, in operations that torch.func transforms."""
     dtype = compute_dtype(x)
-    A, B = pair(*part[2:])
-    added = cast(x if x_adapter is None else x_adapter, dtype) @ cast(A, dtype) @ cast(B, dtype).mT
+    A, B = pair(*part[2:], dtype)
+    added = cast(x if x_adapter is None else x_adapter, dtype) @ A @ B.mT
     y = base_in_plain(x, part.weight, part.bias_or_output, dtype)
     return y + cast(added, y.dtype)
 
