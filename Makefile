@@ -137,7 +137,8 @@ export WHY
 
 # $(call torch,DEFAULT): an import decides, not pip's list: a torch that .venv sees from elsewhere is as good. The import is of
 # a part, since half of a torch is a module too.
-torch = if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch.nn" 2>/dev/null; then $(PIP) $(or $(TORCH),$(1)); fi
+torch = if [ -n "$(TORCH)" ] || ! $(BIN)/python -c "import torch.nn; print('torch', torch.__version__, 'is there, and stays')" \
+	2>/dev/null; then $(PIP) $(or $(TORCH),$(1)); fi
 
 .venv-lock/.uv: requirements/uv.txt | .venv-lock/bin/pip
 	$(ALONE) .venv-lock/bin/python -m pip install --quiet --require-hashes --requirement $<
