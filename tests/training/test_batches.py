@@ -25,6 +25,7 @@ def test_no_empty_rows_where_a_batch_takes_its_own_mean(
     monkeypatch.setattr(Trainer, "get_train_dataloader", lambda _: "loader")
     monkeypatch.setattr(trainer, "fill_up", seen.append)
     run = object.__new__(trainer.RunTrainer)
-    run.args, run.model_accepts_loss_kwargs = SimpleNamespace(label_smoothing_factor=smoothing), told
+    run.args = SimpleNamespace(label_smoothing_factor=smoothing, auto_find_batch_size=False, train_batch_size=2)
+    run.model_accepts_loss_kwargs = told
     assert run.get_train_dataloader() == "loader"
     assert seen == ["loader"] * filled
