@@ -25,7 +25,8 @@ from svdtune.system import without_bar
 Weights = Mapping[str, Tensor | Callable[[], Tensor]]
 Result = TypeVar("Result")
 Compute = Callable[[str, Tensor, torch.device], Result]  # of a weight's name, itself, and where to work on it
-# Weights in work at once on each GPU.
+# Weights in work at once on each GPU, each by operations of its own: batched products may sum in
+# another order, and a result would depend on what else is in work.
 _AT_ONCE = 4
 # Up to this short side a weight keeps one core of a CPU busy, and threads inside a decomposition
 # mostly wait for each other.
