@@ -232,20 +232,18 @@ def export_lora(
             report = export_lora(source, lora, rank=rank, error=error, uniform=uniform, base=base, start=start)
             write_gguf(lora, path, None if base is None else str(base))
         return dataclasses.replace(report, output=path, notes=[])
-    from svdtune.export import Source
-    from svdtune.export.lora import Cut, export_source
+    from svdtune.export import Source, adapter_of
+    from svdtune.export.lora import Cut, compare
     from svdtune.export.lora import export_lora as write
     from svdtune.methods.files.integrity import ADAPTER_CONFIG
 
     cut, name = Cut(rank, error), None if base is None else str(base)
     begun = None if start is None else Path(start)
     folder = Path(source).expanduser() if isinstance(source, str | Path) else None
-    if folder is not None and (folder / ADAPTER_CONFIG).is_file() and (name is None or begun is not None):
-        # the base that the adapter itself names need not be there
-        base_named = None if name is None else Source(name, folder)
-        return write(folder, Path(output), cut=cut, uniform=uniform, base=base_named, start=begun)
-    found = source_of("export_lora", source, instead="Save the adapter first: model.save_pretrained(folder)")
-    if found.adapter is None and (name or found.recipe):
+    found: Source | None = None  # the base that an adapter itself names need not be there
+    if folder is None or not (folder / ADAPTER_CONFIG).is_file():
+        found = source_of("export_lora", source, instead="Save the adapter first: model.save_pretrained(folder)")
+    if found is not None and found.adapter is None and (name or found.recipe):
         from svdtune.checkpoint import open_checkpoint
         from svdtune.export.difference import export_difference
         from svdtune.models.loader import locate
@@ -255,7 +253,12 @@ def export_lora(
         )
         tuned, untuned = (open_checkpoint(locate(each.base), **each.origin) for each in (found, before))
         return export_difference(tuned, untuned, Path(output), cut, uniform=uniform)
-    return export_source(found, Path(output), cut=cut, uniform=uniform, base=name, start=begun)
+    adapter = folder if found is None else adapter_of(found, "export")
+    opened = found if name is None else dataclasses.replace(found or Source(name, folder), base=name, revision=None)
+    report = write(adapter, Path(output), cut=cut, uniform=uniform, base=opened, start=begun)
+    if opened is None or name is None or begun is not None:
+        return report
+    return dataclasses.replace(report, difference=compare(opened, report.output))
 
 
 def combine(

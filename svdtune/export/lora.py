@@ -27,7 +27,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.export.change import SavedChange, read_change, since
 from svdtune.export.comparison import LogitComparison, compare_logits, probe_logits
 from svdtune.export.convolution import as_lora, check_kernels
-from svdtune.export.source import Source, adapter_folder, adapter_of, attach_adapter, open_source
+from svdtune.export.source import Source, adapter_folder, attach_adapter, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
@@ -88,35 +88,6 @@ class LoraReport:
     errors: dict[str, float]
     notes: list[str]
     difference: LogitComparison | None = None
-
-
-def export_source(
-    source: Source,
-    output: Path,
-    *,
-    cut: Cut = Cut(),
-    uniform: bool = False,
-    base: str | None = None,
-    start: Path | None = None,
-) -> LoraReport:
-    """Write the adapter of a run, or one in a folder, as a LoRA adapter.
-
-    Args:
-        source: a run or an adapter.
-        output: folder to create.
-        cut, uniform, start: as for `export_lora`.
-        base: a model; given, the outputs of both adapters on it are compared. With `start` it is
-            the untouched model, which the LoRA is then for.
-
-    Raises:
-        SvdtuneError: there is no adapter, or as `export_lora`.
-    """
-    adapter = adapter_of(source, "export")
-    opened = source if base is None else dataclasses.replace(source, base=base, revision=None)
-    report = export_lora(adapter, output, cut=cut, uniform=uniform, base=opened, start=start)
-    if base is None or start is not None:
-        return report
-    return dataclasses.replace(report, difference=compare(opened, report.output))
 
 
 def export_lora(
