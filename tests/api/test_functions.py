@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,15 @@ class TestAfterTraining:
         assert alone.ranks == report.ranks
         once, twice = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "bd")
         assert all(torch.equal(twice[name], once[name] * (2 if "lora_B" in name else 1)) for name in once)
+
+    def test_an_adapter_that_names_no_base_is_compared_on_the_one_given(
+        self, runs: Path, tiny_folder: Path, tmp_path: Path
+    ) -> None:
+        nameless = tmp_path / "adapter"
+        shutil.copytree(runs / "run" / "adapter", nameless)
+        settings = json.loads((nameless / "adapter_config.json").read_text())
+        (nameless / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": None}))
+        assert svdtune.export_lora(nameless, tmp_path / "lora", base=tiny_folder).difference.relative < 1e-5
 
 
 @pytest.mark.parametrize(
