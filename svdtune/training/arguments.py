@@ -3,6 +3,9 @@ of which a recipe decides."""
 
 import importlib.util
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields
 from pathlib import Path
@@ -28,7 +31,21 @@ CONFIGURATIONS = {
     "grpo": "GRPOConfig",
 }
 OPTIMIZERS_OF_TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "adafactor")
+_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _ANSWERS = 8  # of GRPO to each prompt, unless the recipe says otherwise
+
+
+@contextmanager
+def own_precision() -> Iterator[None]:
+    """Let a run's precision end with it. Transformers 4 writes it into the environment, where the
+    next run of this process would find it and compute in it too."""
+    before = os.environ.get(_PRECISION)
+    try:
+        yield
+    finally:
+        os.environ.pop(_PRECISION, None)
+        if before is not None:
+            os.environ[_PRECISION] = before
 
 
 def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:

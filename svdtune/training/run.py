@@ -29,7 +29,7 @@ from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors, open_console
 from svdtune.training.adalora import AllocateRanks
 from svdtune.training.advice import launch_bound
-from svdtune.training.arguments import total_steps
+from svdtune.training.arguments import own_precision, total_steps
 from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.collators import make_collator
@@ -99,7 +99,7 @@ def train(
     if not main:
         disable_progress_bar()
     joined = processes.start(not torch.accelerator.is_available(), _PATIENCE)
-    with explain_out_of_memory(recipe), processes.explain_loss(_GO_ON), ExitStack() as kept:
+    with explain_out_of_memory(recipe), processes.explain_loss(_GO_ON), own_precision(), ExitStack() as kept:
 
         def begin() -> Path | None:
             check_run(recipe, resume=resume, overwrite=overwrite)

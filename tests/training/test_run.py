@@ -1,6 +1,7 @@
 """A run, end to end on a tiny model: what it writes, how it goes on, and what it refuses."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -223,8 +224,11 @@ def test_full_fine_tuning_writes_a_model(recipe: dict[str, Any]) -> None:
 @pytest.mark.parametrize("change", [{"gradient_checkpointing": True}, {"precision": "bf16"}, {"group_by_length": True}])
 def test_other_ways_to_train(recipe: dict[str, Any], change: dict[str, Any]) -> None:
     recipe["training"] |= {"max_steps": 2, **change}
+    before = os.environ.get("ACCELERATE_MIXED_PRECISION")
     log = log_of(go(recipe)[0])
     assert len(log) == 2
+    # by which Transformers 4 would have the next run of this process compute in the same precision
+    assert os.environ.get("ACCELERATE_MIXED_PRECISION") == before
 
 
 def test_gradient_checkpointing_does_not_change_the_losses(recipe: dict[str, Any], tmp_path: Path) -> None:
