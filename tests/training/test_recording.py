@@ -1,17 +1,19 @@
 """A model's body in two graphs: on a CPU with a stand-in for CUDA's, which keeps what it promises
 and no more."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from test_compilation import METHODS, adapted, batch, recipe_of
+from test_compilation import METHODS, adapted, batch, graphs, recipe_of
 from torch import Tensor, nn
 
 from svdtune import SorsaConfig, regularize
 from svdtune.errors import SvdtuneError
 from svdtune.training.arguments import training_arguments
+from svdtune.training.compilation import compiled_blocks
 from svdtune.training.recording import recorded_body
 from tiny import tiny_llama
 
@@ -57,36 +59,53 @@ def on(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: x.to(DEVICE) if isinstance(x, Tensor) else x for name, x in inputs.items()}
 
 
-def losses(model: Any, steps: int, accumulate: int = 2) -> list[float]:
+def losses(model: Any, steps: int, keep: Any = None) -> list[float]:
+    """Of each pass, two to a step: clipped, regularized, from batches of different rows."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=0.1)
     regularize(optimizer, model)
     found = []
     for step in range(steps):
-        for part in range(accumulate):
-            loss = model(**on(batch((step + part) % 4))).loss / accumulate
+        if keep is not None:
+            keep.on_step_begin()
+        for part in range(2):
+            loss = model(**on(batch((step + part) % 4))).loss / 2
             loss.backward()
             found.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if keep is not None:
+            keep.on_step_end()
+        if step == steps // 2:
+            model.set_adapter("other")
+            model(**on(batch(0)))
+            model.set_adapter("default")
     return torch.stack(found).tolist()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_losses_are_those_without_a_graph(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "steps"),  # the quick half records alone
+    [("sorsa", 5), *(pytest.param(method, 53, marks=pytest.mark.slow) for method in METHODS)],
+)
+def test_steps_compiled_and_recorded_have_the_losses_of_those_as_written(method: str, steps: int) -> None:
     torch.manual_seed(0)
     model = adapted(method).to(DEVICE)
+    model.add_adapter("other", METHODS[method](r=2, target_modules=["q_proj"]))
     start = {name: x.clone() for name, x in model.state_dict().items()}
-    wanted = losses(model, 4)
+    wanted = losses(model, steps)
+    assert wanted[-2] < wanted[0]  # of the same rows
     model.load_state_dict(start)
     together = getattr(model.base_model, "together", None)  # which works ahead of the body
-    with recorded_body(model) as recorded:
+    torch._dynamo.utils.counters.clear()
+    compiled = compiled_blocks(model, one_shape=True, backend="aot_eager") if steps > 5 else nullcontext()
+    with compiled as keep, recorded_body(model) as recorded:
         assert together is None or together.enabled is False
-        assert losses(model, 4) == pytest.approx(wanted, rel=1e-5)
-    assert recorded.aside == 0
+        assert losses(model, steps, keep) == pytest.approx(wanted, rel=1e-4)
+    assert recorded.aside == 1  # the other adapter's pass
+    assert graphs() == (0 if keep is None else 2)
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert "forward" not in model.get_base_model().model.__dict__
-    assert wanted[-1] < wanted[0]
 
 
 def test_what_changed_runs_as_written() -> None:
