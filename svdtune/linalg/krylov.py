@@ -124,7 +124,10 @@ class BlockKrylov:
         The residual of a Ritz pair lies in the block not yet added, so it needs no further product.
         NaN marks a basis that broke down.
         """
+        wanted = self.p
         self._check()
+        while self.p < wanted:  # passes were taken back, and now each is looked at
+            self.extend()
         T, R = self.T[: self.p, : self.p], self.T[self.p : self.p + self.block, self.p - self.block : self.p]
         if not math.isfinite(T.sum() + R.sum()):
             broken = torch.full((self.p,), float("nan"), dtype=torch.float64, device="cpu")

@@ -116,6 +116,17 @@ def test_a_pass_that_took_too_much_for_granted_is_taken_back(rank, monkeypatch):
     assert all(torch.equal(*pair) for pair in zip((values, Q), others, strict=True))
 
 
+def test_a_look_makes_up_for_passes_that_are_taken_back(monkeypatch):
+    """Here the first pass is among them; a caller counts on as many directions as it asked for."""
+    monkeypatch.setattr(krylov, "runs_ahead", lambda _: True)
+    found = krylov.BlockKrylov(weight_with(spectra(640)["power"], 640, 640).float(), 32, 512)
+    for _ in range(4):
+        found.extend()
+    values, vectors, residuals = found.ritz()
+    assert found.p == len(values) == len(vectors) == len(residuals) == 128
+    assert found._looks
+
+
 def test_operations_and_looks_of_eight_passes(monkeypatch):
     """What a GPU is asked for and waited for. It was 280 and 8."""
     monkeypatch.setattr(krylov, "runs_ahead", lambda _: True)
