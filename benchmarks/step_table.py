@@ -76,14 +76,17 @@ def measure(part: Part, words: list[str], file: Path) -> list[dict]:
 def main() -> None:
     """Run the parts and print their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", help="parts whose names have one of these in them; default: all but tiny")
+    parser.add_argument(
+        "--rows", nargs="+", help="names of parts, or words that their names have in them; default: all but tiny"
+    )
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     arguments, words = parser.parse_known_args()
     asked = arguments.rows or sorted({part.shape for part in PARTS} - {"tiny"})
     if unknown := [word for word in asked if not any(word in part.name for part in PARTS)]:
         sys.exit(f"--rows: no part has {', '.join(unknown)} in its name; --list names them")
-    parts = [part for part in PARTS if any(word in part.name for word in asked)]
+    names = {part.name for part in PARTS}
+    parts = [part for part in PARTS if any(word in part.name for word in asked if word not in names - {part.name})]
     if arguments.list:
         print("\n".join(part.name for part in parts))
         return
