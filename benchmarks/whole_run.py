@@ -10,7 +10,8 @@ Needs `pip install 'svdtune[train]'`, a tokenizer (`--tokenizer`, by default Smo
 arithmetic). Random weights. Each contender has a process of its own and takes `--rows-a-step` rows
 a step, or, where TRL packs, sequences of as many tokens. One JSON line each: real tokens a second
 (padding does not count; the median over spans of five steps after the tenth), peak memory of the
-steps, seconds to the first step. "wrapped" lets tokens see other rows and cuts rows apart; it is
+steps (allocated, which leaves out what a CUDA graph keeps to itself, and reserved), seconds to the
+first step. "wrapped" lets tokens see other rows and cuts rows apart; it is
 TRL's fastest packing, and no exact one.
 """
 
@@ -313,6 +314,7 @@ def result(clock: Any, started: float) -> dict[str, Any]:
     if torch.cuda.is_available():
         found |= {
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+            "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),  # with what CUDA graphs keep
             "device": torch.cuda.get_device_name(),
         }
     return found
