@@ -39,12 +39,15 @@ def compiles(recipe: Recipe, steps: int) -> bool:
 
 
 @contextmanager
-def compiled_blocks(model: nn.Module, *, one_shape: bool, backend: str = "inductor") -> Iterator["KeepGraphs"]:
+def compiled_blocks(
+    model: nn.Module, *, one_shape: bool, resumed: bool = False, backend: str = "inductor"
+) -> Iterator["KeepGraphs"]:
     """Compile the blocks of a model until the `with` block ends.
 
     Args:
         model: with or without an adapter.
         one_shape: whether all full batches have one shape, as packed ones have.
+        resumed: whether the first batch may be an epoch's last one, which is a short one.
         backend: of `torch.compile`.
 
     Yields: a callback that the trainer needs.
@@ -54,7 +57,7 @@ def compiled_blocks(model: nn.Module, *, one_shape: bool, backend: str = "induct
         block.compile(dynamic=False if one_shape else None, backend=backend)
     try:
         with layers_apart(model):
-            yield KeepGraphs(1 if one_shape else _SHAPES_SEEN)
+            yield KeepGraphs(1 + resumed if one_shape else _SHAPES_SEEN)
     finally:
         torch.compiler.set_stance("default")
         for block in blocks:

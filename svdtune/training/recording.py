@@ -6,6 +6,7 @@ regularizer and optimizer. The body is what `base_model_prefix` names; the head 
 look at how many labels there are, run as written.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,13 +25,14 @@ _INSTEAD = "Set training.compile: true, which compiles and records nothing"
 
 @contextmanager
 def recorded_body(model: Any) -> Iterator["RecordedBody"]:
-    """Record a model's body at its first training pass, and replay it until the `with` block ends.
+    """Record a model's body once two training passes in a row were alike, and replay it until the
+    `with` block ends.
 
     Args:
         model: of Transformers, with or without an adapter, on a CUDA device, whole in one process.
 
     Raises:
-        SvdtuneError: a model without a body of its own; at the first pass, one that cannot be
+        SvdtuneError: a model without a body of its own; in the first passes, one that cannot be
             recorded.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -58,11 +60,15 @@ class RecordedBody:
 
     As it was: names, shapes and dtypes of all tensors, all other arguments, autocast, and the
     addresses of the parameters and which of them are trained. Where rows begin is padded, with rows
-    of no token, to twice as many as the first batch had. One forward pass is followed by its
-    backward pass before the next.
+    of no token, to twice as many as a batch had. One forward pass is followed by its backward pass
+    before the next.
+
+    A resumed run may begin with an epoch's last batch, which is a short one, so the first pass runs
+    as written, and the first that is like the one before it is recorded.
 
     Attributes:
-        aside: how many training passes ran as written.
+        recorded: whether a pass was.
+        aside: how many training passes since then ran as written.
     """
 
     def __init__(self, body: nn.Module):
@@ -74,28 +80,58 @@ class RecordedBody:
         self._parameters: list[nn.Parameter] = []
         self._part: Any = None
 
+    @property
+    def recorded(self) -> bool:
+        return self._replay is not None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._body.training or not torch.is_grad_enabled():
             return self._written(*args, **kwargs)
-        given = {} if args else self._padded(kwargs)
-        if self._replay is None and not args:
+        given = self._padded(self._named(args, kwargs))
+        if not self.recorded:
+            self._check(given)
             self._parameters = list(self._body.parameters())
-            self._kind, self._replay = self._kind_of(given), self._record(given)
-        if self._replay is None or args or self._kind_of(given) != self._kind:
+        kind = self._kind_of(given)
+        if not self.recorded:
+            if kind != self._kind:
+                self._kind = kind
+                return self._written(*args, **kwargs)
+            self._replay = self._record(given)
+        if kind != self._kind:
             self.aside += 1
             return self._written(*args, **kwargs)
         self._move_gradients()
         hidden = self._replay(*[x for x in given.values() if isinstance(x, Tensor)])
         return self._part.output(**{_HIDDEN: hidden})
 
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments by name; some models hand on the first by its place."""
+        parameters = inspect.signature(self._written).parameters.values() if args else ()
+        names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+        if len(args) > len(names):
+            raise SvdtuneError(
+                f"training.compile: graph: {type(self._body).__name__} is called with {len(args)} arguments that have no name. "
+                f"{_INSTEAD}"
+            )
+        return dict(zip(names, args, strict=False)) | kwargs
+
     def _padded(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         given = {name: value for name, value in kwargs.items() if name != _NOT_THE_BODYS}
         for name in ROW_BOUNDS:
             bounds = given.get(name)
             if isinstance(bounds, Tensor):
-                self._rows = self._rows or max(_LEAST_ROWS, 2 * len(bounds))
+                if not self.recorded and len(bounds) > self._rows:
+                    self._rows = max(_LEAST_ROWS, 2 * len(bounds))
                 given[name] = torch.cat([bounds, bounds[-1:].expand(max(0, self._rows - len(bounds)))])
         return given
+
+    def _check(self, given: dict[str, Any]) -> None:
+        unfit = [name for name, x in given.items() if not isinstance(x, Tensor | bool | int | float | str | None)]
+        if unfit:
+            raise SvdtuneError(
+                f"training.compile: graph: {type(self._body).__name__} is called with {', '.join(unfit)}, of which a graph "
+                f"cannot tell whether it changed. {_INSTEAD}"
+            )
 
     def _kind_of(self, given: dict[str, Any]) -> Any:
         arguments = [
@@ -107,11 +143,6 @@ class RecordedBody:
     def _record(self, given: dict[str, Any]) -> Any:
         tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
         others = {name: x for name, x in given.items() if name not in tensors}
-        if unfit := [name for name, x in others.items() if not isinstance(x, bool | int | float | str | None)]:
-            raise SvdtuneError(
-                f"training.compile: graph: {type(self._body).__name__} is called with {', '.join(unfit)}, of which a graph "
-                f"cannot tell whether it changed. {_INSTEAD}"
-            )
         self._part = part = _Part(self._written, list(tensors), others, self._parameters)
         sample = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors.values())
         first = self._parameters[0]

@@ -155,7 +155,9 @@ def _train(
     watching = [*callbacks]
     compiled, recorded = compiles(recipe, steps), None
     if compiled:
-        watching.append(attending.enter_context(compiled_blocks(model, one_shape=recipe.training.packing)))
+        resumed = checkpoint is not None
+        blocks = compiled_blocks(model, one_shape=recipe.training.packing, resumed=resumed)
+        watching.append(attending.enter_context(blocks))
         if recipe.training.compile == "graph":
             recorded = attending.enter_context(recorded_body(model))
         how = "the model's blocks, and its body is recorded in two CUDA graphs" if recorded else "the model's blocks"
@@ -172,8 +174,12 @@ def _train(
         trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
         if final_loss and prepared.eval_rows:
             trainer.evaluate()
-    if recorded is not None and recorded.aside:
-        console.print(f"compile   {recorded.aside} passes had another shape, and ran as written", highlight=False)
+    if recorded is not None and not recorded.recorded:
+        console.print("compile   no two passes in a row were alike, and nothing was recorded", highlight=False)
+    elif recorded is not None and recorded.aside:
+        console.print(
+            f"compile   {recorded.aside} passes differed from the recorded one, and ran as written", highlight=False
+        )
     model.config.use_cache = True
     summary = {
         "svdtune": __version__,

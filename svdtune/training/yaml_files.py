@@ -21,7 +21,7 @@ from ruamel.yaml.events import (
     NodeEvent,
     ScalarEvent,
 )
-from ruamel.yaml.nodes import MappingNode, SequenceNode
+from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 from ruamel.yaml.resolver import VersionedResolver
 
 from svdtune.errors import SvdtuneError
@@ -166,9 +166,9 @@ def _size(node: Any, known: dict[int, int], source: str) -> int:
         inner = node.value if isinstance(node, SequenceNode | MappingNode) else []
         names = [entry[0] for entry in inner if isinstance(entry, tuple)]
         if odd := [name for name in names if name.tag not in (f"{_TAG}str", f"{_TAG}merge")]:
-            raise SvdtuneError(
-                f"{source}: the name {odd[0].value!r:.60} is not a text; put it in quotes if it is meant"
-            )
+            shown = odd[0].value[:60] if isinstance(odd[0], ScalarNode) else f"that is a {odd[0].id}"
+            shown += f" in line {odd[0].start_mark.line + 1}"
+            raise SvdtuneError(f"{source}: the name {shown} is not a text; put it in quotes if it is meant")
         parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
         known[id(node)] = min(1 + sum(_size(part, known, source) for part in parts), _MOST_VALUES + 1)
     return known[id(node)]

@@ -96,6 +96,17 @@ def test_all_blocks_share_one_graph_and_give_the_same_step(method: str) -> None:
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
+def test_a_resumed_run_that_begins_with_a_short_batch_compiles_the_next() -> None:
+    model = adapted("sorsa")
+    torch._dynamo.utils.counters.clear()
+    with compiled_blocks(model, one_shape=True, resumed=True, backend="aot_eager") as keep:
+        for sequences in (1, 2, 2, 3):
+            keep.on_step_begin()
+            step(model, 0, sequences=sequences)
+            keep.on_step_end()
+        assert graphs() == 4  # two of the short one, two of all that follow; the last ran as written
+
+
 def kernels(method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many kernels a compiled block launches beside the matrix products, forward and back."""
     found: list[int] = []

@@ -9,6 +9,7 @@ import torch
 from peft import get_peft_model
 from test_compilation import METHODS, adapted, batch, graphs, recipe_of
 from torch import Tensor, nn
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from svdtune import SorsaConfig, regularize
 from svdtune.errors import SvdtuneError
@@ -158,7 +159,7 @@ def test_where_rows_begin_may_be_told_in_more_or_fewer_numbers(monkeypatch: pyte
     with recorded_body(model) as recorded:
         for starts in ([0, 3, 8], [0, 2, 3, 4, 8], list(range(70))):
             model.body(cu_seq_lens_q=torch.tensor(starts))
-    assert [len(one) for one in seen] == [64, 64, 64, 70]
+    assert [len(one) for one in seen] == [3, 64, 64, 70]  # as written, recorded, replayed, as written
     assert seen[-2] == [0, 2, 3, 4, *[8] * 60]
     assert recorded.aside == 1
 
@@ -175,11 +176,43 @@ def test_what_cannot_be_recorded_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         pytest.raises(SvdtuneError, match="is called with attention_mask, of which a graph cannot"),
     ):
         model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=DEVICE), attention_mask={"full_attention": None})
-    with (
-        recorded_body(model),
-        pytest.raises(SvdtuneError, match="recorded in a CUDA graph: beside last_hidden_state it ret"),
-    ):
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long, device=DEVICE), output_hidden_states=True)
+    inputs = {"input_ids": torch.zeros(1, 4, dtype=torch.long, device=DEVICE), "output_hidden_states": True}
+    with recorded_body(model):
+        model(**inputs)
+        with pytest.raises(SvdtuneError, match="recorded in a CUDA graph: beside last_hidden_state it ret"):
+            model(**inputs)
+    model.get_base_model().model.__dict__["forward"] = lambda *args: None
+    with recorded_body(model), pytest.raises(SvdtuneError, match="with 1 arguments that have no name"):
+        model.get_base_model().model(torch.zeros(1))
+
+
+def test_a_short_first_batch_decides_nothing() -> None:
+    """A resumed run may begin with an epoch's last."""
+    model = adapted("sorsa").to(DEVICE)
+    with recorded_body(model) as recorded:
+        model(**on(batch(0, sequences=1))).loss.backward()
+        assert not recorded.recorded
+        for step in range(3):
+            model(**on(batch(step))).loss.backward()
+        assert recorded.recorded
+        assert recorded.aside == 0
+        model(**on(batch(0, sequences=1)))
+        assert recorded.aside == 1
+
+
+def test_a_body_that_is_given_its_tokens_by_place_is_recorded() -> None:
+    config = GPTNeoXConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, use_cache=False
+    )
+    model = get_peft_model(GPTNeoXForCausalLM(config), SorsaConfig(r=2, target_modules=["query_key_value"]))
+    ids = torch.arange(8, device=DEVICE)[None]
+    wanted = model.train().to(DEVICE)(input_ids=ids, labels=ids).loss
+    with recorded_body(model) as recorded:
+        found = [model(input_ids=ids, labels=ids).loss for _ in range(3)]
+        assert recorded.recorded
+        assert recorded.aside == 0
+    for loss in found:
+        torch.testing.assert_close(loss, wanted)
 
 
 @pytest.mark.parametrize(
