@@ -82,7 +82,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="name the parts and stop")
     parser.add_argument("--out", type=Path, help="append the lines to this file too")
     arguments, words = parser.parse_known_args()
-    asked = arguments.rows or sorted({part.shape for part in PARTS} - {"tiny"})
+    shapes = {part.shape for part in PARTS}
+    asked = arguments.rows or sorted(shapes if arguments.list else shapes - {"tiny"})
     if unknown := [word for word in asked if not any(word in part.name for part in PARTS)]:
         sys.exit(f"--rows: no part has {', '.join(unknown)} in its name; --list names them")
     names = {part.name for part in PARTS}

@@ -1,7 +1,7 @@
 """The Markdown table of a results file of `step.py` or `decode.py`, as docs/performance.md shows
 it.
 
-python benchmarks/table.py benchmarks/results/step-llama-7b-h200.jsonl
+python benchmarks/table.py benchmarks/results/step-llama-7b-h100.jsonl
 """
 
 import json

@@ -1,5 +1,6 @@
 """What a test may change of PyTorch for the whole process, and how it is put back."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ import torch
 @contextmanager
 def kept_torch_state() -> Iterator[None]:
     """Begin in full fp32, and leave as it was: precision, default dtype, autograd, threads, CUDA's
-    mode, compiled code."""
+    mode, compiled code, and what Transformers 4 tells Accelerate of a trainer's precision, which
+    the next trainer of the process would take."""
     dtype, threads, grad = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled()
     deterministic = torch.are_deterministic_algorithms_enabled()
     forbid_tf32()
@@ -25,6 +27,7 @@ def kept_torch_state() -> Iterator[None]:
             torch.set_num_threads(threads)
         if torch.cuda.is_initialized():
             torch.cuda.set_sync_debug_mode("default")
+        os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
         _forget_compiled()
 
 

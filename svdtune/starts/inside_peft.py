@@ -233,8 +233,9 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
     if waiting is None or adapter_name in self.lora_variant or hasattr(own, "ds_id"):
         _start_waiting({at: one})
         return None
-    if at in waiting:  # tied: its start comes off first
+    if at in waiting:  # tied: its start comes off first, and what is left lies elsewhere
         _start_waiting(waiting)
+        at = _matrix(self).data_ptr()
     waiting[at] = one
     return None
 

@@ -83,7 +83,7 @@ class GatedLinear(torch.autograd.Function):
             bias = None if bias_or_output is None else bias_or_output.to(dtype)
             y = F.linear(x.to(dtype), weight.to(dtype), bias)
         add_product(y, t, B)
-        ctx.save_for_backward(flat if terms.front else None, z, gate_input, gate, weight, V_ready, *terms[:-1])
+        ctx.save_for_backward(flat if terms.front else None, z, gate_input, gate, weight, V_ready, *values[:-1])
         ctx.front, ctx.shape = terms.front, x.shape
         ctx.dtypes = (x.dtype, None if x_adapter is None else x_adapter.dtype)
         return y
