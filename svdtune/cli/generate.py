@@ -29,7 +29,9 @@ def generate(
         str | None, typer.Option(help="plain, chat, or text with {prompt} in it. Default: as the run, or chat.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Length limit of the answer.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="With --data: answers generated together.")] = 16,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="With --data: answers generated together. Default: 16.")
+    ] = None,
     restart: Annotated[
         bool, typer.Option("--restart", help="With --data: drop an interrupted call's answers.")
     ] = False,
@@ -56,11 +58,17 @@ def generate(
         raise SvdtuneError(
             "give a prompt, or --data with --output, such as --data prompts.jsonl --output answers.jsonl"
         )
+    for_rows = {"--field": field, "--batch-size": batch_size, "--restart": restart or None}
+    if data is None and (idle := [option for option, value in for_rows.items() if value is not None]):
+        raise SvdtuneError(
+            f"{', '.join(idle)}: for the rows of --data alone; leave that out where one prompt is answered"
+        )
     found = find_source(source, adapter)
     loaded = open_source(found, **placement(dtype, device))
     template = choose_template(found.recipe, loaded.tokenizer, template)
     if data is not None and output is not None:
-        how = {"template": template, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "restart": restart}
+        how = {"template": template, "max_new_tokens": max_new_tokens, "restart": restart}
+        how |= {} if batch_size is None else {"batch_size": batch_size}
         _answer_rows(loaded, found.recipe, data, output, field, how)
         return
     assert prompt is not None

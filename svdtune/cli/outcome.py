@@ -14,6 +14,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from svdtune.cli.values import at_home
 from svdtune.errors import SvdtuneWarning
 
 _found: list[Any] = []  # of the verb that runs
@@ -37,7 +38,7 @@ def plain_output() -> None:
 
 
 def reporting(command: Any) -> Any:
-    """The command, and those that it is made of, with both options."""
+    """The command, and those that it is made of, with both options, and `~` as a home in paths."""
     for inner in getattr(command, "commands", {}).values():
         reporting(inner)
     work = command.callback
@@ -47,7 +48,7 @@ def reporting(command: Any) -> Any:
     @wraps(work)
     def told(quiet: bool, json_to: Path | str | None, **given: Any) -> Any:
         # Typer 0.16 gives the text where the option is added to a verb's own
-        json_to = None if json_to is None else Path(json_to)
+        json_to = None if json_to is None else at_home(Path(json_to))
         _found.clear()
         with ExitStack() as kept:
             if quiet:
@@ -55,7 +56,7 @@ def reporting(command: Any) -> Any:
             if json_to == Path("-"):
                 kept.enter_context(redirect_stdout(sys.stderr))
             try:
-                ended = work(**given)
+                ended = work(**{name: at_home(value) for name, value in given.items()})
             except typer.Exit:  # with a status that says what was found
                 kept.close()
                 _write(json_to)

@@ -1,11 +1,12 @@
-"""What no option of any verb takes: a number that is none in a recipe or fits no machine, and a
-word that is empty."""
+"""What every verb takes alike: `~` is one's home in a path, and no verb takes a number that is none
+in a recipe or fits no machine, or a word that is empty."""
 
 import inspect
 import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 from svdtune.errors import SvdtuneError
@@ -35,6 +36,24 @@ def check_words(words: Sequence[str]) -> None:
                 "out (a shell's variable that is not set is empty too; in a recipe's setting, null is none)"
             )
         before = word
+
+
+def at_home(value: Any) -> Any:
+    """The value of an option; where it is a path, or a list of them, with its `~` as a folder,
+    which a shell leaves as it is in quotes and behind `=`.
+
+    Raises:
+        SvdtuneError: there is no such home.
+    """
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    try:
+        return value.expanduser() if isinstance(value, Path) else value
+    except RuntimeError as error:
+        raise SvdtuneError(
+            f"{value} begins with the home of a user who is not here; write ./{value} for a file of that name, or the "
+            "path in full"
+        ) from error
 
 
 def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:

@@ -16,7 +16,7 @@ from svdtune.evaluation.predictions import PredictionStore
 from svdtune.evaluation.scores import evaluate
 from svdtune.evaluation.tasks.task import Task
 from svdtune.models import LoadedModel
-from svdtune.system import write_text
+from svdtune.system import explain_write_errors, read_objects, write_text
 from svdtune.training.lock import held
 
 ANSWER = "generated"  # the column that is added
@@ -50,11 +50,13 @@ def answer_all(
         How many answers were cut at the limit.
 
     Raises:
-        SvdtuneError: the file is there, a prompt is empty or leaves too little room, an interrupted
-            call had other rows or settings, the file cannot be written, or another process is
-            writing it.
+        SvdtuneError: the file is there, a row holds what JSON cannot, a prompt is empty or leaves
+            too little room, an interrupted call had other rows or settings, the file cannot be
+            written, or another process is writing it.
     """
+    _check_rows(examples)  # now, not when all is generated
     part = output.with_name(f"{output.name}.part")
+    _clear_file(part, restart)
     items = [Item(one.name, "", tuple(prompt_ids(one, loaded.tokenizer, template)), "") for one in examples]
     with held(part, "generate"):
         if output.exists():
@@ -70,7 +72,7 @@ def answer_all(
             restart=restart,
             on_progress=on_progress,
         )
-        found = [json.loads(line) for line in (part / PredictionStore.PREDICTIONS).read_text("utf-8").splitlines()]
+        found = read_objects(part / PredictionStore.PREDICTIONS)
         rows = [
             {**example.row, ANSWER: one["completion"], "ended": one["ended"]}
             for example, one in zip(examples, found, strict=True)
@@ -79,3 +81,28 @@ def answer_all(
         for name in PredictionStore.FILES:
             (part / name).unlink()
     return made.unended
+
+
+def _check_rows(examples: Sequence[Example]) -> None:
+    for example in examples:
+        for column, value in example.row.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise SvdtuneError(
+                    f"{example.name} cannot be written as JSON: its column {column!r} holds {value!r:.60} ({error}); make "
+                    "that a text in the data, or leave the column out"
+                ) from error
+
+
+def _clear_file(part: Path, restart: bool) -> None:
+    """Make room for the folder: an older svdtune kept answers in a file of its name."""
+    if not part.is_file():
+        return
+    if not restart:
+        raise SvdtuneError(
+            f"{part} is a file, as an older svdtune left of an interrupted call; answers are kept in a folder of that name "
+            "now, so it cannot be gone on with: move it away, or start over with --restart, which removes it"
+        )
+    with explain_write_errors(part):
+        part.unlink()

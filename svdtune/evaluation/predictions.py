@@ -81,7 +81,7 @@ class PredictionStore:
         if restart:
             for path in (self._result, self._predictions, self._settings):
                 path.unlink(missing_ok=True)
-        self._check_settings(settings)
+        self._check_settings(_placed(settings))
         self.done = self._read()
 
     def append(self, predictions: Iterable[Prediction]) -> None:
@@ -113,6 +113,7 @@ class PredictionStore:
             raise SvdtuneError(f"{self._settings} cannot be read ({error}); {_WAY_OUT}") from error
         # Through JSON and back: tuples are lists there.
         wanted = json.loads(json.dumps(settings))
+        found = _placed(found)
         changed = [key for key in wanted | found if wanted.get(key) != found.get(key)]
         if changed:
             differences = "; ".join(f"{key}: {found.get(key)!r} there, {wanted.get(key)!r} now" for key in changed)
@@ -133,6 +134,14 @@ class PredictionStore:
 
 
 _WAY_OUT = "name another output folder, or start over with --restart"
+
+
+def _placed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a model of this disk is one, however its path is spelt."""
+    model = settings.get("model")
+    if not isinstance(model, str) or not os.path.exists(place := os.path.expanduser(model)):
+        return settings
+    return {**settings, "model": os.path.realpath(place)}
 
 
 def _line(prediction: Prediction) -> str:

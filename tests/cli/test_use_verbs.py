@@ -5,9 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from filelock import FileLock
 from peft import get_peft_model
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from svdtune import SorsaConfig
@@ -75,10 +78,11 @@ def test_an_interrupted_file_goes_on(tiny_folder: Path, monkeypatch: pytest.Monk
     assert other.exit_code == 2
     assert "predictions made with other settings" in other.stderr
     assert "--restart" in other.stderr
-    assert answer_file(tiny_folder).exit_code == 0
+    Path("model").symlink_to(tiny_folder)
+    assert answer_file(Path("model")).exit_code == 0, "it is the same model, however its path is spelt"
     assert asked[2:] == [2, 1], "the first two are not asked again"
     assert Path("answers.jsonl").read_text() == whole
-    assert [path.name for path in Path().iterdir() if path.name != "prompts.jsonl"] == ["answers.jsonl"]
+    assert sorted(path.name for path in Path().iterdir()) == ["answers.jsonl", "model", "prompts.jsonl"]
 
 
 def test_two_do_not_write_one_file(tiny_folder: Path) -> None:
@@ -97,6 +101,57 @@ def test_a_prompt_or_a_file(words: list[str], tiny_folder: Path) -> None:
     found = svdtune("generate", tiny_folder, *words)
     assert found.exit_code == 2
     assert "give a prompt, or --data with --output" in found.stderr
+
+
+def test_what_is_for_rows_is_refused_with_one_prompt(tiny_folder: Path) -> None:
+    found = svdtune("generate", tiny_folder, "hi", "--field", "ask", "--batch-size", "16", "--restart")
+    assert found.exit_code == 2
+    assert "--field, --batch-size, --restart: for the rows of --data alone; leave that out" in found.stderr
+
+
+def test_an_answer_may_hold_any_line_separator(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\ni"
+    monkeypatch.setattr(PreTrainedTokenizerFast, "batch_decode", lambda self, ids, **_: [answer for _ in ids])
+    assert answer_file(tiny_folder).exit_code == 0
+    lines = Path("answers.jsonl").read_bytes().split(b"\n")[:-1]
+    assert [json.loads(line)["generated"] for line in lines] == [answer] * len(ROWS)
+
+
+def test_a_home_is_a_folder_in_every_path(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("home").mkdir()
+    monkeypatch.setenv("HOME", str(Path("home").absolute()))
+    made = answer_file(tiny_folder, "--output", "~/answers.jsonl", "--json", "~/found.json")
+    assert made.exit_code == 0, made.output
+    assert svdtune("recipes", "write", "small", "--output", "~/mine.yaml").exit_code == 0
+    assert svdtune("data", "check", "~/answers.jsonl").exit_code == 0
+    assert {path.name for path in Path("home").iterdir()} == {"answers.jsonl", "found.json", "mine.yaml"}
+    assert not Path("~").exists()
+    refused = answer_file(tiny_folder, "--output", "~nobody-here/answers.jsonl")
+    assert refused.exit_code == 2
+    assert "~nobody-here/answers.jsonl begins with the home of a user who is not here; write ./~" in refused.stderr
+
+
+def test_a_row_that_json_cannot_hold_is_refused_before_any_answer(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransformersEngine, "complete", None)
+    pq.write_table(pa.table({"ask": ["ab", "cd"], "when": pa.array([None, 0], pa.timestamp("s"))}), "dated.parquet")
+    found = answer_file(tiny_folder, "--data", "dated.parquet")
+    assert found.exit_code == 2
+    assert "dated.parquet row 2 cannot be written as JSON: its column 'when' holds datetime" in found.stderr
+    assert "make that a text in the data, or leave the column out" in found.stderr
+    assert not list(Path().glob("answers*"))
+
+
+def test_a_file_of_an_older_version_is_said_and_goes_with_restart(tiny_folder: Path) -> None:
+    Path("answers.jsonl.part").write_text("{}\n")
+    found = answer_file(tiny_folder)
+    assert found.exit_code == 2
+    assert "answers.jsonl.part is a file, as an older svdtune left" in found.stderr
+    assert "start over with --restart, which removes it" in found.stderr
+    assert Path("answers.jsonl.part").exists()
+    assert answer_file(tiny_folder, "--restart").exit_code == 0
+    assert not Path("answers.jsonl.part").exists()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 from svdtune._version import __version__
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import Evaluation
+from svdtune.evaluation.predictions import PredictionStore
 from svdtune.lab.study.grid import Job, file_name
 from svdtune.lab.study.measurement import MEASURED
 from svdtune.lab.study.results import RESULTS, pack, read_results
@@ -102,8 +103,7 @@ def scores_of(result: Evaluation) -> dict[str, Any]:
     assert score is not None
     if result.strict is not None and result.paper is not None:
         others["paper"] = result.paper.accuracy
-    lines = (result.folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    right = [bool(json.loads(line)[mode]) for line in lines]
+    right = [bool(one[mode]) for one in read_objects(result.folder / PredictionStore.PREDICTIONS)]
     packed = pack(right) if len(right) == result.n else None
     others["unended"] = float(result.unended)
     return {"metric": "accuracy", "value": score.accuracy, "n": result.n, "correct": packed, "others": others}

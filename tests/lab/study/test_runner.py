@@ -16,10 +16,14 @@ from typer.testing import CliRunner
 
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
+from svdtune.evaluation import Evaluation
+from svdtune.evaluation.interval import wilson_interval
+from svdtune.evaluation.predictions import Prediction, PredictionStore
+from svdtune.evaluation.scores import Score
 from svdtune.lab.study import worker
 from svdtune.lab.study.grid import Job, cells
-from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, write_record
-from svdtune.lab.study.results import read_results
+from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, scores_of, write_record
+from svdtune.lab.study.results import pack, read_results
 from svdtune.lab.study.runner import How, _Runner, run_studies
 from svdtune.lab.study.spec import load_study
 
@@ -370,3 +374,12 @@ def test_published_runs_are_taken_over_and_failed_ones_are_made(write_study) -> 
     assert again["runs"][1:] == before[1:]
     with pytest.raises(SvdtuneError, match=r"out/runs has no published study: expected results\.json in folders in it"):
         run_studies({"study": load_study(study)}, Path("elsewhere"), How(published=Path("out/runs")))
+
+
+def test_right_answers_are_counted_whatever_separates_their_lines(tmp_path: Path) -> None:
+    store = PredictionStore(tmp_path, {})
+    for index, right in enumerate([True, False]):
+        store.append([Prediction(index, "", "", "a\u2028b\x85c", "", None, right, None, None, 1, True)])
+    score = Score(1, 0.5, wilson_interval(1, 2))
+    scores = scores_of(Evaluation("number", 2, score, None, {}, 0, 0.0, {}, tmp_path))
+    assert scores["correct"] == pack([True, False])
