@@ -24,16 +24,17 @@ _INSTEAD = "Set training.compile: true, which compiles and records nothing"
 
 
 @contextmanager
-def recorded_body(model: Any) -> Iterator["RecordedBody"]:
-    """Record a model's body once two training passes in a row were alike, and replay it until the
-    `with` block ends.
+def recorded_body(model: Any, *, resumed: bool = False) -> Iterator["RecordedBody"]:
+    """Record a model's body at its first training pass, and replay it until the `with` block ends.
 
     Args:
         model: of Transformers, with or without an adapter, on a CUDA device, whole in one process.
+        resumed: whether the first pass may be of an epoch's last batch, which is a short one: it
+            runs as written, and the second is recorded.
 
     Raises:
-        SvdtuneError: a model without a body of its own; in the first passes, one that cannot be
-            recorded.
+        SvdtuneError: a model without a body of its own; at the pass that is recorded, one that
+            cannot be.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     body = getattr(base, getattr(base, "base_model_prefix", "") or "-", None)
@@ -43,7 +44,7 @@ def recorded_body(model: Any) -> Iterator["RecordedBody"]:
             f"base_model_prefix. {_INSTEAD}"
         )
     before = body.__dict__.get("forward")
-    recorded = RecordedBody(body)
+    recorded = RecordedBody(body, resumed)
     body.forward = recorded
     try:
         with layers_apart(model):
@@ -60,44 +61,35 @@ class RecordedBody:
 
     As it was: names, shapes and dtypes of all tensors, all other arguments, autocast, and the
     addresses of the parameters and which of them are trained. Where rows begin is padded, with rows
-    of no token, to twice as many as a batch had. One forward pass is followed by its backward pass
-    before the next.
-
-    A resumed run may begin with an epoch's last batch, which is a short one, so the first pass runs
-    as written, and the first that is like the one before it is recorded.
+    of no token, to twice as many as the first batch had. One forward pass is followed by its
+    backward pass before the next.
 
     Attributes:
-        recorded: whether a pass was.
-        aside: how many training passes since then ran as written.
+        aside: how many training passes ran as written.
     """
 
-    def __init__(self, body: nn.Module):
+    def __init__(self, body: nn.Module, resumed: bool):
         self.aside = 0
         self._body, self._written = body, body.forward
+        self._waits = resumed
         self._rows = 0
         self._kind: Any = None
         self._replay: Any = None
         self._parameters: list[nn.Parameter] = []
         self._part: Any = None
 
-    @property
-    def recorded(self) -> bool:
-        return self._replay is not None
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._body.training or not torch.is_grad_enabled():
             return self._written(*args, **kwargs)
-        given = self._padded(self._named(args, kwargs))
-        if not self.recorded:
-            self._check(given)
-            self._parameters = list(self._body.parameters())
-        kind = self._kind_of(given)
-        if not self.recorded:
-            if kind != self._kind:
-                self._kind = kind
+        if self._waits:
+            self._waits, self.aside = False, 1
+            with torch.compiler.set_stance("force_eager"):  # nothing is compiled for one pass
                 return self._written(*args, **kwargs)
-            self._replay = self._record(given)
-        if kind != self._kind:
+        given = self._padded(self._named(args, kwargs))
+        if self._replay is None:
+            self._parameters = list(self._body.parameters())
+            self._kind, self._replay = self._kind_of(given), self._record(given)
+        if self._kind_of(given) != self._kind:
             self.aside += 1
             return self._written(*args, **kwargs)
         self._move_gradients()
@@ -120,18 +112,9 @@ class RecordedBody:
         for name in ROW_BOUNDS:
             bounds = given.get(name)
             if isinstance(bounds, Tensor):
-                if not self.recorded and len(bounds) > self._rows:
-                    self._rows = max(_LEAST_ROWS, 2 * len(bounds))
+                self._rows = self._rows or max(_LEAST_ROWS, 2 * len(bounds))
                 given[name] = torch.cat([bounds, bounds[-1:].expand(max(0, self._rows - len(bounds)))])
         return given
-
-    def _check(self, given: dict[str, Any]) -> None:
-        unfit = [name for name, x in given.items() if not isinstance(x, Tensor | bool | int | float | str | None)]
-        if unfit:
-            raise SvdtuneError(
-                f"training.compile: graph: {type(self._body).__name__} is called with {', '.join(unfit)}, of which a graph "
-                f"cannot tell whether it changed. {_INSTEAD}"
-            )
 
     def _kind_of(self, given: dict[str, Any]) -> Any:
         arguments = [
@@ -143,6 +126,11 @@ class RecordedBody:
     def _record(self, given: dict[str, Any]) -> Any:
         tensors = {name: x for name, x in given.items() if isinstance(x, Tensor)}
         others = {name: x for name, x in given.items() if name not in tensors}
+        if unfit := [name for name, x in others.items() if not isinstance(x, bool | int | float | str | None)]:
+            raise SvdtuneError(
+                f"training.compile: graph: {type(self._body).__name__} is called with {', '.join(unfit)}, of which a graph "
+                f"cannot tell whether it changed. {_INSTEAD}"
+            )
         self._part = part = _Part(self._written, list(tensors), others, self._parameters)
         sample = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in tensors.values())
         first = self._parameters[0]

@@ -113,7 +113,7 @@ def forward(name: str) -> torch.Tensor:
     return logits(adapted(name, moved=0.1))
 
 
-U_OF_MOSARA = (mosara, "projections", "scaled_rows(U, v)", "-scaled_rows(U, v)")
+U_OF_MOSARA = (mosara, "_projections", "scaled_rows(U, v)", "-scaled_rows(U, v)")
 CHANGES = {
     "sara, forward": (sara, "sara_linear", "bias, U,", "bias, -U,", lambda: forward("sara")),
     "sara, generating": (sara, "sara_linear", "bias, U,", "bias, -U,", lambda: generated("sara")),

@@ -95,7 +95,7 @@ class GatedLinear(torch.autograd.Function):
         front, dtype, k = ctx.front, z.dtype, lam.shape[1]
         needs_x, _, needs_base, needs_adapter, *_ = ctx.needs_input_grad
         dY = grad.to(dtype).reshape(-1, grad.shape[-1])
-        A, B = projections(Terms(U, V, lam, v, w1, w2, front), dtype, V_ready)
+        A, B = _projections(Terms(U, V, lam, v, w1, w2, front), dtype, V_ready)
         dz, dlam, dw1, dw2, da = _mix_backward(dY @ B, z, gate, gate_input, lam, None if front else w1, w2)
         if da is not None and front:
             dw1 = V.mT.to(w1.dtype) @ (flat.mT.to(w1.dtype) @ da)
@@ -180,7 +180,7 @@ def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
     return filled(V, COLUMNS if V.is_cuda and dtype.itemsize == 2 else 1).to(dtype)
 
 
-def projections(terms: Terms, dtype: torch.dtype, V_ready: Tensor | None) -> tuple[Tensor, Tensor]:
+def _projections(terms: Terms, dtype: torch.dtype, V_ready: Tensor | None) -> tuple[Tensor, Tensor]:
     """A [in, k'] and B [out, k'], the frozen factors with v folded into the one it stands
     beside."""
     U, V, v = terms.U, terms.V, terms.v
@@ -190,7 +190,7 @@ def projections(terms: Terms, dtype: torch.dtype, V_ready: Tensor | None) -> tup
 
 
 class Readied(NamedTuple):
-    """What of a layer does not depend on the token: A [in, k'] and B [out, k'] as `projections`
+    """What of a layer does not depend on the token: A [in, k'] and B [out, k'] as `_projections`
     gives them, and V w₁ [in], which the gate reads where v stands in front."""
 
     A: Tensor
@@ -201,7 +201,7 @@ class Readied(NamedTuple):
 def _readied(terms: Terms, dtype: torch.dtype, V_ready: Tensor | None) -> Readied:
     V, w1 = terms.V, terms.w1
     read = (V @ w1.to(V.dtype)).to(dtype) if terms.front and w1 is not None else None
-    return Readied(*projections(terms, dtype, V_ready), read)
+    return Readied(*_projections(terms, dtype, V_ready), read)
 
 
 def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
