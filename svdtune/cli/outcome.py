@@ -45,23 +45,25 @@ def reporting(command: Any) -> Any:
     if work is None or hasattr(command, "commands"):
         return command
 
+    # Typer 0.16 makes paths of texts only after what stands here; later ones' options have no type
+    kinds = {option.name: type(getattr(option, "type", None)).__name__ for option in command.params}
+
     @wraps(work)
     def told(quiet: bool, json_to: Path | str | None, **given: Any) -> Any:
-        # Typer 0.16 gives the text where the option is added to a verb's own
-        json_to = None if json_to is None else at_home(Path(json_to))
+        answer: Path | None = at_home(json_to, True)
         _found.clear()
         with ExitStack() as kept:
             if quiet:
                 kept.enter_context(_hushed())
-            if json_to == Path("-"):
+            if answer == Path("-"):
                 kept.enter_context(redirect_stdout(sys.stderr))
             try:
-                ended = work(**{name: at_home(value) for name, value in given.items()})
+                ended = work(**{name: at_home(value, "path" in kinds[name].lower()) for name, value in given.items()})
             except typer.Exit:  # with a status that says what was found
                 kept.close()
-                _write(json_to)
+                _write(answer)
                 raise
-        _write(json_to)
+        _write(answer)
         return ended
 
     command.callback = told

@@ -38,15 +38,21 @@ def check_words(words: Sequence[str]) -> None:
         before = word
 
 
-def at_home(value: Any) -> Any:
+def at_home(value: Any, is_path: bool) -> Any:
     """The value of an option; where it is a path, or a list of them, with its `~` as a folder,
     which a shell leaves as it is in quotes and behind `=`.
+
+    Args:
+        value: as the command line has it.
+        is_path: whether a text is to be a path.
 
     Raises:
         SvdtuneError: there is no such home.
     """
-    if isinstance(value, list):
-        return [at_home(one) for one in value]
+    if isinstance(value, list | tuple):
+        return [at_home(one, is_path) for one in value]
+    if is_path and isinstance(value, str):
+        value = Path(value)
     try:
         return value.expanduser() if isinstance(value, Path) else value
     except RuntimeError as error:
