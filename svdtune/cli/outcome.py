@@ -58,7 +58,9 @@ def reporting(command: Any) -> Any:
             if answer == Path("-"):
                 kept.enter_context(redirect_stdout(sys.stderr))
             try:
-                ended = work(**{name: at_home(value, "path" in kinds[name].lower()) for name, value in given.items()})
+                ended = work(
+                    **{name: at_home(value, "path" in kinds.get(name, "").lower()) for name, value in given.items()}
+                )
             except typer.Exit:  # with a status that says what was found
                 kept.close()
                 _write(answer)
