@@ -108,7 +108,8 @@ def read_yaml(text: str, source: str) -> Any:
         _check_events(_yaml().parse(text), source)
         # Before anything is made of it: merge keys (<<) copy what they name, and a few of them copy
         # for ever.
-        if _size(_yaml().compose(text), {}, source) > _MOST_VALUES:
+        count, depth = _size(_yaml().compose(text), {}, source)
+        if count > _MOST_VALUES or depth > _DEEPEST:
             raise SvdtuneError(_too_much(source))
         return _yaml().load(text)
     except SvdtuneError:
@@ -158,11 +159,11 @@ def _check_tag(tag: str, value: str, where: str) -> None:
         )
 
 
-def _size(node: Any, known: dict[int, int], source: str) -> int:
-    """How many values a node stands for, each alias counted as often as it is used; too many where
-    it contains itself. Refuses names that are no texts."""
+def _size(node: Any, known: dict[int, tuple[int, int]], source: str) -> tuple[int, int]:
+    """How many values a node stands for, each alias counted as often as it is used, and how deep
+    they lie; too many where it contains itself. Refuses names that are no texts."""
     if id(node) not in known:
-        known[id(node)] = _MOST_VALUES + 1
+        known[id(node)] = _MOST_VALUES + 1, 0
         inner = node.value if isinstance(node, SequenceNode | MappingNode) else []
         names = [entry[0] for entry in inner if isinstance(entry, tuple)]
         if odd := [name for name in names if name.tag not in (f"{_TAG}str", f"{_TAG}merge")]:
@@ -170,7 +171,12 @@ def _size(node: Any, known: dict[int, int], source: str) -> int:
             shown += f" in line {odd[0].start_mark.line + 1}"
             raise SvdtuneError(f"{source}: the name {shown} is not a text; put it in quotes if it is meant")
         parts = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
-        known[id(node)] = min(1 + sum(_size(part, known, source) for part in parts), _MOST_VALUES + 1)
+        sizes = [_size(part, known, source) for part in parts]
+        count = min(1 + sum(count for count, _ in sizes), _MOST_VALUES + 1)
+        known[id(node)] = (
+            count,
+            0 if isinstance(node, ScalarNode) else 1 + max((depth for _, depth in sizes), default=0),
+        )
     return known[id(node)]
 
 

@@ -147,6 +147,10 @@ def test_yaml_is_1_2(tmp_path: Path) -> None:
         ("model:\n\tname: a\n", r"line 2 is not valid YAML: .*indent with spaces, not tabs"),
         ("model: a\n~: b\n", r"the name ~ in line 2 is not a text; put it in quotes if it is meant"),
         ("model: a\n? [b]\n: c\n", r"the name that is a sequence in line 2 is not a text"),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 40)),
+            r"is not a recipe: expected at most 100,000 values, at most 30 deep",
+        ),
         ("model: &a [*a]\n", r"is not a recipe: expected at most 100,000 values, at most 30 deep"),
         ("[" * 5000, r"is not a recipe|is not valid YAML"),
         ("model: " + "1" * 5000, r"is not valid YAML: Exceeds the limit .*put texts in quotes"),
