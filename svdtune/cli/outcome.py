@@ -46,26 +46,24 @@ def reporting(command: Any) -> Any:
         return command
 
     # Typer 0.16 makes paths of texts only after what stands here; later ones' options have no type
-    kinds = {option.name: type(getattr(option, "type", None)).__name__ for option in command.params}
+    paths = {one.name for one in command.params if "path" in type(getattr(one, "type", None)).__name__.lower()}
 
     @wraps(work)
     def told(quiet: bool, json_to: Path | str | None, **given: Any) -> Any:
-        answer: Path | None = at_home(json_to, True)
+        file: Path | None = at_home(json_to, True)
         _found.clear()
         with ExitStack() as kept:
             if quiet:
                 kept.enter_context(_hushed())
-            if answer == Path("-"):
+            if file == Path("-"):
                 kept.enter_context(redirect_stdout(sys.stderr))
             try:
-                ended = work(
-                    **{name: at_home(value, "path" in kinds.get(name, "").lower()) for name, value in given.items()}
-                )
+                ended = work(**{name: at_home(value, name in paths) for name, value in given.items()})
             except typer.Exit:  # with a status that says what was found
                 kept.close()
-                _write(answer)
+                _write(file)
                 raise
-        _write(answer)
+        _write(file)
         return ended
 
     command.callback = told
