@@ -37,8 +37,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import svdtune
 from svdtune.methods import compute
 from svdtune.training.compilation import any_number_of_rows, compiled_blocks
+from svdtune.training.cuda_graph import recorded_body
 from svdtune.training.packing import ROW_LENGTHS, TOKENS, PackingCollator
-from svdtune.training.recording import recorded_body
 from svdtune.training.row_attention import attention_by_rows
 
 

@@ -34,6 +34,7 @@ from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
 from svdtune.training.collators import make_collator
 from svdtune.training.compilation import compiled_blocks, compiles
+from svdtune.training.cuda_graph import recorded_body
 from svdtune.training.early_stopping import StopWithoutProgress
 from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, digest_of, start_run, take_up, write_summary
 from svdtune.training.health import WatchNumbers
@@ -46,7 +47,6 @@ from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
-from svdtune.training.recording import recorded_body
 from svdtune.training.room import check_room
 from svdtune.training.sharded_state import is_spread, saved_state
 

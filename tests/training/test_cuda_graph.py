@@ -15,7 +15,7 @@ from svdtune import SorsaConfig, regularize
 from svdtune.errors import SvdtuneError
 from svdtune.training.arguments import training_arguments
 from svdtune.training.compilation import compiled_blocks
-from svdtune.training.recording import recorded_body
+from svdtune.training.cuda_graph import recorded_body
 from tiny import tiny_llama
 
 GPU = torch.cuda.is_available()
