@@ -56,7 +56,8 @@ class StudyProgress:
 
     def finals(self, cell: Cell) -> list[Job]:
         """The runs that count, as far as is known with which learning rates."""
-        return cell.finals(self.rates_of(cell) or cell.candidates[:1], self.study.seeds)
+        few = self.study.tune.finish if self.study.tune else 1
+        return cell.finals(self.rates_of(cell) or cell.candidates[:few], self.study.seeds)
 
     def round_of(self, job: Job) -> int:
         """When a run is made: the search comes first, then seed after seed of every arm, so that

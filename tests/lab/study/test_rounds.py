@@ -9,7 +9,9 @@ from threading import Barrier
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from svdtune.cli import app
 from svdtune.lab.study.grid import Job
 from svdtune.lab.study.records import Place, record_of, write_record
 from svdtune.lab.study.results import Results, read_results
@@ -58,6 +60,14 @@ def test_nothing_is_searched_where_every_candidate_makes_every_seed(write_study,
     run(write_study, How(), tune={"learning_rates": list(LOSS), "finish": 3}, seeds=[5])
     assert {(job.phase, job.seed) for job, _ in made} == {("final", 5)}
     assert Counter((job.arm, job.learning_rate) for job, _ in made) == {(arm, r): 1 for arm in ARMS for r in LOSS}
+
+
+def test_a_dry_run_counts_the_runs_that_are_made(write_study, made) -> None:
+    tune = {"learning_rates": list(LOSS), "finish": 2}
+    file = write_study(arms=ARMS, tune=tune, seeds=[5, 6, 7], generate=False)
+    said = CliRunner().invoke(app, ["study", str(file), "--dry-run", "--output", "out"]).stdout
+    run(write_study, How())
+    assert f"  {len(made)} runs\n" in said
 
 
 @pytest.mark.parametrize("minutes", [0, None])
