@@ -14,7 +14,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from svdtune.cli.values import at_home
+from svdtune.cli.values import guard
 from svdtune.errors import SvdtuneWarning
 
 _found: list[Any] = []  # of the verb that runs
@@ -38,32 +38,28 @@ def plain_output() -> None:
 
 
 def reporting(command: Any) -> Any:
-    """The command, and those that it is made of, with both options, and `~` as a home in paths."""
+    """The command, and those that it is made of, with both options."""
     for inner in getattr(command, "commands", {}).values():
         reporting(inner)
     work = command.callback
     if work is None or hasattr(command, "commands"):
         return command
 
-    # Typer 0.16 makes paths of texts only after what stands here; later ones' options have no type
-    paths = {one.name for one in command.params if "path" in type(getattr(one, "type", None)).__name__.lower()}
-
     @wraps(work)
-    def told(quiet: bool, json_to: Path | str | None, **given: Any) -> Any:
-        file: Path | None = at_home(json_to, True)
+    def told(quiet: bool, json_to: Path | None, **given: Any) -> Any:
         _found.clear()
         with ExitStack() as kept:
             if quiet:
                 kept.enter_context(_hushed())
-            if file == Path("-"):
+            if json_to == Path("-"):
                 kept.enter_context(redirect_stdout(sys.stderr))
             try:
-                ended = work(**{name: at_home(value, name in paths) for name, value in given.items()})
+                ended = work(**given)
             except typer.Exit:  # with a status that says what was found
                 kept.close()
-                _write(file)
+                _write(json_to)
                 raise
-        _write(file)
+        _write(json_to)
         return ended
 
     command.callback = told
@@ -86,7 +82,7 @@ def _options() -> list[Any]:
         ] = None,
     ) -> None: ...
 
-    return list(typer.main.get_command(app).params)
+    return list(guard(typer.main.get_command(app)).params)
 
 
 @contextmanager

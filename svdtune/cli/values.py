@@ -4,8 +4,7 @@ in a recipe or fits no machine, or a word that is empty."""
 import inspect
 import math
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from functools import wraps
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +37,6 @@ def check_words(words: Sequence[str]) -> None:
         before = word
 
 
-def at_home(value: Any, is_path: bool) -> Any:
-    """The value of an option; where it is a path, or a list of them, with its `~` as a folder,
-    which a shell leaves as it is in quotes and behind `=`.
-
-    Args:
-        value: as the command line has it.
-        is_path: whether a text is to be a path.
-
-    Raises:
-        SvdtuneError: there is no such home.
-    """
-    if isinstance(value, list | tuple):
-        return [at_home(one, is_path) for one in value]
-    if is_path and isinstance(value, str):
-        value = Path(value)
-    try:
-        return value.expanduser() if isinstance(value, Path) else value
-    except RuntimeError as error:
-        raise SvdtuneError(
-            f"{value} begins with the home of a user who is not here; write ./{value} for a file of that name, or the "
-            "path in full"
-        ) from error
-
-
 def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
     """The commands of a verb that do something, by the words that call them."""
     if not hasattr(command, "commands"):
@@ -71,94 +46,70 @@ def leaves(command: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def guard(verb: Any) -> Any:
-    """The verb, whose commands read numbers as recipes do, and refuse those that no option
-    takes."""
+    """The verb, whose options read numbers as recipes do, and `~` as a home in paths."""
     for _, command in leaves(verb, ""):
-        command.parse_args = _reading(command)
-        command.callback = _checked(command)
+        hints = typing.get_type_hints(inspect.unwrap(command.callback))
+        for option in command.params:
+            option.process_value = _reading(option, _kinds(hints.get(option.name)))
     return verb
 
 
-def _reading(command: Any) -> Any:
-    parse = command.parse_args
-    hints = typing.get_type_hints(inspect.unwrap(command.callback))
-    kinds = {name: {hint, *typing.get_args(hint)} & {int, float} for name, hint in hints.items()}
-    options = {word: float in kinds[each.name] for each in command.params if kinds.get(each.name) for word in each.opts}
+def _kinds(hint: Any) -> set[Any]:
+    """The types that a hint such as `list[Path] | None` is made of."""
+    return {hint}.union(*map(_kinds, typing.get_args(hint)))
 
-    @wraps(parse)
-    def read(ctx: Any, words: list[str]) -> Any:
-        return parse(ctx, list(with_numbers(words, options)))
+
+def _reading(option: Any, kinds: set[Any]) -> Any:
+    process = option.process_value
+    written = next((name for name in option.opts if name.startswith("--")), option.name)
+
+    def read(ctx: Any, value: Any) -> Any:
+        if isinstance(value, str) and kinds & {int, float}:
+            value = str(number(written, value, float in kinds))
+        found = process(ctx, value)
+        return at_home(found) if Path in kinds else found
 
     return read
 
 
-def with_numbers(words: Sequence[str], options: Mapping[str, bool]) -> Iterator[str]:
-    """The words of a command line, numbers written as Python reads them.
+def number(option: str, text: str, any_number: bool) -> int | float:
+    """The number that an option is given, written as in a recipe, where `1_000` and `nan` are
+    texts.
 
     Args:
-        words: what follows the verb.
-        options: those that take numbers, and whether other ones than whole.
+        option: as it is written, for the message.
+        text: its value.
+        any_number: whether it takes other numbers than whole ones.
 
     Raises:
-        SvdtuneError: a value of theirs is no number in a recipe, where `1_000` and `nan` are texts.
+        SvdtuneError: it is no such number, infinite or none, or beyond 64 bits.
     """
-    waiting, before = iter(words), ""
-    for word in waiting:
-        option, given, value = word.partition("=")
-        if word == "--":
-            yield word
-            yield from waiting
-        elif before in options:
-            yield _written(before, word, options[before])
-            word = ""
-        else:
-            yield f"{option}={_written(option, value, options[option])}" if given and option in options else word
-        before = word
-
-
-def _written(option: str, text: str, any_number: bool) -> str:
-    number = number_of(text)
-    if number is None or not (any_number or isinstance(number, int)):
+    found = number_of(text)
+    if found is None or not (any_number or isinstance(found, int)):
         expected = (
             "number as recipes have it, such as 1000, 0.5 or 1e-3" if any_number else "whole number, such as 1000"
         )
         raise SvdtuneError(f"{option} is {text!r:.60}; expected a {expected}")
-    return str(number)
+    if isinstance(found, float) and not math.isfinite(found):
+        raise SvdtuneError(f"{option} is {found}; expected a finite number")
+    if abs(found) >= _LARGEST:
+        raise SvdtuneError(f"{option} is {found:.3g}; expected a number of at most 64 bits")
+    return found
 
 
-def _checked(command: Any) -> Any:
-    work = command.callback
-
-    @wraps(work)
-    def checked(**given: Any) -> Any:
-        check_numbers({_shown(option): given.get(option.name) for option in command.params})
-        return work(**given)
-
-    return checked
-
-
-def check_numbers(given: dict[str, Any]) -> None:
-    """Refuse numbers that are infinite or none, and whole ones beyond 64 bits.
-
-    Args:
-        given: values by how their option is written.
+def at_home(value: Any) -> Any:
+    """A path, or a list of them, with its `~` as a folder, which a shell leaves as it is in quotes
+    and behind `=`.
 
     Raises:
-        SvdtuneError: naming the option.
+        SvdtuneError: there is no such home.
     """
-    for option, value in given.items():
-        for number in _numbers(value):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise SvdtuneError(f"{option} is {number}; expected a finite number")
-            if abs(number) >= _LARGEST:
-                raise SvdtuneError(f"{option} is {number:.3g}; expected a number of at most 64 bits")
-
-
-def _numbers(value: Any) -> Iterator[int | float]:
-    for one in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(one, int | float) and not isinstance(one, bool):
-            yield one
-
-
-def _shown(option: Any) -> str:
-    return next((name for name in option.opts if name.startswith("--")), option.name or "")
+    if value is None or isinstance(value, list | tuple):
+        return value and [at_home(one) for one in value]
+    try:
+        return Path(value).expanduser()  # Typer 0.16 makes paths of texts later
+    except RuntimeError as error:
+        raise SvdtuneError(
+            f"{value} begins with the home of a user who is not here; write ./{value} for a file of that name, or the "
+            "path in full"
+        ) from error

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from svdtune import SorsaConfig, SvdtuneError, cli
-from svdtune.cli.values import check_words, leaves, with_numbers
+from svdtune.cli.values import check_words, leaves, number
 from svdtune.names import number_of
 from svdtune.training.yaml_files import read_yaml
 
@@ -120,14 +120,11 @@ def test_a_number_is_what_it_is_in_a_recipe(text: str) -> None:
 
 
 def test_options_that_take_numbers_are_read_so() -> None:
-    words = ["a", "--n", "0x10", "--m=010", "--name", "1_0", "--n=.5", "--", "--n", "1_0"]
-    assert list(with_numbers(words, {"--n": True, "--m": False})) == [
-        "a", "--n", "16", "--m=10", "--name", "1_0", "--n=0.5", "--", "--n", "1_0"
-    ]  # fmt: skip
+    assert [number("--n", text, True) for text in ("0x10", "010", ".5")] == [16, 10, 0.5]
     with pytest.raises(SvdtuneError, match="--n is '1_0'; expected a number as recipes have it"):
-        list(with_numbers(["--n", "1_0"], {"--n": True}))
+        number("--n", "1_0", True)
     with pytest.raises(SvdtuneError, match="expected a whole number"):
-        list(with_numbers(["--m=1.0"], {"--m": False}))
+        number("--m", "1.0", False)
 
 
 def test_numbers_in_other_words_are_read_so(stand_ins: dict[str, str], tmp_path: Path) -> None:
