@@ -117,7 +117,7 @@ def test_a_run_of_relative_paths_is_used_from_anywhere(
 
 
 def test_a_generator_goes_before_a_folder_of_its_name(tiny_folder: Path) -> None:
-    from svdtune.training.places import from_anywhere
+    from svdtune.training.folder import from_anywhere
 
     Path("arithmetic").mkdir()
     settings: dict[str, Any] = {

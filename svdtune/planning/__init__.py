@@ -3,9 +3,8 @@
 from svdtune.planning.anatomy import Anatomy, anatomy
 from svdtune.planning.chart import by_depth, draw_chart
 from svdtune.planning.costs import RANKED, Costs
-from svdtune.planning.decomposition import initialisation_bytes
 from svdtune.planning.levers import Choice, cheapest, devices_needed, fits, least
-from svdtune.planning.memory import Memory, Setting, estimate
+from svdtune.planning.memory import Memory, Setting, estimate, initialisation_bytes
 from svdtune.planning.plan import Plan, plan
 from svdtune.planning.rank_table import RankTable, parse_budget
 

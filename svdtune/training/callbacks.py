@@ -1,5 +1,5 @@
-"""Trainer callbacks of a run: the local log, progress with the time left, and a stop that can be
-resumed."""
+"""Trainer callbacks of a run: the local log, progress with the time left, a stop that can be
+resumed, and early stopping."""
 
 import json
 import os
@@ -132,3 +132,42 @@ class StopOnInterrupt(TrainerCallback):
         if self._asked is not None:
             self._asked.answer()
             self._asked = None
+
+
+def without_progress(state: TrainerState, metric: str, greater_is_better: bool) -> int:
+    """How many evaluations there were since the one with the best value of a metric.
+
+    Args:
+        state: whose log is looked at.
+        metric: as evaluations log it, such as eval_loss.
+        greater_is_better: whether the best value is the largest. NaN is never best.
+    """
+    values = [line[metric] if greater_is_better else -line[metric] for line in state.log_history if metric in line]
+    best, since = float("-inf"), 0
+    for value in values:
+        best, since = (value, 0) if value > best else (best, since + 1)
+    return since
+
+
+class StopWithoutProgress(TrainerCallback):
+    """Ends training after `patience` evaluations in a row that were no better than the best before
+    them.
+
+    It counts in the log, which checkpoints hold; Transformers' own counts in itself, and so forgets
+    on resuming.
+    """
+
+    def __init__(self, patience: int):
+        self.patience = patience
+        self.stopped = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._look(args, state, control)  # it may have been killed while it was stopping
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._look(args, state, control)
+
+    def _look(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        name = "eval_" + str(args.metric_for_best_model).removeprefix("eval_")
+        if without_progress(state, name, bool(args.greater_is_better)) >= self.patience:
+            self.stopped = control.should_training_stop = True

@@ -1,4 +1,5 @@
-"""A model's repeated blocks run through `torch.compile` while a run trains.
+"""A model's repeated blocks run through `torch.compile` while a run trains, and the advice to do
+so where a GPU waits for launches.
 
 A block is compiled, not the model: all blocks share one graph (the first has one of its own, since
 its input needs no gradient), so it takes about as long for 80 blocks as for two, and no module
@@ -10,10 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from svdtune import processes
+from svdtune.methods.compute.together import SMALL_LAYER
 from svdtune.training.recipe import Recipe
 
 ENOUGH_STEPS = 600
@@ -122,3 +125,22 @@ def any_number_of_rows(inputs: dict[str, Any]) -> None:
         bounds = inputs.get(name)
         if isinstance(bounds, Tensor):
             torch._dynamo.maybe_mark_dynamic(bounds, 0)
+
+
+def launch_bound(model: nn.Module, batch_size: int, tokens: float) -> str | None:
+    """A sentence of advice where the layers' products are shorter than the launches around them;
+    None elsewhere.
+    """
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    sizes = [layer.in_features * layer.out_features for layer in layers if hasattr(layer, "in_features")]
+    if not sizes:
+        return None
+    per_row = tokens * sum(sizes) / len(sizes)
+    if batch_size * per_row >= SMALL_LAYER:
+        return None
+    enough = round(SMALL_LAYER / per_row)
+    return (
+        f"{batch_size} rows of about {tokens:.0f} tokens are too few for this GPU: it waits for launches. Up to "
+        f"training.batch_size: {enough} a pass takes hardly longer (lower training.gradient_accumulation to match); "
+        "training.compile: true spares launches, after half a minute of compiling"
+    )

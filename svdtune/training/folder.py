@@ -15,18 +15,24 @@ import json
 import shutil
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
+from torch import nn
 
 from svdtune import processes
+from svdtune.data.catalogue import CATALOGUE, GROUPS
+from svdtune.data.readers import GENERATORS
 from svdtune.errors import SvdtuneError
 from svdtune.methods.files.integrity import file_digest
-from svdtune.system import read_json, replace_text
+from svdtune.methods.sites import Count
+from svdtune.models import SMOLLM2
+from svdtune.planning.memory import MOMENTS
+from svdtune.system import check_free, read_json, replace_text
 from svdtune.training.checkpoints import WrittenBy, keep_up_to, latest_checkpoint, step_of, written_by
 from svdtune.training.lock import is_empty
-from svdtune.training.places import from_anywhere
 from svdtune.training.recipe import Recipe, check_recipe, dump_recipe
+from svdtune.training.sections import DataSource
 from svdtune.training.yaml_files import read_text, read_yaml
 
 RECIPE, LOG, SUMMARY, REPORT = "recipe.yaml", "train_log.jsonl", "training.json", "report.html"
@@ -182,3 +188,58 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+Source = TypeVar("Source", bound=DataSource)
+
+
+def from_anywhere(recipe: Recipe) -> Recipe:
+    """The recipe that works from anywhere, with absolute paths to its model, chat template and
+    rows, where they are there; all other names stay."""
+    model = recipe.model.model_copy(
+        update={
+            "name": _absolute(recipe.model.name),
+            "chat_template": recipe.model.chat_template and _absolute(recipe.model.chat_template),
+        }
+    )
+    data = recipe.data.model_copy(
+        update={
+            "train": [_settled(source) for source in recipe.data.train],
+            "eval": {name: _settled(source) for name, source in recipe.data.eval.items()},
+            "allow_leaks": [_absolute(name) for name in recipe.data.allow_leaks],
+        }
+    )
+    evaluation = recipe.evaluation and recipe.evaluation.model_copy(
+        update={"data": [_settled(source) for source in recipe.evaluation.data]}
+    )
+    return recipe.model_copy(update={"model": model, "data": data, "evaluation": evaluation})
+
+
+def _settled(source: Source) -> Source:
+    return source.model_copy(update={"source": _absolute(source.source)})
+
+
+def _absolute(name: str) -> str:
+    path = Path(name).expanduser()
+    # a generator, a data set or the embedded model goes before a path of its name
+    own = name in GENERATORS or name in CATALOGUE or name in GROUPS or name == SMOLLM2
+    return str(path.absolute()) if path.exists() and not own else name
+
+
+def check_room(recipe: Recipe, model: nn.Module, count: Count, steps: int) -> None:
+    """Refuse a run whose result and checkpoints the disk has no room for, before it trains: their
+    sizes are known by then.
+
+    What is written is at least this: an optimizer's state is left out where its size is not known.
+
+    Raises:
+        SvdtuneError: saying how much is needed, and for what.
+    """
+    size = next((p.element_size() for p in model.parameters() if p.requires_grad), 4)
+    settings = recipe.training
+    taken = 0 if settings.save_steps is None else steps // settings.save_steps
+    kept = min(taken, settings.keep_checkpoints + 1)  # one is written before the oldest is deleted
+    saved = size * (count.trained + count.frozen)
+    moments = int(MOMENTS.get(settings.optimizer, 0) * size / 4 * count.trained)
+    what = "its result" if kept == 0 else f"its result and {kept} checkpoints"
+    check_free(Path(recipe.output.dir), saved * (1 + kept) + moments * kept, what)

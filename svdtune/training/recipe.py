@@ -12,9 +12,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.collection import find_file
+from svdtune.training.collection import find_file, read_extended, replaced_by
 from svdtune.training.exclusions import exclusions
-from svdtune.training.inheritance import read_extended, replaced_by
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.sections import DataSource, EvaluationSection, Section, TrainSource, check_template
 from svdtune.training.yaml_files import read_yaml, write_yaml
@@ -263,7 +262,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     Args:
         path: the YAML file, or the name of one that comes with svdtune, such as "small". `extends`
             in it names another, or several, whose settings it changes (see
-            `svdtune.training.inheritance`).
+            `svdtune.training.collection`).
         overrides: command-line words, "--method.r", "64" or "--method.r=64"; values are YAML.
             "--method" replaces a whole section: `--method '{name: sara, threshold: 0.02}'`.
         begun: whether it is that of a run to resume, as for `check_recipe`.

@@ -28,15 +28,23 @@ from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors, open_console
 from svdtune.training.adalora import AllocateRanks
-from svdtune.training.advice import launch_bound
 from svdtune.training.arguments import own_precision, total_steps
 from svdtune.training.batches import FilledRows
-from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt
+from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt, StopWithoutProgress
 from svdtune.training.collators import make_collator
-from svdtune.training.compilation import compiled_blocks, compiles
+from svdtune.training.compilation import compiled_blocks, compiles, launch_bound
 from svdtune.training.cuda_graph import recorded_body
-from svdtune.training.early_stopping import StopWithoutProgress
-from svdtune.training.folder import ADAPTER, FULL_MODEL, LOG, check_run, digest_of, start_run, take_up, write_summary
+from svdtune.training.folder import (
+    ADAPTER,
+    FULL_MODEL,
+    LOG,
+    check_room,
+    check_run,
+    digest_of,
+    start_run,
+    take_up,
+    write_summary,
+)
 from svdtune.training.health import WatchNumbers
 from svdtune.training.lock import held
 from svdtune.training.memory import explain_out_of_memory
@@ -47,7 +55,6 @@ from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe
-from svdtune.training.room import check_room
 from svdtune.training.sharded_state import is_spread, saved_state
 
 if TYPE_CHECKING:

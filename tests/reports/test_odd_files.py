@@ -14,7 +14,7 @@ from svdtune.analysis import read_facts
 from svdtune.cli import app
 from svdtune.errors import SvdtuneError
 from svdtune.reports import gather, report
-from svdtune.reports.render import as_json
+from svdtune.reports.files import as_json
 
 DEEP: Any = []
 for _ in range(400):

@@ -4,7 +4,7 @@ from peft import get_peft_model
 from torch import nn
 
 from svdtune import SaraConfig
-from svdtune.training.advice import launch_bound
+from svdtune.training.compilation import launch_bound
 
 
 def model(width: int) -> nn.Module:

@@ -19,8 +19,8 @@ from svdtune.errors import SvdtuneError
 from svdtune.evaluation.questions import held_out
 from svdtune.training import Interrupted, check_recipe
 from svdtune.training import run as run_module
+from svdtune.training.callbacks import without_progress
 from svdtune.training.checkpoints import checkpoint_folder, sealed_checkpoints
-from svdtune.training.early_stopping import without_progress
 from svdtune.training.recipe import dump_recipe, load_recipe
 
 ROWS = [{"prompt": f"Add {i} to 1. ", "completion": str(i + 1)} for i in range(40)]

@@ -11,7 +11,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.training import Interrupted, check_recipe
 from svdtune.training import run as run_module
 from svdtune.training.callbacks import StopOnInterrupt
-from svdtune.training.rewards import load_rewards
+from svdtune.training.preparation import load_rewards
 
 ASKED: list[str] = []
 

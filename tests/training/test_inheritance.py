@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.inheritance import merge, read_extended
+from svdtune.training.collection import merge, read_extended
 from svdtune.training.recipe import load_recipe
 
 BASE = """\

@@ -13,9 +13,9 @@ from runs import go, log_of, timeless
 from svdtune.data.preferences import token_counts
 from svdtune.errors import SvdtuneError
 from svdtune.training import check_recipe
-from svdtune.training.mixture import TrainRows, places
 from svdtune.training.recipe import dump_recipe
 from svdtune.training.run import Interrupted
+from svdtune.training.task_rows import TrainRows, places
 from svdtune.training.yaml_files import read_yaml
 
 TEXTS = {"a": [{"text": "a" * size} for size in range(1, 9)], "b": [{"text": "b" * size} for size in range(11, 17)]}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from svdtune.training.inheritance import read_extended
+from svdtune.training.collection import read_extended
 from svdtune.training.yaml_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,7 +17,7 @@ from svdtune.lab.study.ranks import Source
 from svdtune.lab.study.spec import ArmSection, Settings, Study, Tune, arm_settings
 from svdtune.planning import parse_budget
 from svdtune.system import write_json
-from svdtune.training.inheritance import merge
+from svdtune.training.collection import merge
 from svdtune.training.recipe import Model
 
 Phase = Literal["tune", "final"]

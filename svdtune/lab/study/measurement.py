@@ -26,11 +26,10 @@ from svdtune.lab.study.spec import Measure, MeasuredSet
 from svdtune.system import read_objects, replace_text
 from svdtune.training.collators import AUTOCAST
 from svdtune.training.folder import ANALYSIS
-from svdtune.training.mixture import TrainRows
 from svdtune.training.movement import sampled_steps
 from svdtune.training.preparation import load_base
 from svdtune.training.recipe import Recipe
-from svdtune.training.task_rows import TaskRows
+from svdtune.training.task_rows import TaskRows, TrainRows
 
 MEASURED = f"{ANALYSIS}/measured.jsonl"
 _BATCH = 4096  # tokens of a batch, padding among them

@@ -15,8 +15,7 @@ from svdtune.data.catalogue import CATALOGUE
 from svdtune.data.examples import COMPLETION, PROMPT
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
-from svdtune.training.collection import find_file
-from svdtune.training.inheritance import merge, read_extended
+from svdtune.training.collection import find_file, merge, read_extended
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.recipe import check_recipe, set_at
 from svdtune.training.sections import DataSource, EvaluationSection, Section

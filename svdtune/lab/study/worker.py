@@ -36,8 +36,7 @@ from svdtune.models import LoadedModel
 from svdtune.system import is_out_of_memory, open_console, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
-from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
-from svdtune.training.places import from_anywhere
+from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, from_anywhere, read_run
 from svdtune.training.preparation import load_base
 from svdtune.training.sections import DataSource
 

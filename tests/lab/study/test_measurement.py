@@ -18,7 +18,7 @@ from svdtune.lab.study.spec import Measure, load_study
 from svdtune.models import load
 from svdtune.system import read_objects
 from svdtune.training import check_recipe, train
-from svdtune.training.inheritance import read_extended
+from svdtune.training.collection import read_extended
 from svdtune.training.method import adapt
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
