@@ -5,12 +5,13 @@ Each method goes through the functions behind `svdtune train`, `evaluate` and `m
 folder can be used with those commands afterwards.
 """
 
+import math
 import os
 import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from svdtune.cli.demo_table import Row, table
-from svdtune.cli.forecast import Forecast, PassTimer, in_minutes, step_seconds
 from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
@@ -65,7 +65,6 @@ class Size:
 # the limit's fault.
 FULL = Size(steps=28, rows=4, items=64, max_new_tokens=96)
 QUICK = Size(steps=10, rows=4, items=16, max_new_tokens=64)
-TIMED_TOKENS = 8  # of the untrained model's answers, which the forecast is made of
 
 
 @app.command()
@@ -107,22 +106,23 @@ def demo(
     )
     recipes = {method.title: make_recipe(method, size, model, output) for method in METHODS}
     console.rule("base model")
-    forecast, base = score_base(recipes["SORSA"], size, output / "base", console, started)
-    rows = []
+    base, seconds_each = score_base(recipes["SORSA"], size, output / "base", console)
+    base_seconds = time.monotonic() - started
+    expected = base_seconds + seconds_each * len(METHODS)
+    rows: list[Row] = []
     for method in METHODS:
-        console.print(f"about {in_minutes(forecast.left)} left", highlight=False)
+        console.print(f"about {in_minutes(seconds_each * (len(METHODS) - len(rows)))} left", highlight=False)
         console.rule(method.title)
-        begun = time.monotonic()
         rows.append(run_method(method, recipes[method.title], size, base, console))
-        forecast.finish(method.title, time.monotonic() - begun)
+        seconds_each = (time.monotonic() - started - base_seconds) / len(rows)
     seconds = time.monotonic() - started
     results = {
         "model": name,
         "quick": quick,
         "size": asdict(size),
         "seconds": round(seconds, 1),
-        "base_seconds": round(forecast.taken["base"], 1),
-        "expected_seconds": round(sum(forecast.expected.values()), 1),
+        "base_seconds": round(base_seconds, 1),
+        "expected_seconds": round(expected, 1),
         "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "versions": {name: metadata.version(name) for name in ("svdtune", "torch", "transformers", "peft")},
         "rows": [asdict(row) for row in rows],
@@ -155,105 +155,90 @@ def check_output(output: Path) -> None:
         mark.touch()
 
 
-def score_base(
-    recipe: "Recipe", size: Size, output: Path, console: "Console", started: float
-) -> tuple[Forecast, "Evaluation"]:
-    """The untrained model's accuracy; on the way, once its first steps are timed, say how long the
-    demo will take.
-    """
+def score_base(recipe: "Recipe", size: Size, output: Path, console: "Console") -> "tuple[Evaluation, float]":
+    """The untrained model's accuracy, and the seconds that a method is expected to take: those of
+    its training steps and of as long a scoring."""
     from svdtune.export import Source, open_source
 
-    begun = time.monotonic()
-    loaded = open_source(Source(recipe.model.name, recipe=recipe))
-    load = time.monotonic() - begun
-    step = step_seconds(loaded, recipe)
-    forecast = Forecast({"base": 0.0})
-
-    def tell(prompts: float, token: float) -> None:
-        nonlocal forecast
-        forecast = expect(size, load, step, prompts, token, answer_tokens(loaded, recipe))
-        before = begun - started  # what came before the first part
-        console.print(f"about {in_minutes(before + forecast.left)} on this machine", highlight=False)
-
-    timer = PassTimer(TIMED_TOKENS, tell)
-    hook = loaded.model.register_forward_hook(timer)
-    base = score(loaded, recipe, size, output, console)
-    hook.remove()
-    timer.finish()
-    forecast.finish("base", time.monotonic() - begun)
+    source = Source(recipe.model.name, recipe=recipe)
+    step = step_seconds(open_source(source), recipe)
+    began = time.monotonic()
+    base = score(source, size, output, console)
+    seconds = size.steps * step + time.monotonic() - began
     if base.unended:
         console.print(
             f"{base.unended} of {base.n} answers did not end: they were cut at {size.max_new_tokens} tokens, or where they "
             "repeated themselves",
             highlight=False,
         )
-    return forecast, base
+    return base, seconds
 
 
-def expect(size: Size, load: float, step: float, prompts: float, token: float, answer: int) -> Forecast:
-    """The seconds of the demo's parts, from those of its first steps.
+def step_seconds(loaded: "LoadedModel", recipe: "Recipe", clock: Callable[[], float] = time.monotonic) -> float:
+    """Seconds of one training step of a recipe on its frozen base: its first batch, there and back,
+    without an adapter.
+
+    Nearly all of a step's work is the base's. Two are taken and the second counts, for the first
+    one also fetches the memory.
 
     Args:
-        size: how much is done.
-        load: seconds to read the model.
-        step: of a training step.
-        prompts: of a pass over all prompts.
-        token: of a new token of all answers.
-        answer: how many tokens the answer has that is trained.
+        loaded: the recipe's model, of no use afterwards.
+        recipe: whose data and batch size are taken.
+        clock: gives seconds.
     """
-    base = load + 2 * step + prompts + size.max_new_tokens * token
-    # The model is read to train and to score it, to merge, and twice to compare the merged one with
-    # it.
-    method = size.steps * step + prompts + answer * token + 5 * load
-    return Forecast({"base": base} | {each.title: method for each in METHODS})
-
-
-def answer_tokens(loaded: "LoadedModel", recipe: "Recipe") -> int:
-    """How many tokens the longest answer has that the model is trained to give."""
-    from svdtune.data import read_rows
-
-    assert recipe.data.completion is not None
-    rows = read_rows(**recipe.data.train[0].plain.model_dump())
-    return max(len(loaded.tokenizer.encode(row[recipe.data.completion])) for row in rows) + 1
-
-
-def score(loaded: "LoadedModel", recipe: "Recipe", size: Size, output: Path, console: "Console") -> "Evaluation":
-    """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all
-    at once."""
-    from svdtune.data import read_rows, to_examples
-    from svdtune.evaluation import Decoding, evaluate, get_task, to_items
-    from svdtune.progress import counting
+    from svdtune.data import Collator, encode_all, read_rows, to_examples
 
     data = recipe.data
-    held_out = data.eval[""]
-    examples = to_examples(read_rows(**held_out.model_dump()), data.prompt)
-    items = to_items(examples, loaded.tokenizer, data.template, data.answer)
-    with counting("evaluating", console) as on_progress:
-        return evaluate(
-            loaded,
-            items,
-            get_task("number"),
-            output,
-            max_new_tokens=size.max_new_tokens,
-            batch_size=size.items,
-            decoding=Decoding(stop_loops=True),
-            settings={"data": held_out.model_dump(), "template": data.template},
-            on_progress=on_progress,
-        )
+    first = data.train[0].plain.model_copy(update={"limit": recipe.training.batch_size})
+    examples = to_examples(read_rows(**first.model_dump()), data.prompt, data.completion)
+    rows, _ = encode_all(examples, loaded.tokenizer, data.max_length, data.loss_on, data.template)
+    batch = Collator(loaded.tokenizer.pad_token_id)(rows)
+    batch = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}
+    loaded.model.requires_grad_(False)
+    # As an adapter in the first layer does, this has the gradient pass through every layer.
+    loaded.model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
+    seconds = 0.0
+    for _ in range(2):
+        started = clock()
+        loaded.model(**batch).loss.backward()
+        seconds = clock() - started
+    return seconds
+
+
+def in_minutes(seconds: float) -> str:
+    """A time in whole minutes, rounded up, as a sentence takes it."""
+    minutes = max(1, math.ceil(seconds / 60))
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
+
+
+def score(source: "Source", size: Size, output: Path | None, console: "Console") -> "Evaluation":
+    """The accuracy on the recipe's held-out rows, as `svdtune evaluate --stop-loops` gives it; all
+    at once."""
+    from svdtune.evaluation.sets import evaluate_source
+    from svdtune.progress import counting
+
+    (found,) = evaluate_source(
+        source,
+        source.base,
+        form={"max_new_tokens": size.max_new_tokens},
+        decoding={"stop_loops": True},
+        batch_size=size.items,
+        output=output,
+        watch=lambda *_: counting("evaluating", console),
+    ).values()
+    return found
 
 
 def run_method(method: Method, recipe: "Recipe", size: Size, base: "Evaluation", console: "Console") -> Row:
     """Train, score and merge one method."""
-    from svdtune.export import find_source, open_source
+    from svdtune.export import find_source
     from svdtune.training import train
 
     with empty_spectra_cache():
         run = train(recipe, final_loss=False, console=console)  # the score is what counts here
     source = find_source(run.folder)
     trained = time.monotonic()
-    loaded = open_source(source, dtype=recipe.model.dtype)
-    result = score(loaded, recipe, size, run.folder / "evaluations" / "arithmetic-number", console)
-    del loaded
+    result = score(source, size, None, console)
     scored = time.monotonic()
     merged = merge_or_reason(source, method, console)
     before, after = base.strict, result.strict
