@@ -61,7 +61,7 @@ def start(path: Path, tokenizer_name: str) -> dict[str, Any]:
     before = _processor_seconds()
     begun = time.perf_counter()
     source = TaskRows(recipe, recipe.data.train[0].plain)
-    check_leaks(recipe, source.questions, {})
+    check_leaks(recipe, [source.questions], {}, Console(quiet=True))
     checked = time.perf_counter()
     rows = source.encode(tokenizer, Console(quiet=True))
     ended = time.perf_counter()

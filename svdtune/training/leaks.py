@@ -23,8 +23,8 @@ class _Asked(NamedTuple):
 
 
 def check_leaks(
-    recipe: Recipe, train: Sequence[Questions], held_out: Mapping[str, Questions], console: Console | None = None
-) -> dict[str, int]:
+    recipe: Recipe, train: Sequence[Questions], held_out: Mapping[str, Questions], console: Console
+) -> None:
     """Look for test questions among the training questions.
 
     Args:
@@ -33,9 +33,6 @@ def check_leaks(
             compared with the others.
         held_out: what the rows of data.eval ask, by its names.
         console: where to say what is allowed, and which sets are not at hand.
-
-    Returns:
-        How many questions of each allowed set are trained on.
 
     Raises:
         SvdtuneError: naming the rows, if another set leaks; or if a set is allowed that is not
@@ -47,20 +44,16 @@ def check_leaks(
             raise SvdtuneError(
                 f"data.allow_leaks names {name!r}, which this recipe is not scored on: {', '.join(asked)}"
             )
-    allowed = {}
     for name, (test, origin) in asked.items():
         others = [at for at in range(len(train)) if at != origin]
         trained = Questions.join(train[at] for at in others)
         if name not in recipe.data.allow_leaks:
             refuse_leaks(test, trained, name, " and ".join(recipe.data.train[at].source for at in others))
             continue
-        allowed[name] = len(leaks(test, trained))
-        if console is not None:
-            console.print(
-                f"leak      {allowed[name]} of the {len(test)} questions of {name} are trained on, as allowed",
-                highlight=False,
-            )
-    return allowed
+        known = len(leaks(test, trained))
+        console.print(
+            f"leak      {known} of the {len(test)} questions of {name} are trained on, as allowed", highlight=False
+        )
 
 
 def _origin(source: DataSource, train: Sequence[TrainSource]) -> int | None:
@@ -71,7 +64,7 @@ def _origin(source: DataSource, train: Sequence[TrainSource]) -> int | None:
     return None
 
 
-def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Console | None) -> dict[str, _Asked]:
+def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Console) -> dict[str, _Asked]:
     """The questions of every set the run is scored on, by the set's name."""
     asked: dict[str, _Asked] = {}
 
@@ -97,7 +90,7 @@ def _questions(recipe: Recipe, held_out: Mapping[str, Questions], console: Conso
     return asked
 
 
-def _own_questions(recipe: Recipe, source: DataSource, console: Console | None) -> Questions:
+def _own_questions(recipe: Recipe, source: DataSource, console: Console) -> Questions:
     """The questions of a source of the evaluation section."""
     section = recipe.evaluation
     if not is_local(source):
@@ -108,8 +101,7 @@ def _own_questions(recipe: Recipe, source: DataSource, console: Console | None) 
     return Questions.of([questions(one.prompt, str(one.row.get(COMPLETION, "")))[0] for one in examples])
 
 
-def _not_compared(name: str, where: str, console: Console | None) -> Questions:
+def _not_compared(name: str, where: str, console: Console) -> Questions:
     """No questions: asking the hub for a whole test set before training would be too much."""
-    if console is not None:
-        console.print(f"leak      {name} is {where}, so it is not compared", highlight=False)
+    console.print(f"leak      {name} is {where}, so it is not compared", highlight=False)
     return Questions.of([])
