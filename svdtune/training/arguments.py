@@ -22,6 +22,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.system import needs
 from svdtune.training.compilation import LIGER_BESIDE, compiles
 from svdtune.training.recipe import Recipe
+from svdtune.training.trl_settings import HANDED_ON
 
 CONFIGURATIONS = {
     "sft": "SFTConfig",
@@ -115,30 +116,19 @@ def _decided(recipe: Recipe, rows: int) -> dict[str, Any]:
     """The arguments that a recipe's own settings stand for, by the trainer's names."""
     t = recipe.training
     decided: dict[str, Any] = {
+        **{name: getattr(t, setting) for name, setting in HANDED_ON.items()},
         "output_dir": str(Path(recipe.output.dir)),
         "num_train_epochs": t.epochs or 1.0,
         "max_steps": t.max_steps or -1,
-        "per_device_train_batch_size": t.batch_size,
-        "per_device_eval_batch_size": t.batch_size,
-        "gradient_accumulation_steps": t.gradient_accumulation,
-        "learning_rate": t.learning_rate,
         "lr_scheduler_type": "constant_with_warmup" if t.schedule == "constant" else t.schedule,
         "warmup_steps": warmup_steps(recipe, rows),
-        "optim": t.optimizer,
-        "weight_decay": t.weight_decay,
-        "max_grad_norm": t.max_grad_norm,
-        "label_smoothing_factor": t.label_smoothing,
         "tf32": True if t.tf32 and is_torch_tf32_available() else None,
         "bf16": t.precision == "bf16" and not processes.under_deepspeed(),
         "fp16": t.precision == "fp16",
         "use_cpu": not torch.accelerator.is_available(),
-        "seed": t.seed,
-        "logging_steps": t.logging_steps,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,  # a loss that is NaN is to be seen
         "eval_strategy": "steps" if t.eval_steps else "no",
-        "eval_steps": t.eval_steps,
-        "load_best_model_at_end": t.load_best_model_at_end,
         "metric_for_best_model": t.metric_for_best_model
         or ("loss" if t.load_best_model_at_end or t.early_stopping_patience else None),
         "save_strategy": "steps" if t.save_steps else "no",

@@ -9,24 +9,32 @@ from typing import Any
 from svdtune.errors import SvdtuneError
 from svdtune.training.problems import Problem, type_error, unknown
 
+# By the names of TRL's configurations, the settings of `training` that are handed on as they are.
+HANDED_ON = {
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation",
+    "learning_rate": "learning_rate",
+    "optim": "optimizer",
+    "weight_decay": "weight_decay",
+    "max_grad_norm": "max_grad_norm",
+    "label_smoothing_factor": "label_smoothing",
+    "seed": "seed",
+    "logging_steps": "logging_steps",
+    "eval_steps": "eval_steps",
+    "load_best_model_at_end": "load_best_model_at_end",
+}
 # Names of TRL's configurations that the recipe says in its own words. Those of None are svdtune's:
 # what it promises of its runs rests on them.
 DECIDED: dict[str, str | None] = {
+    **{name: f"training.{setting}" for name, setting in HANDED_ON.items()},
     "output_dir": "output.dir",
     "run_name": "output.dir",
     "num_train_epochs": "training.epochs",
     "max_steps": "training.max_steps",
-    "per_device_train_batch_size": "training.batch_size",
-    "per_device_eval_batch_size": "training.batch_size",
-    "gradient_accumulation_steps": "training.gradient_accumulation",
-    "learning_rate": "training.learning_rate",
     "lr_scheduler_type": "training.schedule",
     "warmup_steps": "training.warmup",
     "warmup_ratio": "training.warmup",
-    "optim": "training.optimizer",
-    "weight_decay": "training.weight_decay",
-    "max_grad_norm": "training.max_grad_norm",
-    "label_smoothing_factor": "training.label_smoothing",
     "tf32": "training.tf32",
     "bf16": "training.precision",
     "fp16": "training.precision",
@@ -40,11 +48,7 @@ DECIDED: dict[str, str | None] = {
     "use_liger_kernel": "training.liger",
     "padding_free": "training.padding_free",
     "packing": "training.packing",
-    "seed": "training.seed",
-    "logging_steps": "training.logging_steps",
     "eval_strategy": "training.eval_steps",
-    "eval_steps": "training.eval_steps",
-    "load_best_model_at_end": "training.load_best_model_at_end",
     "metric_for_best_model": "training.metric_for_best_model",
     "save_strategy": "training.save_steps",
     "save_steps": "training.save_steps",
