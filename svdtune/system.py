@@ -6,6 +6,7 @@ Light to import: the command line takes its last resort from here.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +174,22 @@ def write_text(path: Path, text: str, advice: str = "name another output") -> No
 def write_json(path: Path, document: Any, advice: str = "name another output", indent: int | None = 2) -> None:
     """`write_text` of a document as JSON."""
     write_text(path, json.dumps(document, indent=indent) + "\n", advice)
+
+
+def plain(value: Any) -> Any:
+    """A value in what JSON has; what it does not have, as text, and a number that is none, as
+    None."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # JSON has no other numbers
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,21 +1,20 @@
 """What every verb has besides its own options: `--quiet`, and `--json` for what it found."""
 
 import json
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, is_dataclass
 from functools import cache, wraps
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 
 from svdtune.cli.values import guard
 from svdtune.errors import SvdtuneWarning
+from svdtune.system import plain, write_text
 
 _found: list[Any] = []  # of the verb that runs
 _HELP_WIDTH = "110"
@@ -105,32 +104,10 @@ def _hushed() -> Iterator[None]:
 def _write(target: Path | None) -> None:
     if target is None or not _found:
         return
-    document = _plain(_found[0] if len(_found) == 1 else _found)
+    document = plain(_found[0] if len(_found) == 1 else _found)
     text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
     if target == Path("-"):
-        _standard(sys.stdout, text)
+        typer.echo(text, nl=False)
         return
-    from svdtune.system import write_text
-
     write_text(target, text)
     typer.echo(f"wrote {target}")
-
-
-def _standard(stream: TextIO, text: str) -> None:
-    stream.write(text)
-    stream.flush()
-
-
-def _plain(value: Any) -> Any:
-    """The value in what JSON has; what it does not have, as text."""
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
-    if hasattr(value, "_asdict"):
-        value = value._asdict()
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None  # JSON has no other numbers
-    return value if value is None or isinstance(value, str | int | bool) else str(value)

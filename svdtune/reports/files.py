@@ -6,7 +6,6 @@ nothing.
 
 import html
 import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.reports.figures import write_figures
 from svdtune.reports.gather import gather
 from svdtune.reports.summary import add_analysis
-from svdtune.system import write_text
+from svdtune.system import plain, write_text
 from svdtune.training.folder import ADAPTER, REPORT
 
 
@@ -106,14 +105,6 @@ def render(data: dict[str, Any]) -> str:
 def as_json(data: Any) -> str:
     """JSON that may stand inside a script element; numbers that JSON has no word for become
     null."""
-    text = json.dumps(_finite(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(plain(data), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     escaped = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
     return re.sub("[<>&\u2028\u2029]", lambda found: escaped[found[0]], text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import svdtune
 from svdtune import SorsaConfig, cli
 from svdtune.cli import app, outcome
-from svdtune.system import open_console, without_bar
+from svdtune.system import open_console, plain, without_bar
 
 
 class Terminal(io.StringIO):
@@ -125,8 +125,8 @@ def test_an_error_is_told_in_quiet_too() -> None:
 
 
 def test_what_json_lacks_is_text(tmp_path: Path) -> None:
-    assert outcome._plain([float("nan"), -float("inf"), 0.5]) == [None, None, 0.5]
-    found = outcome._plain({"config": SorsaConfig, 1: (tmp_path, {2})})
+    assert plain([float("nan"), -float("inf"), 0.5]) == [None, None, 0.5]
+    found = plain({"config": SorsaConfig, 1: (tmp_path, {2})})
     assert found["1"] == [str(tmp_path), [2]]
 
 
