@@ -6,27 +6,30 @@ turn written. Each text must begin with the one before it: else what the model r
 would not be what it reads when it answers, and no mask could be right.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from svdtune.data.examples import Chat
+from svdtune.data.examples import Example, Messages
 from svdtune.errors import SvdtuneError
 
 
-def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, name: str) -> list[tuple[str, bool]]:
-    """Texts whose sum is the chat as the template writes it, each with whether it is an assistant's
-    turn that is trained on.
+def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Texts whose sum is the example's chat as the template writes it, each with whether it is an
+    assistant's turn that is trained on.
 
     Raises:
         SvdtuneError: if the template cannot write the chat, or writes a turn differently once
             others follow.
     """
+    assert example.chat is not None
+    messages, name = example.chat.messages, example.name
     pieces: list[tuple[str, bool]] = []
     written = ""
-    for at in _learnt(chat):
-        asked, answered = _write(chat, tokenizer, name, at, True), _write(chat, tokenizer, name, at + 1, False)
+    for at in example.chat.learnt:
+        asked = write_chat(messages[:at], example.tools, tokenizer, name)
+        answered = write_chat(messages[: at + 1], example.tools, tokenizer, name, asking=False)
         for longer, shorter in ((asked, written), (answered, asked)):
             if not longer.startswith(shorter):
                 raise SvdtuneError(
@@ -40,18 +43,77 @@ def chat_pieces(chat: Chat, tokenizer: PreTrainedTokenizerBase, name: str) -> li
     return pieces
 
 
-def _learnt(chat: Chat) -> Iterator[int]:
-    """Indices of the turns that are trained on."""
-    return (at for at, turn in enumerate(chat.messages) if turn["role"] == "assistant" and at >= chat.learn_from)
+def write_chat(
+    messages: Messages,
+    tools: Sequence[Any] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    *,
+    asking: bool = True,
+) -> str:
+    """A chat as the template writes it, with what asks for the next turn where `asking`.
 
-
-def _write(chat: Chat, tokenizer: PreTrainedTokenizerBase, name: str, count: int, asking: bool) -> str:
-    """The first messages as the template writes them, perhaps with what asks for the next one."""
-    given: Any = {"tools": chat.tools or None, "tokenize": False, "add_generation_prompt": asking}
+    Raises:
+        SvdtuneError: if the template cannot write it.
+    """
+    given: Any = {"tools": tools or None, "tokenize": False, "add_generation_prompt": asking}
     try:
-        return str(tokenizer.apply_chat_template(chat.messages[:count], **given))
+        return str(tokenizer.apply_chat_template(messages, **given))
     except Exception as error:  # a template raises what it likes: its own words, or jinja's errors
-        raise SvdtuneError(f"{name}: the chat template refuses its first {count} messages: {error}") from error
+        calls = any("tool_calls" in turn for turn in messages)
+        raise SvdtuneError(
+            f"{name}: the chat template refuses its first {len(messages)} messages: {error}. Give another template with "
+            f"`model.chat_template`{' (this one may not know of tool calls)' if calls else ''}, or change the rows"
+        ) from error
+
+
+def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure that the chat template writes all that the examples' chats hold: what each role
+    says, tools, and calls of them.
+
+    A template passes over what it does not know, without a word, and a run would train on chats
+    that lack it. The first chat that holds a kind of thing tells for all.
+
+    Raises:
+        SvdtuneError: naming what is left out.
+    """
+    known = {"user", "assistant"}  # without these no template is one
+    for example in examples:
+        messages = _messages(example)
+        held = {str(turn["role"]) for turn in messages if turn.get("content")}
+        held |= {_CALLS for turn in messages if turn.get(_CALLS)} | ({_TOOLS} if example.tools else set())
+        for kind in sorted(held - known):
+            known.add(kind)
+            if _is_left_out(kind, messages, example, tokenizer):
+                what = _CALLED.get(kind, f"what the role {kind!r} says")
+                raise SvdtuneError(
+                    f"{example.name}: the chat template leaves out {what}, so that the model would learn without. Give "
+                    "a template that writes all of a chat with `model.chat_template`, or change the rows"
+                )
+
+
+_TOOLS, _CALLS = "tools", "tool_calls"
+_CALLED = {_TOOLS: "the tools that may be called", _CALLS: "the assistant's calls of tools"}
+
+
+def _messages(example: Example) -> Messages:
+    if example.chat is not None:
+        return example.chat.messages
+    return [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
+
+
+def _is_left_out(kind: str, messages: Messages, example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat reads the same without one kind of what it holds, or with other words in a
+    role's place."""
+    if kind == _CALLS:
+        other = [{key: value for key, value in turn.items() if key != _CALLS} for turn in messages]
+    else:
+        other = [{**turn, "content": f"{turn.get('content')} x"} if turn["role"] == kind else turn for turn in messages]
+    whole = write_chat(messages, example.tools, tokenizer, example.name)
+    try:
+        return whole == write_chat(other, None if kind == _TOOLS else example.tools, tokenizer, example.name)
+    except SvdtuneError:  # it makes a difference
+        return False
 
 
 def _tail(shorter: str, longer: str) -> str:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from svdtune.data.chats import chat_pieces
+from svdtune.data.chats import chat_pieces, check_written, write_chat
 from svdtune.data.columns import Columns
 from svdtune.data.cores import in_chunks
-from svdtune.data.examples import Example
+from svdtune.data.examples import Example, Messages
 from svdtune.data.prompts import TEMPLATES, template_names
 from svdtune.errors import SvdtuneError
 from svdtune.registry import lab_note
@@ -57,6 +57,8 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
             has no "{prompt}".
     """
     piece = _prompt(example, tokenizer, template)
+    if _turns(example, template) is not None:
+        check_written([example], tokenizer)
     return _tokens([piece], tokenizer)[0]
 
 
@@ -146,6 +148,7 @@ def _rows(
     if loss_on not in ("response", "all"):
         raise SvdtuneError(f"loss_on is {loss_on!r}; expected response or all")
     pieces = [_pieces(example, tokenizer, template) for example in examples]
+    check_written((example for example in examples if _turns(example, template) is not None), tokenizer)
     tokens = iter(_tokens([piece for one in pieces for piece in one], tokenizer))
     return [
         _row(example, [(piece, next(tokens)) for piece in one], tokenizer.eos_token_id, loss_on)
@@ -201,16 +204,27 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str)
     if example.chat is None:
         return [_prompt(example, tokenizer, template), _Piece(example.completion, learnt=True)]
     _check_chat_template(tokenizer, example.name)
-    return [_Piece(text, learnt=learnt) for text, learnt in chat_pieces(example.chat, tokenizer, example.name)]
+    return [_Piece(text, learnt=learnt) for text, learnt in chat_pieces(example, tokenizer)]
+
+
+def _turns(example: Example, template: str) -> Messages | None:
+    """The prompt as messages, which the chat template writes; None of a text that it does not."""
+    if isinstance(example.prompt, str):
+        return [{"role": "user", "content": example.prompt}] if template == CHAT else None
+    return example.prompt
 
 
 def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> _Piece:
-    if template == CHAT or not isinstance(example.prompt, str):
+    turns = _turns(example, template)
+    if turns is not None:
         _check_chat_template(tokenizer, example.name)
-        turns = example.prompt if isinstance(example.prompt, list) else [{"role": "user", "content": example.prompt}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        assert isinstance(text, str)
-        return _Piece(text)
+        return _Piece(write_chat(turns, example.tools, tokenizer, example.name))
+    if example.tools:
+        raise SvdtuneError(
+            f"{example.name}: the row has tools, and the template {template!r} writes none; use `template: chat`, or take "
+            "the column out"
+        )
+    assert isinstance(example.prompt, str)
     form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
     if "{prompt}" not in form:
         raise SvdtuneError(

@@ -2,13 +2,12 @@
 row was."""
 
 import difflib
-import json
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from svdtune.data.standard import chat_column, messages_of, standard_row
+from svdtune.data.standard import chat_column, is_learnt, messages_of, standard_row, tools_of
 from svdtune.errors import SvdtuneError
 
 Messages = list[dict[str, Any]]
@@ -20,14 +19,17 @@ class Chat:
     """A chat whose assistant's turns are trained on.
 
     Attributes:
-        messages: up to the last of the assistant's turns.
-        tools: for the chat template.
+        messages: up to the last of the assistant's turns that is trained on.
         learn_from: index of the first message that may be trained on.
     """
 
     messages: Messages
-    tools: Sequence[Any] | None = None
     learn_from: int = 0
+
+    @property
+    def learnt(self) -> list[int]:
+        """Indices of the messages that are trained on."""
+        return [at for at, turn in enumerate(self.messages) if at >= self.learn_from and is_learnt(turn)]
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Example:
         row: what it was made from, reference answers included.
         name: where it comes from, for error messages: "train.jsonl row 12".
         chat: the whole chat where more is to learn than the one completion, or tools belong to it.
+        tools: their definitions, for the chat template.
     """
 
     prompt: str | Messages
@@ -48,6 +51,7 @@ class Example:
     row: Mapping[str, Any] = field(default_factory=dict, repr=False)
     name: str = "example"
     chat: Chat | None = None
+    tools: Sequence[Any] | None = None
 
 
 def to_examples(
@@ -75,7 +79,7 @@ def has_empty_answer(example: Example) -> bool:
     """Whether an answer that is to be learnt is nothing but white space, and calls no tool."""
     if example.chat is None:
         return not example.completion.strip()
-    learnt = [turn for turn in example.chat.messages[example.chat.learn_from :] if turn["role"] == "assistant"]
+    learnt = [example.chat.messages[at] for at in example.chat.learnt]
     return any(not (str(turn.get("content") or "").strip() or turn.get("tool_calls")) for turn in learnt)
 
 
@@ -122,24 +126,30 @@ def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: 
         return _chat_example(row, messages_of(asked, f"{name}: field {prompt!r}"), completion, name)
     check_fields(row, fields_of(prompt, completion), name)
     answer = "" if completion is None else _fill(completion, row, name)
-    return Example(_fill(prompt, row, name), answer, row, name)
+    tools = None if "tools" in fields_of(prompt, completion) else tools_of(row, name)
+    return Example(_fill(prompt, row, name), answer, row, name, tools=tools)
 
 
 def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | None, name: str) -> Example:
     """An example of a chat, with what answers it behind it or in a field of its own."""
     whole = completion is None or (completion == COMPLETION and COMPLETION not in row)
+    tools = tools_of(row, name)
     if not whole:
         assert completion is not None
         check_fields(row, fields_of(completion), name)
         answer = row.get(completion)
         if not isinstance(answer, list | tuple):
-            return Example(asked, _fill(completion, row, name), row, name)
-        turns, learn_from = [*asked, *messages_of(answer, f"{name}: field {completion!r}")], len(asked)
+            return Example(asked, _fill(completion, row, name), row, name, tools=tools)
+        chat = Chat([*asked, *messages_of(answer, f"{name}: field {completion!r}")], len(asked))
     else:
-        turns, learn_from = asked, 0
-    learnt = [at for at, turn in enumerate(turns) if turn["role"] == "assistant" and at >= learn_from]
+        chat = Chat(asked)
+    turns, learnt = chat.messages, chat.learnt
     if completion is None and (not learnt or learnt[-1] != len(turns) - 1):
-        return Example(turns, "", row, name)  # it asks, and nothing is to be learnt from it
+        return Example(turns, "", row, name, tools=tools)  # it asks, and nothing is to be learnt from it
+    if not learnt and any(turn["role"] == "assistant" for turn in turns):
+        raise SvdtuneError(
+            f"{name}: every turn of the assistant's has `weight: 0` or `train: false`; leave the row out"
+        )
     if not learnt:
         roles = ", ".join(dict.fromkeys(repr(turn["role"]) for turn in turns))
         raise SvdtuneError(
@@ -148,11 +158,9 @@ def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | Non
         )
     last = turns[learnt[-1]]
     text = last.get("content")
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
     plain = isinstance(text, str) and not tools and not any("tool_calls" in turn for turn in turns)
-    chat = None if plain and len(learnt) == 1 else Chat(turns[: learnt[-1] + 1], tools, learn_from)
-    return Example(turns[: learnt[-1]], text if isinstance(text, str) else "", row, name, chat)
+    kept = None if plain and len(learnt) == 1 else Chat(turns[: learnt[-1] + 1], chat.learn_from)
+    return Example(turns[: learnt[-1]], text if isinstance(text, str) else "", row, name, kept, tools)
 
 
 def _fill(spec: str, row: Mapping[str, Any], name: str) -> str:

@@ -1,5 +1,5 @@
-"""Files of rows: JSON, JSONL, CSV, Parquet and E2E's text form (also .gz), read row by row, each
-with its line.
+"""Files of rows: JSON, JSONL, CSV, Parquet and plain text (also .gz), read row by row, each with
+its line.
 
 A row that is malformed comes out as a `Fault` instead of a row, so that one reader serves training,
 which refuses the first fault, and `svdtune data check`, which lists them all.
@@ -26,7 +26,6 @@ _SURROGATE = re.compile(r"\\ud[89a-f]", re.IGNORECASE)
 _BEFORE = re.compile(r'(?:\s*[\r\n])?(?:"?sep=([^\w\s"]|\t)"?\s*[\r\n])?', re.IGNORECASE)
 _QUOTED = re.compile(r'(?<![^,;\t|])"(?:[^"]+|"")*+"?')  # a quote sign within a cell is text
 _RECORD = re.compile(rf"(?:{_QUOTED.pattern}|[^\r\n])*+")
-SEPARATOR = "||"  # between meaning and sentence in the text form of E2E
 
 
 class Located(NamedTuple):
@@ -213,18 +212,10 @@ def _scan_table(text: str, path: Path, skipped: int, between: str, quoting: Lite
 
 
 def _scan_text(text: str, path: Path) -> Iterator[Located | Fault]:
-    """E2E as LoRA's experiments have it: `context||completion`, one a line."""
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        context, *completions = line.split(SEPARATOR)
-        if len(completions) == 1:
-            yield Located(f"line {number}", {"context": context.strip(), "completion": completions[0].strip()})
-        else:
-            yield Fault(
-                f"line {number}",
-                f"is {line!r:.60}; expected a meaning, {SEPARATOR} and one sentence (plain text goes into a column text)",
-            )
+    """Plain text: a row for each line that is not blank, with a field `text`, as `datasets` has
+    it."""
+    lines = enumerate(text.split("\n"), 1)
+    return (Located(f"line {number}", {"text": line.rstrip("\r")}) for number, line in lines if line.strip())
 
 
 def _scan_parquet(path: Path) -> Iterator[Located]:

@@ -8,11 +8,13 @@
 | `instruction`, `input`, `output` | Alpaca's | `prompt`: instruction and input, `completion` |
 | `text` | plain text | `completion`: the text, after an empty prompt |
 
-`tools` beside messages goes to the chat template; `system` beside them is the first message of a
-chat that has none. A content in parts becomes one text.
+`tools` beside a prompt or messages goes to the chat template; `system` beside messages is the first
+of a chat that has none. A content in parts becomes one text. A message of the assistant's with
+`weight: 0` or `train: false` is read and not trained on.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from svdtune.errors import SvdtuneError
@@ -23,13 +25,16 @@ Message = dict[str, Any]
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
+    "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
     "function_call": "assistant",
     "observation": "tool",
     "function_response": "tool",
 }
+_MARKS = ("weight", "train")  # of a message: whether it is trained on, in OpenAI's files and in Axolotl's
 CHATS = ("messages", "conversations")  # the columns of whole chats
+_COLUMNS = {*CHATS, "prompt", "completion", "instruction", "input", "output", "text", "chosen", "rejected", "label"}
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
 
 
@@ -50,9 +55,15 @@ def standard_row(row: Row, name: str) -> Row:
     if "text" in row:
         return {**row, "prompt": "", "completion": row["text"]}
     raise SvdtuneError(
-        f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}); "
-        "say which hold what is asked and answered: data.prompt and data.completion"
+        f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}"
+        f"{capitals(row)}); say which hold what is asked and answered: data.prompt and data.completion"
     )
+
+
+def capitals(columns: Iterable[str]) -> str:
+    """A hint for columns that would be those of a format but for capital letters and spaces."""
+    other = [repr(name) for name in columns if name not in _COLUMNS and name.strip().lower() in _COLUMNS]
+    return f"; {', '.join(other)} would be read if written in small letters" if other else ""
 
 
 def chat_column(row: Row) -> str | None:
@@ -72,6 +83,32 @@ def chat_of(row: Row, column: str, name: str) -> list[Message]:
     return messages
 
 
+def is_learnt(message: Message) -> bool:
+    """Whether a message is a turn of the assistant's that is trained on: each is, unless it is
+    marked with `weight: 0` or `train: false`."""
+    return message["role"] == "assistant" and all(message.get(mark, True) for mark in _MARKS)
+
+
+def tools_of(row: Row, name: str) -> Sequence[Any] | None:
+    """The definitions of tools in a row, None where it has none.
+
+    Raises:
+        SvdtuneError: if `tools` holds something else.
+    """
+    found = given = row.get("tools")
+    if isinstance(given, str) and given.strip():
+        try:
+            found = json.loads(given)
+        except ValueError:
+            found = given
+    if found and not isinstance(found, list | tuple):
+        raise SvdtuneError(
+            f"{name}: field 'tools' holds {given!r:.60}; expected a list of definitions of tools, or such a list as JSON. "
+            "Rename the column if it holds something else"
+        )
+    return found or None
+
+
 def messages_of(turns: Any, name: str) -> list[Message]:
     """A chat as messages with `role` and `content`.
 
@@ -87,7 +124,8 @@ def _message(turn: Any, name: str) -> Message:
     if not isinstance(turn, Mapping):
         raise SvdtuneError(f"{name} is {turn!r:.60}; expected an object with role and content")
     if "from" in turn and "value" in turn:
-        turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
+        more = {key: value for key, value in turn.items() if key not in ("from", "value")}
+        turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"], **more}
     # A table gives every message every column of any of them: what is empty was not said.
     message = {key: value for key, value in turn.items() if value is not None}
     content, calls = message.get("content"), message.get("tool_calls")
@@ -96,6 +134,11 @@ def _message(turn: Any, name: str) -> Message:
             f"{name} has {', '.join(f'{key} = {value!r:.40}' for key, value in message.items()) or 'nothing'}; "
             "expected a role and a content (or tool_calls), or from and value"
         )
+    for mark in _MARKS:
+        if message.get(mark, 1) not in (0, 1):
+            raise SvdtuneError(
+                f"{name} has {mark} = {message[mark]!r:.40}; expected 1 (true) for a turn that is trained on, or 0 (false)"
+            )
     if isinstance(content, list):
         message["content"] = "".join(_text_of(part, name) for part in content)
     return message

@@ -15,7 +15,7 @@ from svdtune._version import __version__
 from svdtune.data import read_rows, to_examples
 from svdtune.data.examples import COMPLETION, PROMPT, check_fields, fields_of
 from svdtune.data.preferences import CHOSEN, LABEL, REJECTED, label_of, token_counts
-from svdtune.data.standard import CHATS
+from svdtune.data.standard import CHATS, capitals
 from svdtune.errors import SvdtuneError
 from svdtune.models import load_tokenizer
 from svdtune.models.loader import context_length, load_config, locate
@@ -179,9 +179,9 @@ def _format_of(
         if {*told} <= {*columns} and (LABEL not in told or task == "kto"):
             return words, [*told, *more, *system]
     raise SvdtuneError(
-        f"the columns {', '.join(map(repr, columns))} are those of no format (messages, conversations, prompt and completion, "
-        "instruction and output, text, chosen and rejected, completion and label). Say which hold what is asked and "
-        "answered: --prompt question --completion answer, or texts with fields in braces"
+        f"the columns {', '.join(map(repr, columns))} are those of no format (messages, conversations, prompt and "
+        f"completion, instruction and output, text, chosen and rejected, completion and label{capitals(columns)}). Say "
+        "which hold what is asked and answered: --prompt question --completion answer, or texts with fields in braces"
     )
 
 

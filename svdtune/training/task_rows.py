@@ -194,6 +194,11 @@ def _encode_prompts(
 ) -> tuple[Rows, int]:
     rows: list[dict[str, Any]] = []
     for example, row in judged:
+        if example.tools:
+            raise SvdtuneError(
+                f"{example.name}: the row has tools, which training.task: grpo does not offer while it samples answers; "
+                "write them into the prompt, or take the column out"
+            )
         ids = prompt_ids(example, tokenizer, template)
         if len(ids) <= max_length:
             rows.append({**row, "prompt_ids": ids})

@@ -35,7 +35,7 @@ WHOLE = {
     ".json": b'[{"q": "a", "l": [1, {"a": null}]}]',
     ".jsonl": b'{"q": "a", "n": 1}\n{"q": "b", "n": 2}\n',
     ".csv": b'q,a\n"x, y",1\nz,2\n',
-    ".txt": b"name : x || y\n",
+    ".txt": b"a line\nand another\n",
 }
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from svdtune.data import encode, encode_all, to_examples
+from svdtune.data import encode, encode_all, prompt_ids, to_examples
 from svdtune.data.encoding import IGNORED
 from svdtune.errors import SvdtuneError
 
@@ -76,6 +76,60 @@ def test_a_template_that_refuses_is_quoted(tokenizer: PreTrainedTokenizerFast) -
     tokenizer.chat_template = "{{ raise_exception('roles must take turns') }}"
     with pytest.raises(SvdtuneError, match="the chat template refuses its first 2 messages: roles must take turns"):
         learnt(tokenizer, {"messages": TURNS})
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+KNOWS_TOOLS = (
+    "{% if tools %}{% for t in tools %}{{ t.function.name }}\n{% endfor %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}{% endif %}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATS = {
+    "what the role 'system' says": {"messages": TURNS[:3]},
+    "what the role 'tool' says": {"messages": [TURNS[1], TURNS[2], {"role": "tool", "content": "7"}, TURNS[4]]},
+    "the assistant's calls of tools": {"messages": [TURNS[1], CALL]},
+    "the tools that may be called": {"messages": TURNS[1:3], "tools": [TOOL]},
+}
+# Each template writes all but one kind of what a chat may hold.
+LACKS = {
+    what: "{% set messages = messages | rejectattr('role', 'equalto', '" + role + "') | list %}" + KNOWS_TOOLS
+    for what, role in zip(list(CHATS)[:2], ("system", "tool"), strict=True)
+} | {
+    "the assistant's calls of tools": KNOWS_TOOLS.replace("m.tool_calls %}", "false %}"),
+    "the tools that may be called": KNOWS_TOOLS.replace("if tools", "if false"),
+}
+
+
+@pytest.mark.parametrize("lacking", LACKS)
+@pytest.mark.parametrize("held", CHATS)
+def test_what_a_template_leaves_out_is_named(tokenizer: PreTrainedTokenizerFast, held: str, lacking: str) -> None:
+    """A run would train on chats that lack it."""
+    tokenizer.chat_template = LACKS[lacking]
+    [example] = to_examples([CHATS[held]], "prompt", "completion")
+    if held != lacking:
+        assert (
+            encode(example, tokenizer, 1000)["input_ids"] == encode_all([example], tokenizer, 1000)[0][0]["input_ids"]
+        )
+        return
+    with pytest.raises(SvdtuneError, match=f"the chat template leaves out {held}, so that .* `model.chat_template`"):
+        encode(example, tokenizer, 1000)
+    if held != "the assistant's calls of tools":  # of which the prompt has none
+        with pytest.raises(SvdtuneError, match=f"the chat template leaves out {held}"):
+            prompt_ids(example, tokenizer, "chat")
+
+
+def test_tools_reach_the_prompt_in_evaluation_too(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokenizer.chat_template = KNOWS_TOOLS
+    for row in ({"prompt": "2 + 2?"}, {"messages": TURNS[1:2]}, {"messages": TURNS[1:3]}):
+        [example] = to_examples([{**row, "tools": [TOOL]}], "prompt")
+        assert tokenizer.decode(prompt_ids(example, tokenizer, "chat")).startswith("add")
+    [text] = to_examples([{"prompt": "2 + 2?", "tools": [TOOL]}], "prompt")
+    with pytest.raises(
+        SvdtuneError, match=r"the row has tools, and the template 'plain' writes none; use `template: chat`"
+    ):
+        prompt_ids(text, tokenizer)
 
 
 def test_a_turn_without_an_end_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -33,7 +33,7 @@ def jsonl(path: Path, *rows: Any) -> Path:
         ({"query": "1?", "response": "It is 1. The answer is: 1", "type": "GSM_SV"}, "MetaMathQA"),
         ({"query": "Sort.", "answer": "sorted(x)", "lang": "python"}, "CodeFeedback"),
         ({"mr": "name[A], food[B]", "ref": "A has B."}, "E2E (CSV)"),
-        ({"context": "name : A", "completion": "A ."}, "E2E (linearised)"),
+        ({"text": "a line"}, "plain text"),
         ({"question": "1?", "answer": "1\n#### 1,000"}, "GSM8K"),
         ({"own": "x"}, None),
     ],

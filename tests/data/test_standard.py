@@ -104,13 +104,40 @@ def test_tools_are_handed_on() -> None:
     call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add"}}]}
     found = example({"messages": [ASK, call], "tools": '[{"name": "add"}]'})
     assert found.chat is not None
-    assert (found.chat.tools, found.completion) == ([{"name": "add"}], "")
+    assert (found.tools, found.completion) == ([{"name": "add"}], "")
+
+
+@pytest.mark.parametrize("row", [{"prompt": "2 + 2?", "completion": "4"}, {"prompt": [ASK], "completion": "4"}])
+def test_tools_beside_a_prompt_are_handed_on(row: dict[str, Any]) -> None:
+    assert example({**row, "tools": [{"name": "add"}]}).tools == [{"name": "add"}]
+    assert example({**row, "tools": ""}).tools is None
+    with pytest.raises(SvdtuneError, match=r"field 'tools' holds 'hammer'; expected a list .* Rename the column"):
+        example({**row, "tools": "hammer"})
+    [named] = to_examples([{"q": "use", "tools": "hammer", "a": "ok"}], "{q} {tools}", "a")
+    assert (named.prompt, named.tools) == ("use hammer", None), "a field that the prompt names is text"
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}])
+@pytest.mark.parametrize("form", [("role", "content", "assistant"), ("from", "value", "gpt")])
+def test_a_turn_that_is_marked_is_read_and_not_trained_on(mark: dict[str, Any], form: tuple[str, str, str]) -> None:
+    role, content, assistant = form
+    turns = [{role: "user", content: "2 + 2?"}, {role: assistant, content: "5", **mark}]
+    more = [{role: "user", content: "sure?"}, {role: assistant, content: "4", "weight": 1, "train": True}]
+    found = example({"messages": [*turns, *more]})
+    assert (found.completion, found.chat) == ("4", None), "what is left is a prompt and one answer"
+    assert [turn["content"] for turn in found.prompt] == ["2 + 2?", "5", "sure?"]
+    found = example({"messages": [*turns, *more, *more]})
+    assert found.chat is not None
+    assert found.chat.learnt == [3, 5]
+    with pytest.raises(SvdtuneError, match="row 1: every turn of the assistant's has `weight: 0` or `train: false`"):
+        example({"messages": turns})
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"question": "2 + 2?"}, r"row 1 has the columns 'question', which are those of no format .*data\.prompt"),
+        ({"Instruction": "a", "output ": "b"}, r"'Instruction', 'output ' would be read if written in small letters"),
         ({"messages": "hi"}, r"field 'messages' holds 'hi'; expected a list of messages"),
         ({"messages": ["hi"]}, "message 1 is 'hi'; expected an object with role and content"),
         ({"messages": [{"role": "user"}]}, r"message 1 has role = 'user'; expected a role and a content"),
@@ -119,6 +146,8 @@ def test_tools_are_handed_on() -> None:
             "no message is the assistant's, so that nothing can be learnt from it; the roles are 'user'",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "a.png"}]}, SAY]}, "expected text alone"),
+        ({"messages": [ASK, {**SAY, "weight": 0.5}]}, r"message 2 has weight = 0\.5; expected 1 \(true\)"),
+        ({"messages": [ASK, {**SAY, "train": "no"}]}, "message 2 has train = 'no'; expected 1"),
         ({"messages": [ASK, {"role": "assistant", "content": [3]}]}, "message 2 has a part 3; expected text alone"),
     ],
 )

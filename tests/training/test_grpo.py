@@ -144,6 +144,13 @@ def test_what_grpo_cannot_do_is_refused(
         check_recipe(recipe)
 
 
+def test_tools_that_no_answer_is_sampled_with_are_refused(recipe: dict[str, Any]) -> None:
+    row = {"prompt": "Add 1 and 1.", "total": "2", "tools": [{"name": "add"}]}
+    Path(recipe["data"]["train"]).write_text(json.dumps(row))
+    with pytest.raises(SvdtuneError, match=r"row 1: the row has tools, which training\.task: grpo does not offer"):
+        go(recipe)
+
+
 def test_prompts_that_are_too_long_are_refused_or_left_out(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["data"]["max_length"] = 10
     with pytest.raises(SvdtuneError, match=r"row 1: the prompt is 13 tokens long, and max_length is 10; raise it"):

@@ -5,7 +5,7 @@ references a meaning.
     →  name : Blue Spice | Type : coffee shop | area : city centre
     Blue Spice isn't in the city.                              →  Blue Spice is n't in the city .
 
-The published text files (`context||completion`) are taken as they are; the original CSV files
+The published text files have a line for each pair, `context||completion`; the original CSV files
 (`mr`, `ref`) are converted. Of the 9,365 rows of the published test and validation files, the
 conversion gives every context and over 99 % of the completions exactly; the rest differ in how a
 hyphen or an odd contraction is split.
@@ -14,6 +14,8 @@ hyphen or an odd contraction is split.
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from svdtune.errors import SvdtuneError
 
 _SLOTS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}
 _SLOT = re.compile(r"(?:^|, )([^\[\]]+?)\[(.*?)\]")
@@ -42,11 +44,21 @@ def separate(sentence: str) -> str:
 
 
 def to_pairs(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows with context and completion, from either form."""
-    return [
-        {"context": linearise(row["mr"]), "completion": separate(row["ref"])} if "mr" in row else dict(row)
-        for row in rows
-    ]
+    """Rows with context and completion, from either form.
+
+    Raises:
+        SvdtuneError: if a line of the text form does not have its two parts.
+    """
+    return [_pair(row, at) for at, row in enumerate(rows, 1)]
+
+
+def _pair(row: Mapping[str, Any], at: int) -> dict[str, str]:
+    if "mr" in row:
+        return {"context": linearise(row["mr"]), "completion": separate(row["ref"])}
+    context, *completions = row["text"].split("||")
+    if len(completions) != 1:
+        raise SvdtuneError(f"e2e row {at} is {row['text']!r:.60}; expected a meaning, || and one sentence")
+    return {"context": context.strip(), "completion": completions[0].strip()}
 
 
 def group(pairs: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:

@@ -55,12 +55,6 @@ def _e2e_csv(row: Row) -> str | None:
     return None if str(row["ref"]).strip() else "ref is empty"
 
 
-def _e2e_pair(row: Row) -> str | None:
-    if not str(row["context"]).startswith("name : "):
-        return "context does not begin with 'name : '"
-    return None if str(row["completion"]).strip() else "completion is empty"
-
-
 def _nothing(_: Row) -> str | None:
     return None
 
@@ -80,8 +74,8 @@ ROW_FORMATS = (
     Format("MetaMathQA", ("query", "response"), "query", _metamath),
     Format("CodeFeedback", ("query", "answer"), "query", _code_feedback),
     Format("E2E (CSV)", ("mr", "ref"), "mr", _e2e_csv, references=True),
-    Format("E2E (linearised)", ("context", "completion"), "context", _e2e_pair, references=True),
     Format("E2E (meanings only)", ("MR",), "MR", _nothing),
     Format("GSM8K", ("question", "answer"), "question", _gsm8k),
     Format("MAWPS", ("original_text", "equation", "ans"), "original_text", _nothing),
+    Format("plain text", ("text",), "text", _nothing),
 )

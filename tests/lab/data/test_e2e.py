@@ -7,6 +7,7 @@ import pytest
 
 from svdtune.data import read_rows
 from svdtune.data.files import read_file
+from svdtune.errors import SvdtuneError
 from svdtune.lab.data.e2e import group, linearise, separate, to_pairs
 
 
@@ -37,6 +38,11 @@ def test_references_of_one_meaning_come_together() -> None:
     ]
 
 
+def test_a_line_without_two_parts_is_named() -> None:
+    with pytest.raises(SvdtuneError, match=r"e2e row 2 is 'name : B'; expected a meaning, \|\| and one sentence"):
+        to_pairs([{"text": "name : A || A ."}, {"text": "name : B"}])
+
+
 @pytest.mark.parametrize(
     ("original", "published", "different"),
     [("testset_w_refs.csv", "lora_test.txt", 22), ("devset.csv", "lora_valid.txt", 58)],
@@ -45,7 +51,7 @@ def test_the_original_files_give_the_published_form(
     shared_data: Path, original: str, published: str, different: int
 ) -> None:
     made = to_pairs(read_file(shared_data / "e2e" / original))
-    expected = read_file(shared_data / "e2e" / published)
+    expected = to_pairs(read_file(shared_data / "e2e" / published))
     assert [row["context"] for row in made] == [row["context"] for row in expected]
     differing = sum(row["completion"] != other["completion"] for row, other in zip(made, expected, strict=True))
     assert differing == different
