@@ -52,7 +52,7 @@ def stacked(
     w is r, or 2r if a principal part is taken away. Zero columns fill it up to a multiple of
     `pad`.
     """
-    if kernels.available(U, s, V, P0, V0) and not torch.compiler.is_compiling():
+    if kernels.available(U, s, V, P0, V0):
         return kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
     A, B = pair(U, s, V, P0, V0, dtype)
     return filled(A, pad), filled(B, pad)

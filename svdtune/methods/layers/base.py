@@ -292,7 +292,7 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         sole = None if args or kwargs else self.sole_adapter()
         if sole is not None:
             p = self.dropout_p(sole)
-            in_kernel = p > 0 and self.draws_masks and kernels.available(x) and not torch.compiler.is_compiling()
+            in_kernel = p > 0 and self.draws_masks and kernels.available(x)
             x_adapter = getattr(self, f"{self.method}_dropout")[sole](x) if p > 0 and not in_kernel else None
             return self.fused(x, *self.readable(), x_adapter, p if in_kernel else 0.0, sole)
         if self.disable_adapters:

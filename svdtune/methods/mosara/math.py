@@ -209,7 +209,7 @@ def _mix(z: Tensor, w1: Tensor | None, w2: Tensor | None, lam: Tensor) -> tuple[
     [T] (None for one head)."""
     if w1 is None or w2 is None:
         return z * filled(lam, z.shape[1]).to(z.dtype), None, None
-    if kernels.available(z, w1, w2, lam) and not torch.compiler.is_compiling():
+    if kernels.available(z, w1, w2, lam):
         return kernels.mix(z, w1, w2, lam)
     a = _gate_input(z, w1)
     gate = token_gate(a, w2)
@@ -224,7 +224,7 @@ def _mix_backward(
     k = lam.shape[1]
     if gate is None or a is None or w2 is None:
         return dt * filled(lam, z.shape[1]).to(z.dtype), (dt * z)[:, :k].sum(0, dtype=lam.dtype)[None], None, None, None
-    if w1 is not None and kernels.available(dt, z, gate, a, lam, w1, w2) and not torch.compiler.is_compiling():
+    if w1 is not None and kernels.available(dt, z, gate, a, lam, w1, w2):
         return (*kernels.mix_backward(dt, z, gate, a, lam, w1, w2), None)
     dvalues = (dt * z)[:, :k].to(lam.dtype)
     dgate = dvalues @ lam.mT

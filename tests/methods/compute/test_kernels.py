@@ -30,9 +30,6 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
 
 
-OPCHECKS = ("test_schema", "test_faketensor")
-
-
 def on_a_gpu(test):
     """A test of a kernel: needs Triton and either a GPU or the interpreter."""
     missing = not HAS_TRITON or not (INTERPRETED or torch.cuda.is_available())
@@ -43,14 +40,6 @@ def close(got, want, tolerance):
     assert got.shape == want.shape
     want = want.detach()
     assert float((got.double() - want.double()).norm()) <= tolerance * float(want.double().norm()) + 1e-12
-
-
-def same_op(name, *arguments):
-    """The operator that a compiled graph calls: right schema, right fake results, no hidden
-    aliasing."""
-    torch.library.opcheck(
-        getattr(torch.ops.svdtune, name).default, arguments, test_utils=("test_schema", "test_faketensor")
-    )
 
 
 def factors(out, n, r, device=DEVICE):
@@ -106,7 +95,6 @@ def test_stacked_factors_are_bit_for_bit_the_plain_ones(shape, form, dtype, pad)
         assert mine.shape == (plain.shape[0], -(-width // pad) * pad)
         assert torch.equal(mine[:, :width], plain)
         assert not mine[:, width:].any()
-    same_op("stack_factors", U, s, V, P0, V0, dtype, pad)
 
 
 @on_a_gpu
@@ -148,8 +136,6 @@ def test_mo_sara_rows_and_all_their_gradients(T, k, m, extra, dtype):
     assert not dz[:, k:].any()
     for got, leaf in zip((dw1, dw2, dlam), leaves[1:], strict=True):
         assert float((got.double() - leaf.grad).norm()) <= 1e-5 * float(leaf.grad.norm()) + 1e-5 * T**0.5
-    same_op("mix", z, w1, w2, lam)
-    same_op("mix_backward", dt, z, gate, a, lam, w1, w2)
 
 
 @on_a_gpu
@@ -230,7 +216,6 @@ def test_products_with_dropout_share_one_mask(shape, p, dtype):
     z = kernels.dropout_mm(x, A, p, seed)
     assert z.dtype == dtype
     close(z, (keep * x.double()) @ A.double(), TOLERANCE[dtype])
-    same_op("dropout_mm", x, A, p, seed)
 
     if p == 0:
         assert torch.equal(z, kernels.dropout_mm(x, A, p, None))
@@ -239,10 +224,8 @@ def test_products_with_dropout_share_one_mask(shape, p, dtype):
     assert M.dtype == torch.float32
     close(M, (keep * x.double()).mT @ Q.double(), 1e-5)
     assert torch.equal(M, kernels.dropout_mm_transposed(x, Q, p, seed))
-    same_op("dropout_mm_transposed", x, Q, p, seed)
 
     want = dx.double() + keep * (Q.double() @ A.double().mT)
-    same_op("add_dropout_mm_", dx.clone(), Q, A, p, seed)
     returned = kernels.add_dropout_mm_(dx, Q, A, p, seed)
     assert returned is dx
     close(dx, want, TOLERANCE[dtype])
@@ -255,22 +238,3 @@ def test_the_mask_is_bit_for_bit_pytorchs():
     ones = torch.ones(170, 16, device=DEVICE)
     kernels.add_dropout_mm_(dx, torch.ones(150, 16, device=DEVICE), ones, 0.4, seed)
     assert torch.equal(dx != 0, kernels.dropout_mask((150, 170), 0.4, seed, DEVICE))
-
-
-@on_a_gpu
-@pytest.mark.skipif(INTERPRETED, reason="needs a GPU")
-def test_a_compiled_graph_holds_the_kernels_without_a_break():
-    seed = torch.tensor(5, device=DEVICE)
-
-    def step(x, U, s, V, P0, V0):
-        A, B = kernels.stack_factors(U, s, V, P0, V0, x.dtype, 8)
-        z = kernels.dropout_mm(x, A, 0.1, seed)
-        M = kernels.dropout_mm_transposed(z @ B.mT, z[:, :32], 0.0, None)
-        return kernels.add_dropout_mm_(x.clone(), z, A, 0.1, seed), M
-
-    U, s, V, P0, V0 = factors(64, 96, 32)
-    x = torch.randn(40, 96, device=DEVICE)
-    eager = step(x, U, s, V, P0, V0)
-    compiled = torch.compile(step, fullgraph=True)(x, U, s, V, P0, V0)
-    for mine, plain in zip(compiled, eager, strict=True):
-        close(mine, plain, 1e-5)

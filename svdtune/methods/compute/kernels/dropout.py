@@ -150,6 +150,18 @@ def _chunk(length: int, parts: int, step: int) -> tuple[int, int]:
 
 
 def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """z = (keep ∘ x) A / (1 − p), with keep = `dropout_mask(x.shape, p, seed)`.
+
+    Args:
+        x: [T, d]; rows may lie apart.
+        A: [d, w], the dtype of x.
+        p: 0 ≤ p < 1.
+        seed: See `dropout_seed`; on the device of x. None will do where p = 0, here and in the two
+            functions below.
+
+    Returns:
+        [T, w] in the dtype of x.
+    """
     (T, d), w = x.shape, A.shape[1]
     x, A = _matrix(x), A.contiguous()
     wide = x.element_size() > 2
@@ -171,6 +183,8 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
 
 
 def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype; p = 0 is a
+    plain split product."""
     (T, d), w = x.shape, Q.shape[1]
     x, Q = _matrix(x), _matrix(Q)
     wide = x.element_size() > 2
@@ -186,15 +200,18 @@ def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -
     return out[0] if parts == 1 else out.sum(0)
 
 
-def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> None:
+def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """dx += keep ∘ (Q Aᵀ) / (1 − p), in place, for dx [T, d], Q [T, w] and A [d, w]; added in fp32,
+    rounded once."""
     (T, d), w = dx.shape, A.shape[1]
     Q, A = _matrix(Q), A.contiguous()
     wide = Q.element_size() > 2
     rows, columns, inner = 64, 128, 32 if wide else 64
     if T == 0:
-        return
+        return dx
     with on_device(dx):
         _add_dropout_mm[(triton.cdiv(T, rows) * triton.cdiv(d, columns),)](
             dx, Q, A, seed, T, d, w, dx.stride(0), Q.stride(0), **_constants(Q, p),
             ROWS=rows, COLUMNS=columns, INNER=inner, num_warps=4, num_stages=stages(Q, (rows + columns) * inner, 3),
         )  # fmt: skip
+    return dx

@@ -50,6 +50,20 @@ def _stack_factors(
 def stack_factors(
     U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None, dtype: torch.dtype, pad: int
 ) -> tuple[Tensor, Tensor]:
+    """`lowrank.stacked` in one launch: A = [V, V − V₀] and B = [U·s − P₀, P₀], formed in fp32,
+    rounded once to `dtype`.
+
+    Args:
+        U: [out, r] fp32.
+        s: [r], or None for 1.
+        V: [in, r].
+        P0: [out, r], or None, then A = V and B = U·s; V0 [in, r] likewise.
+        dtype: Of A and B.
+        pad: Columns of zeros are appended up to a multiple of this.
+
+    Returns:
+        A [in, w] and B [out, w], w = r or 2r, padded. Bit for bit what `lowrank.stacked` gives.
+    """
     out, r = U.shape
     n = V.shape[0]
     width = -(-(r if P0 is None else 2 * r) // pad) * pad

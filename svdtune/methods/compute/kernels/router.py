@@ -135,6 +135,18 @@ def _rows_apart(x: Tensor) -> Tensor:
 
 
 def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mo-SARA's Eq. 6 and the scaling of Eq. 5: a = z w₁, gate = softmax(a w₂), t = z ∘ (gate λ), z
+    read once.
+
+    Args:
+        z: [T, width ≥ k], rows may lie apart; columns from k on are ignored.
+        w1: [k].
+        w2: [m].
+        lam: [m, k].
+
+    Returns:
+        t [T, width] in the dtype of z, zero from column k on; gate [T, m] and a [T] in fp32.
+    """
     (T, width), (heads, k) = z.shape, lam.shape
     z, w1, w2, lam = _rows_apart(z), w1.contiguous(), w2.contiguous(), lam.contiguous()
     t = z.new_empty(T, width)
@@ -151,6 +163,13 @@ def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor,
 def mix_backward(
     dt: Tensor, z: Tensor, gate: Tensor, a: Tensor, lam: Tensor, w1: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `mix` from dt [T, width] and what it returned; dt and z are read twice, the
+    second time for the sums.
+
+    Returns:
+        dz [T, width] in the dtype of z, zero from column k on; dλ, dw₁ and dw₂ in the dtypes and
+        shapes of λ, w₁ and w₂.
+    """
     (T, width), (heads, k) = z.shape, lam.shape
     dt, z, gate, a = _rows_apart(dt), _rows_apart(z), gate.contiguous(), a.contiguous()
     lam, w1, w2 = lam.contiguous(), w1.contiguous(), w2.contiguous()
