@@ -11,7 +11,7 @@ from test_training_step import literal
 
 from svdtune import regularize
 from svdtune.methods.compute import kernels
-from svdtune.methods.compute.lowrank import low_rank_linear
+from svdtune.methods.compute.lowrank import Product, low_rank_linear
 from tiny import tiny_llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -74,13 +74,13 @@ def test_dropout_in_the_kernels(name, r, monkeypatch):
     frozen = (random(80, r), random(96, r)) if name == "sorsa" else (None, None)
     leaves = [t.clone().requires_grad_() for t in (x, U, s, V)]
     mine, U1, s1, V1 = leaves
-    got = low_rank_linear(mine, weight, bias, U1, s1, V1, *frozen, p=p)
+    got = low_rank_linear(mine, weight, bias, Product(U1, s1, V1, *frozen), p=p)
     upstream = random(70, 80)
     got.backward(upstream)
     twins = [t.clone().requires_grad_() for t in (x, U, s, V)]
     plain, U2, s2, V2 = twins
     mask = kernels.dropout_mask(x.shape, p, seed, "cuda")
-    want = low_rank_linear(plain, weight, bias, U2, s2, V2, *frozen, x_adapter=plain * mask / (1 - p))
+    want = low_rank_linear(plain, weight, bias, Product(U2, s2, V2, *frozen), x_adapter=plain * mask / (1 - p))
     want.backward(upstream)
     assert float((got - want).detach().norm() / want.detach().norm()) < 2e-3
     for one, other in zip(leaves, twins, strict=True):

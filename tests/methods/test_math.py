@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pairwise import all_pairs
-from svdtune.methods.compute.lowrank import LowRankLinear, Part
+from svdtune.methods.compute.lowrank import LowRankLinear, Part, Product, add_low_rank, low_rank_linear, pair
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import math as sara
@@ -18,6 +18,14 @@ WEIGHTS = ("random", "rank-deficient", "zero")
 # heads, whether there is a v, whether it stands in front
 MOSARA_VARIANTS = [(1, True, False), (3, True, False), (3, False, False), (3, True, True), (1, True, True)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def sara_linear(x, weight, bias, U, lam, V):
+    return low_rank_linear(x, weight, bias, sara.sara_change(U, lam, V))
+
+
+def sorsa_linear(x, weight, bias, U, s, V, P0, V0, x_adapter=None):
+    return low_rank_linear(x, weight, bias, sorsa.sorsa_change(U, s, V, P0, V0), x_adapter)
 
 
 def base_weight(kind: str, out: int, n: int) -> torch.Tensor:
@@ -105,9 +113,7 @@ class TestAgainstReference:
     )
     def test_sara(self, shape, kind, dtype, use_lambda):
         frozen, trained = sara_case(shape, kind, use_lambda)
-        compare(
-            sara.sara_linear, sara_reference.sara_linear, torch.randn(11, shape[1]).double(), frozen, trained, dtype
-        )
+        compare(sara_linear, sara_reference.sara_linear, torch.randn(11, shape[1]).double(), frozen, trained, dtype)
 
     @pytest.mark.parametrize(
         ("shape", "kind", "dtype", "layout", "moved"),
@@ -116,9 +122,7 @@ class TestAgainstReference:
     )
     def test_sorsa(self, shape, kind, dtype, layout, moved):
         frozen, trained = sorsa_case(shape, kind, layout, moved)
-        compare(
-            sorsa.sorsa_linear, sorsa_reference.sorsa_linear, torch.randn(11, shape[1]).double(), frozen, trained, dtype
-        )
+        compare(sorsa_linear, sorsa_reference.sorsa_linear, torch.randn(11, shape[1]).double(), frozen, trained, dtype)
 
     @pytest.mark.parametrize(
         ("shape", "kind", "dtype", "variant"), all_pairs(SHAPES.values(), WEIGHTS, TOLERANCE, MOSARA_VARIANTS), ids=str
@@ -142,9 +146,9 @@ def test_autocast_computes_as_linear_layers_do(case):
     shape = (12, 16, 4)
     x = torch.randn(9, 16).double()
     if case == "sara":
-        fast, literal, made = sara.sara_linear, sara_reference.sara_linear, sara_case(shape, "random", True)
+        fast, literal, made = sara_linear, sara_reference.sara_linear, sara_case(shape, "random", True)
     elif case in ("delta", "split"):
-        fast, literal, made = sorsa.sorsa_linear, sorsa_reference.sorsa_linear, sorsa_case(shape, "random", case, 0.1)
+        fast, literal, made = sorsa_linear, sorsa_reference.sorsa_linear, sorsa_case(shape, "random", case, 0.1)
     else:
         front = case == "front"
         made = mosara_case(shape, "random", 3, True, front)
@@ -173,7 +177,7 @@ class TestGradcheck:
         bias = torch.randn(5).double()
 
         def function(x, bias, U, s, V, x_adapter):
-            return sorsa.sorsa_linear(x, frozen["weight"], bias, U, s, V, frozen["P0"], frozen["V0"], x_adapter)
+            return sorsa_linear(x, frozen["weight"], bias, U, s, V, frozen["P0"], frozen["V0"], x_adapter)
 
         self.check(function, self.x, bias, *trained.values(), None)
         self.check(function, self.x, bias, *trained.values(), self.x * 2)
@@ -200,7 +204,7 @@ class TestGradcheck:
         frozen, trained = sorsa_case((5, 6, 3), "random", "delta", 0.2)
 
         def add_sorsa(x, y, *parameters):
-            return sorsa.add_sorsa(y * 1, x, *parameters, frozen["P0"], frozen["V0"])
+            return add_low_rank(y * 1, x, sorsa.sorsa_change(*parameters, frozen["P0"], frozen["V0"]))
 
         self.check(add_sorsa, self.x, torch.randn(2, 3, 5).double(), *trained.values())
 
@@ -208,7 +212,7 @@ class TestGradcheck:
 def test_differentiating_twice_is_refused():
     frozen, trained = sara_case((5, 6, 2), "random", True)
     U = trained["U"].requires_grad_()
-    y = sara.sara_linear(torch.randn(3, 6).double(), frozen["weight"], None, U, trained["lam"], trained["V"])
+    y = sara_linear(torch.randn(3, 6).double(), frozen["weight"], None, U, trained["lam"], trained["V"])
     (gradient,) = torch.autograd.grad(y.square().sum(), U, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -216,7 +220,7 @@ def test_differentiating_twice_is_refused():
 
 def test_delta_elements_are_equation_4():
     U, lam, V = sara.kaiming_factors(5, 7, 3)
-    A, B = sara.sara_pair(U, lam, V)
+    A, B = pair(sara.sara_change(U, lam, V))
     delta = B @ A.mT
     for i in range(5):
         for j in range(7):
@@ -237,8 +241,8 @@ def test_delta_keeps_small_changes_that_bf16_products_would_lose():
     moved = s[:8] * (1 + 1e-5)
     x = torch.randn(16, 64).bfloat16()
     zero = torch.zeros(64, 64).bfloat16()
-    got = sorsa.sorsa_linear(x, zero, None, U[:, :8], moved, V0, P0, V0).double()
-    A, B = sorsa.sorsa_pair(U[:, :8], moved, V0, P0, V0)
+    got = sorsa_linear(x, zero, None, U[:, :8], moved, V0, P0, V0).double()
+    A, B = pair(sorsa.sorsa_change(U[:, :8], moved, V0, P0, V0))
     truth = x.double() @ (B @ A.mT).double().mT
     assert float((got - truth).norm() / truth.norm()) < 0.01
     together = (x @ V0.bfloat16()) @ (U[:, :8] * moved).bfloat16().mT - (x @ V0.bfloat16()) @ P0.bfloat16().mT
@@ -252,7 +256,7 @@ def test_zero_columns_change_nothing(layout, monkeypatch):
     for shape in SHAPES.values():
         frozen, trained = sorsa_case(shape, "random", layout, 0.3)
         compare(
-            sorsa.sorsa_linear,
+            sorsa_linear,
             sorsa_reference.sorsa_linear,
             torch.randn(11, shape[1]).double(),
             frozen,
@@ -283,11 +287,11 @@ def test_adapters_of_different_make_in_one_node(makes, second):
         P0, V0 = (random(5, 2 + i, dtype=dtype), random(6, 2 + i, dtype=dtype)) if frozen else (None, None)
         for tensor in (U, s, V):
             tensor.requires_grad_()
-        parts.append(Part(W, None, U, s, V, P0, V0))
+        parts.append(Part(W, None, Product(U, s, V, P0, V0)))
         change = (U * s) @ V.mT - (P0 @ V0.mT if frozen else 0)
         expected.append(x @ (W + change.double()).mT)
-    outputs = LowRankLinear.apply(x, None, 0.0, *[tensor for part in parts for tensor in part])
-    trained = [x, *(tensor for part in parts for tensor in (part.U, part.s, part.V))]
+    outputs = LowRankLinear.apply(x, None, 0.0, *[tensor for part in parts for tensor in (*part[:2], *part.product)])
+    trained = [x, *(tensor for part in parts for tensor in part.product[:3])]
     sums = [sum((y * torch.linspace(0, 1, 5).to(y)).square().sum() for y in ys) for ys in (outputs, expected)]
     found, wanted = (torch.autograd.grad(total, trained) for total in sums)
     for a, b in zip(found, wanted, strict=True):

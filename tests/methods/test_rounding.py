@@ -7,17 +7,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from svdtune.methods.compute.changes import changes_at_once
-from svdtune.methods.compute.lowrank import low_rank_linear
+from svdtune.methods.compute.lowrank import Product, low_rank_linear
 
 SLACK = 1.05  # rounding errors are random: LoRA's own differ by as much between seeds
 
 
 def node(x: Tensor, W: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    return low_rank_linear(x, W, None, U, None, V)
+    return low_rank_linear(x, W, None, Product(U, None, V))
 
 
 def all_at_once(x: Tensor, W: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    (change,) = changes_at_once([((U, None, V, None, None), torch.bfloat16)])
+    (change,) = changes_at_once([(Product(U, None, V), torch.bfloat16)])
     return F.linear(x, W).addmm_(x, change.delta)
 
 

@@ -62,7 +62,7 @@ class _ChangesAtOnce(torch.autograd.Function):
         U, V = torch.stack(Us), torch.stack(Vs)
         s = None if ss[0] is None else torch.stack(ss)[:, None]
         P0, V0 = (None, None) if P0s[0] is None else (torch.stack(P0s), torch.stack(V0s))
-        A, B = pair(U, s, V, P0, V0, dtype)
+        A, B = pair(Product(U, s, V, P0, V0), dtype)
         ctx.save_for_backward(A[..., : U.shape[-1]], scaled(U, s).to(dtype), None if s is None else U, s)
         ctx.set_materialize_grads(False)
         ctx.count, ctx.dtypes = count, (U.dtype, V.dtype)

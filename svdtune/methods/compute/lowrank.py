@@ -16,7 +16,7 @@ Against autograd's own bookkeeping the node saves x and x V alone, adds into the
 matmuls, and makes no pass over a [T, in] or [T, out] tensor that is not a matrix product.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,31 +44,34 @@ def scaled(U: Tensor, s: Tensor | None) -> Tensor:
     return U if s is None else U * s
 
 
-def stacked(
-    U: Tensor, s: Tensor | None, V: Tensor, P0: Tensor | None, V0: Tensor | None, dtype: torch.dtype, pad: int = 1
-) -> tuple[Tensor, Tensor]:
+class Product(NamedTuple):
+    """P Vᵀ − P₀ V₀ᵀ with P = U diag(s), the shapes as at the head of this file. Without s P is U;
+    without P₀ and V₀ nothing is taken away. All may have leading dimensions."""
+
+    U: Tensor
+    s: Tensor | None
+    V: Tensor
+    P0: Tensor | None = None
+    V0: Tensor | None = None
+
+
+def stacked(product: Product, dtype: torch.dtype, pad: int = 1) -> tuple[Tensor, Tensor]:
     """The pair A [in, w], B [out, w] with A Bᵀ = (P Vᵀ − P₀ V₀ᵀ)ᵀ, rounded to `dtype` last.
 
     w is r, or 2r if a principal part is taken away. Zero columns fill it up to a multiple of
     `pad`.
     """
-    if kernels.available(U, s, V, P0, V0):
-        return kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
-    A, B = pair(U, s, V, P0, V0, dtype)
+    if kernels.available(*product):
+        return kernels.stack_factors(*product, dtype, pad)
+    A, B = pair(product, dtype)
     return filled(A, pad), filled(B, pad)
 
 
-def pair(
-    U: Tensor,
-    s: Tensor | None,
-    V: Tensor,
-    P0: Tensor | None,
-    V0: Tensor | None,
-    dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """A = [V, V − V₀] and B = [P − P₀, P₀]; V and P if nothing is taken away. All may have leading
-    dimensions. Each half is rounded to `dtype`, if one is given, before they are joined: so a
+def pair(product: Product, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """A = [V, V − V₀] and B = [P − P₀, P₀]; V and P if nothing is taken away. So the change of the
+    weight is B Aᵀ. Each half is rounded to `dtype`, if one is given, before they are joined: so a
     compiler forms A and B in one kernel each."""
+    U, s, V, P0, V0 = product
 
     def joined(*halves: Tensor) -> Tensor:
         rounded = [half if dtype is None else cast(half, dtype) for half in halves]
@@ -100,23 +103,12 @@ def tall_product(X: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Part(NamedTuple):
-    """One linear layer and its addition, as `LowRankLinear` takes them; the shapes are those at the
-    head of this file."""
+    """One linear layer and its addition. `LowRankLinear` takes the tensors one by one, since
+    autograd sees none inside a tuple."""
 
     weight: Tensor | None
     bias_or_output: Tensor | None
-    U: Tensor
-    s: Tensor | None
-    V: Tensor
-    P0: Tensor | None = None
-    V0: Tensor | None = None
-
-
-Product = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
-"""U, s or None, V, and P₀ and V₀ or None and None: a `Part` without what it is added to."""
-
-Node = Callable[..., Tensor]
-"""What `low_rank_linear` or `add_low_rank` takes and gives, alone or together with other layers."""
+    product: Product
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -151,10 +143,10 @@ class LowRankLinear(torch.autograd.Function):
                 bias = None if part.bias_or_output is None else cast(part.bias_or_output, dtype)
                 y = linear_plus(cast(x, dtype), cast(part.weight, dtype), bias, own, B)
             outputs.append(y)
-            if part.P0 is not None:
+            if part.product.P0 is not None:
                 # x V without x (V − V₀), up to the next full column block: what is too much is cut
                 # off the product
-                r = part.V.shape[1]
+                r = part.product.V.shape[1]
                 own = own[:, : min(own.shape[1], r + -r % pad)]
             projected.append(own.contiguous() if z.numel() > WORTH_A_COPY else own)
         saved = list(tensors)
@@ -203,19 +195,20 @@ class LowRankLinear(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(needs)
         for i, part, z, dY, dV, grad in zip(used, parts, projected, dYs, dVs, grads, strict=True):
             needs_base, needs_U, needs_s = needs[i * FIELDS + 1 : i * FIELDS + 4]
+            U, s, V, _, _ = part.product
             dU = ds = dbase = None
             if needs_U or needs_s:
-                M = tall_product(dY, z, part.U.dtype)
-                M = M if M.shape[1] == part.V.shape[1] else M[:, : part.V.shape[1]]
-                ds = None if part.s is None else cast((M * part.U).sum(0), part.s.dtype)
-                dU = scaled(M, part.s)
+                M = tall_product(dY, z, U.dtype)
+                M = M if M.shape[1] == V.shape[1] else M[:, : V.shape[1]]
+                ds = None if s is None else cast((M * U).sum(0), s.dtype)
+                dU = scaled(M, s)
             if needs_base:
                 dbase = grad if part.weight is None else dY.sum(0)
             gradients[i * FIELDS + 1 : i * FIELDS + 5] = dbase, dU, ds, dV
         return dx, dx_adapter, None, *gradients
 
 
-FIELDS = len(Part._fields)
+FIELDS = 2 + len(Product._fields)
 
 WORTH_A_COPY = 2**21
 """Elements of x A from which on saving a part repays its copy: a view would keep the whole."""
@@ -223,12 +216,13 @@ WORTH_A_COPY = 2**21
 
 def as_parts(flat: Sequence[Any]) -> list[Part]:
     """`Part`s from the flat arguments of an autograd function."""
-    return [Part(*flat[i : i + FIELDS]) for i in range(0, len(flat), FIELDS)]
+    starts = range(0, len(flat), FIELDS)
+    return [Part(flat[i], flat[i + 1], Product(*flat[i + 2 : i + FIELDS])) for i in starts]
 
 
 def stacked_parts(parts: list[Part], dtype: torch.dtype, pad: int) -> tuple[Tensor, list[Tensor]]:
     """The A's of all parts side by side, and their B's."""
-    pairs = [stacked(part.U, part.s, part.V, part.P0, part.V0, dtype, pad) for part in parts]
+    pairs = [stacked(part.product, dtype, pad) for part in parts]
     return beside([A for A, _ in pairs]), [B for _, B in pairs]
 
 
@@ -256,18 +250,18 @@ def V_gradients(
     flat: Tensor, Q: Tensor, parts: list[Part], Bs: list[Tensor], pad: int, p: float, seed: Tensor | None
 ) -> list[Tensor]:
     """dV = xᵀ Q of each part; where A = [V, V − V₀] both halves of Q belong to V."""
-    halves = []
-    for part, q in zip(parts, apart(Q, Bs), strict=True):
-        r = part.V.shape[1]
-        halves.append(q if part.P0 is None else filled(q[:, :r] + q[:, r : 2 * r], pad))
-    Q = Q if all(part.P0 is None for part in parts) else beside(halves)
-    dtype = parts[0].V.dtype
-    for part in parts[1:]:  # adapters of different make may lie in one group
-        dtype = torch.promote_types(dtype, part.V.dtype)
+    products, halves = [part.product for part in parts], []
+    for product, q in zip(products, apart(Q, Bs), strict=True):
+        r = product.V.shape[1]
+        halves.append(q if product.P0 is None else filled(q[:, :r] + q[:, r : 2 * r], pad))
+    Q = Q if all(product.P0 is None for product in products) else beside(halves)
+    dtype = products[0].V.dtype
+    for product in products[1:]:  # adapters of different make may lie in one group
+        dtype = torch.promote_types(dtype, product.V.dtype)
     dV = tall_product(flat, Q, dtype) if seed is None else cast(kernels.dropout_mm_transposed(flat, Q, p, seed), dtype)
     return [
-        cast(own if own.shape[1] == part.V.shape[1] else own[:, : part.V.shape[1]], part.V.dtype)
-        for part, own in zip(parts, apart(dV, halves), strict=True)
+        cast(own if own.shape[1] == V.shape[1] else own[:, : V.shape[1]], V.dtype)
+        for (_, _, V, _, _), own in zip(products, apart(dV, halves), strict=True)
     ]
 
 
@@ -325,11 +319,7 @@ def low_rank_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    U: Tensor,
-    s: Tensor | None,
-    V: Tensor,
-    P0: Tensor | None = None,
-    V0: Tensor | None = None,
+    product: Product,
     x_adapter: Tensor | None = None,
     p: float = 0.0,
 ) -> Tensor:
@@ -339,29 +329,23 @@ def low_rank_linear(
     Dropout on the input of the second term: give that input as `x_adapter`, or on CUDA its
     probability as `p`.
     """
-    part = Part(weight, bias, U, s, V, P0, V0)
-    return _in_plain(x, x_adapter, part) if under_transform() else LowRankLinear.apply(x, x_adapter, p, *part)
+    if under_transform():
+        return _in_plain(x, x_adapter, Part(weight, bias, product))
+    return LowRankLinear.apply(x, x_adapter, p, weight, bias, *product)
 
 
-def add_low_rank(
-    y: Tensor,
-    x: Tensor,
-    U: Tensor,
-    s: Tensor | None,
-    V: Tensor,
-    P0: Tensor | None = None,
-    V0: Tensor | None = None,
-) -> Tensor:
+def add_low_rank(y: Tensor, x: Tensor, product: Product) -> Tensor:
     """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be
     read directly."""
-    part = Part(None, y, U, s, V, P0, V0)
-    return _in_plain(x, None, part) if under_transform() else LowRankLinear.apply(x, None, 0.0, *part)
+    if under_transform():
+        return _in_plain(x, None, Part(None, y, product))
+    return LowRankLinear.apply(x, None, 0.0, None, y, *product)
 
 
 def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:
     """The result of `LowRankLinear`, not in place, in operations that torch.func transforms."""
     dtype = compute_dtype(x)
-    A, B = pair(*part[2:], dtype)
+    A, B = pair(part.product, dtype)
     added = cast(x if x_adapter is None else x_adapter, dtype) @ A @ B.mT
     y = base_in_plain(x, part.weight, part.bias_or_output, dtype)
     return y + cast(added, y.dtype)

@@ -200,23 +200,18 @@ class Together:
                 by_input.setdefault(turn.input, []).append(turn)
         self._followers = {group[0].layer: group[1:] for group in by_input.values() if len(group) > 1}
 
-    def linear(self, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, *arguments: Any) -> Tensor:
-        """`low_rank_linear` for one layer. It uses what was computed ahead, or computes several
-        layers at once.
-
-        Args:
-            layer: which.
-            adapter: its sole adapter.
-            x, arguments: all that `low_rank_linear` takes, in its order.
-        """
-        *fields, x_adapter, p = arguments
-        part, now = Part(*fields), self._pass
-        tensors: Any = tuple(fields[2:])  # a slice of `part` is no tuple for torch 2.8's compiler
+    def linear(
+        self, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, part: Part, x_adapter: Tensor | None, p: float
+    ) -> Tensor:
+        """`low_rank_linear` for one layer and its sole adapter. It uses what was computed ahead, or
+        computes several layers at once."""
+        tensors, now = part.product, self._pass
+        flat: list[Tensor | None] = [part.weight, part.bias_or_output, *tensors]
         pair = self._kept_pair(layer, adapter, x, tensors) if x_adapter is None and p == 0 else None
         if pair is not None:
             return linear_with_pair(x, part, *pair)
         if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
-            return LowRankLinear.apply(x, x_adapter, p, *part)
+            return LowRankLinear.apply(x, x_adapter, p, *flat)
         dtype = compute_dtype(x)
         self._note(now, layer, adapter, x, tensors, dtype)
         ahead = now.ahead.pop(layer, None)
@@ -230,8 +225,7 @@ class Together:
         followers = self._followers.get(layer) if torch.is_grad_enabled() and x_adapter is None else None
         ready = [turn for turn in followers or () if turn.layer not in self._apart and _would_repeat(turn, p)]
         if not ready:
-            return LowRankLinear.apply(x, x_adapter, p, *part)
-        flat: list[Tensor | None] = list(part)
+            return LowRankLinear.apply(x, x_adapter, p, *flat)
         for turn in ready:
             flat += (*turn.layer.readable(), *turn.tensors)
         y, *others = LowRankLinear.apply(x, None, p, *flat)
@@ -239,15 +233,15 @@ class Together:
             now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
         return y
 
-    def add(self, layer: nn.Module, adapter: str, y: Tensor, x: Tensor, *tensors: Any) -> Tensor:
+    def add(self, layer: nn.Module, adapter: str, y: Tensor, x: Tensor, product: Product) -> Tensor:
         """`add_low_rank` for one adapter of a layer, with the pair that was formed for it."""
-        pair = self._kept_pair(layer, adapter, x, tensors)
-        return add_low_rank(y, x, *tensors) if pair is None else add_pair(y, x, *pair)
+        pair = self._kept_pair(layer, adapter, x, product)
+        return add_low_rank(y, x, product) if pair is None else add_pair(y, x, *pair)
 
     def _kept_pair(self, layer: nn.Module, adapter: str, x: Tensor, tensors: Product) -> tuple[Tensor, Tensor] | None:
         dtype = compute_dtype(x)
         keep = self.keeper(layer, adapter, tensors, dtype)
-        return None if keep is None else keep(lambda: stacked(*tensors, dtype, alignment(dtype, x.device)))
+        return None if keep is None else keep(lambda: stacked(tensors, dtype, alignment(dtype, x.device)))
 
     def keeper(
         self, layer: nn.Module, adapter: str, tensors: Sequence[Tensor | None], dtype: torch.dtype

@@ -120,9 +120,9 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         """The same for a convolution, x [N, in, ...] and y [N, out, ...], not in place."""
         return add_convolved(self.convolution(), y, x, *self.pair(adapter))
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def low_rank_pair(tensors: Mapping[str, Tensor], config: Config) -> tuple[Tensor, Tensor]:
+    def low_rank_pair(cls, tensors: Mapping[str, Tensor], config: Config) -> tuple[Tensor, Tensor]:
         """A [in, w] and B [out, w] with ΔW = B Aᵀ, what an adapter adds to the base weight.
 
         Args:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from svdtune import spectra
-from svdtune.methods.compute.lowrank import pair
+from svdtune.methods.compute.lowrank import Product, pair
 from svdtune.methods.layers.lowrank import LowRankLayer
 from svdtune.methods.layers.rows import Rows
 from svdtune.methods.layers.slices import Fused, RowSlice
@@ -153,7 +153,7 @@ def experts_pair(layers: list[LowRankLayer[Any]], adapter: str) -> tuple[Tensor,
     U, s, V, P0, V0 = map(stacked, zip(*products, strict=True))
     assert U is not None
     assert V is not None
-    return pair(U, None if s is None else s[:, None], V, P0, V0)
+    return pair(Product(U, None if s is None else s[:, None], V, P0, V0))
 
 
 def stacks_in(model: nn.Module) -> Iterator[tuple[str, ExpertStack]]:

@@ -2,11 +2,16 @@
 weight."""
 
 from abc import abstractmethod
-from functools import partial
+from collections.abc import Callable, Mapping
 
-from svdtune.methods.compute.lowrank import Node, Product, add_low_rank, low_rank_linear
+from torch import Tensor
+
+from svdtune.methods.compute.lowrank import Part, Product, add_low_rank, low_rank_linear, pair
 from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import Config, SvdLayer
+
+Tensors = Callable[[str], Tensor | None]
+"""An adapter's tensors by their names in `trained` and `frozen`, None for one that it lacks."""
 
 
 class LowRankLayer(SvdLayer[Config]):
@@ -15,18 +20,27 @@ class LowRankLayer(SvdLayer[Config]):
 
     draws_masks = True
 
+    @staticmethod
     @abstractmethod
+    def change(tensors: Tensors, config: Config) -> Product:
+        """The method's equation: what an adapter adds to the base weight."""
+
     def product(self, adapter: str) -> Product:
-        """U [out, r], s [r] or None, V [in, r], and P₀ and V₀ of what is taken away, None where
-        nothing is."""
+        """`change` of an adapter as it is now."""
+        return self.change(lambda name: self.adapter_tensor(name, adapter), self.configs[adapter])
 
-    def node(self, adapter: str) -> Node:
-        """What computes the adapter with the base layer: a node of its own, or one together with
-        other layers."""
+    def fused(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+    ) -> Tensor:
+        product = self.product(adapter)
         if self.together is None or under_transform():
-            return low_rank_linear
-        return partial(self.together.linear, self, adapter)
+            return low_rank_linear(x, weight, bias, product, x_adapter, p)
+        return self.together.linear(self, adapter, x, Part(weight, bias, product), x_adapter, p)
 
-    def adding(self, adapter: str) -> Node:
-        """What adds the adapter to an output of the base layer."""
-        return add_low_rank if self.together is None else partial(self.together.add, self, adapter)
+    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
+        product = self.product(adapter)
+        return add_low_rank(y, x, product) if self.together is None else self.together.add(self, adapter, y, x, product)
+
+    @classmethod
+    def low_rank_pair(cls, tensors: Mapping[str, Tensor], config: Config) -> tuple[Tensor, Tensor]:
+        return pair(cls.change(tensors.get, config))

@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
 from svdtune.linalg import orthonormality_error
+from svdtune.methods.compute.lowrank import pair
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.slices import Fused
 from svdtune.methods.mosara.layer import MoSaraLinear
 from svdtune.methods.sorsa.layer import SorsaLinear
-from svdtune.methods.sorsa.math import sorsa_pair
+from svdtune.methods.sorsa.math import sorsa_change
 
 Pair = tuple[Tensor, Tensor]
 
@@ -82,7 +83,7 @@ class Observed:
         product."""
         # in the split layout too, where W_p is added to less than that weight
         if isinstance(self.module, SorsaLinear):
-            return sorsa_pair(*self.module.adapter_tensors(self.adapter).values())
+            return pair(sorsa_change(*self.module.adapter_tensors(self.adapter).values()))
         if isinstance(self.module, SvdLayer):
             return self.module.pair(self.adapter)
         return _lora_pair(self.module, self.adapter) if isinstance(self.module, LoraLayer) else None

@@ -183,8 +183,8 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
             found.append((samples[places[0]], None if whole else where, stacks))
         return found
 
-    @staticmethod
-    def low_rank_pair(tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
+    @classmethod
+    def low_rank_pair(cls, tensors: Mapping[str, Tensor], config: MoSaraConfig) -> tuple[Tensor, Tensor]:
         check_is_matrix(config)
         U, V, lam = (tensors[name] for name in ("frozen_U", "frozen_V", "mosara_lambda"))
         # one head, or no gate

@@ -1,15 +1,13 @@
 """SaraLinear: SARA's layer."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from svdtune.linalg import Factors
 from svdtune.methods.compute.lowrank import Product
-from svdtune.methods.layers.lowrank import LowRankLayer
+from svdtune.methods.layers.lowrank import LowRankLayer, Tensors
 from svdtune.methods.sara.config import SaraConfig
-from svdtune.methods.sara.math import add_sara, kaiming_factors, sara_linear, sara_pair
+from svdtune.methods.sara.math import kaiming_factors, sara_change
 
 
 class SaraLinear(LowRankLayer[SaraConfig]):
@@ -32,20 +30,9 @@ class SaraLinear(LowRankLayer[SaraConfig]):
     def starts_moved(self) -> bool:
         return any(config.init == "kaiming" for config in self.configs.values())
 
-    def product(self, adapter: str) -> Product:
-        U, lam, V = (self.adapter_tensor(name, adapter) for name in self.trained)
+    @staticmethod
+    def change(tensors: Tensors, config: SaraConfig) -> Product:
+        U, lam, V = map(tensors, SaraLinear.trained)
         assert U is not None
         assert V is not None
-        return U, lam, V, None, None
-
-    def fused(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
-    ) -> Tensor:
-        return sara_linear(x, weight, bias, *self.product(adapter)[:3], x_adapter, p, self.node(adapter))
-
-    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_sara(y, x, *self.product(adapter)[:3], self.adding(adapter))
-
-    @staticmethod
-    def low_rank_pair(tensors: Mapping[str, Tensor], config: SaraConfig) -> tuple[Tensor, Tensor]:
-        return sara_pair(tensors["sara_U"], tensors.get("sara_lambda"), tensors["sara_V"])
+        return sara_change(U, lam, V)

@@ -15,36 +15,13 @@ import math
 import torch
 from torch import Tensor
 
-from svdtune.methods.compute.lowrank import Node, add_low_rank, low_rank_linear, scaled
+from svdtune.methods.compute.lowrank import Product
 
 
-def sara_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    U: Tensor,
-    lam: Tensor | None,
-    V: Tensor,
-    x_adapter: Tensor | None = None,
-    p: float = 0.0,
-    node: Node = low_rank_linear,
-) -> Tensor:
-    """Eq. 3: x [..., in] → [..., out]; λ is None for the ablation without it.
-
-    `x_adapter` and `p`: dropout on the adapter's path. `node` computes what `low_rank_linear` does.
-    """
-    return node(x, weight, bias, U, lam, V, None, None, x_adapter, p)
-
-
-def add_sara(y: Tensor, x: Tensor, U: Tensor, lam: Tensor | None, V: Tensor, node: Node = add_low_rank) -> Tensor:
-    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
-    out]; `node` computes what `add_low_rank` does."""
-    return node(y, x, U, lam, V, None, None)
-
-
-def sara_pair(U: Tensor, lam: Tensor | None, V: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 4: A = V [in, k] and B = U diag(λ) [out, k], so that ΔW = B Aᵀ."""
-    return V, scaled(U, lam)
+def sara_change(U: Tensor, lam: Tensor | None, V: Tensor) -> Product:
+    """Eq. 4: ΔW = U diag(λ) Vᵀ; λ is None for the ablation without it. `low_rank_linear` computes
+    Eq. 3 with it, `pair` its factors."""
+    return Product(U, lam, V)
 
 
 def kaiming_factors(out_features: int, in_features: int, k: int) -> tuple[Tensor, Tensor, Tensor]:

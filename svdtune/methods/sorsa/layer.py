@@ -1,6 +1,6 @@
 """SorsaLinear: SORSA's layer."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from svdtune.linalg import Factors
 from svdtune.methods.compute.lowrank import Product, add_low_rank
 from svdtune.methods.layers.convolution import add_convolved
-from svdtune.methods.layers.lowrank import LowRankLayer
+from svdtune.methods.layers.lowrank import LowRankLayer, Tensors
 from svdtune.methods.sara.math import kaiming_factors
 from svdtune.methods.sorsa.config import SorsaConfig
-from svdtune.methods.sorsa.math import add_sorsa, principal_part, sorsa_linear, sorsa_pair
+from svdtune.methods.sorsa.math import principal_part, sorsa_change
 
 
 class SorsaLinear(LowRankLayer[SorsaConfig]):
@@ -51,28 +51,13 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
     def frozen_from(factors: Factors) -> dict[str, Tensor]:
         return dict(zip(SorsaLinear.frozen, principal_part(factors), strict=True))
 
-    def product(self, adapter: str) -> Product:
-        U, s, V = (self.adapter_tensor(name, adapter) for name in self.trained)
-        assert U is not None
-        assert V is not None
-        if self.configs[adapter].layout == "split":
-            return U, s, V, None, None
-        P0, V0 = (self.adapter_tensor(name, adapter) for name in self.frozen)
-        return U, s, V, P0, V0
-
-    def fused(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
-    ) -> Tensor:
-        return sorsa_linear(x, weight, bias, *self.product(adapter), x_adapter, p, self.node(adapter))
-
-    def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_sorsa(y, x, *self.product(adapter), self.adding(adapter))
-
     @staticmethod
-    def low_rank_pair(tensors: Mapping[str, Tensor], config: SorsaConfig) -> tuple[Tensor, Tensor]:
-        if config.layout == "split":
-            return sorsa_pair(*(tensors[name] for name in SorsaLinear.trained))
-        return sorsa_pair(*(tensors[name] for name in (*SorsaLinear.trained, *SorsaLinear.frozen)))
+    def change(tensors: Tensors, config: SorsaConfig) -> Product:
+        U, s, V = map(tensors, SorsaLinear.trained)
+        assert U is not None
+        assert s is not None
+        assert V is not None
+        return sorsa_change(U, s, V, *(() if config.layout == "split" else map(tensors, SorsaLinear.frozen)))
 
     # The split layout's base weight
 
@@ -95,4 +80,4 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
         P0, V0 = self.frozen_P0[adapter], self.frozen_V0[adapter]
         if self._is_convolution:
             return add_convolved(self.convolution(), y, x, V0, P0)
-        return add_low_rank(y.contiguous(), x, P0, None, V0)
+        return add_low_rank(y.contiguous(), x, Product(P0, None, V0))

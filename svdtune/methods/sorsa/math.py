@@ -24,7 +24,7 @@ from torch import Tensor
 from svdtune.linalg import Factors
 from svdtune.linalg.precision import ieee
 from svdtune.methods.compute.gram import gram, of_one_length
-from svdtune.methods.compute.lowrank import Node, add_low_rank, low_rank_linear, pair
+from svdtune.methods.compute.lowrank import Product
 
 
 def principal_part(factors: Factors) -> tuple[Tensor, Tensor]:
@@ -33,53 +33,10 @@ def principal_part(factors: Factors) -> tuple[Tensor, Tensor]:
     return factors.U * factors.s, factors.Vh.mT.clone(memory_format=torch.contiguous_format)
 
 
-def sorsa_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    U: Tensor,
-    s: Tensor | None,
-    V: Tensor,
-    P0: Tensor | None = None,
-    V0: Tensor | None = None,
-    x_adapter: Tensor | None = None,
-    p: float = 0.0,
-    node: Node = low_rank_linear,
-) -> Tensor:
-    """Eq. 3 by Eq. 15: x [..., in] → [..., out]. With P0 and V0 `weight` is W, without them it is
-    W_r.
-
-    `x_adapter` and `p`: dropout on the adapter's path. `node` computes what `low_rank_linear` does.
-    """
-    return node(x, weight, bias, U, s, V, P0, V0, x_adapter, p)
-
-
-def add_sorsa(
-    y: Tensor,
-    x: Tensor,
-    U: Tensor,
-    s: Tensor | None,
-    V: Tensor,
-    P0: Tensor | None = None,
-    V0: Tensor | None = None,
-    node: Node = add_low_rank,
-) -> Tensor:
-    """The second term of Eq. 3 for x [..., in], added in place to the base layer's output y [...,
-    out]; `node` computes what `add_low_rank` does."""
-    return node(y, x, U, s, V, P0, V0)
-
-
-def sorsa_pair(
-    U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """A [in, 2r] and B [out, 2r] with B Aᵀ = W_p − P₀ V₀ᵀ; A [in, r] and B [out, r] with B Aᵀ = W_p
-    without P0 and V0.
-
-    A = [V, V − V₀] and B = [P − P₀, P₀], P = U diag(s): a sum of two small terms, not a difference
-    of two large ones.
-    """
-    # trained factors kept in bf16 are widened to the frozen ones' dtype
-    return pair(U, s, V, P0, V0)
+def sorsa_change(U: Tensor, s: Tensor, V: Tensor, P0: Tensor | None = None, V0: Tensor | None = None) -> Product:
+    """What Eq. 3 adds to a weight: W_p − P₀ V₀ᵀ where the weight is W; W_p, without P0 and V0,
+    where it is W_r. `low_rank_linear` computes Eq. 3 with it by Eq. 15, `pair` its factors."""
+    return Product(U, s, V, P0, V0)
 
 
 def gram_error(stacked: Tensor, lengths: Sequence[int], of_whole: Tensor | None = None) -> Tensor:

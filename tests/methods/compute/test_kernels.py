@@ -14,7 +14,7 @@ import new_process
 from pairwise import all_pairs
 from svdtune.methods.compute import kernels
 from svdtune.methods.compute.kernels.mask import mixed
-from svdtune.methods.compute.lowrank import stacked
+from svdtune.methods.compute.lowrank import Product, stacked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -89,7 +89,7 @@ def test_stacked_factors_are_bit_for_bit_the_plain_ones(shape, form, dtype, pad)
     if form == "without s":
         s = None
     got = kernels.stack_factors(U, s, V, P0, V0, dtype, pad)
-    for mine, plain in zip(got, stacked(U, s, V, P0, V0, dtype), strict=True):
+    for mine, plain in zip(got, stacked(Product(U, s, V, P0, V0), dtype), strict=True):
         width = plain.shape[1]
         assert mine.dtype == dtype
         assert mine.shape == (plain.shape[0], -(-width // pad) * pad)

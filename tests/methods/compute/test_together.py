@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from pairwise import all_pairs
 from svdtune.methods.compute.changes import changes_at_once
-from svdtune.methods.compute.lowrank import LowRankLinear, Part, stacked
+from svdtune.methods.compute.lowrank import FIELDS, LowRankLinear, stacked
 from svdtune.methods.compute.together import Together
 
 NAMES = ["sara", "sorsa"]
@@ -37,7 +37,7 @@ def nodes(monkeypatch):
     apply = LowRankLinear.apply
 
     def counted(x, x_adapter, p, *tensors):
-        sizes.append(len(tensors) // len(Part._fields))
+        sizes.append(len(tensors) // FIELDS)
         return apply(x, x_adapter, p, *tensors)
 
     monkeypatch.setattr(LowRankLinear, "apply", counted)
