@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import warnings
+from difflib import get_close_matches
 from typing import Any
 
 import typer
@@ -85,9 +86,9 @@ class _Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in VERBS:
-            if note := lab_note():  # else Typer says it, and what comes near
-                raise SvdtuneError(f"there is no verb {cmd_name!r}; there are {', '.join(VERBS)}{note}")
-            return None
+            near = get_close_matches(cmd_name, VERBS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(VERBS)}{lab_note()}"
+            raise SvdtuneError(f"there is no verb {cmd_name!r}{hint}")
         if cmd_name not in self.commands:
             app = importlib.import_module(VERBS[cmd_name]).app
             app._add_completion = False  # which svdtune itself has

@@ -345,8 +345,12 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             )
         dotted, given, value = option[2:].partition("=")
         if not given:
-            if not queue:
-                raise SvdtuneError(f"--{dotted} has no value: expected --{dotted} VALUE")
+            if not queue or queue[0].startswith("--"):
+                known = dotted.partition(".")[0] in Recipe.model_fields
+                other = "" if known else f", where {', '.join(Recipe.model_fields)} are a recipe's sections"
+                raise SvdtuneError(
+                    f"--{dotted} has no value: expected --{dotted if known else 'SECTION.SETTING'} VALUE{other}"
+                )
             value = queue.pop(0)
         yield dotted, read_yaml(value, f"--{dotted}")
 

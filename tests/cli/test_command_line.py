@@ -29,10 +29,11 @@ def test_every_verb_explains_itself(verb: str) -> None:
     assert f"svdtune {verb}" in result.stdout
 
 
-def test_an_unknown_verb_is_a_usage_error() -> None:
-    result = CliRunner().invoke(cli.app, ["trane"])
+@pytest.mark.parametrize(("word", "hint"), [("trian", "did you mean train?"), ("xyz", "there are demo, new, ")])
+def test_an_unknown_verb_is_a_usage_error(word: str, hint: str) -> None:
+    result = CliRunner().invoke(cli.app, [word])
     assert result.exit_code == 2
-    assert "trane" in result.output
+    assert f"there is no verb '{word}'; {hint}" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,8 @@ def test_overrides_go_before_the_file(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--method.r"], "--method.r has no value"),
+        (["--method.r", "--seed", "3"], "--method.r has no value: expected --method.r VALUE"),
+        (["--rezume"], "--rezume has no value: expected --SECTION.SETTING VALUE, where model, .*sections"),
         (["method.r", "5"], "'method.r' is not an override: expected --SECTION.SETTING VALUE"),
         (["--a", "[1"], "--a line 1 is not valid YAML"),
     ],
