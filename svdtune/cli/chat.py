@@ -32,7 +32,7 @@ def chat(
     svdtune chat runs/sorsa
     svdtune chat smollm2-135m --system "Answer in one sentence."
     """
-    from svdtune.cli.answer import answer
+    from svdtune.cli.options import answer
     from svdtune.data import Example, prompt_ids
     from svdtune.errors import SvdtuneError
     from svdtune.export import find_source, open_source

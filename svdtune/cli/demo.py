@@ -17,10 +17,11 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 import typer
+from rich.table import Table
 
-from svdtune.cli.demo_table import Row, table
 from svdtune.cli.outcome import for_json
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from svdtune.export import Source
     from svdtune.models import LoadedModel
     from svdtune.training.recipe import Recipe
+
 
 app = typer.Typer()
 
@@ -289,16 +291,11 @@ def merge_or_reason(source: "Source", method: Method, console: "Console") -> str
 def empty_spectra_cache() -> Iterator[None]:
     """Let every method decompose the weights itself, so that the init times do not depend on the
     order or on a rerun."""
-    kept = os.environ.get("SVDTUNE_CACHE")
-    with tempfile.TemporaryDirectory(prefix="svdtune-demo-") as empty:
-        os.environ["SVDTUNE_CACHE"] = empty
-        try:
-            yield
-        finally:
-            if kept is None:
-                del os.environ["SVDTUNE_CACHE"]
-            else:
-                os.environ["SVDTUNE_CACHE"] = kept
+    with (
+        tempfile.TemporaryDirectory(prefix="svdtune-demo-") as empty,
+        patch.dict(os.environ, {"SVDTUNE_CACHE": empty}),
+    ):
+        yield
 
 
 def make_recipe(method: Method, size: Size, model: str, output: Path) -> "Recipe":
@@ -331,3 +328,51 @@ def make_recipe(method: Method, size: Size, model: str, output: Path) -> "Recipe
         },
         f"the demo's recipe for {method.title}",
     )
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the demo found out about one method; accuracies with their 95 % intervals."""
+
+    method: str
+    settings: dict[str, Any]
+    learning_rate: float
+    trained_parameters: int
+    total_parameters: int
+    init_seconds: float
+    train_seconds: float
+    before: float
+    before_interval: tuple[float, float]
+    after: float
+    after_interval: tuple[float, float]
+    adapter_bytes: int
+    merged: str
+    score_seconds: float
+    merge_seconds: float
+
+
+def table(rows: list[Row], model: str, quick: bool, seconds: float) -> Table:
+    """The table of results, one row a method."""
+    title = f"{model} on worded arithmetic, {seconds / 60:.1f} min on {os.cpu_count()} CPU cores"
+    if quick:
+        title = f"--quick: too short to learn much, shows that it runs. {title}"
+    shown = Table(title=title, caption="accuracy on held-out items, with its 95 % interval")
+    for name in ("method", "trained parameters", "init", "training", "before", "after", "adapter", "merged?"):
+        shown.add_column(name, justify="left" if name in ("method", "merged?") else "right")
+    for row in rows:
+        shown.add_row(
+            row.method,
+            f"{row.trained_parameters:,} ({row.trained_parameters / row.total_parameters:.2%})",
+            f"{row.init_seconds:.1f} s",
+            f"{row.train_seconds:.0f} s",
+            _percent(row.before, row.before_interval),
+            _percent(row.after, row.after_interval),
+            f"{row.adapter_bytes / 1e6:.1f} MB",
+            row.merged,
+        )
+    return shown
+
+
+def _percent(accuracy: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{accuracy:.0%} ({low:.0%} to {high:.0%})"

@@ -48,7 +48,7 @@ def generate(
     svdtune generate smollm2-135m "What is a singular value?" --max-new-tokens 80
     svdtune generate runs/sorsa --data prompts.jsonl --output answers.jsonl
     """
-    from svdtune.cli.answer import answer
+    from svdtune.cli.options import answer
     from svdtune.data import Example, prompt_ids
     from svdtune.errors import SvdtuneError
     from svdtune.export import find_source, open_source

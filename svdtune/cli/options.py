@@ -1,6 +1,7 @@
 """What several verbs ask of the user: which model, where it computes, and the prompt around a
 text."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from svdtune.training.recipe import Recipe
+if TYPE_CHECKING:
+    from svdtune.models import LoadedModel
+
 
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, adapter or model folder, or hub name.")]
 AdapterFolder = Annotated[Path | None, typer.Option(help="Adapter folder to put on a model.")]
@@ -28,3 +32,32 @@ def choose_template(recipe: "Recipe | None", tokenizer: "PreTrainedTokenizerBase
     if recipe is not None:
         return recipe.data.template
     return "chat" if tokenizer.chat_template else "plain"
+
+
+def answer(loaded: "LoadedModel", tokens: Sequence[int], max_new_tokens: int) -> str:
+    """Answer a prompt greedily, print the words as they come, and return them.
+
+    Raises:
+        SvdtuneError: the prompt is empty, or leaves too little room.
+    """
+    from transformers import TextStreamer
+
+    from svdtune.evaluation.generation import complete_batch, end_token_ids
+    from svdtune.evaluation.items import Item, check_items
+    from svdtune.models.loader import context_length
+    from svdtune.system import printable
+
+    check_items([Item("the prompt", "", tuple(tokens), "")], max_new_tokens, context_length(loaded.model.config))
+    ends = end_token_ids(loaded.model.generation_config, loaded.tokenizer)
+    said: list[str] = []
+
+    class Safe(TextStreamer):
+        """Answers may hold what steers a terminal."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            said.append(text)
+            super().on_finalized_text(printable(text), stream_end)
+
+    streamer = Safe(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    complete_batch(loaded.model, [tokens], max_new_tokens, ends, ends[0], streamer)
+    return "".join(said)

@@ -299,7 +299,7 @@ def check_recipe(
         SvdtuneError: with all problems, the method's own settings included.
     """
     from svdtune.training.method import FULL, class_of_method, method_problems, section_as_stored
-    from svdtune.training.quoted import without_quotes
+    from svdtune.training.problems import without_quotes
     from svdtune.training.trl_settings import trl_problems
 
     problems: list[Problem] = []

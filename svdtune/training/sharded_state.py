@@ -5,8 +5,6 @@ A checkpoint holds whole tensors, whatever the processes held: it is gone on fro
 of them, sharded or not.
 """
 
-from collections.abc import Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -40,17 +38,12 @@ def saved_state(model: nn.Module) -> dict[str, Tensor]:
 def _whole(parameter: Any) -> Tensor:
     if hasattr(parameter, "full_tensor"):
         return parameter.detach().full_tensor()
-    with _gathered(parameter):
-        return parameter.detach().clone()
-
-
-def _gathered(parameter: Tensor) -> Any:
-    """A context in which a parameter that ZeRO-3 has partitioned is whole."""
     if not hasattr(parameter, "ds_id"):
-        return nullcontext()
+        return parameter.detach().clone()
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters([parameter])
+    with deepspeed.zero.GatheredParameters([parameter]):  # which ZeRO-3 has partitioned
+        return parameter.detach().clone()
 
 
 def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -72,17 +65,12 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 def spread_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A whole optimizer's state with what belongs to sharded parameters spread as these are: each
     process keeps its own."""
-    parameters = dict(enumerate(_parameters(optimizer)))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     spread = {
         number: {key: _spread_like(parameters[number], value) for key, value in values.items()}
         for number, values in state["state"].items()
     }
     return {**state, "state": spread}
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for group in optimizer.param_groups:
-        yield from group["params"]
 
 
 def _spread_like(parameter: Any, value: Any) -> Any:
