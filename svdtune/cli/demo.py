@@ -69,6 +69,27 @@ FULL = Size(steps=28, rows=4, items=64, max_new_tokens=96)
 QUICK = Size(steps=10, rows=4, items=16, max_new_tokens=64)
 
 
+@dataclass(frozen=True)
+class Row:
+    """What the demo found out about one method; accuracies with their 95 % intervals."""
+
+    method: str
+    settings: dict[str, Any]
+    learning_rate: float
+    trained_parameters: int
+    total_parameters: int
+    init_seconds: float
+    train_seconds: float
+    before: float
+    before_interval: tuple[float, float]
+    after: float
+    after_interval: tuple[float, float]
+    adapter_bytes: int
+    merged: str
+    score_seconds: float
+    merge_seconds: float
+
+
 @app.command()
 def demo(
     quick: Annotated[
@@ -328,27 +349,6 @@ def make_recipe(method: Method, size: Size, model: str, output: Path) -> "Recipe
         },
         f"the demo's recipe for {method.title}",
     )
-
-
-@dataclass(frozen=True)
-class Row:
-    """What the demo found out about one method; accuracies with their 95 % intervals."""
-
-    method: str
-    settings: dict[str, Any]
-    learning_rate: float
-    trained_parameters: int
-    total_parameters: int
-    init_seconds: float
-    train_seconds: float
-    before: float
-    before_interval: tuple[float, float]
-    after: float
-    after_interval: tuple[float, float]
-    adapter_bytes: int
-    merged: str
-    score_seconds: float
-    merge_seconds: float
 
 
 def table(rows: list[Row], model: str, quick: bool, seconds: float) -> Table:

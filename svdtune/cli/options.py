@@ -1,5 +1,5 @@
-"""What several verbs ask of the user: which model, where it computes, and the prompt around a
-text."""
+"""What several verbs have in common: which model, where it computes, the prompt around a text, and
+an answer that is printed while it is written."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,10 +10,8 @@ import typer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from svdtune.training.recipe import Recipe
-if TYPE_CHECKING:
     from svdtune.models import LoadedModel
-
+    from svdtune.training.recipe import Recipe
 
 RunOrModel = Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run, adapter or model folder, or hub name.")]
 AdapterFolder = Annotated[Path | None, typer.Option(help="Adapter folder to put on a model.")]

@@ -1,5 +1,5 @@
 """Problems of a recipe, found all at once: each with its path, what was given, and the nearest
-right name."""
+right name; and numbers in quotes, as files written by other programs have them, which are none."""
 
 import copy
 import difflib
@@ -128,12 +128,20 @@ def without_quotes(settings: dict[str, Any], model: type[BaseModel], method: typ
         model: the recipe's class.
         method: the configuration class of the recipe's method, if it has one.
     """
+    if not _has_quoted_number(settings):
+        return settings
     settings = copy.deepcopy(settings)
     for holder, name, path in [*_wanted(settings, model), *_wanted_of_method(settings, method)]:
         text, number = holder[name], number_of(holder[name])
         holder[name] = number
         warnings.warn(f"{path}: {text!r} is in quotes; it is read as the number {number}", SvdtuneWarning, stacklevel=4)
     return settings
+
+
+def _has_quoted_number(settings: Any) -> bool:
+    if isinstance(settings, dict | list):
+        return any(map(_has_quoted_number, settings.values() if isinstance(settings, dict) else settings))
+    return isinstance(settings, str) and number_of(settings) is not None
 
 
 Found = tuple[Any, Any, str]  # the dictionary or list, the key in it, and the setting's dotted path
