@@ -180,12 +180,11 @@ def check_output(output: Path) -> None:
 
 def score_base(recipe: "Recipe", size: Size, output: Path, console: "Console") -> "tuple[Evaluation, float]":
     """The untrained model's accuracy, and the seconds that a method is expected to take: those of
-    its training steps and of as long a scoring."""
+    its training steps, and as many for the rest as it took to read and score the base."""
     from svdtune.export import Source, open_source
 
-    source = Source(recipe.model.name, recipe=recipe)
+    began, source = time.monotonic(), Source(recipe.model.name, recipe=recipe)
     step = step_seconds(open_source(source), recipe)
-    began = time.monotonic()
     base = score(source, size, output, console)
     seconds = size.steps * step + time.monotonic() - began
     if base.unended:
