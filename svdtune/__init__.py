@@ -27,13 +27,14 @@ from svdtune.errors import SvdtuneError, SvdtuneWarning
 if TYPE_CHECKING:
     from svdtune.analysis import analyze
     from svdtune.api.adapters import combine, count, export_lora, merge, plan, sites
-    from svdtune.api.runs import evaluate, train
+    from svdtune.api.runs import evaluate
     from svdtune.api.start import start
     from svdtune.methods import MoSaraConfig, MoSaraModel, SaraConfig, SaraModel, SorsaConfig, SorsaModel
     from svdtune.methods.files.many import load_adapters
     from svdtune.methods.sorsa.regularizer import SorsaRegularizer, add_regularizer_gradients, regularize
     from svdtune.reports import report
     from svdtune.starts import fast_starts
+    from svdtune.training import train
 
 __all__ = [
     "MoSaraConfig",
@@ -66,7 +67,6 @@ __all__ = [
 # Imported when first asked for: PEFT and the Trainer take seconds each, and who does not need them
 # does not wait.
 _LATER = dict.fromkeys(("combine", "count", "export_lora", "merge", "plan", "sites"), "svdtune.api.adapters")
-_LATER |= dict.fromkeys(("evaluate", "train"), "svdtune.api.runs")
 _LATER |= dict.fromkeys(
     ("MoSaraConfig", "MoSaraModel", "SaraConfig", "SaraModel", "SorsaConfig", "SorsaModel"), "svdtune.methods"
 )
@@ -75,8 +75,10 @@ _LATER |= dict.fromkeys(
 )
 _LATER |= {
     "analyze": "svdtune.analysis",
+    "evaluate": "svdtune.api.runs",
     "report": "svdtune.reports",
     "start": "svdtune.api.start",
+    "train": "svdtune.training",
     "fast_starts": "svdtune.starts",
     "load_adapters": "svdtune.methods.files.many",
 }

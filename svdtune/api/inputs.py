@@ -1,7 +1,6 @@
 """What a function or a verb is given, made into what the rooms take."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +85,8 @@ def asked(who: str, model: Any, config: Any) -> WantedAdapter:
                 f"{who} was given a recipe and a configuration, and each says which adapter; give the recipe's model with "
                 "the configuration, or the recipe alone"
             )
+        from svdtune.training.recipe import recipe_of
+
         return of_recipe(who, recipe_of(model))
     if not isinstance(model, ModelLike):
         raise SvdtuneError(
@@ -157,48 +158,6 @@ def is_recipe(given: Any) -> bool:
         is_file = Path(given).suffix in (".yaml", ".yml")
         return is_file or (str(given) in shipped("recipe") and not Path(given).exists())
     return isinstance(given, Mapping | BaseModel)
-
-
-def recipe_of(given: Any, overrides: Mapping[str, Any] | None = None, *, begun: bool = False) -> "Recipe":
-    """A checked recipe.
-
-    Args:
-        given: as `is_recipe` knows it.
-        overrides: by dotted path, as in {"method.r": 64}.
-        begun: whether it is that of a run to resume, as for `check_recipe`.
-
-    Raises:
-        SvdtuneError: it is no recipe, or with all of its problems.
-    """
-    from svdtune.training.recipe import Recipe, check_recipe, load_recipe, set_at
-
-    changes = _plain(overrides or {})
-    if isinstance(given, str | Path):
-        return load_recipe(given, [f"--{name}={json.dumps(value)}" for name, value in changes.items()], begun=begun)
-    if isinstance(given, Recipe):
-        if not changes:
-            return given
-        given = given.model_dump(mode="json", exclude_unset=True)
-    if not isinstance(given, Mapping):
-        raise SvdtuneError(
-            f"a recipe is a YAML file, its sections as a dict, or what load_recipe read; got a {type(given).__name__}"
-        )
-    settings = _plain(given)
-    for dotted, value in changes.items():
-        set_at(settings, dotted, value)
-    return check_recipe(settings, begun=begun)
-
-
-def _plain(value: Any) -> Any:
-    """A copy of some settings in the types of a YAML file: paths as text, tuples and sets as
-    lists."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, set | frozenset):
-        return sorted(_plain(inner) for inner in value)
-    return str(value) if isinstance(value, Path) else value
 
 
 def source_of(who: str, given: Any, adapter: str | Path | None = None, *, instead: str) -> "Source":

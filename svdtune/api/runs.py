@@ -1,22 +1,19 @@
-"""Runs: train one, score it, find out what happened in it, and report."""
+"""Scores of runs, adapters and models."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from torch import nn
 
-from svdtune.api.inputs import answering, recipe_of
+from svdtune.api.inputs import answering
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import PreTrainedTokenizerBase
 
     from svdtune.evaluation.sets import Evaluations
     from svdtune.models import LoadedModel
-    from svdtune.training.recipe import Recipe
-    from svdtune.training.run import RunResult
 
 
 class DecodingOptions(TypedDict, total=False):
@@ -30,51 +27,6 @@ class DecodingOptions(TypedDict, total=False):
     length_penalty: float
     no_repeat_ngram_size: int
     stop_loops: bool
-
-
-def train(
-    recipe: "str | Path | Mapping[str, Any] | Recipe",
-    overrides: Mapping[str, Any] | None = None,
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-    final_loss: bool = True,
-    console: "Console | None" = None,
-    callbacks: "Sequence[TrainerCallback]" = (),
-) -> "RunResult":
-    """Train as a recipe says: a base model and data become a run folder with an adapter.
-
-    Args:
-        recipe: a YAML file, its sections as a dict, or one that was read. Paths in it may be
-            `Path`s.
-        overrides: settings by their dotted paths that go before the recipe's, as in
-            {"method.r": 64, "output.dir": "runs/r64"}.
-        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not
-            stopped.
-        overwrite: delete an earlier run in the folder.
-        final_loss: take the loss on `data.eval`, where there is one, when training has ended.
-        console: where to print; standard error by default.
-        callbacks: more callbacks for the Trainer.
-
-    Returns:
-        `folder`, the run; `adapter`, its folder (the whole model's after full fine-tuning);
-        `summary`, what `training.json` holds: steps, mean loss in nats a token, parameters,
-        seconds.
-
-    Raises:
-        SvdtuneError: the recipe, with all of its problems; the model, the data or the folder.
-        KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
-    """
-    from svdtune.training import train as run
-
-    return run(
-        recipe_of(recipe, overrides, begun=resume),
-        resume=resume,
-        overwrite=overwrite,
-        final_loss=final_loss,
-        console=console,
-        callbacks=callbacks,
-    )
 
 
 def evaluate(

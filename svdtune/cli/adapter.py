@@ -41,8 +41,9 @@ def asked(
         SvdtuneError: with everything that is wrong.
     """
     from svdtune.api.inputs import is_recipe, of_recipe, of_section
+    from svdtune.training.collection import set_at
     from svdtune.training.problems import refuse
-    from svdtune.training.recipe import load_recipe, parse_overrides, set_at
+    from svdtune.training.recipe import load_recipe, parse_overrides
 
     words = [*_as_words(method, settings), *words]
     changes = list(parse_overrides(words))

@@ -115,3 +115,30 @@ def whole_text(path: Path) -> str:
         return text
     comments = [line for line in text.splitlines() if line.startswith("#")]
     return "\n".join([*comments, write_yaml(read_extended(path))])
+
+
+def override(settings: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Change settings by their dotted paths, and leave out what the changes take the place of.
+
+    Raises:
+        SvdtuneError: as `set_at`.
+    """
+    for dotted, value in {**dict.fromkeys(replaced_by(changes)), **changes}.items():
+        set_at(settings, dotted, value)
+
+
+def set_at(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one setting by its dotted path, making the sections on the way.
+
+    Raises:
+        SvdtuneError: if the path leads through what is no section.
+    """
+    *sections, name = dotted.split(".")
+    for depth, section in enumerate(sections, 1):
+        if settings.get(section) is None:
+            settings[section] = {}
+        inner = settings[section]
+        if not isinstance(inner, dict):
+            raise SvdtuneError(f"--{dotted}: {'.'.join(sections[:depth])} is {inner!r} in the recipe, not a section")
+        settings = inner
+    settings[name] = value

@@ -4,15 +4,16 @@ Strict means: no unknown key, no wrong type, no duplicate key, no two settings t
 other. All problems are reported at once. The file is YAML 1.2 (`1e-3` is a number, `no` is a word).
 """
 
+import json
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer, field_validator, model_validator
 
 from svdtune.errors import SvdtuneError
-from svdtune.training.collection import find_file, read_extended, replaced_by
+from svdtune.training.collection import find_file, override, read_extended
 from svdtune.training.exclusions import exclusions
 from svdtune.training.problems import Problem, from_pydantic, refuse
 from svdtune.training.sections import DataSource, EvaluationSection, Section, TrainSource, check_template
@@ -274,10 +275,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), *, begun: bool 
     settings = read_extended(path)
     settings.setdefault("output", {"dir": f"runs/{path.stem}"})
     changes = dict(parse_overrides(overrides))
-    for dotted in replaced_by(changes):
-        set_at(settings, dotted, None)
-    for dotted, value in changes.items():
-        set_at(settings, dotted, value)
+    override(settings, changes)
     return check_recipe(settings, str(path), begun=begun, typed=changes)
 
 
@@ -325,6 +323,46 @@ def check_recipe(
     return recipe
 
 
+def recipe_of(given: Any, overrides: Mapping[str, Any] | None = None, *, begun: bool = False) -> Recipe:
+    """A checked recipe.
+
+    Args:
+        given: a YAML file or the name of one that comes with svdtune, its sections, or one that was
+            read.
+        overrides: by dotted path, as in {"method.r": 64}.
+        begun: whether it is that of a run to resume, as for `check_recipe`.
+
+    Raises:
+        SvdtuneError: it is no recipe, or with all of its problems.
+    """
+    changes = _plain(overrides or {})
+    if isinstance(given, str | Path):
+        return load_recipe(given, [f"--{name}={json.dumps(value)}" for name, value in changes.items()], begun=begun)
+    if isinstance(given, Recipe):
+        if not changes:
+            return given
+        given = given.model_dump(mode="json", exclude_unset=True)
+    if not isinstance(given, Mapping):
+        raise SvdtuneError(
+            f"a recipe is a YAML file, its sections as a dict, or what load_recipe read; got a {type(given).__name__}"
+        )
+    settings = _plain(given)
+    override(settings, changes)
+    return check_recipe(settings, begun=begun)
+
+
+def _plain(value: Any) -> Any:
+    """A copy of some settings in the types of a YAML file: paths as text, tuples and sets as
+    lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, set | frozenset):
+        return sorted(_plain(inner) for inner in value)
+    return str(value) if isinstance(value, Path) else value
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML with every default written out."""
     return write_yaml(recipe.model_dump(mode="json"))
@@ -353,20 +391,3 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 )
             value = queue.pop(0)
         yield dotted, read_yaml(value, f"--{dotted}")
-
-
-def set_at(settings: dict[str, Any], dotted: str, value: Any) -> None:
-    """Set one setting by its dotted path, making the sections on the way.
-
-    Raises:
-        SvdtuneError: if the path leads through what is no section.
-    """
-    *sections, name = dotted.split(".")
-    for depth, section in enumerate(sections, 1):
-        if settings.get(section) is None:
-            settings[section] = {}
-        inner = settings[section]
-        if not isinstance(inner, dict):
-            raise SvdtuneError(f"--{dotted}: {'.'.join(sections[:depth])} is {inner!r} in the recipe, not a section")
-        settings = inner
-    settings[name] = value

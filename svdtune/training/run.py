@@ -6,7 +6,7 @@ token, the data.
 
 import datetime
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +54,7 @@ from svdtune.training.packing import PackingCollator
 from svdtune.training.preparation import Prepared, prepare
 from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
-from svdtune.training.recipe import Recipe
+from svdtune.training.recipe import Recipe, recipe_of
 from svdtune.training.sharded_state import is_spread, saved_state
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    overrides: Mapping[str, Any] | None = None,
     *,
     resume: bool = False,
     overwrite: bool = False,
@@ -94,13 +95,30 @@ def train(
     console: Console | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RunResult:
-    """Train as a recipe says; the arguments but for `recipe`, which was read, as for
-    `svdtune.train`.
+    """Train as a recipe says: a base model and data become a run folder with an adapter.
+
+    Args:
+        recipe: a YAML file, its sections as a dict, or one that was read. Paths in it may be
+            `Path`s.
+        overrides: settings by their dotted paths that go before the recipe's, as in
+            {"method.r": 64, "output.dir": "runs/r64"}.
+        resume: go on from the run folder's latest checkpoint; the losses continue as if it had not
+            stopped.
+        overwrite: delete an earlier run in the folder.
+        final_loss: take the loss on `data.eval`, where there is one, when training has ended.
+        console: where to print; standard error by default.
+        callbacks: more callbacks for the Trainer.
+
+    Returns:
+        `folder`, the run; `adapter`, its folder (the whole model's after full fine-tuning);
+        `summary`, what `training.json` holds: steps, mean loss in nats a token, parameters,
+        seconds.
 
     Raises:
-        SvdtuneError: for everything a user can set right.
-        Interrupted: if stopped by Ctrl-C, after writing a checkpoint.
+        SvdtuneError: the recipe, with all of its problems; the model, the data or the folder.
+        KeyboardInterrupt: Ctrl-C, after a checkpoint was written.
     """
+    recipe = recipe_of(recipe, overrides, begun=resume)
     main = processes.is_main()
     console = console or open_console(stderr=True, quiet=not main)
     if not main:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe, parse_overrides
+from svdtune.training.recipe import check_recipe, dump_recipe, load_recipe, parse_overrides, recipe_of
 from svdtune.training.yaml_files import read_yaml
 
 
@@ -224,6 +224,11 @@ def test_overrides_go_before_the_file(tmp_path: Path) -> None:
 def test_words_that_are_no_override(words: list[str], message: str) -> None:
     with pytest.raises(SvdtuneError, match=message):
         list(parse_overrides(words))
+
+
+def test_overrides_of_sections_take_the_place_of_what_they_exclude() -> None:
+    changed = recipe_of(settings(training__epochs=3), {"training.max_steps": 2}).training
+    assert (changed.epochs, changed.max_steps) == (None, 2)
 
 
 def test_an_override_below_a_value_is_refused(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from svdtune.data.catalogue import CATALOGUE
 from svdtune.data.examples import COMPLETION, PROMPT
 from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
-from svdtune.training.collection import find_file, merge, read_extended
+from svdtune.training.collection import find_file, merge, read_extended, set_at
 from svdtune.training.problems import Problem, from_pydantic, refuse
-from svdtune.training.recipe import check_recipe, set_at
+from svdtune.training.recipe import check_recipe
 from svdtune.training.sections import DataSource, EvaluationSection, Section
 from svdtune.training.yaml_files import read_text, read_yaml
 
