@@ -156,19 +156,6 @@ def test_quantization_and_checkpointing_take_less(llama):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"strategy": "fsdp"}, "none of ddp, zero2"),
-        ({"dtype": "int3"}, "int3"),
-        ({"devices": 0}, "devices must be at least 1"),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(wrong, message):
-    with pytest.raises(SvdtuneError, match=message):
-        Setting(**wrong)
-
-
-@pytest.mark.parametrize(
     ("name", "devices", "strategy"),
     all_pairs(["llama-7b", "llama-13b", "llama-70b", "llama-405b"], [1, 8, 64], ["ddp", "fsdp2"]),
 )

@@ -15,7 +15,6 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForSequenceClassification,
-    LlamaModel,
     ResNetConfig,
     ResNetForImageClassification,
 )
@@ -217,24 +216,6 @@ def test_conv1d_and_default_targets(tmp_path, method, adapted):
     assert section.pop("name") == method
     again = get_peft_model(GPT2LMHeadModel.from_pretrained(tmp_path), CONFIGS[method](**section))
     assert again.peft_config["default"].ranks == expected
-
-
-def test_checkpoints_without_the_prefix_and_with_untied_or_missing_heads(tmp_path):
-    model = llama(tie_word_embeddings=False)
-    model.save_pretrained(tmp_path / "untied")
-    head = open_checkpoint(tmp_path / "untied").weight("lm_head")
-    assert torch.equal(head, model.lm_head.weight)
-
-    inner = LlamaModel(model.config)
-    inner.load_state_dict(model.model.state_dict())
-    inner.save_pretrained(tmp_path / "bare")
-    checkpoint = open_checkpoint(tmp_path / "bare")
-    name = "model.layers.1.mlp.up_proj"
-    assert torch.equal(checkpoint.weight(name), model.get_submodule(name).weight)
-
-    tied = llama()
-    tied.save_pretrained(tmp_path / "tied")
-    assert torch.equal(open_checkpoint(tmp_path / "tied").weight("lm_head"), tied.model.embed_tokens.weight)
 
 
 def test_other_architectures_use_the_class_they_were_saved_from(tmp_path):
