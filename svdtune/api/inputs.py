@@ -123,7 +123,7 @@ def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:
     Raises:
         SvdtuneError: it has none.
     """
-    config = _built(who, {"name": recipe.method.name, **recipe.method.options})
+    config = _built(who, recipe.method.name, recipe.method.options)
     return WantedAdapter(recipe.model.name, config, recipe, recipe.model.origin)
 
 
@@ -136,17 +136,17 @@ def of_section(who: str, model: ModelLike, section: Mapping[str, Any], **origin:
     from svdtune.training.method import method_problems
     from svdtune.training.problems import refuse
 
-    name, options = section.get("name"), {key: value for key, value in section.items() if key != "name"}
-    refuse(list(method_problems(str(name), options)), who)
-    return WantedAdapter(model, _built(who, section), origin=origin)
+    name, options = str(section.get("name")), {key: value for key, value in section.items() if key != "name"}
+    refuse(list(method_problems(name, options)), who)
+    return WantedAdapter(model, _built(who, name, options), origin=origin)
 
 
-def _built(who: str, section: Mapping[str, Any]) -> PeftConfig:
+def _built(who: str, name: str, options: dict[str, Any]) -> PeftConfig:
     from svdtune.training.method import FULL, build_config
 
-    if section["name"] == FULL:
+    if name == FULL:
         raise SvdtuneError(f"{who} is for adapters, and full fine-tuning has none")
-    return build_config(section["name"], {key: value for key, value in section.items() if key != "name"})
+    return build_config(name, options)
 
 
 def is_recipe(given: Any) -> bool:

@@ -125,23 +125,19 @@ class Fitting:
 
     def to_json(self) -> dict[str, Any]:
         """The sections that `svdtune plan --json` adds to a plan's own."""
-        found = {
-            "setting": asdict(self.setting),
-            "memory": self.memory.parts | {"total": self.memory.total},
-            "host_memory": self.memory.host,
-            "initialisation_memory": self.initialisation,
-        }
+        found = _as_json(self.setting, self.memory) | {"initialisation_memory": self.initialisation}
         if self.capacity is not None:
             from svdtune.planning import fits
 
             found["fits"] = fits(self.memory, self.capacity)
-            found["cheapest"] = self.choice and {
-                "setting": asdict(self.choice.setting),
-                "memory": self.choice.memory.parts | {"total": self.choice.memory.total},
-                "host_memory": self.choice.memory.host,
-                "why": self.choice.why,
-            }
+            choice = self.choice
+            found["cheapest"] = choice and _as_json(choice.setting, choice.memory) | {"why": choice.why}
         return found
+
+
+def _as_json(setting: Any, memory: Any) -> dict[str, Any]:
+    parts = memory.parts | {"total": memory.total}
+    return {"setting": asdict(setting), "memory": parts, "host_memory": memory.host}
 
 
 def setting_text(setting: Any) -> str:

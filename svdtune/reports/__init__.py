@@ -2,10 +2,9 @@
 CSV."""
 
 from svdtune.reports.figures import figures, write_figures
-from svdtune.reports.files import Report, render, report
+from svdtune.reports.files import Report, add_analysis, render, report
 from svdtune.reports.gather import gather, of_base
 from svdtune.reports.numbers import all_numbers, as_csv
-from svdtune.reports.summary import add_analysis
 
 __all__ = [
     "Report",

@@ -3,7 +3,6 @@ model loaded, and what GRPO's answers are worth."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
+from svdtune.data import Example, prompt_ids
 from svdtune.data.columns import Columns
 from svdtune.errors import SvdtuneError
 from svdtune.models import LoadedModel, check_end_token, load
@@ -19,7 +19,7 @@ from svdtune.registry import import_function
 from svdtune.training.arguments import check_optimizer, training_arguments
 from svdtune.training.leaks import check_leaks
 from svdtune.training.recipe import Recipe
-from svdtune.training.task_rows import Rows, TaskRows, TrainRows, encode_prompt, moved_at_start
+from svdtune.training.task_rows import Rows, TaskRows, TrainRows, moved_at_start
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def prepare(recipe: Recipe, console: Console) -> Prepared:
         assert isinstance(train_rows, Columns)
         train_rows = train_rows.take(order.tolist())
     if recipe.training.task == "grpo":
-        more["encode"] = partial(encode_prompt, tokenizer=loaded.tokenizer, template=recipe.data.template)
+        more["encode"] = lambda prompt: prompt_ids(Example(prompt), loaded.tokenizer, recipe.data.template)
     if note := moved_at_start(recipe):
         console.print(f"reference {note}", highlight=False)
     return Prepared(loaded, train_rows, eval_rows, example, training_arguments(recipe, len(train_rows)), more)

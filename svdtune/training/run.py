@@ -29,9 +29,8 @@ from svdtune.models import LoadedModel
 from svdtune.system import explain_write_errors, open_console
 from svdtune.training.adalora import AllocateRanks
 from svdtune.training.arguments import own_precision, total_steps
-from svdtune.training.batches import FilledRows
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt, StopWithoutProgress
-from svdtune.training.collators import make_collator
+from svdtune.training.collators import FilledRows, make_collator
 from svdtune.training.compilation import compiled_blocks, compiles, launch_bound
 from svdtune.training.cuda_graph import recorded_body
 from svdtune.training.folder import (

@@ -212,11 +212,6 @@ def _encode_prompts(
     return rows, len(judged) - len(rows)
 
 
-def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, template: str) -> list[int]:
-    """Tokens of a prompt, text or messages, up to where the model has to go on."""
-    return prompt_ids(Example(prompt), tokenizer, template)
-
-
 _CALLED = {"sft": "examples", "dpo": "pairs", "reward": "pairs", "kto": "labelled answers", "grpo": "prompts"}
 
 

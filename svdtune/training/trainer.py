@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import SchedulerType, Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from svdtune import processes
 from svdtune.errors import SvdtuneError
@@ -17,14 +18,12 @@ from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.methods.sorsa.sharded import whole
 from svdtune.training.adalora import all_ranks, load_state, save_state
 from svdtune.training.arguments import optimizer_error
-from svdtune.training.batches import fill_up
 from svdtune.training.callbacks import is_measured
 from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, fault, keep_newest, note_processes, seal
+from svdtune.training.collators import fill_up
 from svdtune.training.compilation import any_number_of_rows
 from svdtune.training.packing import TOKENS
 from svdtune.training.sharded_state import saved_state, spread_optimizer_state, whole_optimizer_state
-
-OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"  # Trainer's names
 
 
 class RunTrainer(Trainer):

@@ -8,7 +8,7 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer
 
 from svdtune.training import trainer
-from svdtune.training.batches import FilledBatches
+from svdtune.training.collators import FilledBatches
 
 
 def test_batches_are_filled_up_to_whole_ones_and_to_one_for_each_process() -> None:
