@@ -1,8 +1,7 @@
 """Triton: products of a dropped-out matrix whose mask is hashed anew in each kernel, see `mask`. No
 mask is ever stored.
 
-x is masked on its way from memory to the tensor cores; the scale 1/(1−p) meets the small result. p
-= 0 compiles to the plain product.
+x is masked on its way from memory to the tensor cores; the scale 1/(1−p) meets the small result.
 """
 
 import torch
@@ -56,17 +55,15 @@ def _dropout_mm(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(2)
-    if THRESHOLD > 0:
-        row_key, column_key = _keys(seed)
-        row_hash = _hashed(rows, row_key)
+    row_key, column_key = _keys(seed)
+    row_hash = _hashed(rows, row_key)
     x_at = x + rows[:, None].to(tl.int64) * x_stride
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, d), INNER):
         inner = start + tl.arange(0, INNER)
         real = inner < d
         xs = tl.load(x_at + inner[None, :], (rows < T)[:, None] & real[None, :], 0.0)
-        if THRESHOLD > 0:
-            xs = tl.where(_kept(row_hash[:, None], _hashed(inner, column_key)[None, :], THRESHOLD), xs, 0.0)
+        xs = tl.where(_kept(row_hash[:, None], _hashed(inner, column_key)[None, :], THRESHOLD), xs, 0.0)
         weights = tl.load(A + inner[:, None] * w + columns[None, :], real[:, None] & (columns < w)[None, :], 0.0)
         total = tl.dot(xs, weights, total, input_precision=PRECISION)
     to = z + (part * T + rows[:, None].to(tl.int64)) * w + columns[None, :]
@@ -82,17 +79,15 @@ def _dropout_mm_transposed(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # of the result: columns of x
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     part = tl.program_id(2)
-    if THRESHOLD > 0:
-        row_key, column_key = _keys(seed)
-        column_hash = _hashed(rows, column_key)
+    row_key, column_key = _keys(seed)
+    column_hash = _hashed(rows, column_key)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, T), INNER):
         inner = start + tl.arange(0, INNER)
         real = inner < T
         at = inner[:, None].to(tl.int64)
         xs = tl.load(x + at * x_stride + rows[None, :], real[:, None] & (rows < d)[None, :], 0.0)
-        if THRESHOLD > 0:
-            xs = tl.where(_kept(_hashed(inner, row_key)[:, None], column_hash[None, :], THRESHOLD), xs, 0.0)
+        xs = tl.where(_kept(_hashed(inner, row_key)[:, None], column_hash[None, :], THRESHOLD), xs, 0.0)
         qs = tl.load(Q + at * q_stride + columns[None, :], real[:, None] & (columns < w)[None, :], 0.0)
         total = tl.dot(tl.trans(xs), qs, total, input_precision=PRECISION)
     to = out + (part * d + rows[:, None].to(tl.int64)) * w + columns[None, :]
@@ -121,10 +116,9 @@ def _add_dropout_mm(
         weights = tl.load(A + columns[:, None] * w + inner[None, :], (columns < d)[:, None] & real[None, :], 0.0)
         total = tl.dot(qs, tl.trans(weights), total, input_precision=PRECISION)
     total *= SCALE
-    if THRESHOLD > 0:
-        row_key, column_key = _keys(seed)
-        kept = _kept(_hashed(rows, row_key)[:, None], _hashed(columns, column_key)[None, :], THRESHOLD)
-        total = tl.where(kept, total, 0.0)
+    row_key, column_key = _keys(seed)
+    kept = _kept(_hashed(rows, row_key)[:, None], _hashed(columns, column_key)[None, :], THRESHOLD)
+    total = tl.where(kept, total, 0.0)
     tl.store(to, (old.to(tl.float32) + total).to(dx.dtype.element_ty), inside)
 
 
@@ -149,15 +143,14 @@ def _chunk(length: int, parts: int, step: int) -> tuple[int, int]:
     return chunk, triton.cdiv(length, chunk)
 
 
-def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
     """z = (keep ∘ x) A / (1 − p), with keep = `dropout_mask(x.shape, p, seed)`.
 
     Args:
         x: [T, d]; rows may lie apart.
         A: [d, w], the dtype of x.
-        p: 0 ≤ p < 1.
-        seed: See `dropout_seed`; on the device of x. None will do where p = 0, here and in the two
-            functions below.
+        p: 0 < p < 1.
+        seed: See `dropout_seed`; on the device of x.
 
     Returns:
         [T, w] in the dtype of x.
@@ -182,9 +175,8 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return z[0] if parts == 1 else z.sum(0).to(x.dtype)
 
 
-def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype; p = 0 is a
-    plain split product."""
+def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tensor:
+    """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype."""
     (T, d), w = x.shape, Q.shape[1]
     x, Q = _matrix(x), _matrix(Q)
     wide = x.element_size() > 2
@@ -200,7 +192,7 @@ def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor | None) -
     return out[0] if parts == 1 else out.sum(0)
 
 
-def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
     """dx += keep ∘ (Q Aᵀ) / (1 − p), in place, for dx [T, d], Q [T, w] and A [d, w]; added in fp32,
     rounded once."""
     (T, d), w = dx.shape, A.shape[1]
