@@ -1,8 +1,7 @@
 """SARA, Mo-SARA and SORSA as PEFT methods; importing this package registers them with PEFT."""
 
-from svdtune.methods.loaders import fill_through_peft, read_as_ours
+from svdtune.methods.loaders import fill_through_peft, read_as_ours, refuse_pickles
 from svdtune.methods.mosara import MoSaraConfig, MoSaraModel
-from svdtune.methods.pickles import refuse_pickles
 from svdtune.methods.registration import register
 from svdtune.methods.sara import SaraConfig, SaraModel
 from svdtune.methods.sorsa import SorsaConfig, SorsaModel

@@ -1,19 +1,22 @@
-"""Transformers' own loaders fill an adapter through `load_state_dict`, as PEFT does.
+"""What svdtune wraps in other libraries, which have no hooks for it: the loaders of Transformers
+fill an adapter through `load_state_dict`, as PEFT does, and PEFT saves no pickle.
 
 `model.load_adapter(folder)`, `AutoModelFor….from_pretrained(adapter_folder)` and
 `pipeline(model=adapter_folder)` end in one function of Transformers. From release 5 it finds
 parameters by names that begin with the method's. It passes over frozen factors and their probes,
 and makes no check. So if an adapter of svdtune's waits for its values, that function gets none, and
 the file is loaded as all such adapters are. The loaders also read configurations through
-`PeftConfig`, which skips the checks of the files.
+`PeftConfig`, which skips the checks of the files. PEFT's `save_pretrained` would write a pickle if
+`safe_serialization=False`, which svdtune never loads: it is refused before anything is written.
 """
 
 import functools
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -29,12 +32,10 @@ _FILLS = "_load_pretrained_model"
 
 
 def fill_through_peft() -> None:
-    """Wrap the function of Transformers 5 that fills parameters. Calling it twice does nothing.
-
-    Transformers 4 fills adapters through PEFT by itself.
-    """
+    """Wrap the function of Transformers 5 that fills parameters. Transformers 4 fills adapters
+    through PEFT by itself."""
     original = getattr(PreTrainedModel, _FILLS)
-    if hasattr(original, "_through_peft") or not _is_of_transformers_5():
+    if find_spec("transformers.core_model_loading") is None:  # of release 4
         return
 
     @functools.wraps(original)
@@ -57,16 +58,13 @@ def fill_through_peft() -> None:
             keys.clear()
         return found
 
-    vars(fill)["_through_peft"] = True
     setattr(PreTrainedModel, _FILLS, staticmethod(fill))
 
 
 def read_as_ours() -> None:
-    """Make `PeftConfig.from_pretrained` check a configuration of svdtune's as its own class does.
-    Calling it twice does nothing."""
+    """Make `PeftConfig.from_pretrained` check a configuration of svdtune's as its own class
+    does."""
     original: Any = PeftConfig.from_pretrained
-    if hasattr(original, "_as_ours"):
-        return
 
     @functools.wraps(original.__func__)
     def from_pretrained(cls: type[PeftConfig], *args: Any, **kwargs: Any) -> PeftConfig:
@@ -81,16 +79,25 @@ def read_as_ours() -> None:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         return config
 
-    vars(from_pretrained)["_as_ours"] = True
     type.__setattr__(PeftConfig, "from_pretrained", classmethod(from_pretrained))
 
 
-def _is_of_transformers_5() -> bool:
-    try:
-        import transformers.core_model_loading  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def refuse_pickles() -> None:
+    """Make PEFT's `save_pretrained` refuse to write an adapter of svdtune's as a pickle."""
+    original = PeftModel.save_pretrained
+
+    @functools.wraps(original)
+    def save_pretrained(
+        self: PeftModel, save_directory: str, safe_serialization: bool = True, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not safe_serialization and any(isinstance(config, SvdConfig) for config in self.peft_config.values()):
+            raise SvdtuneError(
+                "safe_serialization=False writes a pickle, which svdtune never loads, since it can run code; leave it out, and "
+                "the adapter is saved as safetensors"
+            )
+        return original(self, save_directory, safe_serialization, *args, **kwargs)
+
+    type.__setattr__(PeftModel, "save_pretrained", save_pretrained)
 
 
 def _awaited(model: nn.Module) -> tuple[str, SvdConfig] | None:
