@@ -20,8 +20,9 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import leave_out, restore
-from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_tensor_names, check_tensors, tensor_digest
+from svdtune.methods.files.integrity import PEFT_ROOT, check_finite, check_tensor_names, check_tensors
 from svdtune.methods.layers.base import SvdLayer
+from svdtune.spectra.content import content_key
 
 
 class StateDictTuner(BaseTuner):
@@ -70,7 +71,7 @@ class StateDictTuner(BaseTuner):
                 if not there:  # under another wrapper's names, or not loaded yet
                     continue
                 smallest = min(there, key=lambda key: state_dict[key].numel())
-                found[cls._remove_adapter_name_from_key(smallest, adapter)] = tensor_digest(state_dict[smallest])
+                found[cls._remove_adapter_name_from_key(smallest, adapter)] = content_key(state_dict[smallest])
         return found
 
     @classmethod

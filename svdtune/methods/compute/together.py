@@ -21,7 +21,7 @@ the same objects, and it is dropped when the pass ends. So no step of an optimiz
 """
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 from svdtune.methods.compute.changes import Change, changes_at_once
-from svdtune.methods.compute.kvcache import growing_cache, is_empty
 from svdtune.methods.compute.lowrank import (
     LowRankLinear,
     Part,
@@ -310,3 +309,25 @@ def _same(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> boo
 def _packs_saved_tensors() -> bool:
     """Whether hooks on saved tensors are active."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def growing_cache(arguments: Iterable[Any]) -> DynamicCache | None:
+    """The key-value cache among a forward's arguments that grows by the tokens of each pass; None
+    if there is none. It is found by its type: its name depends on the release of transformers.
+
+    Of an encoder-decoder model it is the cache of the decoder's self-attention. A static cache is
+    left out: it keeps its length on the device, and asking for it would wait for the device.
+    """
+    for argument in arguments:
+        cache = argument.self_attention_cache if isinstance(argument, EncoderDecoderCache) else argument
+        if isinstance(cache, DynamicCache):
+            return cache
+    return None
+
+
+def is_empty(cache: DynamicCache) -> bool:
+    """Whether a cache holds nothing yet, or nothing any more after a reset."""
+    try:
+        return cache.get_seq_length() == 0
+    except ValueError:  # recurrent states alone (Mamba), which have no length
+        return not cache.has_previous_state()

@@ -32,21 +32,15 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, 64 hex digits."""
-    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
-
-
 def holds(path: Path, digests: Mapping[str, str]) -> bool:
-    """Whether a safetensors file has tensors of these digests, by name; PEFT's prefix does not
-    count."""
+    """Whether a safetensors file has tensors with these `content_key`s, by name; PEFT's prefix does
+    not count."""
     try:
         with safe_open(path, framework="pt") as file:
             keys = {key.removeprefix(PEFT_ROOT): key for key in file.keys()}  # noqa: SIM118
             found = {name: keys.get(name.removeprefix(PEFT_ROOT)) for name in digests}
             return all(
-                key is not None and tensor_digest(file.get_tensor(key)) == digests[name] for name, key in found.items()
+                key is not None and content_key(file.get_tensor(key)) == digests[name] for name, key in found.items()
             )
     except (SafetensorError, OSError):
         return False

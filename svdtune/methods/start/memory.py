@@ -1,12 +1,10 @@
 """What the start of an adapter takes from the base weights: ranks, factors and fingerprints.
 Processes share the work; see `svdtune.spectra.sharing`."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -17,6 +15,7 @@ from svdtune.methods.files.integrity import fingerprint
 from svdtune.methods.layers.quantization import device_and_dtype
 from svdtune.methods.settings import settings
 from svdtune.spectra import sharing
+from svdtune.spectra.content import content_key
 
 # Elements of a weight that are compared between processes.
 _SAMPLE = 1024
@@ -107,14 +106,13 @@ def check_agreement(config: SvdConfig, targets: Mapping[str, nn.Module], present
 
 
 def _sample(module: nn.Module) -> str | None:
-    """A digest of a sample of a weight as it is stored; None if processes do not hold the same
+    """The key of a sample of a weight as it is stored; None if processes do not hold the same
     weight."""
     weight = getattr(_base(module), "weight", None)
     if not isinstance(weight, Tensor) or has_sharded_weight(module) or weight.is_meta:
         return None
     flat = weight.detach().reshape(-1)
-    some = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().view(torch.uint8).cpu()
-    return hashlib.sha256(some.numpy().data).hexdigest()
+    return content_key(flat[:: max(1, flat.numel() // _SAMPLE)])
 
 
 def has_sharded_weight(module: nn.Module) -> bool:

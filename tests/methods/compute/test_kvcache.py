@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache
 
 from operations import Operations
 from svdtune import SorsaConfig
-from svdtune.methods.compute.kvcache import growing_cache, is_empty
 from svdtune.methods.compute.lowrank import stacked
+from svdtune.methods.compute.together import growing_cache, is_empty
 
 WAYS = {
     "by place": lambda cache: ((cache,), {}),
