@@ -13,6 +13,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from safetensors import safe_open
 
 from svdtune._version import __version__
@@ -26,14 +27,6 @@ if TYPE_CHECKING:
 
 TITLES = {"sara": "SARA", "mosara": "Mo-SARA", "sorsa": "SORSA"}
 _VERSIONS = "### Framework versions"
-_AUTO = {
-    "CAUSAL_LM": "AutoPeftModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
-    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
-    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
-}
 
 
 def write_card(folder: Path, config: "SvdConfig", weights: Path) -> None:
@@ -157,9 +150,10 @@ def _settings(config: "SvdConfig") -> dict[str, Any]:
 
 
 def _how_to_load(config: "SvdConfig") -> str:
-    auto = _AUTO.get(str(getattr(config.task_type, "value", config.task_type)))
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(getattr(config.task_type, "value", config.task_type)))
     lines = ["import svdtune  # makes PEFT know the method: pip install svdtune"]
-    if auto and config.base_model_name_or_path:
+    if cls is not None and config.base_model_name_or_path:
+        auto = f"Auto{cls.__name__}"
         lines += [f"from peft import {auto}", "", f'model = {auto}.from_pretrained("this-folder-or-repository")']
     else:
         lines += ["from peft import PeftModel", ""]
