@@ -23,7 +23,7 @@ from svdtune.methods.files.integrity import (
     has_any,
     holds,
 )
-from svdtune.methods.settings import written
+from svdtune.methods.settings import WRITTEN
 from svdtune.system import read_json
 
 
@@ -113,28 +113,14 @@ class SvdConfig(PeftConfig):
     compact: bool = field(
         default=False, metadata=_help("Save without the frozen factors and recompute them on loading.")
     )
-    ranks: dict[str, int] = field(
-        default_factory=dict, metadata=written("Resolved rank of every adapted layer; written by svdtune.")
-    )
-    slices: dict[str, list[int]] = field(
-        default_factory=dict, metadata=written("Rows of every adapted slice of a fused weight; written by svdtune.")
-    )
-    kernels: dict[str, dict[str, Any]] = field(
-        default_factory=dict, metadata=written("What every adapted convolution looks at; written by svdtune.")
-    )
-    initialized: bool = field(
-        default=False, metadata=written("True in a saved adapter: its factors are loaded, nothing is decomposed.")
-    )
-    base_fingerprint: dict[str, str] = field(
-        default_factory=dict, metadata=written("Fingerprint of each adapted layer's base weight; written by svdtune.")
-    )
-    weights_sha256: str | None = field(
-        default=None, metadata=written("SHA-256 of the saved weights file; written by svdtune.")
-    )
-    embeddings: bool | None = field(
-        default=None, metadata=written("Whether the weights file holds resized embeddings; written by svdtune.")
-    )
-    svdtune_version: str | None = field(default=None, metadata=written("Version of svdtune that saved the adapter."))
+    ranks: dict[str, int] = field(default_factory=dict, metadata=WRITTEN)
+    slices: dict[str, list[int]] = field(default_factory=dict, metadata=WRITTEN)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict, metadata=WRITTEN)
+    initialized: bool = field(default=False, metadata=WRITTEN)
+    base_fingerprint: dict[str, str] = field(default_factory=dict, metadata=WRITTEN)
+    weights_sha256: str | None = field(default=None, metadata=WRITTEN)
+    embeddings: bool | None = field(default=None, metadata=WRITTEN)
+    svdtune_version: str | None = field(default=None, metadata=WRITTEN)
 
     method: ClassVar[str]
     # of an instance: digests of some of the tensors that were last read to be saved

@@ -11,11 +11,8 @@ from peft import PeftConfig
 # PEFT keeps these for itself in the configuration of every method; of its common fields a user
 # gives `task_type` alone.
 _OF_PEFT = {field.name for field in fields(PeftConfig)} - {"task_type"}
-
-
-def written(text: str) -> dict[str, Any]:
-    """The metadata of a field that svdtune writes itself, with its help text."""
-    return {"help": text, "written": True}
+# The metadata of a field that svdtune writes itself.
+WRITTEN = {"written": True}
 
 
 def settings(config: PeftConfig | type[PeftConfig]) -> list[Field[Any]]:

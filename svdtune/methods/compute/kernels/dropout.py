@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from svdtune.methods.compute.kernels import mask
-from svdtune.methods.compute.kernels.launch import dot_precision, multiprocessors, on_device, stages
+from svdtune.methods.compute.kernels.launch import dot_precision, multiprocessors, on_device, rows_apart, stages
 
 MIX_1, MIX_2 = tl.constexpr(mask.MIX_1), tl.constexpr(mask.MIX_2)
 GOLDEN, WORD = tl.constexpr(mask.GOLDEN), tl.constexpr(mask.WORD)
@@ -122,11 +122,6 @@ def _add_dropout_mm(
     tl.store(to, (old.to(tl.float32) + total).to(dx.dtype.element_ty), inside)
 
 
-def _matrix(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous, however far apart they lie."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _constants(x: Tensor, p: float) -> dict[str, float | int | str]:
     return {"SCALE": 1 / (1 - p), "THRESHOLD": mask.drop_threshold(p), "PRECISION": dot_precision(x)}
 
@@ -156,7 +151,7 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
         [T, w] in the dtype of x.
     """
     (T, d), w = x.shape, A.shape[1]
-    x, A = _matrix(x), A.contiguous()
+    x, A = rows_apart(x), A.contiguous()
     wide = x.element_size() > 2
     columns, inner = _columns(w), 32 if wide else 64
     # Each program reads all of its columns of A: with many columns, more rows share that.
@@ -178,7 +173,7 @@ def dropout_mm(x: Tensor, A: Tensor, p: float, seed: Tensor) -> Tensor:
 def dropout_mm_transposed(x: Tensor, Q: Tensor, p: float, seed: Tensor) -> Tensor:
     """(keep ∘ x)ᵀ Q / (1 − p), [d, w] in fp32, for x [T, d] and Q [T, w] of one dtype."""
     (T, d), w = x.shape, Q.shape[1]
-    x, Q = _matrix(x), _matrix(Q)
+    x, Q = rows_apart(x), rows_apart(Q)
     wide = x.element_size() > 2
     columns, rows, inner = min(128, _columns(w)), 128, 32 if wide else 64
     blocks = triton.cdiv(d, rows) * triton.cdiv(w, columns)
@@ -196,7 +191,7 @@ def add_dropout_mm_(dx: Tensor, Q: Tensor, A: Tensor, p: float, seed: Tensor) ->
     """dx += keep ∘ (Q Aᵀ) / (1 − p), in place, for dx [T, d], Q [T, w] and A [d, w]; added in fp32,
     rounded once."""
     (T, d), w = dx.shape, A.shape[1]
-    Q, A = _matrix(Q), A.contiguous()
+    Q, A = rows_apart(Q), A.contiguous()
     wide = Q.element_size() > 2
     rows, columns, inner = 64, 128, 32 if wide else 64
     if T == 0:

@@ -1,5 +1,5 @@
-"""What every launch needs: the tensor's device made current, and how many programs and tiles it
-holds."""
+"""What every launch needs: the tensor's device made current, rows that can be read, and how many
+programs and tiles the device holds."""
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +13,11 @@ from torch import Tensor
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors' own."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def rows_apart(x: Tensor) -> Tensor:
+    """x itself where its rows are contiguous, however far apart they lie."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @functools.cache

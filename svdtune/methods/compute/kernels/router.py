@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from svdtune.methods.compute.kernels.launch import multiprocessors, on_device
+from svdtune.methods.compute.kernels.launch import multiprocessors, on_device, rows_apart
 
 
 @triton.jit
@@ -129,11 +129,6 @@ def _tile(width: int, heads: int) -> dict[str, int]:
     }
 
 
-def _rows_apart(x: Tensor) -> Tensor:
-    """x itself where its rows are contiguous, however far apart they lie."""
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mo-SARA's Eq. 6 and the scaling of Eq. 5: a = z w₁, gate = softmax(a w₂), t = z ∘ (gate λ), z
     read once.
@@ -148,7 +143,7 @@ def mix(z: Tensor, w1: Tensor, w2: Tensor, lam: Tensor) -> tuple[Tensor, Tensor,
         t [T, width] in the dtype of z, zero from column k on; gate [T, m] and a [T] in fp32.
     """
     (T, width), (heads, k) = z.shape, lam.shape
-    z, w1, w2, lam = _rows_apart(z), w1.contiguous(), w2.contiguous(), lam.contiguous()
+    z, w1, w2, lam = rows_apart(z), w1.contiguous(), w2.contiguous(), lam.contiguous()
     t = z.new_empty(T, width)
     gate, a = (z.new_empty(shape, dtype=torch.float32) for shape in ((T, heads), (T,)))
     tile = _tile(width, heads)
@@ -171,7 +166,7 @@ def mix_backward(
         shapes of λ, w₁ and w₂.
     """
     (T, width), (heads, k) = z.shape, lam.shape
-    dt, z, gate, a = _rows_apart(dt), _rows_apart(z), gate.contiguous(), a.contiguous()
+    dt, z, gate, a = rows_apart(dt), rows_apart(z), gate.contiguous(), a.contiguous()
     lam, w1, w2 = lam.contiguous(), w1.contiguous(), w2.contiguous()
     dz, dlogits = z.new_empty(T, width), torch.empty_like(gate)
     dlam, dw1, dw2 = (torch.empty_like(t) for t in (lam, w1, w2))
