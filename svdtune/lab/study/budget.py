@@ -4,7 +4,7 @@ come nearest to a budget."""
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any, get_args
 
 from svdtune.checkpoint import Checkpoint
@@ -35,23 +35,6 @@ RULES = 2
 """Raised when `fit` sizes a method differently than before: kept fits are then made again."""
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A method section whose size is set.
-
-    Attributes:
-        method: the section, as a recipe takes it.
-        trained: parameters that it trains.
-        knob: the setting that was solved for; None where nothing was.
-        value: what it was set to: for ranks by layer, the threshold behind them.
-    """
-
-    method: dict[str, Any]
-    trained: int
-    knob: str | None
-    value: float | int | None
-
-
 def fit(
     method: dict[str, Any],
     model: str,
@@ -59,7 +42,7 @@ def fit(
     ranks: Source = "uniform",
     seed: int = 0,
     **origin: Any,
-) -> Fitted:
+) -> dict[str, Any]:
     """Set a method's size so that what it trains comes nearest to a budget without going over it.
 
     The setting is `r` for most methods, `threshold` for SARA and Mo-SARA (each method by the other
@@ -67,9 +50,9 @@ def fit(
     `num_virtual_tokens` for prefix tuning and its like, the bottleneck's size for adapters.
     AdaLoRA's `target_r` keeps its ratio to `init_r` where the section gives both, and is two thirds
     of it otherwise, rounded (its paper starts with 1.5 times the rank it ends with); so at rank 1
-    it gives up none. A method that cannot come near the budget gets the value that comes nearest,
-    and `trained` says so: VeRA, Mo-SARA and their like end at the largest rank that a layer allows,
-    and one whose least exceeds the budget gets its least.
+    it gives up none. A method that cannot come near the budget gets the value that comes nearest:
+    VeRA, Mo-SARA and their like end at the largest rank that a layer allows, and one whose least
+    exceeds the budget gets its least.
 
     lora_alpha, a whole number, follows the rank (AdaLoRA's `init_r`): a section that gives `r` and
     `lora_alpha` keeps their ratio, one that gives `lora_alpha` alone keeps that number, and one
@@ -90,6 +73,9 @@ def fit(
         seed: of the shuffling.
         **origin: `revision` and `trust_remote_code` of a hub model.
 
+    Returns:
+        The section, as a recipe takes it.
+
     Raises:
         SvdtuneError: unknown settings; a budget for a method that no setting sizes; ranks by layer
             for one that has none.
@@ -98,17 +84,16 @@ def fit(
     checkpoint = opened(str(model), **origin)
     if ranks != "uniform":
         within = count(checkpoint, method) if budget is None else budget
-        return _by_layer(checkpoint, method, within, ranks, seed)
+        found, _ = solve_ranks(checkpoint, method, within, ranks, seed)
+        return section_with_ranks(method, found, _ratio(method, sum(found.values()) / len(found)))
     if budget is None:
-        return Fitted(dict(method), count(checkpoint, method), None, None)
+        return dict(method)
     knob = _knob(method)
     assert knob is not None
     if knob == "threshold":
-        found, theta = solve_ranks(checkpoint, method, budget)
-        section = {key: value for key, value in method.items() if key != "r"} | {"threshold": theta}
-        return Fitted(section, count(checkpoint, section_with_ranks(method, found)), knob, theta)
-    value, trained = _search(checkpoint, method, knob, budget)
-    return Fitted(_sized(method, knob, value), trained, knob, value)
+        _, theta = solve_ranks(checkpoint, method, budget)
+        return {key: value for key, value in method.items() if key != "r"} | {"threshold": theta}
+    return _sized(method, knob, _search(checkpoint, method, knob, budget))
 
 
 def _check(method: Mapping[str, Any], budget: int | None, ranks: Source) -> None:
@@ -143,13 +128,6 @@ def _settings(name: str) -> set[str]:
     return {field.name for field in fields(cls)}
 
 
-def _by_layer(checkpoint: Checkpoint, method: Mapping[str, Any], budget: int, source: Source, seed: int) -> Fitted:
-    found, theta = solve_ranks(checkpoint, method, budget, source, seed)
-    mean = sum(found.values()) / len(found)
-    section = section_with_ranks(method, found, _ratio(method, mean))
-    return Fitted(section, count(checkpoint, section), "threshold", theta)
-
-
 def _ratio(method: Mapping[str, Any], r: float) -> float | None:
     """lora_alpha / r for a method that has it and shall follow the rank; `r` where the section
     gives lora_alpha alone."""
@@ -173,9 +151,9 @@ def _sized(method: Mapping[str, Any], knob: str, value: int) -> dict[str, Any]:
     return section
 
 
-def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget: int) -> tuple[int, int]:
+def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget: int) -> int:
     """The knob's value whose count is the largest that the budget allows, or else the least there
-    is; and that count.
+    is.
 
     By bisection: counts rise with the knob, or fall (RandLoRA, whose `r` is the rank of each of its
     bases). Where they do so with small exceptions (RandLoRA and OFT round to what divides a layer),
@@ -209,5 +187,4 @@ def _search(checkpoint: Checkpoint, method: Mapping[str, Any], knob: str, budget
         values = values[::-1]
     bisect_right(values, float(budget), key=cost)
     within = [value for value in seen if seen[value] <= budget]
-    best = max(within, key=lambda value: (seen[value], -value)) if within else min(seen, key=seen.__getitem__)
-    return best, int(seen[best])
+    return max(within, key=lambda value: (seen[value], -value)) if within else min(seen, key=seen.__getitem__)

@@ -175,10 +175,10 @@ class Fits:
     def __call__(
         self, method: Settings, model: str, budget: int | None, ranks: Source, seed: int, **origin: Any
     ) -> Settings:
-        """`fit(...).method`, from the file where it is there."""
+        """`fit(...)`, from the file where it is there."""
         key = json.dumps([__version__, RULES, method, model, budget, ranks, seed, origin], sort_keys=True)
         if key not in self._known:
-            self._known[key] = fit(method, model, budget, ranks, seed, **origin).method
+            self._known[key] = fit(method, model, budget, ranks, seed, **origin)
             if self.path is not None:
                 write_json(self.path, self._known, indent=None)
         return self._known[key]

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.budget import fit
+from svdtune.lab.study.counts import count, opened
 from svdtune.methods import injection
 from svdtune.training.method import adapt, method_problems
 from tiny import tiny_llama
@@ -72,72 +73,76 @@ def fits(folder):
     return cache(lambda name, budget: fit(SECTIONS[name], folder, budget))
 
 
+# What sizes a method, where it is not its rank.
+KNOBS = ("threshold", "init_r", "bottleneck_size", "oft_block_size", "num_virtual_tokens", "r")
+
+
+def knob(section):
+    return next(name for name in KNOBS if name in section)
+
+
 @pytest.mark.parametrize("name", SECTIONS)
-def test_what_is_counted_is_what_peft_trains(fits, name):
-    section, fitted = SECTIONS[name], fits(name, 3000)
-    assert fitted.trained == trained(fitted.method)
-    assert fitted.method["name"] == section["name"]
-    assert fitted.method[fitted.knob] == fitted.value
+def test_what_is_counted_is_what_peft_trains(fits, folder, name):
+    fitted = fits(name, 3000)
+    assert count(opened(folder), fitted) == trained(fitted)
+    changed = {key for key, value in fitted.items() if SECTIONS[name].get(key) != value}
+    assert changed <= {knob(fitted), "lora_alpha", "target_r"}
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 @pytest.mark.family(3)
 def test_more_budget_never_gives_less_and_the_next_value_would_go_over(fits, name):
-    less, middle, most = (fits(name, budget) for budget in (700, 3000, 10**7))
-    assert less.trained <= middle.trained <= most.trained
-    if middle.knob == "threshold" or middle.trained == most.trained:
+    fitted = [fits(name, budget) for budget in (700, 3000, 10**7)]
+    less, middle, most = map(trained, fitted)
+    assert less <= middle <= most
+    sized = knob(fitted[1])
+    if sized == "threshold" or middle == most:
         return  # a share of the singular values has no next value; what has ended goes no further
     if name in ("randlora", "oft"):
         return  # these round, so that the next value may cost less
-    following = middle.method | {middle.knob: middle.value + 1}
-    assert trained(following) > 3000
+    assert trained(fitted[1] | {sized: fitted[1][sized] + 1}) > 3000
 
 
 def test_a_threshold_is_the_largest_that_the_budget_allows(fits):
     fitted = fits("sara", 3000)
-    assert fitted.knob == "threshold"
-    assert fitted.trained <= 3000
+    assert trained(fitted) <= 3000
     # of the largest layer: the next step of the threshold adds at least one somewhere
     one_rank = 32 + 48 + 1
-    assert trained(fitted.method | {"threshold": min(1.0, fitted.value * 1.3)}) > 3000 - one_rank
+    assert trained(fitted | {"threshold": min(1.0, fitted["threshold"] * 1.3)}) > 3000 - one_rank
 
 
 def test_without_a_budget_a_method_stays_as_it_stands(folder):
-    for section in ({"name": "lora", "r": 3, **ALL}, {"name": "sara", **ALL}, {"name": "sorsa", "r": 5, **ALL}):
-        fitted = fit(section, folder, None)
-        assert fitted.method == section
-        assert fitted.knob is None
-        assert fitted.value is None
-        assert fitted.trained == trained(section)
-    assert fit({"name": "full"}, folder, None).trained == trained({"name": "full"})
-    assert fit({"name": "ia3", **ALL, "feedforward_modules": []}, folder, None).trained > 0
+    for section in (
+        {"name": "lora", "r": 3, **ALL},
+        {"name": "sara", **ALL},
+        {"name": "sorsa", "r": 5, **ALL},
+        {"name": "full"},
+        {"name": "ia3", **ALL, "feedforward_modules": []},
+    ):
+        assert fit(section, folder, None) == section
+        assert count(opened(folder), section) == trained(section)
 
 
 def test_a_method_that_cannot_come_near_takes_its_nearest(fits):
     least = fits("lora", 10)
-    assert least.value == 1
-    assert least.trained == trained(least.method) > 10
-    assert fits("sara", 10).trained == least.trained + 7  # a λ in each of 7 layers
-    most = fits("mosara", 10**7)
-    assert most.value == 1.0
-    assert most.trained == trained(most.method) < 10**7
-    vera = fits("vera", 10**7)
-    assert vera.value == 32
-    assert fits("adalora", 10**7).value == 32
-    assert vera.trained == trained(vera.method)
-    sorsa = fits("sorsa", 10**7)  # the k and v projections are [16, 32]
-    assert sorsa.value == 16
+    assert least["r"] == 1
+    assert trained(least) > 10
+    assert trained(fits("sara", 10)) == trained(least) + 7  # a λ in each of 7 layers
+    assert fits("mosara", 10**7)["threshold"] == 1.0
+    assert fits("vera", 10**7)["r"] == 32
+    assert fits("adalora", 10**7)["init_r"] == 32
+    assert fits("sorsa", 10**7)["r"] == 16  # the k and v projections are [16, 32]
 
 
 def test_lora_alpha_follows_the_rank(fits, folder):
-    assert fits("lora", 3000).method["lora_alpha"] == 2 * fits("lora", 3000).value
-    both = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 32}, folder, 6000).method
+    assert fits("lora", 3000)["lora_alpha"] == 2 * fits("lora", 3000)["r"]
+    both = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 32}, folder, 6000)
     assert both["lora_alpha"] == 4 * both["r"]
     assert both["r"] != 8
-    assert fit(SECTIONS["lora"] | {"lora_alpha": 5}, folder, 6000).method["lora_alpha"] == 5
-    stable = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 5, "use_rslora": True}, folder, 6000).method
+    assert fit(SECTIONS["lora"] | {"lora_alpha": 5}, folder, 6000)["lora_alpha"] == 5
+    stable = fit(SECTIONS["lora"] | {"r": 8, "lora_alpha": 5, "use_rslora": True}, folder, 6000)
     assert stable["lora_alpha"] == 5
-    assert "lora_alpha" not in fits("vera", 3000).method
+    assert "lora_alpha" not in fits("vera", 3000)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +159,7 @@ def test_lora_alpha_follows_the_rank(fits, folder):
     ],
 )
 def test_adalora_is_sized_by_the_rank_it_starts_with(folder, section, budget, starts, ends, alpha):
-    method = fit(SECTIONS["adalora"] | section, folder, budget).method
+    method = fit(SECTIONS["adalora"] | section, folder, budget)
     assert (method["init_r"], method["target_r"], method["lora_alpha"]) == (starts, ends, alpha)
 
 
@@ -167,14 +172,14 @@ def test_slices_of_fused_projections_are_counted(tmp_path):
     for name in ("sara", "mosara", "sorsa"):
         section = {"name": name, "target_modules": ["c_attn"], "fused_slices": {"c_attn": ["q", "v"]}}
         fitted = fit(section, str(tmp_path), 900)
-        assert fitted.trained == trained(fitted.method, gpt2()) <= 900
+        assert count(opened(str(tmp_path)), fitted) == trained(fitted, gpt2()) <= 900
 
 
 def test_what_a_section_fixes_by_itself_stays_and_is_counted(folder):
     section = {"name": "sara", **ALL, "rank_pattern": {"down_proj": 5}, "modules_to_save": ["norm"]}
     fitted = fit(section, folder, 6000)
-    assert fitted.trained == trained(fitted.method)
-    assert fitted.method["rank_pattern"] == {"down_proj": 5}
+    assert count(opened(folder), fitted) == trained(fitted) <= 6000
+    assert fitted["rank_pattern"] == {"down_proj": 5}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from svdtune.lab.study.budget import fit
+from svdtune.lab.study.counts import count, opened
+from svdtune.lab.study.ranks import solve_ranks
 from svdtune.linalg import rank_at_threshold
 from svdtune.training.method import adapt, method_problems
 from tiny import tiny_llama
@@ -44,6 +46,10 @@ def built(section, folder):
     return adapt(LlamaForCausalLM.from_pretrained(folder), section["name"], options)
 
 
+def trained(model):
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def ranks_of(model):
     """Rank by layer, in the model that runs."""
     return {
@@ -70,32 +76,33 @@ def fits(folder):
 @pytest.mark.family(3)
 def test_the_ranks_reach_the_model_and_hold_the_budget(fits, folder, name, source):
     fitted = fits(name, source)
-    model = built(fitted.method, folder)
-    counted = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert fitted.trained == counted <= BUDGETS.get(name, BUDGET)
-    assert "threshold" not in fitted.method
-    assert fitted.knob == "threshold"
+    model = built(fitted, folder)
+    assert trained(model) == count(opened(folder), fitted) <= BUDGETS.get(name, BUDGET)
+    assert "threshold" not in fitted
     ranks = ranks_of(model)
     assert len(ranks) == 28
     assert len(set(ranks.values())) > 2
-    assert {f"^{re.escape(name)}": rank for name, rank in ranks.items()} == fitted.method["rank_pattern"]
+    assert {f"^{re.escape(name)}": rank for name, rank in ranks.items()} == fitted["rank_pattern"]
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_the_ranks_are_saras_at_the_threshold(fits, folder, name):
-    fitted = fits(name, "sara")
+    section, budget = SECTIONS[name], BUDGETS.get(name, BUDGET)
+    ranks, threshold = solve_ranks(opened(folder), section, budget)
+    built_ranks = ranks_of(built(fits(name, "sara"), folder))
+    assert built_ranks == ranks
     weights = dict(LlamaForCausalLM.from_pretrained(folder).named_modules())
-    for layer, rank in ranks_of(built(fitted.method, folder)).items():
+    for layer, rank in built_ranks.items():
         values = torch.linalg.svdvals(weights[layer].weight.double())
-        assert rank == rank_at_threshold(values, fitted.value), layer
+        assert rank == rank_at_threshold(values, threshold), layer
 
 
 def test_the_control_moves_saras_ranks_among_layers_of_a_shape(fits, folder):
     shape = shapes(folder)
-    sara = ranks_of(built(fits("lora", "sara").method, folder))
+    sara = ranks_of(built(fits("lora", "sara"), folder))
     control = fits("lora", "random", 7)
-    moved = ranks_of(built(control.method, folder))
-    assert control.trained == fits("lora", "sara").trained
+    moved = ranks_of(built(control, folder))
+    assert count(opened(folder), control) == count(opened(folder), fits("lora", "sara"))
     assert moved != sara
     for one in set(shape.values()):
         of_shape = [name for name in sara if shape[name] == one]
@@ -105,8 +112,8 @@ def test_the_control_moves_saras_ranks_among_layers_of_a_shape(fits, folder):
 @pytest.mark.parametrize("name", SECTIONS)
 def test_reversed_ranks_fall_where_saras_rise(fits, folder, name):
     shape = shapes(folder)
-    sara = ranks_of(built(fits(name, "sara").method, folder))
-    other = ranks_of(built(fits(name, "reverse").method, folder))
+    sara = ranks_of(built(fits(name, "sara"), folder))
+    other = ranks_of(built(fits(name, "reverse"), folder))
     assert other != sara
     for one in set(shape.values()):
         of_shape = sorted((name for name in sara if shape[name] == one), key=sara.__getitem__)
@@ -114,28 +121,27 @@ def test_reversed_ranks_fall_where_saras_rise(fits, folder, name):
 
 
 def test_a_seed_gives_one_draw_and_another_seed_another(folder):
-    draws = [fit(SECTIONS["sorsa"], folder, BUDGET, "random", seed).method for seed in (1, 1, 2)]
+    draws = [fit(SECTIONS["sorsa"], folder, BUDGET, "random", seed) for seed in (1, 1, 2)]
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_every_layer_of_lora_is_scaled_alike(fits, folder):
     for name, ratio in (("lora", 2), ("dora", 3)):
-        model = built(fits(name, "sara").method, folder)
+        model = built(fits(name, "sara"), folder)
         found = {m.scaling["default"] for m in model.modules() if isinstance(getattr(m, "scaling", None), dict)}
         assert found == {ratio}
 
 
 def test_without_a_budget_what_the_method_trains_is_the_budget(folder):
-    stands = fit({"name": "lora", "r": 6, **ALL}, folder, None)
-    given = fit({"name": "lora", "r": 6, **ALL}, folder, None, "sara")
-    assert 0.97 * stands.trained < given.trained <= stands.trained
-    sara = fit({"name": "sara", "threshold": 0.2, **ALL}, folder, None)
-    control = fit({"name": "sara", "threshold": 0.2, **ALL}, folder, None, "random", seed=3)
-    assert control.trained == sara.trained
+    stands, sara = {"name": "lora", "r": 6, **ALL}, {"name": "sara", "threshold": 0.2, **ALL}
+    given, control = fit(stands, folder, None, "sara"), fit(sara, folder, None, "random", seed=3)
+    model = opened(folder)
+    assert 0.97 * count(model, stands) < count(model, given) <= count(model, stands)
+    assert count(model, control) == count(model, sara)
 
 
 def test_ranks_that_the_section_gives_stay(folder):
     section = {"name": "sorsa", "rank_pattern": {"down_proj": 9}, **ALL}
-    ranks = ranks_of(built(fit(section, folder, 9000, "sara").method, folder))
+    ranks = ranks_of(built(fit(section, folder, 9000, "sara"), folder))
     assert {rank for name, rank in ranks.items() if name.endswith("down_proj")} == {9}
     assert any(rank != 9 for name, rank in ranks.items())
