@@ -36,7 +36,7 @@ def run(program: str, tests: str = DOUBLES, limits: Limits = AMPLE, setup: str =
 
 
 def test_a_right_program_passes_and_a_wrong_one_does_not():
-    assert run(RIGHT) == Verdict(True, "", "")
+    assert run(RIGHT) == Verdict(True, "")
     wrong = run("def f(x):\n    return 4\n")
     assert not wrong.passed
     assert wrong.reason.startswith("AssertionError")
@@ -58,7 +58,6 @@ def f(x):
 """
     verdict = run(program)
     assert verdict.passed, verdict.reason
-    assert verdict.output == "working\nworking\n"
 
 
 DENIED = [
@@ -127,7 +126,7 @@ def check(candidate):
         said = candidate(statement)
         assert str(said).startswith(("PermissionError", "ValueError: not allowed to raise maximum limit")), (statement, said)
 """
-    assert run(program, tests) == Verdict(True, "", "")
+    assert run(program, tests) == Verdict(True, "")
 
 
 def test_threads_are_denied():
@@ -159,9 +158,13 @@ def test_the_users_environment_is_out_of_sight(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("program", "limits", "reason"),
     [
-        ("def f(x):\n    while True: pass", ENDLESS, "killed at its limit of CPU time"),
-        ("while True: pass", ENDLESS, "killed at its limit of CPU time"),
-        ("import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", ENDLESS, "killed at its"),
+        ("def f(x):\n    while True: pass", ENDLESS, "ProgramEndedError: the program ended"),
+        ("while True: pass", ENDLESS, "ProgramEndedError: the program ended"),
+        (
+            "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+            ENDLESS,
+            "ProgramEndedError: the program ended",
+        ),
         ("import time\ntime.sleep(10**6)", ASLEEP, "not done after 0.5 s"),
         ("import sys\nsys.stdin.read()\nwhile True: print('x' * 1000)", AMPLE, "printed more than 65536 bytes"),
         ("import os\nwhile True: os.write(2, b'x' * 1000)", AMPLE, "printed more than 65536 bytes"),

@@ -58,8 +58,8 @@ def test_a_file_without_a_name_may_be_used():
 
 
 def test_a_full_disk_is_no_verdict_on_a_program(monkeypatch: pytest.MonkeyPatch):
-    failed = Verdict(False, "OSError: no space", "")
-    verdicts = iter([(failed, True), (Verdict(True, "", ""), False)])
+    failed = Verdict(False, "OSError: no space")
+    verdicts = iter([(failed, True), (Verdict(True, ""), False)])
     monkeypatch.setattr(supervise, "_check", lambda *_: next(verdicts))
     assert run(RIGHT).passed
     monkeypatch.setattr(supervise, "_check", lambda *_: (failed, True))
@@ -67,7 +67,7 @@ def test_a_full_disk_is_no_verdict_on_a_program(monkeypatch: pytest.MonkeyPatch)
         SvdtuneError, match="fills up while programs run there; make room, or name another folder in TMPDIR"
     ):
         run(RIGHT)
-    too_much = Verdict(False, "wrote more than 16777216 bytes or 256 files", "")
+    too_much = Verdict(False, "wrote more than 16777216 bytes or 256 files")
     monkeypatch.setattr(supervise, "_check", lambda *_: (too_much, True))
     assert run(RIGHT) == too_much
 

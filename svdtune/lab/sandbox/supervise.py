@@ -7,7 +7,6 @@ import functools
 import json
 import os
 import selectors
-import signal
 import subprocess
 import sys
 import tempfile
@@ -47,11 +46,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the tests passed; if not, why not; and what the program printed."""
+    """Whether the tests passed; if not, why not."""
 
     passed: bool
     reason: str
-    output: str
 
 
 @functools.cache
@@ -138,7 +136,7 @@ def _check(program: str, function: str, tests: str, setup: str, limits: Limits) 
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return Verdict(False, "the disk is full", ""), True
+            return Verdict(False, "the disk is full"), True
         processes, verdict = _start(function, scratches, limits, stack)
         return _watch(processes, verdict, scratches, limits)
 
@@ -210,12 +208,11 @@ def _watch(
             broken = _broken(len(printed), deadline, limits)
             broken = broken or over(scratches, [process.pid for process in processes], limits.scratch_bytes)
             was_full = was_full or not has_room(scratches[0], limits.scratch_bytes)
-    output = printed[: limits.output_bytes].decode(errors="replace")
     if broken:
-        return Verdict(False, broken, output), was_full
+        return Verdict(False, broken), was_full
     if said == _PASSED and tests.wait() == 0:
-        return Verdict(True, "", output), was_full
-    return Verdict(False, _reason(program, said), output), was_full
+        return Verdict(True, ""), was_full
+    return Verdict(False, _reason(said)), was_full
 
 
 def _broken(printed: int, deadline: float, limits: Limits) -> str:
@@ -227,30 +224,12 @@ def _broken(printed: int, deadline: float, limits: Limits) -> str:
     return ""
 
 
-def _reason(program: subprocess.Popen[bytes], said: bytes | bytearray) -> str:
-    """The tests' own words; where those are that the program ended, how it did."""
+def _reason(said: bytes | bytearray) -> str:
+    """The tests' own words."""
     try:
-        reason = str(json.loads(said)[1])
+        return str(json.loads(said)[1])
     except (ValueError, IndexError):
-        reason = ""
-    if reason and not reason.startswith("ProgramEndedError: the program"):
-        return reason
-    _settle(program)
-    if program.returncode == -signal.SIGKILL:
-        return "killed at its limit of CPU time"
-    if program.returncode is not None:
-        status = program.returncode
-        return f"the program died: {signal.strsignal(-status)}" if status < 0 else f"the program exited with {status}"
-    return reason or "the tests ended without a verdict"
-
-
-def _settle(process: subprocess.Popen[bytes]) -> None:
-    """Wait until a process that has closed its pipes is over; one that lives on behind them is
-    stopped."""
-    process.send_signal(signal.SIGSTOP)  # which a process that is ending no longer takes
-    if process.returncode is None:
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WSTOPPED | os.WNOWAIT)
-        process.poll()
+        return "the tests ended without a verdict"
 
 
 def _settings(scratch: str, limits: Limits) -> dict[str, Any]:
