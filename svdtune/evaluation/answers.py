@@ -16,7 +16,7 @@ from svdtune.evaluation.predictions import PredictionStore
 from svdtune.evaluation.scores import evaluate
 from svdtune.evaluation.tasks.task import Task
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors, read_objects, write_text
+from svdtune.system import read_objects, write_text
 from svdtune.training.lock import held
 
 ANSWER = "generated"  # the column that is added
@@ -56,7 +56,6 @@ def answer_all(
     """
     _check_rows(examples)  # now, not when all is generated
     part = output.with_name(f"{output.name}.part")
-    _clear_file(part, restart)
     items = [Item(one.name, "", tuple(prompt_ids(one, loaded.tokenizer, template)), "") for one in examples]
     with held(part, "generate"):
         if output.exists():
@@ -93,16 +92,3 @@ def _check_rows(examples: Sequence[Example]) -> None:
                     f"{example.name} cannot be written as JSON: its column {column!r} holds {value!r:.60} ({error}); make "
                     "that a text in the data, or leave the column out"
                 ) from error
-
-
-def _clear_file(part: Path, restart: bool) -> None:
-    """Make room for the folder: an older svdtune kept answers in a file of its name."""
-    if not part.is_file():
-        return
-    if not restart:
-        raise SvdtuneError(
-            f"{part} is a file, as an older svdtune left of an interrupted call; answers are kept in a folder of that name "
-            "now, so it cannot be gone on with: move it away, or start over with --restart, which removes it"
-        )
-    with explain_write_errors(part):
-        part.unlink()

@@ -143,17 +143,6 @@ def test_a_row_that_json_cannot_hold_is_refused_before_any_answer(
     assert not list(Path().glob("answers*"))
 
 
-def test_a_file_of_an_older_version_is_said_and_goes_with_restart(tiny_folder: Path) -> None:
-    Path("answers.jsonl.part").write_text("{}\n")
-    found = answer_file(tiny_folder)
-    assert found.exit_code == 2
-    assert "answers.jsonl.part is a file, as an older svdtune left" in found.stderr
-    assert "start over with --restart, which removes it" in found.stderr
-    assert Path("answers.jsonl.part").exists()
-    assert answer_file(tiny_folder, "--restart").exit_code == 0
-    assert not Path("answers.jsonl.part").exists()
-
-
 @pytest.fixture
 def chatting(tiny_folder: Path, tmp_path: Path) -> Path:
     """The tiny model with a chat template."""
