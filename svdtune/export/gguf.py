@@ -8,14 +8,14 @@ those layers are put in its order, as its converter of the base does.
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from svdtune.checkpoint import Checkpoint, open_checkpoint
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_ROOT
+from svdtune.export.change import SavedChange, read_change
+from svdtune.methods.files.integrity import PEFT_ROOT
 from svdtune.models.loader import locate
-from svdtune.system import explain_write_errors, fresh_file, needs, read_json
+from svdtune.system import explain_write_errors, fresh_file, needs
 
 # Model type in Transformers → architecture in GGUF.
 ARCHITECTURES = {
@@ -35,7 +35,7 @@ NEIGHBOURS = {"granite", "llama", "smollm3"}
 
 
 def write_gguf(lora: Path, output: Path, base: str | None = None) -> None:
-    """Write the LoRA in a folder, of alpha = rank in every layer, as a GGUF file.
+    """Write the LoRA in a folder as a GGUF file.
 
     Where all layers have one rank it is `adapter.lora.alpha`; where not that is 0, which llama.cpp
     reads as a scale of 1 in every layer.
@@ -54,21 +54,21 @@ def write_gguf(lora: Path, output: Path, base: str | None = None) -> None:
     with needs("writing a GGUF file needs the package gguf", "gguf"):
         import gguf
 
-    settings = read_json(lora / ADAPTER_CONFIG)
-    named = base or settings.get("base_model_name_or_path")
+    change = read_change(lora)
+    named = base or change.config.base_model_name_or_path
     if not named:
         raise SvdtuneError(
             "the adapter does not name its base model, whose configuration the GGUF file follows: give it, --base MODEL on "
             "the command line, base=… in Python"
         )
-    revision = settings.get("revision") if base is None else None
+    revision = change.config.revision if base is None else None
     model = open_checkpoint(locate(named), revision=revision, weights=False)
     architecture = _architecture(model)
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, model.model.config.num_hidden_layers)
     tensors = {
         name: part
-        for layer, pair in _pairs(lora, model).items()
+        for layer, pair in _pairs(change, model).items()
         for name, part in _stored(layer, pair, model, architecture, names.get_name(layer))
     }
     ranks = {len(part) for name, part in tensors.items() if name.endswith("lora_a")}
@@ -102,20 +102,14 @@ def _architecture(base: Checkpoint) -> str:
     return ARCHITECTURES[kind]
 
 
-def _pairs(lora: Path, base: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(change: SavedChange, base: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """By module: A [r, in] and B [out, r]."""
-    stored = load_file(lora / ADAPTER_WEIGHTS)
-    ending = ".lora_A.weight"
-    layers = [name.removesuffix(ending) for name in stored if name.endswith(ending)]
-    pairs = {
-        layer.removeprefix(PEFT_ROOT): (stored.pop(f"{layer}.lora_A.weight"), stored.pop(f"{layer}.lora_B.weight"))
-        for layer in layers
-    }
-    if stored:
+    if change.others:
         raise SvdtuneError(
-            f"the adapter also trains {min(stored).removeprefix(PEFT_ROOT)}, and llama.cpp takes low-rank changes alone; merge "
-            "it into the model instead"
+            f"the adapter also trains {min(change.others).removeprefix(PEFT_ROOT)}, and llama.cpp takes low-rank changes "
+            "alone; merge it into the model instead"
         )
+    pairs = {layer: (A.mT, B) for layer, (A, B) in change.pairs.items()}
     modules = dict(base.model.named_modules())
     for layer, (A, B) in pairs.items():
         shape = tuple(modules[layer].weight.shape) if layer in modules else None
