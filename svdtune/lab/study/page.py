@@ -14,7 +14,6 @@ from typing import Any
 
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.arms import left_out, tables
-from svdtune.lab.study.index import write_index
 from svdtune.lab.study.layers import layer_figures, layer_sections
 from svdtune.lab.study.loss_plots import loss_figures
 from svdtune.lab.study.loss_tables import loss_sections
@@ -26,6 +25,7 @@ from svdtune.system import explain_write_errors, replace_text
 from svdtune.training.yaml_files import write_yaml
 
 PAGE = "README.md"
+_FOOT = "Every page is made of the `results.json` beside it by `python -m svdtune.lab.study.page`."
 _READING = """\
 Scores are means over the finished seeds ± their sample standard deviation; in parentheses Student's 95 % interval. The share is
 of all parameters, an adapter's frozen ones included: Mo-SARA keeps its singular vectors beside the weights.
@@ -91,6 +91,34 @@ def write_page(results: Path, folder: Path) -> list[Path]:
         parts.append(f"Made of [{RESULTS}]({RESULTS}) by `python -m svdtune.lab.study.page`.")
         replace_text(folder / PAGE, "\n\n".join(part for part in parts if part) + "\n")
     return [folder / PAGE, *(folder / name for name, _ in drawn)]
+
+
+def write_index(folder: Path) -> Path:
+    """Write the list of the studies in the folders of a folder, by name, below what its
+    `findings.md` says if it has one.
+
+    Raises:
+        SvdtuneError: some results cannot be read, or the folder cannot be written.
+    """
+    rows = [_row(path.parent.name, read_results(path)) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    with explain_write_errors(folder):
+        body = table(["study", "question", "machine", "runs", "failed or diverged", "not run yet"], rows, left=3)
+        parts = ["# Studies", read_findings(folder), body, _FOOT]
+        replace_text(folder / PAGE, "\n\n".join(part for part in parts if part) + "\n")
+    return folder / PAGE
+
+
+def _row(name: str, study: Results) -> list[str]:
+    unfinished = sum(run.status != "finished" for run in study.runs)
+    link = f"[{escape(study.title)}]({name}/{PAGE})"
+    return [
+        link,
+        escape(study.question or ""),
+        escape(study.devices),
+        str(len(study.runs)),
+        str(unfinished),
+        str(study.not_run),
+    ]
 
 
 def main(folders: Sequence[str]) -> int:

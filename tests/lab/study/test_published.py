@@ -8,8 +8,7 @@ from statistics import fmean
 
 import pytest
 
-from svdtune.lab.study.index import write_index
-from svdtune.lab.study.page import write_page
+from svdtune.lab.study.page import write_index, write_page
 from svdtune.lab.study.results import FINDINGS, read_results
 from svdtune.training.yaml_files import read_yaml
 

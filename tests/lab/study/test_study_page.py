@@ -16,9 +16,8 @@ from markdown_it import MarkdownIt
 
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.arms import Table, tables
-from svdtune.lab.study.index import write_index
 from svdtune.lab.study.markdown import block, code, escape
-from svdtune.lab.study.page import main, write_page
+from svdtune.lab.study.page import main, write_index, write_page
 from svdtune.lab.study.plots import by_parameters, figures, grad_norms, losses, movement
 from svdtune.lab.study.plots import search as search_figure
 from svdtune.reports.numbers import Lines
