@@ -2,8 +2,7 @@
 change and routing after it."""
 
 from svdtune.analysis.after import after
-from svdtune.analysis.base import base
-from svdtune.analysis.before import THRESHOLDS, before
+from svdtune.analysis.before import THRESHOLDS, base, before
 from svdtune.analysis.comparisons import comparisons
 from svdtune.analysis.facts import Facts, read_facts
 from svdtune.analysis.routing import Routing, routing

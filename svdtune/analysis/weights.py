@@ -14,7 +14,6 @@ from svdtune.export.source import Source, base_folder, find_source, is_reward, o
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.matrices import Observed, observed_layers, trained_layers
 from svdtune.models import LoadedModel
-from svdtune.spectra import matrix_shape
 from svdtune.training.movement import is_sampled
 
 
@@ -63,10 +62,6 @@ class Opened:
         if isinstance(layer.module, SvdLayer):
             return layer.start()
         return self._checkpoint.weight(layer.name).to(layer.weight().dtype)
-
-    def shape(self, layer: Observed) -> tuple[int, int]:
-        """(out, in) of a layer's matrix, without reading it."""
-        return matrix_shape(layer.module)
 
     @cached_property
     def _checkpoint(self) -> Checkpoint:
