@@ -11,7 +11,7 @@ from peft import PeftConfig
 from svdtune.api.inputs import ModelLike, asked, source_of
 from svdtune.errors import SvdtuneError
 from svdtune.methods import sites as places
-from svdtune.models.placement import placement
+from svdtune.models.loader import locate, placement
 from svdtune.spectra.devices import check_device
 
 if TYPE_CHECKING:
@@ -246,7 +246,6 @@ def export_lora(
     if found is not None and found.adapter is None and (name or found.recipe):
         from svdtune.checkpoint import open_checkpoint
         from svdtune.export.difference import export_difference
-        from svdtune.models.loader import locate
 
         before = (
             Source(name) if name else dataclasses.replace(found, base=found.recipe.model.name if found.recipe else "")

@@ -36,7 +36,7 @@ def chat(
     from svdtune.data import Example, prompt_ids
     from svdtune.errors import SvdtuneError
     from svdtune.export import find_source, open_source
-    from svdtune.models.placement import placement
+    from svdtune.models.loader import placement
 
     found = find_source(source, adapter)
     loaded = open_source(found, **placement(dtype, device))

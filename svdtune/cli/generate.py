@@ -52,7 +52,7 @@ def generate(
     from svdtune.data import Example, prompt_ids
     from svdtune.errors import SvdtuneError
     from svdtune.export import find_source, open_source
-    from svdtune.models.placement import placement
+    from svdtune.models.loader import placement
 
     if (prompt is None) == (data is None) or (data is None) != (output is None):
         raise SvdtuneError(

@@ -18,8 +18,7 @@ from svdtune.evaluation.tasks import HARNESSES
 from svdtune.evaluation.vllm import VllmEngine, open_vllm
 from svdtune.export import Source, open_source
 from svdtune.models import LoadedModel
-from svdtune.models.loader import locate
-from svdtune.models.placement import placement
+from svdtune.models.loader import locate, placement
 from svdtune.system import read_json, write_json
 from svdtune.training.folder import trained_weights
 from svdtune.training.lock import held

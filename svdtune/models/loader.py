@@ -25,6 +25,7 @@ from svdtune.methods.files.integrity import ADAPTER_CONFIG
 from svdtune.models.end_token import set_end_token
 from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
 from svdtune.names import check_hub_name, meant
+from svdtune.spectra.devices import check_device
 from svdtune.spectra.sharing import has_weights
 from svdtune.system import explain_read_error, first_line, is_out_of_memory, read_json
 
@@ -119,6 +120,17 @@ def load(
         set_end_token(loaded, tokenizer, end_token)
     _give_padding(tokenizer)
     return LoadedModel(loaded.eval(), tokenizer, name, commit)
+
+
+def placement(dtype: str | None, device: str | None) -> dict[str, Any]:
+    """Arguments for `load`: what was asked for, and a GPU where there is one and none was named.
+
+    Raises:
+        SvdtuneError: there is no such device.
+    """
+    check_device(device)
+    found = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else None)
+    return {key: value for key, value in {"dtype": dtype, "device": found}.items() if value is not None}
 
 
 def context_length(config: Any) -> int | None:
