@@ -6,7 +6,7 @@ from svdtune.evaluation.generation import GREEDY, Decoding
 from svdtune.evaluation.interval import Interval, Metric, pass_at_k, wilson_interval
 from svdtune.evaluation.items import Item, to_items
 from svdtune.evaluation.scores import Evaluation, Score, evaluate
-from svdtune.evaluation.tasks import Grade, Grades, Reference, Task, get_task, task_names
+from svdtune.evaluation.tasks import Grade, Grades, Reference, Task, get_task
 
 __all__ = [
     "GREEDY",
@@ -25,7 +25,6 @@ __all__ = [
     "evaluate",
     "get_task",
     "pass_at_k",
-    "task_names",
     "to_items",
     "wilson_interval",
 ]

@@ -20,7 +20,7 @@ from svdtune.system import read_objects, write_text
 from svdtune.training.lock import held
 
 ANSWER = "generated"  # the column that is added
-_UNGRADED = Task("answers", "nothing is graded", strict=None)
+_UNGRADED = Task("answers", strict=None)
 
 
 def answer_all(

@@ -184,8 +184,8 @@ def _explain_out_of_memory(size: int, max_new_tokens: int) -> Iterator[None]:
 
 
 def _grade_all(task: Task, pairs: Sequence[tuple[str, Reference]]) -> list[Grades]:
-    """Grade (completion, reference) pairs, side by side where each takes processes of its own."""
-    if not task.in_processes:
+    """Grade (completion, reference) pairs; programs side by side."""
+    if not task.programs:
         return [task.grade(*pair) for pair in pairs]
     with ThreadPoolExecutor(min(os.cpu_count() or 1, _SIDE_BY_SIDE)) as pool:
         return list(pool.map(lambda pair: task.grade(*pair), pairs))

@@ -139,7 +139,6 @@ def test_a_full_disk_is_one_clear_error(loaded: LoadedModel, tmp_path: Path, mon
 def test_both_modes_and_metrics_of_the_whole_are_reported(loaded: LoadedModel, tmp_path: Path) -> None:
     task = Task(
         "both",
-        "right strictly, wrong in the paper's way",
         strict=lambda completion, reference: Grade("s", True),
         paper=lambda completion, reference: Grade(None, False),
         metrics=lambda completions, references: {"count": Metric(10.0, Interval(9.0, 11.0))},
@@ -161,7 +160,7 @@ def test_both_modes_and_metrics_of_the_whole_are_reported(loaded: LoadedModel, t
 def test_several_samples_an_item_are_resumed_alike_and_scored_by_pass_at_k(loaded: LoadedModel, tmp_path: Path) -> None:
     with torch.no_grad():
         loaded.model.model.embed_tokens.weight.mul_(0.1)  # a flatter choice
-    task = Task("even", "", strict=lambda completion, reference: Grade(completion, sum(completion.encode()) % 2 == 0))
+    task = Task("even", strict=lambda completion, reference: Grade(completion, sum(completion.encode()) % 2 == 0))
     how = {"max_new_tokens": 3, "batch_size": 4, "decoding": Decoding(samples=3, temperature=1.0, seed=1)}
     items = make_items(loaded)
     whole = evaluate(loaded, items, task, tmp_path / "whole", **how)
@@ -191,7 +190,7 @@ def test_graders_that_start_processes_run_side_by_side(
         return Grade(completion, True)
 
     monkeypatch.setattr(os, "cpu_count", lambda: 5)
-    task = Task("slow", "", strict=grade, in_processes=True)
+    task = Task("slow", strict=grade, programs=True)
     assert evaluate(loaded, make_items(loaded), task, tmp_path, max_new_tokens=2).accuracy == 1
 
 

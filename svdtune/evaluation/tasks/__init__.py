@@ -21,11 +21,6 @@ TASKS: Registry[Task] = Registry("tasks", {task.name: task for task in (NUMBER, 
 HARNESSES: Registry[Callable[..., str]] = Registry("harness")
 
 
-def task_names() -> list[str]:
-    """Names that `get_task` knows, in the order they are listed in help texts."""
-    return list(TASKS)
-
-
 def get_task(name: str) -> Task:
     """Find a task by its name, or make one of a function, "package.module:function".
 
@@ -41,4 +36,4 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-__all__ = ["Grade", "Grades", "Reference", "Task", "get_task", "task_names"]
+__all__ = ["Grade", "Grades", "Reference", "Task", "get_task"]

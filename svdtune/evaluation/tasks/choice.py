@@ -188,9 +188,5 @@ def _family(reference: Reference) -> tuple[str, ...]:
     return next(family for family in _FAMILIES.values() if str(reference).strip() in family)
 
 
-LETTER = Task(
-    "letter", "the letter given as the answer equals the reference", letter_strict, letter_paper, check=check_letter
-)
-CHOICE = Task(
-    "choice", "the choice given as the answer equals the reference", choice_strict, choice_paper, check=check_choice
-)
+LETTER = Task("letter", letter_strict, letter_paper, check=check_letter)
+CHOICE = Task("choice", choice_strict, choice_paper, check=check_choice)

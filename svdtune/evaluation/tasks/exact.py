@@ -10,4 +10,4 @@ def grade_exact(completion: str, reference: Reference) -> Grade:
     return Grade(extracted=answer, correct=answer == str(reference).strip())
 
 
-EXACT = Task("exact", "the completion equals the reference, white space at the ends aside", grade_exact)
+EXACT = Task("exact", grade_exact)

@@ -87,6 +87,4 @@ def check_number(reference: Reference) -> None:
         )
 
 
-NUMBER = Task(
-    "number", "the number given as the answer equals the reference's", grade_strict, grade_paper, check=check_number
-)
+NUMBER = Task("number", grade_strict, grade_paper, check=check_number)

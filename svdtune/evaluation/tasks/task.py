@@ -35,17 +35,12 @@ Grader = Callable[[str, Reference], Grade]
 Metrics = Callable[[Sequence[str], Sequence[Reference]], Mapping[str, Metric]]
 
 
-def _any_reference(_: Reference) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Task:
     """How a family of items is scored.
 
     Attributes:
         name: What `--task` calls it.
-        description: One line for help texts.
         strict: Grades a completion against its reference as is right. None where single completions
             are neither right nor wrong, and only `metrics` counts.
         paper: Grades as the paper's published code does, its faults included, so that scores can be
@@ -54,19 +49,16 @@ class Task:
             and its like.
         check: Raises SvdtuneError where a *reference* holds no answer: that is a fault of the data,
             not of the model. It is asked about every reference before anything is generated.
-        programs: Completions are programs, and the share of right ones is reported as pass@1.
-        in_processes: Grading starts processes and waits for them, so that completions are graded
-            side by side in threads.
+        programs: Completions are programs. The share of right ones is reported as pass@1, and they
+            are graded side by side in threads, since each is run in processes of its own.
     """
 
     name: str
-    description: str
     strict: Grader | None
     paper: Grader | None = None
     metrics: Metrics | None = None
-    check: Callable[[Reference], None] = _any_reference
+    check: Callable[[Reference], object] = lambda _: None
     programs: bool = False
-    in_processes: bool = False
 
     def grade(self, completion: str, reference: Reference) -> Grades:
         """Grade in both modes."""

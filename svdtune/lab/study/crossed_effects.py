@@ -28,14 +28,12 @@ class Crossed:
         error: its standard error; None where no variance can be had.
         df: Satterthwaite's degrees of freedom of the error.
         seeds: how many runs, of the arm and of the baseline.
-        items: how many items; 1 where each run has one number.
     """
 
     value: float
     error: float | None
     df: float
     seeds: tuple[int, ...]
-    items: int
 
     @property
     def interval(self) -> Interval | None:
@@ -101,7 +99,7 @@ def crossed(arm: np.ndarray, baseline: np.ndarray | None = None) -> Crossed:
         left = float(rest) / (free * (items - 1)) / items * share
     variance = max(over_items + over_seeds - left, over_items, over_seeds)
     if variance <= 0:
-        return Crossed(value, None, math.inf, seeds, items)
+        return Crossed(value, None, math.inf, seeds)
     parts = [(over_items, items - 1), (over_seeds, free)]
     df = variance**2 / sum(part**2 / n for part, n in parts if part)
-    return Crossed(value, math.sqrt(variance), df, seeds, items)
+    return Crossed(value, math.sqrt(variance), df, seeds)

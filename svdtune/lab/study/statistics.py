@@ -75,13 +75,11 @@ class Spread:
         sd: The sample standard deviation (n − 1 in the denominator); None for one seed.
         interval: Student's 95 % interval of the mean; None for one seed, and where all scores are
             one.
-        n: How many seeds.
     """
 
     mean: float
     sd: float | None
     interval: Interval | None
-    n: int
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,12 @@ def spread(values: Sequence[float]) -> Spread:
     """
     mean, n = float(np.mean(values)), len(values)
     if n == 1:
-        return Spread(mean, None, None, 1)
+        return Spread(mean, None, None)
     sd = float(np.std(values, ddof=1))
     if np.ptp(values) <= _SAME:
-        return Spread(mean, 0.0, None, n)
+        return Spread(mean, 0.0, None)
     half = float(stats().t.ppf(0.975, n - 1)) * sd / math.sqrt(n)
-    return Spread(mean, sd, Interval(mean - half, mean + half), n)
+    return Spread(mean, sd, Interval(mean - half, mean + half))
 
 
 def over_seeds(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Difference | None:

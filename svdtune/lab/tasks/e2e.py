@@ -26,17 +26,13 @@ def score_without_java(completions: Sequence[str], references: Sequence[Referenc
     return bleu_and_nist([first_paragraph(text) for text in completions], [_texts(one) for one in references])
 
 
-def check_texts(reference: Reference) -> None:
-    """Raise `SvdtuneError` for what is no reference."""
-    _texts(reference)
-
-
 def first_paragraph(completion: str) -> str:
     """The text up to the first empty line, on one line: what LoRA's decoding script keeps."""
     return " ".join(completion.strip().split("\n\n")[0].split())
 
 
 def _texts(reference: Reference) -> list[str]:
+    """Raise `SvdtuneError` for what is no reference."""
     texts = [reference] if isinstance(reference, str) else reference
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         raise SvdtuneError(
@@ -46,17 +42,5 @@ def _texts(reference: Reference) -> list[str]:
     return texts
 
 
-E2E = Task(
-    "e2e",
-    "BLEU, NIST, METEOR, ROUGE-L and CIDEr against one or more references, as the E2E challenge computes them",
-    strict=None,
-    metrics=score_e2e,
-    check=check_e2e,
-)
-E2E_BLEU = Task(
-    "e2e_bleu",
-    "BLEU and NIST alone, as e2e computes them, where there is no Java",
-    strict=None,
-    metrics=score_without_java,
-    check=check_texts,
-)
+E2E = Task("e2e", strict=None, metrics=score_e2e, check=check_e2e)
+E2E_BLEU = Task("e2e_bleu", strict=None, metrics=score_without_java, check=_texts)

@@ -60,10 +60,4 @@ def check_gsm8k(reference: Reference) -> None:
         )
 
 
-GSM8K = Task(
-    "gsm8k",
-    "GSM8K: the number given as the answer equals that after ####",
-    grade_strict,
-    grade_paper,
-    check=check_gsm8k,
-)
+GSM8K = Task("gsm8k", grade_strict, grade_paper, check=check_gsm8k)

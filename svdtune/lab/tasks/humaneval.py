@@ -108,12 +108,4 @@ def _problem(reference: Reference) -> dict[str, str]:
     return reference
 
 
-HUMANEVAL = Task(
-    "humaneval",
-    "pass@k: the program passes the problem's tests, run in a sandbox",
-    grade_humaneval,
-    grade_humaneval_paper,
-    check=check_humaneval,
-    programs=True,
-    in_processes=True,
-)
+HUMANEVAL = Task("humaneval", grade_humaneval, grade_humaneval_paper, check=check_humaneval, programs=True)

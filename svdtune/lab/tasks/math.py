@@ -281,10 +281,4 @@ def check_math(reference: Reference) -> None:
         )
 
 
-MATH = Task(
-    "math",
-    "MATH: the formula given as the answer means what the boxed one does",
-    grade_strict,
-    grade_sorsa,
-    check=check_math,
-)
+MATH = Task("math", grade_strict, grade_sorsa, check=check_math)
