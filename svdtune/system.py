@@ -134,6 +134,19 @@ def first_line(error: BaseException) -> str:
 
 
 @contextmanager
+def explain_damage(what: str, advice: str = "") -> Iterator[None]:
+    """Turn what a library says of somebody else's files into one SvdtuneError between `what` and
+    `advice`. It comes as any of a dozen types, some of them nobody's. What is ours, and a lack of
+    memory, stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) or isinstance(error, SvdtuneError):
+            raise
+        raise SvdtuneError(f"{what}: {first_line(error):.300}{advice}") from error
+
+
+@contextmanager
 def needs(what: str, extra: str) -> Iterator[None]:
     """Import inside it what an extra of svdtune brings.
 

@@ -1,8 +1,8 @@
 """A GGUF file as a Transformers model: Transformers maps names and layout, the package gguf
 dequantizes tensors."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from svdtune.checkpoint.architecture import build_model, check_depth
 from svdtune.errors import SvdtuneError
-from svdtune.system import first_line, is_out_of_memory, needs
+from svdtune.system import explain_damage, needs
 
 
 def check_gguf_support(path: Path) -> None:
@@ -32,6 +32,11 @@ def check_gguf_support(path: Path) -> None:
         )
 
 
+def reading(path: Path) -> AbstractContextManager[None]:
+    """Around whatever reads a GGUF file: explains a damaged one."""
+    return explain_damage(f"{path} cannot be read as a GGUF model", "; download it again")
+
+
 def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tensor]]]:
     """The model on the meta device, and a reader by parameter name for each that the file holds.
 
@@ -42,7 +47,7 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
     from gguf import GGUFReader, dequantize
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    with _explain_damage(path):
+    with reading(path):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         reader = GGUFReader(path)
         check_depth(config, len(reader.tensors))
@@ -52,7 +57,7 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
         names = get_gguf_hf_weights_map(model, processor)
 
     def read(tensor: Any) -> Tensor:
-        with _explain_damage(path):
+        with reading(path):
             weights = dequantize(tensor.data, tensor.tensor_type)
             processed = processor.process(
                 weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters={}
@@ -61,17 +66,3 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
 
     stored = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
     return model, {name: partial(read, tensor) for name, tensor in stored.items()}
-
-
-@contextmanager
-def _explain_damage(path: Path) -> Iterator[None]:
-    """Explain a damaged GGUF file. Its errors have a dozen types, struct's and huggingface_hub's
-    among them."""
-    try:
-        yield
-    except Exception as error:
-        if is_out_of_memory(error) or isinstance(error, SvdtuneError):
-            raise
-        raise SvdtuneError(
-            f"{path} cannot be read as a GGUF model: {first_line(error):.200}; download it again"
-        ) from error

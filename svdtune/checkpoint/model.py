@@ -21,7 +21,7 @@ from svdtune.checkpoint.shards import shard_names
 from svdtune.checkpoint.tensors import Shard, Stored, read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.spectra import base_weight
-from svdtune.system import first_line
+from svdtune.system import explain_damage, first_line
 
 
 @dataclass(frozen=True)
@@ -147,16 +147,10 @@ def open_checkpoint(
     needed = weights or (path.is_dir() and shard_names(folder) is not None)
     shards = tuple(read_shard(folder, name) for name in _safetensors(folder)) if needed else ()
     stored = {name: tensor.read for shard in shards for name, tensor in shard.tensors.items()}
-    try:
+    with explain_damage(f"{folder / 'config.json'} describes no model that can be built"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_depth(config, len(stored) if needed else MOST_LAYERS)
         skeleton = build_model(config, architecture, trust_remote_code=trust_remote_code)
-    except SvdtuneError:
-        raise
-    except Exception as error:  # a damaged config.json comes out as any of a dozen types
-        raise SvdtuneError(
-            f"{folder / 'config.json'} describes no model that can be built: {first_line(error):.200}"
-        ) from error
     names = match_names(skeleton, stored)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
     commit = None if path.is_dir() else folder.name  # as the hub's cache names its snapshots

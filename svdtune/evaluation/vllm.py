@@ -9,8 +9,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers import GenerationConfig
-
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.generation import Completion, Decoding, end_token_ids, until_end
 from svdtune.export.lora import VLLM_RANKS, export_lora
@@ -39,7 +37,7 @@ class VllmEngine:
             set_end_token(None, self.tokenizer, recipe.end_token)
         context = context_length(load_config(base, **origin))
         self.context = options.get("max_model_len") or context
-        self._ends = end_token_ids(_decoding(base, origin["revision"]), self.tokenizer)
+        self._ends = end_token_ids(load_decoding(base, revision=origin["revision"]), self.tokenizer)
         self._identity = {
             "engine": "vllm",
             "weights": _fingerprint(base, source.adapter, origin["revision"]),
@@ -144,14 +142,6 @@ def _served_rank(lora: Path) -> int:
     config = read_settings(lora)
     needed = max([config["r"], *config.get("rank_pattern", {}).values()])
     return next((rank for rank in VLLM_RANKS if rank >= needed), needed)
-
-
-def _decoding(base: str | Path, revision: str | None) -> GenerationConfig | None:
-    """The base model's generation config, where it has one."""
-    try:
-        return load_decoding(base, revision=revision)
-    except OSError:
-        return None
 
 
 def _fingerprint(base: str | Path, adapter: Path | None, revision: str | None) -> str:

@@ -263,8 +263,7 @@ def _copy_other_files(base: Checkpoint, work: Path, source: Source) -> None:
     end_token = source.recipe.model.end_token if source.recipe else None
     if end_token is not None:
         tokenizer = load_tokenizer(folder, trust_remote_code=source.trust_remote_code)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = load_decoding(folder, revision=None)
+        model.generation_config = load_decoding(folder, revision=None) or model.generation_config
         set_end_token(model, tokenizer, end_token)
         tokenizer.save_pretrained(work)
         model.config.save_pretrained(work)

