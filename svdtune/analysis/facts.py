@@ -27,15 +27,12 @@ from svdtune.training.movement import DURING
 from svdtune.training.recipe import Recipe
 
 AVERAGE = "average of sets"
-# What each part is called, and the command that makes it.
-_PARTS = {
-    "before": "spectra and ranks before training: svdtune analyze RUN",
-    "after": "the trained change: svdtune analyze RUN",
-    "routing": "routing of Mo-SARA's heads: svdtune analyze RUN --items 8",
+# What is read of each part, what it is called, and the command that makes it.
+_PARTS: dict[str, tuple[type[Record], str]] = {
+    "before": (Before, "spectra and ranks before training: svdtune analyze RUN"),
+    "after": (After, "the trained change: svdtune analyze RUN"),
+    "routing": (RoutingRecord, "routing of Mo-SARA's heads: svdtune analyze RUN --items 8"),
 }
-
-
-_RECORDS: dict[str, type[Record]] = {"before": Before, "after": After, "routing": RoutingRecord}
 
 
 class RunScore(TypedDict):
@@ -92,7 +89,7 @@ def read_facts(run: str | Path) -> Facts:
         raise SvdtuneError(f"{run} is not a run of svdtune: it has no {RECIPE}; name the folder `svdtune train` made")
     recipe = read_run(folder)
     missing: list[str] = []
-    parts = {part: read_record(folder, f"{ANALYSIS}/{part}.json", kind, missing) for part, kind in _RECORDS.items()}
+    parts = {part: read_record(folder, f"{ANALYSIS}/{part}.json", kind, missing) for part, (kind, _) in _PARTS.items()}
     summary = read_record(folder, SUMMARY, Summary, missing)
     scores = _scores(folder, missing, (summary or {}).get("weights"))
     samples = read_lines(folder, DURING, Sample, missing)
@@ -113,7 +110,7 @@ def read_facts(run: str | Path) -> Facts:
     wants_routing = facts["settings"]["heads"] not in (None, 1)
     # What a router changes depends on the token: it has routing in the place of a change.
     wanted = ("before", "routing" if wants_routing else "after")
-    missing += [_PARTS[part] for part in wanted if parts[part] is None]
+    missing += [_PARTS[part][1] for part in wanted if parts[part] is None]
     if summary is None:
         missing.append("the result: the run is not finished (svdtune train RECIPE --resume)")
     if not facts["log"]:

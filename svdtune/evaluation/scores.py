@@ -248,15 +248,12 @@ def _score(verdicts: list[list[bool]]) -> Score:
 
 
 def _as_json(result: Evaluation) -> dict[str, Any]:
-    scores = {"strict": _score_json(result.strict), "paper": _score_json(result.paper)}
-    metrics = {
-        name: {"value": metric.value, "interval": {"level": 0.95, **metric.interval._asdict()}}
-        for name, metric in result.metrics.items()
+    scores = {
+        mode: score and _with_level(score) for mode, score in (("strict", result.strict), ("paper", result.paper))
     }
+    metrics = {name: _with_level(metric) for name, metric in result.metrics.items()}
     return asdict(result) | scores | {"metrics": metrics, "folder": str(result.folder)}
 
 
-def _score_json(score: Score | None) -> dict[str, Any] | None:
-    if score is None:
-        return None
-    return score._asdict() | {"interval": {"level": 0.95, **score.interval._asdict()}}
+def _with_level(found: Score | Metric) -> dict[str, Any]:
+    return found._asdict() | {"interval": {"level": 0.95, **found.interval._asdict()}}

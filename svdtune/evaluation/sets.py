@@ -191,6 +191,5 @@ def _averaged(results: dict[str, Evaluation], path: Path) -> Evaluations:
 def _set_json(result: Evaluation) -> dict[str, Any]:
     scores = {mode: getattr(result, mode) for mode in ("strict", "paper")}
     return {"n": result.n, "folder": str(result.folder)} | {
-        mode: score and {"correct": score.correct, "accuracy": score.accuracy, "interval": score.interval._asdict()}
-        for mode, score in scores.items()
+        mode: score and score._asdict() | {"interval": score.interval._asdict()} for mode, score in scores.items()
     }

@@ -241,10 +241,12 @@ def _fitted(recipe: Settings, arm: ArmSection, budget: int | None, fits: Fits, w
     if arm.untrained or (budget is None and arm.ranks == "uniform"):
         return lambda _: recipe["method"]
 
+    model = model_of(recipe)
+
     def by_seed(seed: int) -> Settings:
         drawn = seed if arm.ranks == "random" else 0
         try:
-            return fits(recipe["method"], model_name(recipe), budget, arm.ranks, drawn, **origin_of(recipe))
+            return fits(recipe["method"], model.name, budget, arm.ranks, drawn, **model.origin)
         except SvdtuneError as error:
             raise SvdtuneError(f"{where}: {error}") from error
 
@@ -264,7 +266,8 @@ def count_of(budget: str, recipe: Settings) -> int:
     if count is not None:
         return count
     assert share is not None
-    return round(share * sum(p.numel() for p in opened(model_name(recipe), **origin_of(recipe)).model.parameters()))
+    model = model_of(recipe)
+    return round(share * sum(p.numel() for p in opened(model.name, **model.origin).model.parameters()))
 
 
 def file_name(text: str) -> str:
@@ -272,15 +275,7 @@ def file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", text)
 
 
-def model_name(recipe: Settings) -> str:
-    return _model(recipe).name
-
-
-def origin_of(recipe: Settings) -> Settings:
-    """The revision of the model, and whether its code may run."""
-    return _model(recipe).origin
-
-
-def _model(recipe: Settings) -> Model:
+def model_of(recipe: Settings) -> Model:
+    """The model of a recipe's settings, which may be a name alone."""
     given: Any = recipe["model"]
     return Model.model_validate({"name": given} if isinstance(given, str) else given)

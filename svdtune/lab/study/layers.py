@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from svdtune.analysis import THRESHOLDS, base
 from svdtune.lab.study.arms import Arm, Table
-from svdtune.lab.study.grid import model_name, origin_of
+from svdtune.lab.study.grid import model_of
 from svdtune.lab.study.markdown import escape, table
 from svdtune.lab.study.plots import file_of, label_of, scaled
 from svdtune.lab.study.results import LayerRanks
@@ -46,7 +46,8 @@ def ranks_by_layer(study: Study, tasks: Mapping[str, Settings]) -> dict[str, Any
 
 
 def _ranks(recipe: Settings, modules: str | Sequence[str] | None, thresholds: Sequence[float]) -> dict[str, Any]:
-    layers = base(model_name(recipe), modules, thresholds=thresholds, **origin_of(recipe))["layers"]
+    model = model_of(recipe)
+    layers = base(model.name, modules, thresholds=thresholds, **model.origin)["layers"]
     by_depth: dict[int, list[list[int]]] = {}
     for name, found in layers.items():
         by_depth.setdefault(depth_of(name), []).append(found["k"])

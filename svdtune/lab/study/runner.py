@@ -24,7 +24,7 @@ from typing import Any
 
 from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
-from svdtune.lab.study.grid import Fits, Job, cells, model_name, origin_of
+from svdtune.lab.study.grid import Fits, Job, cells, model_of
 from svdtune.lab.study.layers import ranks_by_layer
 from svdtune.lab.study.progress import StudyProgress, take_up
 from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, write_record
@@ -110,7 +110,7 @@ def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path)
     fits = Fits(output / FITS)
     return [
         StudyProgress(
-            name, study, cells(study, tasks, fits), {t: model_name(r) for t, r in tasks.items()}, output / name
+            name, study, cells(study, tasks, fits), {t: model_of(r).name for t, r in tasks.items()}, output / name
         )
         for name, (study, tasks) in studies.items()
     ]
@@ -119,9 +119,9 @@ def planned(studies: dict[str, tuple[Study, dict[str, Settings]]], output: Path)
 def _check_sources(recipes: Sequence[Settings]) -> None:
     """Make sure that the tasks' models and training rows are there, which every run would find out
     for itself."""
-    models = {(model_name(recipe), *origin_of(recipe).items()): recipe for recipe in recipes}
-    for recipe in models.values():
-        open_checkpoint(locate(model_name(recipe)), weights=False, **origin_of(recipe))
+    models = {(model.name, *model.origin.items()): model for model in map(model_of, recipes)}
+    for model in models.values():
+        open_checkpoint(locate(model.name), weights=False, **model.origin)
     listed = [given if isinstance(given, list) else [given] for given in (r["data"]["train"] for r in recipes)]
     plain = [TrainSource.model_validate(one).plain for given in listed for one in given]
     for source in {source.model_dump_json(): source for source in plain}.values():

@@ -8,6 +8,7 @@ on its input one line {"equal"}; it dies of a comparison that takes more seconds
 import json
 import logging
 import re
+import resource
 import signal
 import sys
 from math import isclose
@@ -105,20 +106,6 @@ def _parse(text: str) -> Any:
     return parse_expr(text, global_dict={"__builtins__": {}, **{name: getattr(sympy, name) for name in _NAMES}})
 
 
-def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-
-
-def _limit_time(seconds: float) -> None:
-    """Let the system end this process after so much CPU time; 0 takes the limit back."""
-    if hasattr(signal, "setitimer"):  # not on Windows
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
 def main() -> None:
     """Answer until the input ends."""
     try:
@@ -129,18 +116,18 @@ def main() -> None:
     # math-verify warns that its own time limits are off; ours is the process's end
     logging.disable(logging.CRITICAL)
     sys.setrecursionlimit(2000)
-    _limit_memory()
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     kinds = {"math_verify": same_by_math_verify, "sympy": same_by_sympy}
     replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        _limit_time(asked["seconds"])
+        signal.setitimer(signal.ITIMER_PROF, asked["seconds"])  # of CPU time: its end is this process's
         try:
             equal = bool(kinds[asked["kind"]](asked["answer"], asked["expected"]))
         except Exception:  # what cannot be parsed or compared is not equal
             equal = False
-        _limit_time(0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps({"equal": equal}), file=replies, flush=True)
 
 

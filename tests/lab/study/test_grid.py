@@ -26,7 +26,7 @@ def test_a_cell_for_each_task_budget_and_arm(write_study) -> None:
     arms = {"lora": LORA, "full": {"method": {"name": "full"}, "budget": False}, "base": {"untrained": True}}
     tasks = {"math": "recipe.yaml", "again": "recipe.yaml"}
     found = made(write_study(arms=arms, tasks=tasks, budgets=[3000, "20%"], tune=TUNE, seeds=[4, 5]))
-    share = round(0.2 * grid.opened(grid.model_name(found[0].recipe)).model.num_parameters())
+    share = round(0.2 * grid.opened(grid.model_of(found[0].recipe).name).model.num_parameters())
     assert [(cell.task, cell.budget, cell.arm) for cell in found] == [
         (task, budget, arm)
         for task in tasks
