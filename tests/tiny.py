@@ -52,6 +52,15 @@ def save_tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, **changes:
     return folder
 
 
+@torch.no_grad()
+def moved(model: Any, size: float = 0.1) -> Any:
+    """The model with every trained parameter away from its start, as after training."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter += size * torch.randn_like(parameter)
+    return model
+
+
 def with_template(folder: Path, model: Path, template: str) -> Path:
     """A new folder with the model of another one, and a chat template."""
     folder.mkdir()

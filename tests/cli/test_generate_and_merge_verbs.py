@@ -12,6 +12,7 @@ from svdtune.cli import app
 from svdtune.evaluation.generation import complete_batch
 from svdtune.export import find_source, open_source
 from svdtune.models import load
+from tiny import moved
 
 
 def svdtune(*words: str | Path) -> Result:
@@ -21,10 +22,7 @@ def svdtune(*words: str | Path) -> Result:
 def save_adapter(config: PeftConfig, base: Path, folder: Path) -> Path:
     """An adapter whose every parameter differs from its start, as after training."""
     model = get_peft_model(load(base).model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+    moved(model, 0.05)
     model.save_pretrained(folder)
     return folder
 

@@ -4,7 +4,6 @@ Transformers."""
 from pathlib import Path
 
 import pytest
-import torch
 from peft import get_peft_model
 from transformers import PreTrainedTokenizerFast
 
@@ -14,7 +13,7 @@ from svdtune.evaluation.generation import complete_batch
 from svdtune.evaluation.vllm import open_vllm
 from svdtune.export import find_source, open_source
 from svdtune.models import load
-from tiny import save_tiny_llama
+from tiny import moved, save_tiny_llama
 
 PROMPTS = [[70, 71, 72], [80], [90, 91]]
 
@@ -41,10 +40,7 @@ def test_a_sorsa_adapter_served_as_lora(
         initializer_range=0.2,
     )
     model = get_peft_model(load(base).model, SorsaConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    moved(model, 0.05)
     model.save_pretrained(adapter)
     source = find_source(str(base), adapter)
     expected = complete_batch(open_source(source).model, PROMPTS, 12, [0], 1)

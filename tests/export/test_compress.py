@@ -17,7 +17,7 @@ from pairwise import all_pairs
 from svdtune import SorsaConfig, SvdtuneError
 from svdtune.cli import app
 from svdtune.export.lora import Cut
-from tiny import tiny_gpt2, tiny_llama
+from tiny import moved, tiny_gpt2, tiny_llama
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 LORAS = {
@@ -38,13 +38,9 @@ def logits(model):
     return model.eval()(input_ids=TOKENS).logits.float()
 
 
-def moved(model, size=0.1):
+def seeded(model):
     torch.manual_seed(5)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += size * torch.randn_like(parameter)
-    return model.eval()
+    return moved(model).eval()
 
 
 def lora_in(folder: Path, family: str, name: str, **more):
@@ -56,7 +52,7 @@ def lora_in(folder: Path, family: str, name: str, **more):
         **more,
     }
     targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "down_proj"]
-    model = moved(get_peft_model(model_of(family), LoraConfig(target_modules=targets, **settings)))
+    model = seeded(get_peft_model(model_of(family), LoraConfig(target_modules=targets, **settings)))
     if name == "bf16":
         for key, parameter in model.named_parameters():
             if ".lora_" in key:
@@ -106,7 +102,7 @@ def test_a_convolutions_lora_is_cut(tmp_path):
     torch.manual_seed(0)
     base = nn.Sequential(nn.Conv2d(6, 8, 3))
     config = LoraConfig(r=5, target_modules=["0"])
-    whole = moved(get_peft_model(base, config))
+    whole = seeded(get_peft_model(base, config))
     whole.save_pretrained(tmp_path / "lora")
     report = svdtune.export_lora(tmp_path / "lora", tmp_path / "cut", rank=2)
     smaller = PeftModel.from_pretrained(whole.unload(), tmp_path / "cut")
@@ -129,7 +125,7 @@ def test_a_lora_that_adds_more_is_refused(settings, tmp_path):
 
 def test_lora_and_sorsa_combine(tmp_path):
     lora_in(tmp_path / "lora", "llama", "lora")
-    moved(get_peft_model(model_of("llama"), SorsaConfig(r=2, target_modules=["q_proj"]))).save_pretrained(
+    seeded(get_peft_model(model_of("llama"), SorsaConfig(r=2, target_modules=["q_proj"]))).save_pretrained(
         tmp_path / "sorsa"
     )
     report = svdtune.combine({tmp_path / "lora": 0.5, tmp_path / "sorsa": 1.0}, tmp_path / "both")
@@ -208,7 +204,7 @@ def test_a_trained_pissa_becomes_a_lora_on_the_untouched_model(init, rslora, tmp
     )
     made = svdtune.start(tmp_path / "base", config, tmp_path / "start")
     left = AutoModelForCausalLM.from_pretrained(made.residual)
-    trained = moved(PeftModel.from_pretrained(left, made.adapter, is_trainable=True))
+    trained = seeded(PeftModel.from_pretrained(left, made.adapter, is_trainable=True))
     trained.save_pretrained(tmp_path / "trained")
     words = ["--start", made.adapter, "--base", tmp_path / "base", "--output", tmp_path / "lora"]
     result = CliRunner().invoke(app, ["export", str(tmp_path / "trained"), *map(str, words)])

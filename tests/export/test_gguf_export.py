@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from releases import TRANSFORMERS_4
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError, cli, export_lora
+from tiny import moved
 
 gguf = pytest.importorskip("gguf")
 modeling_gguf = pytest.importorskip("transformers.modeling_gguf_pytorch_utils")
@@ -51,10 +52,7 @@ def save_base(folder: Path, kind: str = "llama", **changes: Any) -> Path:
 
 def save_adapter(folder: Path, base: Path, config: Any) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
+    moved(model)
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 

@@ -14,6 +14,7 @@ from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.lora import combine, export_lora
 from svdtune.methods.files.adapter import read_config
+from tiny import moved
 
 METHODS = {
     "sara": SaraConfig(r=3),
@@ -55,12 +56,7 @@ class Convolutions(nn.Module):
 
 
 def trained(model, config):
-    model = get_peft_model(model, copy.deepcopy(config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    return moved(get_peft_model(model, copy.deepcopy(config)).eval())
 
 
 def fused(kind: str):

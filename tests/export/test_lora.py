@@ -13,7 +13,7 @@ import new_process
 import stock_peft
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.export.lora import VLLM_RANKS, Cut, combine, export_lora, truncated
-from tiny import tiny_gpt2, tiny_llama
+from tiny import moved, tiny_gpt2, tiny_llama
 
 TOKENS = torch.arange(1, 25).view(2, 12)
 EXACT = {
@@ -37,12 +37,7 @@ def model_of(family: str):
 
 
 def trained(config, family: str = "llama"):
-    model = get_peft_model(model_of(family), copy.deepcopy(config)).eval()  # PEFT fills in targets
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    return model
+    return moved(get_peft_model(model_of(family), copy.deepcopy(config)).eval())  # PEFT fills in targets
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.export import Source, find_source, merge, open_source
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.models import load
-from tiny import tiny_gpt2
+from tiny import moved, tiny_gpt2
 
 IDS = torch.tensor([[5, 60, 7, 200, 11]])
 
@@ -36,12 +36,7 @@ def save_adapter(base: Path, folder: Path, config=None) -> Path:
     """An adapter whose every parameter differs from its start, as after training."""
     if config is None:
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(load(base).model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
+    moved(get_peft_model(load(base).model, config), 0.05).save_pretrained(folder)
     return folder
 
 
@@ -192,10 +187,7 @@ def test_older_names_of_norms_are_kept(tmp_path: Path, tiny_tokenizer) -> None:
     model = get_peft_model(
         BertForSequenceClassification.from_pretrained(base), SaraConfig(r=2, target_modules=["query"], bias="all")
     )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    moved(model)
     model.save_pretrained(tmp_path / "adapter")
     merge(Source(str(base), tmp_path / "adapter"), tmp_path / "merged")
     assert load_file(tmp_path / "merged/model.safetensors").keys() == tensors.keys()

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from svdtune import SorsaConfig, SvdtuneError
 from svdtune.lab.harness import harness_model, run_harness
 from svdtune.models import LoadedModel, load
+from tiny import moved
 
 # the harness and what it imports warn of many things
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -23,10 +24,7 @@ def adapted(tiny_folder: Path) -> LoadedModel:
     pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
     loaded = load(tiny_folder)
     model = get_peft_model(loaded.model, SorsaConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    moved(model, 0.3)
     return LoadedModel(model.eval(), loaded.tokenizer, "adapted")
 
 

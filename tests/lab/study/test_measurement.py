@@ -20,6 +20,7 @@ from svdtune.system import read_objects
 from svdtune.training import check_recipe, train
 from svdtune.training.collection import read_extended
 from svdtune.training.method import adapt
+from tiny import moved
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 METHODS = {
@@ -93,10 +94,7 @@ def test_losses_are_those_of_each_item_alone(name: str, dtype: str, text: Path, 
     model = adapt(
         loaded.model, METHODS[name].get("name", name), {k: v for k, v in METHODS[name].items() if k != "name"}
     ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    moved(model, 0.05)
     rows = measured_rows(recipe, Measure(**SETS), loaded.tokenizer)
     near = 2e-2 if dtype == "bfloat16" else 2e-5
     for set_name, found in rows.items():

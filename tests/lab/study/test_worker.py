@@ -12,6 +12,7 @@ from svdtune.lab.study.worker import to_answer
 from svdtune.models import LoadedModel, load
 from svdtune.training.method import adapt
 from svdtune.training.recipe import load_recipe
+from tiny import moved
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "small-math.yaml"
 QV = {"target_modules": ["q_proj", "v_proj"]}
@@ -35,10 +36,7 @@ def test_a_run_is_scored_with_what_was_trained(name: str, dtype: str | None, tin
     torch.manual_seed(0)
     loaded = load(tiny_folder, dtype="bfloat16")
     model = adapt(loaded.model, name, METHODS[name]).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+    moved(model, 0.05)
     ids = torch.randint(0, 100, (2, 9))
     with torch.no_grad():
         expected = deepcopy(model).float()(input_ids=ids).logits
