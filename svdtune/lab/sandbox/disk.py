@@ -19,7 +19,7 @@ from svdtune.errors import SvdtuneError
 
 MAX_FILES = 256
 TOO_MUCH = "wrote more than"  # how the reason of a program begins that did
-_LOOK = 0.05  # seconds between looks for room
+LOOK = 0.05  # seconds between looks at the clock, the scratch folders and the disk
 
 
 def over(scratches: Sequence[Path], pids: Sequence[int], limit: int) -> str:
@@ -101,4 +101,4 @@ def wait_for_room(folder: Path, needed: int, seconds: float) -> None:
                 f"{folder} has no room for a program's files: expected {needed / 1e6:.0f} MB; make room, or name another "
                 "folder in TMPDIR. The same command goes on where it stopped"
             )
-        time.sleep(_LOOK)
+        time.sleep(LOOK)

@@ -12,16 +12,15 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from svdtune.errors import SvdtuneError, SvdtuneWarning
-from svdtune.lab.sandbox.disk import TOO_MUCH, has_room, over, sees_open_files, wait_for_room
+from svdtune.lab.sandbox.disk import LOOK, TOO_MUCH, has_room, over, sees_open_files, wait_for_room
 
 _INSIDE = Path(__file__).parent / "inside"
 _PASSED = b'["passed", ""]\n'
-_LOOK = 0.05  # seconds between looks at the clock and the scratch folder
 _ATTEMPTS = 3  # of a program beside which the disk was full
 
 
@@ -200,7 +199,7 @@ def _watch(
             assert stream is not None  # all are pipes
             selector.register(stream, selectors.EVENT_READ, into)
         while not broken and verdict in (key.fileobj for key in selector.get_map().values()):
-            for key, _ in selector.select(_LOOK):
+            for key, _ in selector.select(LOOK):
                 chunk = os.read(key.fd, 1 << 16)
                 key.data.extend(chunk)
                 if not chunk:
@@ -233,12 +232,7 @@ def _reason(said: bytes | bytearray) -> str:
 
 
 def _settings(scratch: str, limits: Limits) -> dict[str, Any]:
-    kept = {
-        "cpu_seconds": limits.cpu_seconds,
-        "memory_bytes": limits.memory_bytes,
-        "file_bytes": limits.scratch_bytes,
-    }
-    return {"scratch": scratch, "limits": kept, "parent": os.getpid()}
+    return {"scratch": scratch, "limits": asdict(limits), "parent": os.getpid()}
 
 
 def _command(role: str, settings: dict[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ import signal
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 from syscalls import restrict_syscalls
 
@@ -40,12 +41,12 @@ SYSTEM_FILES = (
 )  # fmt: skip
 
 
-def confine(scratch: str, limits: dict[str, int], parent: int) -> list[str]:
+def confine(scratch: str, limits: dict[str, Any], parent: int) -> list[str]:
     """Give up everything a program under test has no use for.
 
     Args:
         scratch: The only folder to write in.
-        limits: `cpu_seconds`, `memory_bytes`, `file_bytes`.
+        limits: those of `supervise.Limits`.
         parent: Process to die with.
 
     Returns:
@@ -66,11 +67,11 @@ def confine(scratch: str, limits: dict[str, int], parent: int) -> list[str]:
     return [reason for reason in missing if reason]
 
 
-def _limit(limits: dict[str, int]) -> None:
+def _limit(limits: dict[str, Any]) -> None:
     wanted = {
         "RLIMIT_CPU": limits["cpu_seconds"],
         "RLIMIT_AS": limits["memory_bytes"],
-        "RLIMIT_FSIZE": limits["file_bytes"],
+        "RLIMIT_FSIZE": limits["scratch_bytes"],
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,
         # a second lock: seccomp already denies fork and clone, and root is exempt from this one
