@@ -2,15 +2,12 @@
 CSV."""
 
 from svdtune.reports.figures import figures, write_figures
-from svdtune.reports.files import Report, add_analysis, render, report
+from svdtune.reports.files import render, report
 from svdtune.reports.gather import gather, of_base
-from svdtune.reports.numbers import all_numbers, as_csv
+from svdtune.reports.numbers import all_numbers
 
 __all__ = [
-    "Report",
-    "add_analysis",
     "all_numbers",
-    "as_csv",
     "figures",
     "gather",
     "of_base",
