@@ -10,7 +10,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from svdtune.evaluation.generation import Completion, Decoding, complete_in_rounds, end_token_ids, reads_padding
+from svdtune.evaluation.generation import Completion, Decoding, complete_batch, end_token_ids, reads_padding
 from svdtune.models import LoadedModel
 from svdtune.models.loader import context_length
 
@@ -82,7 +82,9 @@ class TransformersEngine:
         completed: dict[int, Completion] = {}
         for group in by_length.values() if apart else [range(len(prompts))]:
             some, seed = [prompts[at] for at in group], seeds[group[0]]
-            made = complete_in_rounds(self._model, some, max_new_tokens, self._ends, pad, decoding, seed)
+            made = complete_batch(
+                self._model, some, max_new_tokens, self._ends, pad, decoding=decoding, seed=seed, in_rounds=True
+            )
             completed |= zip(group, made, strict=True)
         return [completed[at] for at in range(len(prompts))]
 

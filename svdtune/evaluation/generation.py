@@ -156,8 +156,16 @@ def complete_batch(
     streamer: BaseStreamer | None = None,
     decoding: Decoding = GREEDY,
     seed: int = 0,
+    in_rounds: bool = False,
 ) -> list[Completion]:
-    """Continue each prompt as `decoding` says, until an end token or `max_new_tokens`, in one go.
+    """Continue each prompt as `decoding` says, until an end token or `max_new_tokens`.
+
+    A batch computes all its rows until the last one ends, or to the limit where a single one never
+    does. In rounds it stops after every 16 tokens and goes on with the rows that have not ended,
+    nor fallen into a loop where `decoding.stop_loops`. Their keys and values are kept. Some caches
+    hold something else: those of sliding windows, of state-space models and of PEFT's prompt
+    methods. There the tokens are read again, after 64 tokens, 128, 256 and so on. In half precision
+    a near tie between two tokens may then fall the other way.
 
     Args:
         model: A causal language model, in evaluation mode.
@@ -168,56 +176,28 @@ def complete_batch(
         streamer: Is given the tokens of a single prompt as they come.
         decoding: How tokens are chosen.
         seed: Of the tokens drawn for this batch; the caller's random numbers are left as they were.
+        in_rounds: Whether greedy completions leave the batch once they are finished. What is drawn,
+            or searched for with beams, runs in one go.
 
     Returns:
         One completion a prompt, in the given order.
     """
     ids, mask = _pad_left(prompts, pad, model)
-    config = _configure(decoding, max_new_tokens, ends, pad)
     cuda = [ids.device] if ids.device.type == "cuda" else []
-    generate: Any = model.generate
-    drawn_apart = torch.random.fork_rng(cuda, enabled=config.do_sample)
-    with sole_config(model, config), cache_where_peft_looks(model), drawn_apart:
-        if config.do_sample:
-            torch.manual_seed(seed)
-        output = generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-    return [until_end(row, set(ends)) for row in output.sequences[:, ids.shape[1] :].tolist()]
-
-
-@torch.inference_mode()
-def complete_in_rounds(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    ends: Sequence[int],
-    pad: int,
-    decoding: Decoding = GREEDY,
-    seed: int = 0,
-) -> list[Completion]:
-    """`complete_batch`, where greedy completions leave the batch once they are finished.
-
-    A batch otherwise computes all its rows until the last one ends, or to the limit where a single
-    one never does. Here it stops after every 16 tokens and goes on with the rows that have not
-    ended, nor fallen into a loop where `decoding.stop_loops`. Their keys and values are kept. Some
-    caches hold something else: those of sliding windows, of state-space models and of PEFT's prompt
-    methods. There the tokens are read again, after 64 tokens, 128, 256 and so on. What is drawn, or
-    searched for with beams, runs in one go.
-
-    Args and returns as `complete_batch`; in half precision a near tie between two tokens may fall
-    the other way.
-    """
-    if not decoding.greedy:
-        return complete_batch(model, prompts, max_new_tokens, ends, pad, decoding=decoding, seed=seed)
-    ids, mask = _pad_left(prompts, pad, model)
     generate: Any = model.generate
     width, taken = ids.shape[1], 0
     kept: dict[str, Any] = {}
     rows, done = list(range(len(prompts))), {}
     while rows:
-        limit = min(max_new_tokens, taken + _ROUND if kept or not taken else max(_REREAD, 2 * taken))
+        limit = max_new_tokens
+        if in_rounds and decoding.greedy:
+            limit = min(limit, taken + _ROUND if kept or not taken else max(_REREAD, 2 * taken))
         config = _configure(decoding, limit - taken, ends, pad)
-        with sole_config(model, config), cache_where_peft_looks(model):
-            output = generate(input_ids=ids, attention_mask=mask, generation_config=config, **kept)
+        drawn_apart = torch.random.fork_rng(cuda, enabled=config.do_sample)
+        with sole_config(model, config), cache_where_peft_looks(model), drawn_apart:
+            if config.do_sample:
+                torch.manual_seed(seed)
+            output = generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, **kept)
         found = [until_end(row, set(ends)) for row in output.sequences[:, width:].tolist()]
         going = []
         for place, (row, completion) in enumerate(zip(rows, found, strict=True)):
@@ -225,11 +205,12 @@ def complete_in_rounds(
                 done[row] = completion
             else:
                 going.append(place)
-        chosen = torch.tensor(going, dtype=torch.long, device=ids.device)
-        ids, taken = output.sequences[chosen], limit
-        kept = {} if is_prompted(model) else _kept(output, chosen)
-        mask = torch.cat([mask[chosen], mask.new_ones(len(going), ids.shape[1] - mask.shape[1])], dim=1)
         rows = [rows[place] for place in going]
+        if rows:
+            chosen = torch.tensor(going, dtype=torch.long, device=ids.device)
+            ids, taken = output.sequences[chosen], limit
+            kept = {} if is_prompted(model) else _kept(output, chosen)
+            mask = torch.cat([mask[chosen], mask.new_ones(len(going), ids.shape[1] - mask.shape[1])], dim=1)
     return [done[row] for row in range(len(prompts))]
 
 

@@ -25,7 +25,6 @@ from svdtune.evaluation import TransformersEngine, generation
 from svdtune.evaluation.generation import (
     Decoding,
     complete_batch,
-    complete_in_rounds,
     end_token_ids,
     is_loop,
     plan_batches,
@@ -121,7 +120,7 @@ def test_rounds_give_the_same_completions_and_let_go_of_what_has_ended(
     expected = complete_batch(loaded.model, PROMPTS, 12, ends, pad=1)
     monkeypatch.setattr(generation, "_ROUND", 2)
     counted = Counted(loaded.model, monkeypatch)
-    assert complete_in_rounds(loaded.model, PROMPTS, 12, ends, 1) == expected
+    assert complete_batch(loaded.model, PROMPTS, 12, ends, 1, in_rounds=True) == expected
     running = [sum(len(one.tokens) >= taken for one in expected) for taken in range(0, 12, 2)]
     assert len(counted.calls) > 2
     reads = [7, *[1] * 5]  # all of the longest prompt, and then the latest token alone
@@ -133,7 +132,7 @@ def test_what_is_drawn_or_searched_for_is_not_cut_up(loaded: LoadedModel, monkey
     monkeypatch.setattr(generation, "_ROUND", 2)
     counted = Counted(loaded.model, monkeypatch)
     for drawn in (Decoding(temperature=1.0), Decoding(beams=2)):
-        complete_in_rounds(loaded.model, PROMPTS, 12, [0], 1, drawn)
+        complete_batch(loaded.model, PROMPTS, 12, [0], 1, decoding=drawn, in_rounds=True)
     assert counted.calls == [(4, 12, 7)] * 2
 
 
@@ -151,7 +150,7 @@ def test_a_cache_of_sliding_windows_is_not_cut_but_made_anew(
     monkeypatch.setattr(generation, "_ROUND", 2)
     monkeypatch.setattr(generation, "_REREAD", 4)
     counted = Counted(model, monkeypatch)
-    assert complete_in_rounds(model, PROMPTS, 12, ends, 1) == expected
+    assert complete_batch(model, PROMPTS, 12, ends, 1, in_rounds=True) == expected
     assert [(limit, read) for _, limit, read in counted.calls] == [(2, 7), (2, 9), (4, 11), (4, 15)]
 
 
@@ -180,8 +179,8 @@ def test_loops_are_cut_and_nothing_else_is(tiny_folder: Path) -> None:
     model = load(tiny_folder).model  # which soon repeats one token
     whole = complete_batch(model, PROMPTS, 100, [257], pad=1)
     assert all(len(completion.tokens) == 100 and is_loop(completion.tokens) for completion in whole)
-    assert complete_in_rounds(model, PROMPTS, 100, [257], 1) == whole
-    cut = complete_in_rounds(model, PROMPTS, 100, [257], 1, Decoding(stop_loops=True))
+    assert complete_batch(model, PROMPTS, 100, [257], 1, in_rounds=True) == whole
+    cut = complete_batch(model, PROMPTS, 100, [257], 1, decoding=Decoding(stop_loops=True), in_rounds=True)
     for long, short in zip(whole, cut, strict=True):
         assert 32 <= len(short.tokens) < 100
         assert long.tokens[: len(short.tokens)] == short.tokens
