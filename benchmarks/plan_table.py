@@ -18,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
 from svdtune.checkpoint import Checkpoint, open_shape
 from svdtune.planning import (
-    Anatomy,
     Setting,
     anatomy,
     cheapest,
@@ -27,6 +26,7 @@ from svdtune.planning import (
     initialisation_bytes,
     plan,
 )
+from svdtune.planning.anatomy import Anatomy
 
 RESULTS = Path(__file__).parent / "results"
 GIB = 2**30
