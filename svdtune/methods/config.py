@@ -252,7 +252,7 @@ class SvdConfig(PeftConfig):
             embeddings=None if digest is None else has_any(weights, self.embedding_weights),
             svdtune_version=__version__,
         )
-        saved._write(save_directory, **kwargs)
+        PeftConfig.save_pretrained(saved, save_directory, **kwargs)
         if digest is not None:
             write_card(Path(save_directory), saved, weights)
 
@@ -293,9 +293,6 @@ class SvdConfig(PeftConfig):
         """
         return {key: value for key, value in read_json(Path(path_json_file)).items() if key != "runtime_config"}
 
-    def _write(self, save_directory: str, **kwargs: Any) -> None:
-        super().save_pretrained(save_directory, **kwargs)
-
 
 def _no_expression(name: str, text: Any) -> list[str]:
     """A one-sentence list if a text is no regular expression; empty if it is one. Every name is
@@ -328,13 +325,7 @@ def _is_rows(rows: Any) -> bool:
 def is_number_in(value: Any, low: float, high: float, low_open: bool = False, high_open: bool = False) -> bool:
     """Whether `value` is a finite number in the interval, closed unless said otherwise. A bool is
     no number."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or (isinstance(value, float) and math.isnan(value))
-    ):
-        return False
-    if math.inf in (value, -value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         return False
     return (value > low if low_open else value >= low) and (value < high if high_open else value <= high)
 

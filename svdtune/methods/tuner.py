@@ -26,10 +26,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.methods.compute.together import Together
 from svdtune.methods.config import SvdConfig, as_set
 from svdtune.methods.experts import asked_stacks, say_experts_left_out
-from svdtune.methods.files.integrity import (
-    check_base,
-    check_same_layers,
-)
+from svdtune.methods.files.integrity import check_base, check_same_layers
 from svdtune.methods.first_use import forget_first_use, watch_first_use
 from svdtune.methods.layers.base import SvdLayer
 from svdtune.methods.layers.experts import FusedExperts
@@ -195,33 +192,21 @@ class SvdTuner(StateDictTuner):
         **__: Any,
     ) -> None:
         config = ours(peft_config)
+        adapted: nn.Module
         if current_key in self._resolution.parts:
-            self._adapt_slices(config, adapter_name, target, target_name, parent, current_key)
-            return
-        # PEFT found this layer by a state dict and not by the configuration
-        if current_key not in self._resolution.ranks:
-            self._resolution.decide({current_key: target})
-        layer = self._adapted(config, adapter_name, target, current_key)
-        if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
-
-    def _adapt_slices(
-        self,
-        config: SvdConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-    ) -> None:
-        fused = target if isinstance(target, FusedLinear) else FusedLinear(target)
-        for part, rows in self._resolution.parts[current_key].items():
-            before = fused.slice(part) or RowSlice(fused.get_base_layer(), rows)
-            layer = self._adapted(config, adapter_name, before, f"{current_key}.{part}")
-            if layer is not before:
-                fused.add_module(part, layer)
-        if fused is not target:
-            self._replace_module(parent, target_name, fused, target)
+            adapted = fused = target if isinstance(target, FusedLinear) else FusedLinear(target)
+            for part, rows in self._resolution.parts[current_key].items():
+                before = fused.slice(part) or RowSlice(fused.get_base_layer(), rows)
+                layer = self._adapted(config, adapter_name, before, f"{current_key}.{part}")
+                if layer is not before:
+                    fused.add_module(part, layer)
+        else:
+            # PEFT found this layer by a state dict and not by the configuration
+            if current_key not in self._resolution.ranks:
+                self._resolution.decide({current_key: target})
+            adapted = self._adapted(config, adapter_name, target, current_key)
+        if adapted is not target:
+            self._replace_module(parent, target_name, adapted, target)
 
     def _inject_parameters(
         self, peft_config: PeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
