@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pairwise import all_pairs
-from svdtune.methods.compute.lowrank import LowRankLinear, Part, Product, add_low_rank, low_rank_linear, pair
+from svdtune.methods.compute.lowrank import LowRankLinear, Part, Product, low_rank_linear, pair
 from svdtune.methods.mosara import math as mosara
 from svdtune.methods.mosara import reference as mosara_reference
 from svdtune.methods.sara import math as sara
@@ -204,7 +204,7 @@ class TestGradcheck:
         frozen, trained = sorsa_case((5, 6, 3), "random", "delta", 0.2)
 
         def add_sorsa(x, y, *parameters):
-            return add_low_rank(y * 1, x, sorsa.sorsa_change(*parameters, frozen["P0"], frozen["V0"]))
+            return low_rank_linear(x, None, y * 1, sorsa.sorsa_change(*parameters, frozen["P0"], frozen["V0"]))
 
         self.check(add_sorsa, self.x, torch.randn(2, 3, 5).double(), *trained.values())
 

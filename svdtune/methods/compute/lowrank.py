@@ -267,15 +267,12 @@ def V_gradients(
 
 def linear_with_pair(x: Tensor, part: Part, A: Tensor, B: Tensor) -> Tensor:
     """The forward pass of `LowRankLinear` for one layer, to the bit, of which nothing is saved."""
-    x, bias = cast(x, A.dtype), part.bias_or_output
-    bias = None if bias is None else cast(bias, A.dtype)
-    assert part.weight is not None
-    return linear_plus(x, cast(part.weight, A.dtype), bias, x.reshape(-1, x.shape[-1]) @ A, B)
-
-
-def add_pair(y: Tensor, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """y + x A Bᵀ, added to y in place."""
-    return add_product(y, cast(x, A.dtype).reshape(-1, x.shape[-1]) @ A, B)
+    x, weight, given = cast(x, A.dtype), part.weight, part.bias_or_output
+    z = x.reshape(-1, x.shape[-1]) @ A
+    if weight is None:
+        assert given is not None
+        return add_product(given, z, B)
+    return linear_plus(x, cast(weight, A.dtype), None if given is None else cast(given, A.dtype), z, B)
 
 
 def add_product(y: Tensor, z: Tensor, B: Tensor) -> Tensor:
@@ -317,29 +314,22 @@ def input_gradient(
 
 def low_rank_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    bias_or_output: Tensor | None,
     product: Product,
     x_adapter: Tensor | None = None,
     p: float = 0.0,
 ) -> Tensor:
     """x Wᵀ + b + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, the shapes as at the head of this file; x may have
-    leading dimensions.
+    leading dimensions. For a base layer whose weight must not be read, None and that layer's output
+    y: the term is added to y in place.
 
     Dropout on the input of the second term: give that input as `x_adapter`, or on CUDA its
     probability as `p`.
     """
     if under_transform():
-        return _in_plain(x, x_adapter, Part(weight, bias, product))
-    return LowRankLinear.apply(x, x_adapter, p, weight, bias, *product)
-
-
-def add_low_rank(y: Tensor, x: Tensor, product: Product) -> Tensor:
-    """y + x (U diag(s) Vᵀ − P₀ V₀ᵀ)ᵀ, added to y in place: for base layers whose weight must not be
-    read directly."""
-    if under_transform():
-        return _in_plain(x, None, Part(None, y, product))
-    return LowRankLinear.apply(x, None, 0.0, None, y, *product)
+        return _in_plain(x, x_adapter, Part(weight, bias_or_output, product))
+    return LowRankLinear.apply(x, x_adapter, p, weight, bias_or_output, *product)
 
 
 def _in_plain(x: Tensor, x_adapter: Tensor | None, part: Part) -> Tensor:

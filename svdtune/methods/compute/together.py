@@ -36,8 +36,6 @@ from svdtune.methods.compute.lowrank import (
     LowRankLinear,
     Part,
     Product,
-    add_low_rank,
-    add_pair,
     alignment,
     cast,
     compute_dtype,
@@ -202,14 +200,14 @@ class Together:
     def linear(
         self, layer: "LowRankLayer[Any]", adapter: str, x: Tensor, part: Part, x_adapter: Tensor | None, p: float
     ) -> Tensor:
-        """`low_rank_linear` for one layer and its sole adapter. It uses what was computed ahead, or
-        computes several layers at once."""
+        """`low_rank_linear` for one layer and adapter. If the layer's weight may be read, it uses
+        what was computed ahead, or computes several layers at once."""
         tensors, now = part.product, self._pass
         flat: list[Tensor | None] = [part.weight, part.bias_or_output, *tensors]
         pair = self._kept_pair(layer, adapter, x, tensors) if x_adapter is None and p == 0 else None
         if pair is not None:
             return linear_with_pair(x, part, *pair)
-        if now is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
+        if now is None or part.weight is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
             return LowRankLinear.apply(x, x_adapter, p, *flat)
         dtype = compute_dtype(x)
         self._note(now, layer, adapter, x, tensors, dtype)
@@ -231,11 +229,6 @@ class Together:
         for turn, other in zip(ready, others, strict=True):
             now.ahead[turn.layer] = Ahead(x, p, turn.tensors, other)
         return y
-
-    def add(self, layer: nn.Module, adapter: str, y: Tensor, x: Tensor, product: Product) -> Tensor:
-        """`add_low_rank` for one adapter of a layer, with the pair that was formed for it."""
-        pair = self._kept_pair(layer, adapter, x, product)
-        return add_low_rank(y, x, product) if pair is None else add_pair(y, x, *pair)
 
     def _kept_pair(self, layer: nn.Module, adapter: str, x: Tensor, tensors: Product) -> tuple[Tensor, Tensor] | None:
         dtype = compute_dtype(x)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from svdtune.methods.compute.lowrank import Part, Product, add_low_rank, low_rank_linear, pair
+from svdtune.methods.compute.lowrank import Part, Product, low_rank_linear, pair
 from svdtune.methods.compute.transforms import under_transform
 from svdtune.methods.layers.base import Config, SvdLayer
 
@@ -30,7 +30,7 @@ class LowRankLayer(SvdLayer[Config]):
         return self.change(lambda name: self.adapter_tensor(name, adapter), self.configs[adapter])
 
     def fused(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
+        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, x_adapter: Tensor | None, p: float, adapter: str
     ) -> Tensor:
         product = self.product(adapter)
         if self.together is None or under_transform():
@@ -38,8 +38,7 @@ class LowRankLayer(SvdLayer[Config]):
         return self.together.linear(self, adapter, x, Part(weight, bias, product), x_adapter, p)
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        product = self.product(adapter)
-        return add_low_rank(y, x, product) if self.together is None else self.together.add(self, adapter, y, x, product)
+        return self.fused(x, None, y, None, 0.0, adapter)
 
     @classmethod
     def low_rank_pair(cls, tensors: Mapping[str, Tensor], config: Config) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from svdtune.linalg import Factors
-from svdtune.methods.compute.lowrank import Product, add_low_rank
+from svdtune.methods.compute.lowrank import Product, low_rank_linear
 from svdtune.methods.layers.convolution import add_convolved
 from svdtune.methods.layers.lowrank import LowRankLayer, Tensors
 from svdtune.methods.sara.math import kaiming_factors
@@ -80,4 +80,4 @@ class SorsaLinear(LowRankLayer[SorsaConfig]):
         P0, V0 = self.frozen_P0[adapter], self.frozen_V0[adapter]
         if self._is_convolution:
             return add_convolved(self.convolution(), y, x, V0, P0)
-        return add_low_rank(y.contiguous(), x, Product(P0, None, V0))
+        return low_rank_linear(x, None, y.contiguous(), Product(P0, None, V0))
