@@ -28,11 +28,6 @@ def test_the_dtype_can_be_a_name(tiny_folder: Path, dtype: str | torch.dtype) ->
     assert load(tiny_folder, dtype=dtype).model.dtype == torch.bfloat16
 
 
-def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
-    with pytest.raises(SvdtuneError, match="dtype 'int8' is none: expected auto, float32"):
-        load(tiny_folder, dtype="int8")
-
-
 def test_the_end_token_can_be_set_while_loading(tiny_folder: Path) -> None:
     loaded = load(tiny_folder, end_token="!")
     assert (
@@ -57,31 +52,6 @@ def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
         load("nowhere.gguf")
 
 
-def test_a_folder_without_weights(tiny_folder: Path, tmp_path: Path) -> None:
-    shutil.copy(tiny_folder / "config.json", tmp_path)
-    with pytest.raises(SvdtuneError, match=r"has no weights: expected model\.safetensors .* found config\.json"):
-        load(tmp_path)
-
-
-def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(SvdtuneError, match=r"has no config\.json; it holds nothing"):
-        load(tmp_path)
-
-
-def test_an_adapter_folder_names_its_base(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
-    with pytest.raises(SvdtuneError, match="is an adapter, not a model; its base model is 'some/base'"):
-        load(tmp_path)
-
-
-def test_broken_weights_are_one_message(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "broken"
-    shutil.copytree(tiny_folder, folder)
-    (folder / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(SvdtuneError, match="cannot be loaded"):
-        load(folder)
-
-
 def test_a_hub_name_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SvdtuneError, match="'nobody/nothing' cannot be loaded"):
@@ -95,20 +65,6 @@ def test_a_checkpoint_that_lacks_a_weight(tiny_folder: Path, tmp_path: Path) -> 
     weights["model.norm.weighu"] = weights.pop("model.norm.weight")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(SvdtuneError, match=r"lacks 1 of its weights, 'model\.norm\.weight' among them: its files are"):
-        load(folder)
-
-
-def test_a_damaged_adapter_in_the_place_of_a_model(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text("[")
-    with pytest.raises(SvdtuneError, match=r"adapter_config\.json is damaged"):
-        load(tmp_path)
-
-
-def test_a_damaged_generation_config(tiny_folder: Path, tmp_path: Path) -> None:
-    """Transformers would do without it."""
-    folder = shutil.copytree(tiny_folder, tmp_path / "model")
-    (folder / "generation_config.json").write_text("{")
-    with pytest.raises(SvdtuneError, match=r"generation_config\.json is damaged: Expecting"):
         load(folder)
 
 
@@ -143,3 +99,35 @@ def test_weights_that_are_no_numbers(
     # a process that is to be sent its weights holds whatever was in memory until then
     monkeypatch.setattr("svdtune.models.loader.has_weights", lambda model: False)
     load(folder)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"config.json": ...}, r"has no weights: expected model\.safetensors .* found config\.json"),
+        ({}, r"has no config\.json; it holds nothing"),
+        (
+            {"adapter_config.json": '{"base_model_name_or_path": "some/base"}'},
+            "is an adapter, not a model; its base model is 'some/base'",
+        ),
+        ({"adapter_config.json": "["}, r"adapter_config\.json is damaged"),
+        ({"config.json": ..., "model.safetensors": "not safetensors"}, "cannot be loaded"),
+        # Transformers would do without it
+        (
+            {"config.json": ..., "model.safetensors": ..., "generation_config.json": "{"},
+            r"generation_config\.json is damaged: Expecting",
+        ),
+    ],
+    ids=["weights", "nothing", "adapter", "damaged-adapter", "damaged-weights", "damaged-decoding"],
+)
+def test_a_folder_that_is_no_whole_model(files: dict, message: str, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of files a text, or the model's own."""
+    for name, text in files.items():
+        (tmp_path / name).write_bytes((tiny_folder / name).read_bytes() if text is ... else text.encode())
+    with pytest.raises(SvdtuneError, match=message):
+        load(tmp_path)
+
+
+def test_an_unknown_dtype_is_refused(tiny_folder: Path) -> None:
+    with pytest.raises(SvdtuneError, match="dtype 'int8' is none: expected auto, float32"):
+        load(tiny_folder, dtype="int8")
