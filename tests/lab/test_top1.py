@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from svdtune.lab import gates
 from svdtune.methods.mosara import reference
-from svdtune.methods.mosara.math import Terms, add_mosara, mosara_linear, random_start
+from svdtune.methods.mosara.math import Terms, mosara_linear, random_start
 
 
 def literal(weights):
@@ -40,7 +40,7 @@ def test_top1_is_the_literal_form_with_its_gradients(num_heads, use_v, front):
     want = results(reference.mosara_linear(*inputs[:3], *inputs[3], changed=literal), inputs)
     for got in (
         mosara_linear(*inputs, weights=gates.top1),
-        add_mosara(functional.linear(inputs[0], *inputs[1:3]), inputs[0], inputs[3], weights=gates.top1),
+        mosara_linear(inputs[0], None, functional.linear(inputs[0], *inputs[1:3]), inputs[3], weights=gates.top1),
     ):
         torch.testing.assert_close(results(got, inputs), want)
 

@@ -198,7 +198,7 @@ class TestGradcheck:
         frozen, trained = mosara_case((5, 6, 3), "random", 2, True, front)
 
         def add_to_linear(x, y, *parameters):
-            return mosara.add_mosara(y * 1, x, mosara.Terms(frozen["U"], frozen["V"], *parameters, front))
+            return mosara.mosara_linear(x, None, y * 1, mosara.Terms(frozen["U"], frozen["V"], *parameters, front))
 
         self.check(add_to_linear, self.x, torch.randn(2, 3, 5).double(), *trained.values())
         frozen, trained = sorsa_case((5, 6, 3), "random", "delta", 0.2)

@@ -18,7 +18,6 @@ from svdtune.methods.mosara.config import MoSaraConfig
 from svdtune.methods.mosara.gates import GATES, Gate, mean_head
 from svdtune.methods.mosara.math import (
     Terms,
-    add_mosara,
     add_mosara_by_sample,
     mixed_values,
     mosara_linear,
@@ -109,7 +108,8 @@ class MoSaraLinear(SvdLayer[MoSaraConfig]):
         return mosara_linear(x, weight, bias, self._tensors(adapter), x_adapter, *how)
 
     def add_to(self, y: Tensor, x: Tensor, adapter: str) -> Tensor:
-        return add_mosara(y, x, self._tensors(adapter), self._keep(x, adapter), self._other_gate(adapter))
+        how = None, self._keep(x, adapter), self._other_gate(adapter)
+        return mosara_linear(x, None, y, self._tensors(adapter), None, *how)
 
     def _keep(self, x: Tensor, adapter: str) -> Keep | None:
         """What keeps that which is formed for the first token of a generation; None outside one."""

@@ -17,7 +17,6 @@ needs.
 """
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -149,9 +148,9 @@ def _in_plain(
     bias_or_output: Tensor | None,
     x_adapter: Tensor | None,
     V_ready: Tensor | None,
-    *values: Any,
-    keep: Keep | None = None,
-    weights: Gate | None = None,
+    terms: Terms,
+    keep: Keep | None,
+    weights: Gate | None,
 ) -> Tensor:
     """What `GatedLinear` gives, not in place, in operations that torch.func transforms; with
     `weights`, under another gate than Eq. 6's.
@@ -159,19 +158,13 @@ def _in_plain(
     With `keep`, in a generation without gradients, it is the same to the bit and in place, and what
     is the same for all tokens is kept.
     """
-    dtype, terms = compute_dtype(x), Terms(*values)
+    dtype = compute_dtype(x)
     form = partial(_readied, terms, dtype, V_ready)
     A, B, read = form() if keep is None else keep(form)
     flat = _rows(x if x_adapter is None else x_adapter, dtype)
     t, _, _ = _weighed(flat, flat @ A, read, terms, weights)
     y = base_in_plain(x, weight, bias_or_output, dtype)
     return y + (t.to(y.dtype) @ B.to(y.dtype).mT).view(y.shape) if keep is None else add_product(y, t, B)
-
-
-def _linear(keep: Keep | None, weights: Gate | None) -> Callable[..., Tensor]:
-    if keep is None and weights is None and not under_transform():
-        return GatedLinear.apply
-    return partial(_in_plain, keep=keep, weights=weights)
 
 
 def ready(V: Tensor, dtype: torch.dtype) -> Tensor:
@@ -260,27 +253,24 @@ def mixed_values(gate: Tensor | None, lam: Tensor) -> Tensor:
 
 def mosara_linear(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    weight: Tensor | None,
+    bias_or_output: Tensor | None,
     terms: Terms,
     x_adapter: Tensor | None = None,
     V_ready: Tensor | None = None,
     keep: Keep | None = None,
     weights: Gate | None = None,
 ) -> Tensor:
-    """Eq. 5 and 6: x [..., in] → [..., out].
+    """Eq. 5 and 6: x [..., in] → [..., out]. For a base layer whose weight must not be read, None
+    and that layer's output: Eq. 5's second term is added to it, in place under Eq. 6's gate.
 
     `V_ready`, where the caller keeps it, is `ready(V, dtype)`; it saves forming it at every step.
     `keep` (`svdtune.methods.compute.together`) saves forming at every token of a generation what is
     the same for all. `weights`, if given, makes another gate of Eq. 6's.
     """
-    return _linear(keep, weights)(x, weight, bias, x_adapter, V_ready, *terms)
-
-
-def add_mosara(y: Tensor, x: Tensor, terms: Terms, keep: Keep | None = None, weights: Gate | None = None) -> Tensor:
-    """Eq. 5's second term, added to y [..., out], in place under Eq. 6's gate; `keep` and `weights`
-    as for `mosara_linear`."""
-    return _linear(keep, weights)(x, None, y, None, None, *terms)
+    if keep is None and weights is None and not under_transform():
+        return GatedLinear.apply(x, weight, bias_or_output, x_adapter, V_ready, *terms)
+    return _in_plain(x, weight, bias_or_output, x_adapter, V_ready, terms, keep, weights)
 
 
 def add_mosara_by_sample(
