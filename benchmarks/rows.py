@@ -4,10 +4,10 @@ that leaks are looked for among, and encoding.
     python benchmarks/rows.py                 # 100,000 rows of prompt and completion, and chats
 
 Needs `pip install 'svdtune[train]'` and a tokenizer (`--tokenizer`, by default SmolLM2's). Worded
-arithmetic, some 55 tokens a row, or 120 as a chat of two turns of each. Each start is a process of
-its own, with a cache that is empty before the first. Importing is not part of the time: it does not
-depend on the rows. Prints one JSON line a format; "processor" is the seconds of all cores together,
-which other work on the machine hardly changes.
+arithmetic, some 55 tokens a row, 125 as a chat of two turns of each, 245 as one of five. Each start
+is a process of its own, with a cache that is empty before the first. Importing is not part of the
+time: it does not depend on the rows. Prints one JSON line a format; "total" is by the clock, and
+"processor" the seconds of all cores together, which other work on the machine changes less.
 """
 
 import argparse
@@ -21,19 +21,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+CHATS = {"chats of two turns": 2, "chats of five turns": 5}
+
 
 def written(folder: Path, count: int) -> dict[str, Path]:
     """Files of `count` rows, by their format."""
     from svdtune.data import read_rows
 
-    plain, chats = [], []
+    files: dict[str, list[Any]] = {"prompt and completion": [], **{name: [] for name in CHATS}}
     for row in read_rows("arithmetic", limit=count):
         asked, answer = row["question"], row["solution"]
-        plain.append({"prompt": asked, "completion": answer})
-        turns = [("user", asked), ("assistant", answer), ("user", "How many is that?"), ("assistant", answer)]
-        chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+        files["prompt and completion"].append({"prompt": asked, "completion": answer})
+        for name, turns in CHATS.items():
+            said = [("user", asked), ("assistant", answer)]
+            said += [("user", "How many is that?"), ("assistant", answer)] * (turns - 1)
+            files[name].append({"messages": [{"role": role, "content": text} for role, text in said]})
     paths = {}
-    for name, rows in (("prompt and completion", plain), ("messages", chats)):
+    for name, rows in files.items():
         paths[name] = folder / f"{name.replace(' ', '-')}.jsonl"
         paths[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     return paths
@@ -85,7 +89,7 @@ def main() -> None:
     """Time two starts for each format."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--format", help="One of the two formats; both by default.")
+    parser.add_argument("--format", help="One of the formats; all by default.")
     parser.add_argument("--tokenizer")
     parser.add_argument("--start", type=Path, help=argparse.SUPPRESS)  # one of the processes
     options = parser.parse_args()

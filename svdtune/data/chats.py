@@ -6,31 +6,67 @@ turn written. Each text must begin with the one before it: else what the model r
 would not be what it reads when it answers, and no mask could be right.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import islice
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.examples import Example, Messages
 from svdtune.errors import SvdtuneError
 
+_TOGETHER = 64  # written at a time: a call has its own cost, and the texts of a long chat take memory
 
-def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
-    """Texts whose sum is the example's chat as the template writes it, each with whether it is an
-    assistant's turn that is trained on.
+
+class Prefix(NamedTuple):
+    """The first messages of a row's chat, to be written, perhaps with what asks for the next."""
+
+    name: str
+    messages: Messages
+    tools: Sequence[Any] | None
+    asking: bool = True
+
+
+def written(asked: Iterator[Prefix], tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Each as the chat template writes it, in their order.
 
     Raises:
-        SvdtuneError: if the template cannot write the chat, or writes a turn differently once
-            others follow.
+        SvdtuneError: if the template cannot write one of them.
+    """
+    while some := list(islice(asked, _TOGETHER)):
+        kinds = [(prefix.asking, id(prefix.tools)) for prefix in some]  # one call has one value of each
+        texts = {}
+        for kind in dict.fromkeys(kinds):
+            texts[kind] = iter(_write([some[at] for at, own in enumerate(kinds) if own == kind], tokenizer))
+        yield from (next(texts[kind]) for kind in kinds)
+
+
+def _write(some: Sequence[Prefix], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Prefixes that ask alike and have the same tools, where it can be in one call."""
+    _, _, tools, asking = some[0]
+    chats = [prefix.messages for prefix in some]
+    if len(some) > 1 and all(chats):  # Transformers refuses a chat without messages only where it is alone
+        given: Any = {"tools": tools or None, "tokenize": False, "add_generation_prompt": asking}
+        with suppress(Exception):  # one alone says what is wrong
+            return [str(text) for text in tokenizer.apply_chat_template(chats, **given)]
+    return [write_chat(prefix.messages, tools, tokenizer, prefix.name, asking=asking) for prefix in some]
+
+
+def chat_pieces(example: Example, texts: Iterator[str]) -> list[tuple[str, bool]]:
+    """Texts whose sum is the example's chat as the template writes it, each with whether it is an
+    assistant's turn that is trained on; `texts` are those before and after each.
+
+    Raises:
+        SvdtuneError: if the template writes a turn differently once others follow.
     """
     assert example.chat is not None
-    messages, name = example.chat.messages, example.name
+    name = example.name
     pieces: list[tuple[str, bool]] = []
-    written = ""
+    before = ""
     for at in example.chat.learnt:
-        asked = write_chat(messages[:at], example.tools, tokenizer, name)
-        answered = write_chat(messages[: at + 1], example.tools, tokenizer, name, asking=False)
-        for longer, shorter in ((asked, written), (answered, asked)):
+        asked, answered = next(texts), next(texts)
+        for longer, shorter in ((asked, before), (answered, asked)):
             if not longer.startswith(shorter):
                 raise SvdtuneError(
                     f"{name}: the chat template writes what comes before the assistant's turn {at + 1} differently once "
@@ -38,8 +74,8 @@ def chat_pieces(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[tu
                     "assistant's. Give a template that only adds to what it wrote with `model.chat_template`, or train on "
                     "the last turn alone: one row for each, with a prompt and a completion"
                 )
-        pieces += [(asked[len(written) :], False), (answered[len(asked) :], True)]
-        written = answered
+        pieces += [(asked[len(before) :], False), (answered[len(asked) :], True)]
+        before = answered
     return pieces
 
 

@@ -2,6 +2,7 @@
 Python numbers for each row, which takes several times the memory."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, overload
 
 import numpy as np
@@ -36,7 +37,7 @@ class Columns(Sequence[Row]):
             if isinstance(values[0], bool):
                 arrays[name] = np.array(values, dtype=np.bool_)
                 continue
-            arrays[name] = np.fromiter((number for value in values for number in value), dtype=np.int32)
+            arrays[name] = np.fromiter(chain.from_iterable(values), dtype=np.int32)
             arrays[name + _ENDS] = np.cumsum([len(value) for value in values], dtype=np.int64)
         return cls(arrays)
 

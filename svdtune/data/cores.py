@@ -1,5 +1,6 @@
 """Work on many rows, shared out among the cores of this machine."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -36,6 +37,7 @@ def in_chunks(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -
         yield from (work(items[start : start + CHUNK]) for start in starts)
         return
     _shared.update(work=work, items=items)
+    gc.freeze()  # a collection in one of the processes would go through all items, and copy their pages
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _prepare)
     try:
         yield from pool.map(_work, starts)
@@ -46,6 +48,7 @@ def in_chunks(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+        gc.unfreeze()
         _shared.clear()
 
 

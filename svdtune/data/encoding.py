@@ -6,15 +6,15 @@ token does no harm. Prompt and completion are tokenized apart: generation then s
 prompt tokens that training saw.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from svdtune.data.chats import chat_pieces, check_written, write_chat
+from svdtune.data.chats import Prefix, chat_pieces, check_written, written
 from svdtune.data.columns import Columns
 from svdtune.data.cores import in_chunks
 from svdtune.data.examples import Example, Messages
@@ -56,7 +56,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
         SvdtuneError: if a chat template is asked for and the tokenizer has none, or the template
             has no "{prompt}".
     """
-    piece = _prompt(example, tokenizer, template)
+    piece = _prompt(example, tokenizer, template, written(_asked(replace(example, chat=None), template), tokenizer))
     if _turns(example, template) is not None:
         check_written([example], tokenizer)
     return _tokens([piece], tokenizer)[0]
@@ -147,7 +147,8 @@ def _rows(
 ) -> list[Encoded]:
     if loss_on not in ("response", "all"):
         raise SvdtuneError(f"loss_on is {loss_on!r}; expected response or all")
-    pieces = [_pieces(example, tokenizer, template) for example in examples]
+    texts = written((prefix for example in examples for prefix in _asked(example, template)), tokenizer)
+    pieces = [_pieces(example, tokenizer, template, texts) for example in examples]
     check_written((example for example in examples if _turns(example, template) is not None), tokenizer)
     tokens = iter(_tokens([piece for one in pieces for piece in one], tokenizer))
     return [
@@ -200,11 +201,22 @@ def _check_length(row: Encoded, example: Example, max_length: int) -> None:
     )
 
 
-def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> list[_Piece]:
+def _asked(example: Example, template: str) -> Iterator[Prefix]:
+    """What the chat template has to write of an example."""
+    if example.chat is not None:
+        for at in example.chat.learnt:
+            yield Prefix(example.name, example.chat.messages[:at], example.tools)
+            yield Prefix(example.name, example.chat.messages[: at + 1], example.tools, asking=False)
+    elif (turns := _turns(example, template)) is not None:
+        yield Prefix(example.name, turns, example.tools)
+
+
+def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, texts: Iterator[str]) -> list[_Piece]:
+    """An example's pieces; `texts` begin with what the chat template has to write of it."""
     if example.chat is None:
-        return [_prompt(example, tokenizer, template), _Piece(example.completion, learnt=True)]
+        return [_prompt(example, tokenizer, template, texts), _Piece(example.completion, learnt=True)]
     _check_chat_template(tokenizer, example.name)
-    return [_Piece(text, learnt=learnt) for text, learnt in chat_pieces(example, tokenizer)]
+    return [_Piece(text, learnt=learnt) for text, learnt in chat_pieces(example, texts)]
 
 
 def _turns(example: Example, template: str) -> Messages | None:
@@ -214,11 +226,10 @@ def _turns(example: Example, template: str) -> Messages | None:
     return example.prompt
 
 
-def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str) -> _Piece:
-    turns = _turns(example, template)
-    if turns is not None:
+def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, texts: Iterator[str]) -> _Piece:
+    if _turns(example, template) is not None:
         _check_chat_template(tokenizer, example.name)
-        return _Piece(write_chat(turns, example.tools, tokenizer, example.name))
+        return _Piece(next(texts))
     if example.tools:
         raise SvdtuneError(
             f"{example.name}: the row has tools, and the template {template!r} writes none; use `template: chat`, or take "
@@ -240,13 +251,15 @@ def _check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _tokens(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each piece; a fast tokenizer takes all texts of a kind at once."""
+    """The tokens of each piece; a fast tokenizer's backend takes all texts of a kind at once."""
     found: list[list[int]] = [[]] * len(pieces)
+    backend = _backend(tokenizer)
     for special in (False, True):
         places = [at for at, piece in enumerate(pieces) if piece.special == special]
         texts = [pieces[at].text for at in places]
-        if getattr(tokenizer, "is_fast", False) and len(texts) > 1:
-            many = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+        if backend is not None and len(texts) > 1:
+            tokenizer(texts[0])  # sets the backend to cut and pad nothing, as for every text
+            many = [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=special)]  # no offsets
         else:
             many = [tokenizer.encode(text, add_special_tokens=special) for text in texts]
         for at, text, ids in zip(places, texts, many, strict=True):
@@ -254,6 +267,13 @@ def _tokens(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> lis
             # some tokenizers close every text; the response is still to come
             found[at] = ids[:-1] if ended else ids
     return found
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A fast tokenizer's backend; None of a class that makes more of a text, as Code Llama's."""
+    calls = ("__call__", "encode", "_encode_plus", "_batch_encode_plus")  # the last in Transformers 4
+    plain = all(getattr(type(tokenizer), name, 0) is getattr(PreTrainedTokenizerFast, name, 0) for name in calls)
+    return tokenizer.backend_tokenizer if plain and isinstance(tokenizer, PreTrainedTokenizerFast) else None
 
 
 def length_multiple() -> int:

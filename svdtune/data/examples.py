@@ -119,11 +119,14 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
 def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: str) -> Example:
     # the chat begins with the prompt
     repeated = completion == COMPLETION and COMPLETION not in row and chat_column(row)
-    if prompt == PROMPT and (PROMPT not in row or repeated):
+    by_columns = prompt == PROMPT and (PROMPT not in row or repeated)
+    if by_columns:
         row = standard_row({key: value for key, value in row.items() if key != PROMPT}, name)
     asked = row.get(prompt)
     if isinstance(asked, list | tuple):
-        return _chat_example(row, messages_of(asked, f"{name}: field {prompt!r}"), completion, name)
+        checked = by_columns and chat_column(row)  # `standard_row` has made messages of it
+        turns = list(asked) if checked else messages_of(asked, f"{name}: field {prompt!r}")
+        return _chat_example(row, turns, completion, name)
     check_fields(row, fields_of(prompt, completion), name)
     answer = "" if completion is None else _fill(completion, row, name)
     tools = None if "tools" in fields_of(prompt, completion) else tools_of(row, name)
