@@ -61,7 +61,7 @@ def test_1_chats_of_several_turns() -> None:
     turns = ("user", "Hi, {}."), ("assistant", "Hello."), ("user", "{} plus 1?"), ("assistant", "One more.")
     rows("chats.jsonl", lambda n: {"messages": [said(role, text.format(n)) for role, text in turns]})
     shown = types("svdtune new model chats.jsonl", f"svdtune train recipe.yaml {SHORT}")
-    assert "chats (messages); every turn of the assistant's is trained on" in shown
+    assert "chats (messages); the assistant's turns are trained on" in shown
     assert "trained 2 steps" in shown
     shown = types("svdtune chat runs/recipe --max-new-tokens 2", said="Hi.\nAgain?\n")
     assert "each answer sees the conversation" in shown

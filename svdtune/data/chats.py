@@ -113,23 +113,22 @@ def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBas
     Raises:
         SvdtuneError: naming what is left out.
     """
-    known = {"user", "assistant"}  # without these no template is one
+    known: set[Kind] = set()
     for example in examples:
         messages = _messages(example)
-        held = {str(turn["role"]) for turn in messages if turn.get("content")}
-        held |= {_CALLS for turn in messages if turn.get(_CALLS)} | ({_TOOLS} if example.tools else set())
-        for kind in sorted(held - known):
+        for kind, at in _held(messages, example.tools):
+            if kind in known:
+                continue
             known.add(kind)
-            if _is_left_out(kind, messages, example, tokenizer):
-                what = _CALLED.get(kind, f"what the role {kind!r} says")
+            if _is_left_out(kind, at, messages, example, tokenizer):
                 raise SvdtuneError(
-                    f"{example.name}: the chat template leaves out {what}, so that the model would learn without. Give "
-                    "a template that writes all of a chat with `model.chat_template`, or change the rows"
+                    f"{example.name}: the chat template leaves out {_in_words(kind)}, so that the model would learn "
+                    "without. Give a template that writes all of a chat with `model.chat_template`, or change the rows"
                 )
 
 
 _TOOLS, _CALLS = "tools", "tool_calls"
-_CALLED = {_TOOLS: "the tools that may be called", _CALLS: "the assistant's calls of tools"}
+Kind = tuple[str, str]  # a role and where it speaks, or what is not said: tools, and calls of them
 
 
 def _messages(example: Example) -> Messages:
@@ -138,16 +137,36 @@ def _messages(example: Example) -> Messages:
     return [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
 
 
-def _is_left_out(kind: str, messages: Messages, example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat reads the same without one kind of what it holds, or with other words in a
-    role's place."""
-    if kind == _CALLS:
-        other = [{key: value for key, value in turn.items() if key != _CALLS} for turn in messages]
-    else:
-        other = [{**turn, "content": f"{turn.get('content')} x"} if turn["role"] == kind else turn for turn in messages]
-    whole = write_chat(messages, example.tools, tokenizer, example.name)
+def _held(messages: Messages, tools: Sequence[Any] | None) -> Iterator[tuple[Kind, int]]:
+    """The kinds of things that a chat holds, each with the message that has it."""
+    if tools:
+        yield (_TOOLS, ""), 0
+    for at, turn in enumerate(messages):
+        if turn.get(_CALLS):
+            yield (_CALLS, ""), at
+        if turn.get("content"):
+            where = "beside a call of tools" if turn.get(_CALLS) else "after the first message" if at else "at first"
+            yield (turn["role"], where), at
+
+
+def _in_words(kind: Kind) -> str:
+    called = {_TOOLS: "the tools that may be called", _CALLS: "the assistant's calls of tools"}
+    return called.get(kind[0], f"what the role {kind[0]!r} says {kind[1]}")
+
+
+def _is_left_out(kind: Kind, at: int, messages: Messages, example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a chat reads the same without one of what it holds, or with other words in its
+    place."""
+    turn, tools = messages[at], None if kind[0] == _TOOLS else example.tools
+    if kind[0] == _CALLS:
+        turn = {key: value for key, value in turn.items() if key != _CALLS}
+    elif kind[0] != _TOOLS:
+        turn = {**turn, "content": f"{turn['content']} x"}
+    whole = write_chat(messages, example.tools, tokenizer, example.name, asking=False)
     try:
-        return whole == write_chat(other, None if kind == _TOOLS else example.tools, tokenizer, example.name)
+        return whole == write_chat(
+            [*messages[:at], turn, *messages[at + 1 :]], tools, tokenizer, example.name, asking=False
+        )
     except SvdtuneError:  # it makes a difference
         return False
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from svdtune.data.standard import chat_column, is_learnt, messages_of, standard_row, tools_of
+from svdtune.data.standard import MARKS, chat_column, is_learnt, messages_of, standard_row, tools_of
 from svdtune.errors import SvdtuneError
 
 Messages = list[dict[str, Any]]
@@ -129,14 +129,19 @@ def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: 
         return _chat_example(row, turns, completion, name)
     check_fields(row, fields_of(prompt, completion), name)
     answer = "" if completion is None else _fill(completion, row, name)
-    tools = None if "tools" in fields_of(prompt, completion) else tools_of(row, name)
+    tools = None if "tools" in fields_of(prompt, completion) else tools_of(row)
     return Example(_fill(prompt, row, name), answer, row, name, tools=tools)
 
 
 def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | None, name: str) -> Example:
     """An example of a chat, with what answers it behind it or in a field of its own."""
     whole = completion is None or (completion == COMPLETION and COMPLETION not in row)
-    tools = tools_of(row, name)
+    tools, given = tools_of(row), row.get("tools")
+    if tools is None and given and str(given).strip() not in ("", "[]"):
+        raise SvdtuneError(
+            f"{name}: field 'tools' holds {given!r:.60}; expected a list of definitions of tools, or such a list as JSON. "
+            "Rename the column if it holds something else"
+        )
     if not whole:
         assert completion is not None
         check_fields(row, fields_of(completion), name)
@@ -147,7 +152,7 @@ def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | Non
     else:
         chat = Chat(asked)
     turns, learnt = chat.messages, chat.learnt
-    if completion is None and (not learnt or learnt[-1] != len(turns) - 1):
+    if completion is None and turns[-1]["role"] != "assistant":
         return Example(turns, "", row, name, tools=tools)  # it asks, and nothing is to be learnt from it
     if not learnt and any(turn["role"] == "assistant" for turn in turns):
         raise SvdtuneError(
@@ -161,7 +166,8 @@ def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | Non
         )
     last = turns[learnt[-1]]
     text = last.get("content")
-    plain = isinstance(text, str) and not tools and not any("tool_calls" in turn for turn in turns)
+    # What a template writes besides the content, such as what was thought, is to be learnt too.
+    plain = last.keys() <= {"role", "content", *MARKS} and not any("tool_calls" in turn for turn in turns) and not tools
     kept = None if plain and len(learnt) == 1 else Chat(turns[: learnt[-1] + 1], chat.learn_from)
     return Example(turns[: learnt[-1]], text if isinstance(text, str) else "", row, name, kept, tools)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
-from svdtune.data.standard import chat_column, chat_of, messages_of
+from svdtune.data.standard import chat_column, chat_of, messages_of, unmarked
 from svdtune.errors import SvdtuneError
 
 Row = Mapping[str, Any]
@@ -75,8 +75,11 @@ def to_labelled(
                 f"{name}: the label is {row[LABEL]!r:.40}; expected true for an answer as it should be, or false"
             )
         labels.append(label)
-        in_chat = prompt == PROMPT and isinstance(row[PROMPT], str) and isinstance(row.get(completion), list | tuple)
-        asked.append({**row, PROMPT: _asked(row[PROMPT])} if in_chat else row)
+        if isinstance(row.get(completion), list | tuple):
+            row = {**row, completion: _answer(row[completion], f"{name}: field {completion!r}")}
+            if prompt == PROMPT and isinstance(row[PROMPT], str):
+                row[PROMPT] = _asked(row[PROMPT])
+        asked.append(row)
     return list(zip(to_examples(asked, prompt, completion, source=source), labels, strict=True))
 
 
@@ -196,7 +199,7 @@ def _with_answer(row: Row, name: str) -> Row:
         raise SvdtuneError(
             f"{name}: field {column!r} ends with no answer of the assistant's that the label would judge"
         )
-    return {**row, PROMPT: chat[:-1], COMPLETION: chat[-1:]}
+    return {**row, PROMPT: chat[:-1], COMPLETION: unmarked(chat[-1:])}
 
 
 def _with_prompt(row: Row, name: str) -> Row:
@@ -229,7 +232,7 @@ def _answer(value: Any, name: str) -> Any:
         value = [value]
     if not isinstance(value, str | list | tuple):
         raise SvdtuneError(f"{name} holds {value!r:.60}; expected text or messages")
-    return value if isinstance(value, str) else messages_of(value, name)
+    return value if isinstance(value, str) else unmarked(messages_of(value, name))
 
 
 def _shared(chosen: Any, rejected: Any) -> int:

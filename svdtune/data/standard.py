@@ -32,7 +32,7 @@ _ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-_MARKS = ("weight", "train")  # of a message: whether it is trained on, in OpenAI's files and in Axolotl's
+MARKS = ("weight", "train")  # of a message: whether it is trained on, in OpenAI's files and in Axolotl's
 CHATS = ("messages", "conversations")  # the columns of whole chats
 _COLUMNS = {*CHATS, "prompt", "completion", "instruction", "input", "output", "text", "chosen", "rejected", "label"}
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
@@ -86,27 +86,25 @@ def chat_of(row: Row, column: str, name: str) -> list[Message]:
 def is_learnt(message: Message) -> bool:
     """Whether a message is a turn of the assistant's that is trained on: each is, unless it is
     marked with `weight: 0` or `train: false`."""
-    return message["role"] == "assistant" and all(message.get(mark, True) for mark in _MARKS)
+    return message["role"] == "assistant" and all(message.get(mark, True) for mark in MARKS)
 
 
-def tools_of(row: Row, name: str) -> Sequence[Any] | None:
-    """The definitions of tools in a row, None where it has none.
+def unmarked(messages: Iterable[Message]) -> list[Message]:
+    """Messages whose marks say nothing: those of answers that are judged."""
+    return [{key: value for key, value in message.items() if key not in MARKS} for message in messages]
 
-    Raises:
-        SvdtuneError: if `tools` holds something else.
-    """
-    found = given = row.get("tools")
-    if isinstance(given, str) and given.strip():
+
+def tools_of(row: Row) -> Sequence[Any] | None:
+    """The definitions of tools in a row, a list of objects or its JSON; None where its column
+    `tools` holds something else."""
+    found = row.get("tools")
+    if isinstance(found, str):
         try:
-            found = json.loads(given)
+            found = json.loads(found)
         except ValueError:
-            found = given
-    if found and not isinstance(found, list | tuple):
-        raise SvdtuneError(
-            f"{name}: field 'tools' holds {given!r:.60}; expected a list of definitions of tools, or such a list as JSON. "
-            "Rename the column if it holds something else"
-        )
-    return found or None
+            return None
+    defined = isinstance(found, list | tuple) and all(isinstance(one, Mapping) for one in found)
+    return found if found and defined else None
 
 
 def messages_of(turns: Any, name: str) -> list[Message]:
@@ -134,7 +132,7 @@ def _message(turn: Any, name: str) -> Message:
             f"{name} has {', '.join(f'{key} = {value!r:.40}' for key, value in message.items()) or 'nothing'}; "
             "expected a role and a content (or tool_calls), or from and value"
         )
-    for mark in _MARKS:
+    for mark in MARKS:
         if message.get(mark, 1) not in (0, 1):
             raise SvdtuneError(
                 f"{name} has {mark} = {message[mark]!r:.40}; expected 1 (true) for a turn that is trained on, or 0 (false)"

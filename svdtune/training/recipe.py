@@ -368,6 +368,9 @@ def dump_recipe(recipe: Recipe) -> str:
     return write_yaml(recipe.model_dump(mode="json"))
 
 
+_OPTION = re.compile(r"--[a-zA-Z][\w.-]*(=.*)?", re.DOTALL)
+
+
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """Yield (dotted path, value) of each override on a command line.
 
@@ -383,11 +386,12 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
             )
         dotted, given, value = option[2:].partition("=")
         if not given:
-            if not queue or queue[0].startswith("--"):
+            if not queue or _OPTION.fullmatch(queue[0]):
                 known = dotted.partition(".")[0] in Recipe.model_fields
                 other = "" if known else f", where {', '.join(Recipe.model_fields)} are a recipe's sections"
                 raise SvdtuneError(
-                    f"--{dotted} has no value: expected --{dotted if known else 'SECTION.SETTING'} VALUE{other}"
+                    f"--{dotted} has no value: expected --{dotted if known else 'SECTION.SETTING'} VALUE{other}; a value "
+                    "that looks like an option goes behind ="
                 )
             value = queue.pop(0)
         yield dotted, read_yaml(value, f"--{dotted}")

@@ -197,7 +197,7 @@ def _encode_prompts(
         if example.tools:
             raise SvdtuneError(
                 f"{example.name}: the row has tools, which training.task: grpo does not offer while it samples answers; "
-                "write them into the prompt, or take the column out"
+                "write them into the prompt, or rename the column, which the rewards then get under that name"
             )
         ids = prompt_ids(example, tokenizer, template)
         if len(ids) <= max_length:

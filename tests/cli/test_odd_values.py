@@ -95,6 +95,13 @@ def test_empty_values(name: str, option: str, form: str) -> None:
     assert said.startswith(f"svdtune: the value of {option} is empty; give one")
 
 
+@pytest.mark.parametrize(("name", "option"), [(name, option) for name, option, _ in OPTIONS])
+def test_an_option_is_no_other_options_value(name: str, option: str) -> None:
+    status, said = said_of([*name.split(), *WORDS.get(name, []), option, "--quiet"])
+    assert status == 2
+    assert said.startswith(f"svdtune: {option} has no value: --quiet is an option")
+
+
 def test_an_empty_word_is_refused_but_for_another_programs() -> None:
     status, said = said_of(["generate", "model", ""])
     assert (status, said[:51]) == (2, "svdtune: the value after model is empty; give one, ")

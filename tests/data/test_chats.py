@@ -86,20 +86,41 @@ KNOWS_TOOLS = (
     "{% if m.tool_calls %}<call>{{ m.tool_calls[0].function.name }}{% endif %}{{ eos_token }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SAID = {"role": "assistant", "content": "let me add", "tool_calls": CALL["tool_calls"]}
+LATER = {"role": "system", "content": "Be brief."}
+# Chats, by what each alone holds; and templates, by what each alone does not write.
 CHATS = {
-    "what the role 'system' says": {"messages": TURNS[:3]},
-    "what the role 'tool' says": {"messages": [TURNS[1], TURNS[2], {"role": "tool", "content": "7"}, TURNS[4]]},
+    "what the role 'system' says at first": {"messages": TURNS[:3]},
+    "what the role 'system' says after the first message": {"messages": [*TURNS[1:3], LATER, *TURNS[3:]]},
+    "what the role 'tool' says after the first message": {
+        "messages": [TURNS[1], TURNS[2], {"role": "tool", "content": "7"}, TURNS[4]]
+    },
+    "what the role 'assistant' says beside a call of tools": {"messages": [TURNS[1], SAID]},
     "the assistant's calls of tools": {"messages": [TURNS[1], CALL]},
     "the tools that may be called": {"messages": TURNS[1:3], "tools": [TOOL]},
 }
-# Each template writes all but one kind of what a chat may hold.
+
+
+def of(messages: str) -> str:
+    return "{% set messages = (" + messages + ") | list %}" + KNOWS_TOOLS
+
+
 LACKS = {
-    what: "{% set messages = messages | rejectattr('role', 'equalto', '" + role + "') | list %}" + KNOWS_TOOLS
-    for what, role in zip(list(CHATS)[:2], ("system", "tool"), strict=True)
-} | {
+    "what the role 'system' says at first": KNOWS_TOOLS.replace(
+        "{{ m.content }}", "{% if not (loop.first and m.role == 'system') %}{{ m.content }}{% endif %}"
+    ),
+    "what the role 'system' says after the first message": of(
+        "messages[:1] + messages[1:] | rejectattr('role', 'equalto', 'system') | list"
+    ),
+    "what the role 'tool' says after the first message": of("messages | rejectattr('role', 'equalto', 'tool')"),
+    "what the role 'assistant' says beside a call of tools": KNOWS_TOOLS.replace(
+        "{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}"
+    ),
     "the assistant's calls of tools": KNOWS_TOOLS.replace("m.tool_calls %}", "false %}"),
     "the tools that may be called": KNOWS_TOOLS.replace("if tools", "if false"),
 }
+# Words beside a call come with the call.
+ALSO = {("what the role 'assistant' says beside a call of tools", "the assistant's calls of tools")}
 
 
 @pytest.mark.parametrize("lacking", LACKS)
@@ -108,16 +129,29 @@ def test_what_a_template_leaves_out_is_named(tokenizer: PreTrainedTokenizerFast,
     """A run would train on chats that lack it."""
     tokenizer.chat_template = LACKS[lacking]
     [example] = to_examples([CHATS[held]], "prompt", "completion")
-    if held != lacking:
-        assert (
-            encode(example, tokenizer, 1000)["input_ids"] == encode_all([example], tokenizer, 1000)[0][0]["input_ids"]
-        )
+    if held != lacking and (held, lacking) not in ALSO:
+        alone, many = encode(example, tokenizer, 1000), encode_all([example] * 2, tokenizer, 1000)[0]
+        assert list(many) == [alone, alone]
         return
-    with pytest.raises(SvdtuneError, match=f"the chat template leaves out {held}, so that .* `model.chat_template`"):
+    with pytest.raises(SvdtuneError, match=f"the chat template leaves out {lacking}, so that .* `model.chat_template`"):
         encode(example, tokenizer, 1000)
-    if held != "the assistant's calls of tools":  # of which the prompt has none
-        with pytest.raises(SvdtuneError, match=f"the chat template leaves out {held}"):
-            prompt_ids(example, tokenizer, "chat")
+
+
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_template_that_writes_no_text_is_refused(tokenizer: PreTrainedTokenizerFast, role: str) -> None:
+    """As those that take a content in parts alone."""
+    tokenizer.chat_template = CHATML.replace(
+        "{{ m.content }}", f"{{% if m.role != '{role}' %}}{{{{ m.content }}}}{{% endif %}}"
+    )
+    with pytest.raises(SvdtuneError, match=f"the chat template leaves out what the role '{role}' says"):
+        learnt(tokenizer, {"messages": TURNS[1:]})
+
+
+def test_what_was_thought_before_the_only_answer_is_trained_on(tokenizer: PreTrainedTokenizerFast) -> None:
+    thinks = "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", thinks)
+    row = {"messages": [TURNS[1], {**TURNS[2], "reasoning_content": "2 and 2"}]}
+    assert learnt(tokenizer, row) == f"<think>2 and 2</think>4{tokenizer.eos_token}"
 
 
 def test_tools_reach_the_prompt_in_evaluation_too(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -91,6 +91,26 @@ def test_labels_are_read_as_files_write_them(chat_tokenizer: PreTrainedTokenizer
     assert chat_tokenizer.decode(encoded[0]["completion_ids"]) == "Hello<|end|>"
 
 
+def test_marks_say_nothing_of_an_answer_that_is_judged(chat_tokenizer: PreTrainedTokenizerFast) -> None:
+    good, bad = {**GOOD, "weight": 1}, {**BAD, "weight": 0}
+    for row in (
+        {"prompt": [USER], "chosen": [good], "rejected": [bad]},
+        {"chosen": [USER, good], "rejected": [USER, bad]},
+    ):
+        rows, _ = encode_pairs(to_pairs([row]), chat_tokenizer, 100)
+        plain, _ = encode_pairs(
+            to_pairs([{"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}]), chat_tokenizer, 100
+        )
+        assert list(rows) == list(plain)
+    for row in (
+        {"prompt": "Hi", "completion": [bad]},
+        {"prompt": [USER], "completion": [bad]},
+        {"messages": [USER, bad]},
+    ):
+        labelled, _ = encode_labelled(to_labelled([{**row, "label": False}]), chat_tokenizer, 100)
+        assert labelled[0]["completion_ids"] == rows[0]["rejected_ids"]
+
+
 @pytest.mark.parametrize("label", [True, False])
 @pytest.mark.parametrize("answer", [GOOD, {"from": "gpt", "value": "Hello"}])
 def test_a_label_beside_a_chat_judges_its_last_message(answer: dict[str, Any], label: bool) -> None:

@@ -111,8 +111,13 @@ def test_tools_are_handed_on() -> None:
 def test_tools_beside_a_prompt_are_handed_on(row: dict[str, Any]) -> None:
     assert example({**row, "tools": [{"name": "add"}]}).tools == [{"name": "add"}]
     assert example({**row, "tools": ""}).tools is None
-    with pytest.raises(SvdtuneError, match=r"field 'tools' holds 'hammer'; expected a list .* Rename the column"):
-        example({**row, "tools": "hammer"})
+    assert example({**row, "tools": " "}).tools is None
+    if isinstance(row["prompt"], str):
+        for other in ("pan, whisk", ["pan"], 3):  # another column of that name
+            assert example({**row, "tools": other}).tools is None
+    else:
+        with pytest.raises(SvdtuneError, match=r"field 'tools' holds 'hammer'; expected a list .* Rename the column"):
+            example({**row, "tools": "hammer"})
     [named] = to_examples([{"q": "use", "tools": "hammer", "a": "ok"}], "{q} {tools}", "a")
     assert (named.prompt, named.tools) == ("use hammer", None), "a field that the prompt names is text"
 
@@ -129,6 +134,8 @@ def test_a_turn_that_is_marked_is_read_and_not_trained_on(mark: dict[str, Any], 
     found = example({"messages": [*turns, *more, *more]})
     assert found.chat is not None
     assert found.chat.learnt == [3, 5]
+    [last] = to_examples([{"messages": [*more, *turns]}], "messages")
+    assert (last.completion, len(last.prompt)) == ("4", 1), "an answer that is not trained on is no prompt of another"
     with pytest.raises(SvdtuneError, match="row 1: every turn of the assistant's has `weight: 0` or `train: false`"):
         example({"messages": turns})
 
