@@ -88,13 +88,19 @@ def explain_write_errors(path: Path, advice: str = "name another output") -> Ite
         raise SvdtuneError(f"cannot write {path}: {reason}; {advice}") from error
 
 
+def _errno(error: Exception) -> int:
+    """The number of what the operating system refused, 0 where it refused nothing. Libraries in
+    Rust (safetensors, tokenizers) have it in their text, in exceptions of any type."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
 def _write_reason(error: Exception, path: Path) -> str | None:
     """Why a write failed, None where the error is about something else."""
-    if isinstance(error, OSError):
-        return _REASONS.get(error.errno or 0)
-    if type(error).__name__ == "SafetensorError":
-        found = re.search(r"os error (\d+)", str(error))
-        return _REASONS.get(int(found[1])) if found else None
+    if number := _errno(error):
+        return _REASONS.get(number)
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
         return f"writing stopped half-way, with {free_bytes(path) / 1e6:,.0f} MB left on the disk"
     return None
@@ -390,6 +396,6 @@ def last_resort(error: Exception) -> str | None:
         return "out of memory: give it smaller batches, a smaller model, or a machine with more"
     if isinstance(error, OSError) and error.errno in set(_REASONS) - {errno.ENOENT} and error.filename is not None:
         return f"cannot use {error.filename}: {_REASONS[error.errno].removesuffix(' to write there')}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"cannot write: {_REASONS[error.errno]}"
+    if (number := _errno(error)) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"cannot write: {_REASONS[number]}"
     return None

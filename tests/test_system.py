@@ -32,6 +32,7 @@ from svdtune.system import (
         (PermissionError(errno.EACCES, "Permission denied"), "no permission"),
         (OSError(errno.EROFS, "Read-only file system"), "read-only"),
         (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
+        (Exception("No space left on device (os error 28)"), "the disk is full"),  # of tokenizers
     ],
 )
 def test_the_systems_errors_become_one_message(error: Exception, message: str) -> None:
@@ -93,6 +94,7 @@ def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
     [
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "cannot use /x/y: you have no permission"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write: the disk is full"),
+        (Exception("No space left on device (os error 28)"), "cannot write: the disk is full"),
         (MemoryError(), "out of memory: give it smaller batches, a smaller model, or a machine with more"),
     ],
 )
@@ -201,6 +203,11 @@ class TestWhatIsNoRegularFile:
         with pytest.raises(SvdtuneError, match="the disk is full"), explain_write_errors(Path("/dev/full")):
             replace_text(Path("/dev/full"), "text" * 10_000)
         assert Path("/dev/full").is_char_device()
+
+    def test_a_tokenizer_says_it_in_its_own_way(self, tiny_tokenizer):
+        tokenizer = tiny_tokenizer.backend_tokenizer
+        with pytest.raises(SvdtuneError, match="the disk is full"), explain_write_errors(Path("/dev/full")):
+            tokenizer.save("/dev/full")
 
     def test_a_pipe_carries_it(self, tmp_path):
         pipe = tmp_path / "pipe"
