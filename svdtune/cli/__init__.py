@@ -172,16 +172,15 @@ def _svdtune(
 
 def main() -> None:
     """Run the command line; the entry point of the `svdtune` script."""
-    if not {*sys.argv[1:2]} & {*_OTHERS}:
-        plain_output()
-    if (
-        not sys.warnoptions
-    ):  # what a library will change in how others call it: a command's user can do nothing about it
-        warnings.simplefilter("ignore", FutureWarning)
     usual = signal.getsignal(signal.SIGINT)
-    if usual is signal.default_int_handler:  # not where a shell or a program above has its own wish
-        signal.signal(signal.SIGINT, _interrupt)
     try:
+        if usual is signal.default_int_handler:  # not where a shell or a program above has its own wish
+            signal.signal(signal.SIGINT, _interrupt)
+        if not {*sys.argv[1:2]} & {*_OTHERS}:
+            plain_output()
+        # what a library will change in how others call it: a command's user can do nothing about it
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore", FutureWarning)
         app()
     except KeyboardInterrupt:  # before the command line knows what to do
         typer.echo("svdtune: interrupted", err=True)

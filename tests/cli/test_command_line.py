@@ -82,3 +82,14 @@ def test_ctrl_c_that_c_code_turned_into_another_error(
         signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "svdtune: interrupted\n"
+
+
+def test_ctrl_c_before_any_verb_is_one_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "plain_output", interrupted)
+    monkeypatch.setattr("sys.argv", ["svdtune", "train"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert (ended.value.code, capsys.readouterr().err) == (130, "svdtune: interrupted\n")
