@@ -72,8 +72,7 @@ def without_bar(progress: bool | None) -> bool:
 def explain_write_errors(path: Path, advice: str = "name another output") -> Iterator[None]:
     """Turn what the operating system says about writing below `path` into one clear SvdtuneError.
 
-    Covers what wraps the system's word in its own: safetensors, which names the error's number, and
-    `torch.save`, which names none.
+    Covers Rust's libraries, which give its number in a text, and `torch.save`, which gives none.
 
     Args:
         path: what was to be written.
