@@ -64,9 +64,9 @@ def _reading(option: Any, kinds: set[Any]) -> Any:
     written = next((name for name in option.opts if name.startswith("--")), option.name)
 
     def read(ctx: Any, value: Any) -> Any:
-        options = [word for other in ctx.command.params for word in (*other.opts, *other.secondary_opts)]
         for one in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(one, str) and one.startswith("--") and one in options:
+            is_option = isinstance(one, str) and one.startswith("--")
+            if is_option and any(one in (*other.opts, *other.secondary_opts) for other in ctx.command.params):
                 raise SvdtuneError(f"{written} has no value: {one} is an option; a file of that name is ./{one}")
         if isinstance(value, str) and kinds & {int, float}:
             value = str(number(written, value, float in kinds))

@@ -116,11 +116,14 @@ def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBas
     known: set[Kind] = set()
     for example in examples:
         messages = _messages(example)
+        whole = None  # written once a chat, and only where it holds something new
         for kind, at in _held(messages, example.tools):
             if kind in known:
                 continue
             known.add(kind)
-            if _is_left_out(kind, at, messages, example, tokenizer):
+            if whole is None:
+                whole = write_chat(messages, example.tools, tokenizer, example.name, asking=False)
+            if whole == _written_without(kind, at, messages, example, tokenizer):
                 raise SvdtuneError(
                     f"{example.name}: the chat template leaves out {_in_words(kind)}, so that the model would learn "
                     "without. Give a template that writes all of a chat with `model.chat_template`, or change the rows"
@@ -154,21 +157,20 @@ def _in_words(kind: Kind) -> str:
     return called.get(kind[0], f"what the role {kind[0]!r} says {kind[1]}")
 
 
-def _is_left_out(kind: Kind, at: int, messages: Messages, example: Example, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat reads the same without one of what it holds, or with other words in its
-    place."""
+def _written_without(
+    kind: Kind, at: int, messages: Messages, example: Example, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """A chat without one of what it holds, or with other words in its place; None where the
+    template refuses that, and so makes a difference."""
     turn, tools = messages[at], None if kind[0] == _TOOLS else example.tools
     if kind[0] == _CALLS:
         turn = {key: value for key, value in turn.items() if key != _CALLS}
     elif kind[0] != _TOOLS:
         turn = {**turn, "content": f"{turn['content']} x"}
-    whole = write_chat(messages, example.tools, tokenizer, example.name, asking=False)
     try:
-        return whole == write_chat(
-            [*messages[:at], turn, *messages[at + 1 :]], tools, tokenizer, example.name, asking=False
-        )
-    except SvdtuneError:  # it makes a difference
-        return False
+        return write_chat([*messages[:at], turn, *messages[at + 1 :]], tools, tokenizer, example.name, asking=False)
+    except SvdtuneError:
+        return None
 
 
 def _tail(shorter: str, longer: str) -> str:

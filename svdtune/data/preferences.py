@@ -199,7 +199,7 @@ def _with_answer(row: Row, name: str) -> Row:
         raise SvdtuneError(
             f"{name}: field {column!r} ends with no answer of the assistant's that the label would judge"
         )
-    return {**row, PROMPT: chat[:-1], COMPLETION: unmarked(chat[-1:])}
+    return {**row, PROMPT: chat[:-1], COMPLETION: chat[-1:]}
 
 
 def _with_prompt(row: Row, name: str) -> Row:

@@ -203,10 +203,10 @@ class Together:
         """`low_rank_linear` for one layer and adapter. If the layer's weight may be read, it uses
         what was computed ahead, or computes several layers at once."""
         tensors, now = part.product, self._pass
-        flat: list[Tensor | None] = [part.weight, part.bias_or_output, *tensors]
         pair = self._kept_pair(layer, adapter, x, tensors) if x_adapter is None and p == 0 else None
         if pair is not None:
             return linear_with_pair(x, part, *pair)
+        flat: list[Tensor | None] = [part.weight, part.bias_or_output, *tensors]
         if now is None or part.weight is None or not (x.is_cuda or self.enabled) or _packs_saved_tensors():
             return LowRankLinear.apply(x, x_adapter, p, *flat)
         dtype = compute_dtype(x)
