@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from svdtune import processes
@@ -50,6 +51,19 @@ def in_chunks(work: Callable[[Sequence[Item]], Result], items: Sequence[Item]) -
         pool.shutdown(cancel_futures=True)
         gc.unfreeze()
         _shared.clear()
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Put off Python's search for cycles: it would go through all rows again and again while more
+    are made, and rows hold none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _cores() -> int:

@@ -18,7 +18,7 @@ from svdtune.cache import trim
 from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.data.cache import content_of, key_of, tokenizer_facts
 from svdtune.data.columns import Columns
-from svdtune.data.cores import in_chunks
+from svdtune.data.cores import in_chunks, uncollected
 from svdtune.data.encoding import prompt_ids
 from svdtune.data.examples import has_empty_answer
 from svdtune.data.leaks import Questions, questions
@@ -51,6 +51,7 @@ def moved_at_start(recipe: Recipe) -> str | None:
     )
 
 
+@uncollected()
 def read_task(recipe: Recipe, source: DataSource) -> Judged:
     """The examples of a source, each with what the task has to it: the rejected answer, the label,
     the row that rewards look at, or nothing.
