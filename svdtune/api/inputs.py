@@ -32,12 +32,14 @@ class WantedAdapter:
         config: the adapter's configuration; None for what is on the model.
         recipe: that both come from; None where a model was given.
         origin: `revision` and `trust_remote_code` of a model that is named.
+        saved: whether the configuration is of a saved adapter, which names its layers one by one.
     """
 
     model: ModelLike
     config: PeftConfig | None
     recipe: "Recipe | None" = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    saved: bool = False
 
     def open(self, *, weights: bool = True) -> Model:
         """The model, with its weights where they are asked for, and the target names looked up in
@@ -52,7 +54,7 @@ class WantedAdapter:
             if not getattr(bare, "can_generate", bool)():
                 # PEFT would ask the model for what only causal models have
                 self.config.task_type = None
-            if not getattr(self.config, "initialized", False):  # a saved one names its layers one by one
+            if not self.saved:
                 check_targets(bare, self.config)
         return opened
 
@@ -95,7 +97,8 @@ def asked(who: str, model: Any, config: Any) -> WantedAdapter:
     if config is None and isinstance(model, str | Path):
         return _of_folder(model)
     if config is None or isinstance(config, PeftConfig):
-        return WantedAdapter(model, copy.copy(config))  # what is done to it here stays here
+        saved = bool(config and (config.inference_mode or getattr(config, "initialized", False)))
+        return WantedAdapter(model, copy.copy(config), saved=saved)  # what is done to it here stays here
     if not isinstance(config, Mapping):
         raise SvdtuneError(
             f"{who} takes a PEFT configuration, or a recipe's method section such as {{'name': 'sorsa', 'r': 64}}; got a "
@@ -114,7 +117,7 @@ def _of_folder(folder: str | Path) -> WantedAdapter:
         return WantedAdapter(source.base, None, origin=source.origin)
     config = read_config(source.adapter)
     config.inference_mode = False  # saved adapters are marked so, and would count as not trained
-    return WantedAdapter(source.base, config, source.recipe, source.origin)
+    return WantedAdapter(source.base, config, source.recipe, source.origin, saved=True)
 
 
 def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -61,7 +61,12 @@ def read_change(folder: Path, base: Source | None = None) -> SavedChange:
     config = read_config(folder)
     if type(config) is LoraConfig:
         return _of_lora(folder, config)
-    if isinstance(config, SvdConfig) and config.target_parameters:
+    if not isinstance(config, SvdConfig):
+        raise SvdtuneError(
+            f"{folder} holds an adapter of type {PeftType(config.peft_type).value}; expected SARA, MOSARA, SORSA or LORA. "
+            "Merge it instead: svdtune merge"
+        )
+    if config.target_parameters:
         raise SvdtuneError(
             f"the adapter {folder} is on fused experts (target_parameters), each with a rank of its own, and LoRA has one rank "
             "for all of them; merge it instead: svdtune merge"

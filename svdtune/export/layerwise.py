@@ -66,10 +66,13 @@ class LayerwiseAdapter:
             layer, rest = _split(key.removeprefix(PEFT_ROOT), modules)
             if self._is_of_wrapper(layer, rest, modules):
                 continue
-            if "weight" not in modules[layer]._parameters and rest not in modules[layer]._parameters:
+            homeless = "weight" not in modules[layer]._parameters and rest not in modules[layer]._parameters
+            if homeless or rest.startswith("token_adapter."):
                 raise SvdtuneError(
-                    f"the adapter {folder} was made for another model: this one has no module for {key!r}. Name the base "
-                    "model that it was trained on"
+                    f"the adapter {folder} was made for another model, or trains what lies in no single layer: this one has no "
+                    f"module for {key!r}. Name the base model that it was trained on. If this is it (VeRA's shared matrices, "
+                    "target_parameters, trainable_token_indices, layer_replication), merge in memory: "
+                    "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)"
                 )
             parameter = f"{layer}.{rest.removeprefix('base_layer.')}"
             if parameter.removeprefix(f"{layer}.") in modules[layer]._parameters:

@@ -124,6 +124,8 @@ def export_lora(
             )
         change = since(change, read_change(start))
         change.config.base_model_name_or_path = base.base
+    else:
+        _check_start_stays(adapter, change.config)
     return write_lora(change, output, cut, uniform)
 
 
@@ -158,6 +160,7 @@ def combine(
     kernels: dict[str, Mapping[str, Any]] = {}
     for folder, weight in folders.items():
         saved = read_change(folder)
+        _check_start_stays(folder, saved.config)
         if saved.others:
             raise SvdtuneError(
                 f"the adapter {folder} also trains {min(saved.others)}, which has no weighted sum; combine adapters without "
@@ -178,6 +181,18 @@ def combine(
     everything["target_modules"] = sorted(stacked)
     config = dataclasses.replace(saved.config, **everything)
     return write_lora(SavedChange(config, stacked, kernels, {}), output, cut, uniform)
+
+
+def _check_start_stays(folder: Path, config: PeftConfig) -> None:
+    """Raise `SvdtuneError` for a LoRA whose start PEFT takes off the base's weights, whenever the
+    LoRA is put on. B A alone is not what it changes."""
+    init = getattr(config, "init_lora_weights", None)
+    if isinstance(init, str) and re.match("pissa|corda|olora|loftq|lora_ga", init.lower()):
+        raise SvdtuneError(
+            f"the adapter {folder} has init_lora_weights={init!r}, so it belongs on weights that its start was taken off. As a "
+            "LoRA of the model itself it would be another one. Merge it (`svdtune merge`), and export the difference of the "
+            "two models with a rank: `svdtune export MERGED --base BASE --rank N --output FOLDER`"
+        )
 
 
 def write_lora(
@@ -281,6 +296,8 @@ def lora_config(adapter: PeftConfig, ranks: dict[str, int]) -> LoraConfig:
         fan_in_fan_out=getattr(config, "fan_in_fan_out", False),
         target_modules=sorted(targets),
         modules_to_save=config.modules_to_save,
+        trainable_token_indices=getattr(config, "trainable_token_indices", None),
+        ensure_weight_tying=getattr(config, "ensure_weight_tying", False),
         bias=cast(Any, "lora_only" if config.bias.endswith("_only") else config.bias),
     )
 

@@ -41,7 +41,10 @@ def inject(model: nn.Module, config: PeftConfig, *, low_cpu_mem_usage: bool = Fa
             raise SvdtuneError(f"the method {method_name(config)} cannot be put on this model: {error}") from error
         raise SvdtuneError(_nothing_matches(model, targets)) from error
     if not config.is_prompt_learning and not any(isinstance(module, BaseTunerLayer) for module in adapted.modules()):
-        raise SvdtuneError(_nothing_matches(model, targets))
+        raise SvdtuneError(
+            f"the method {method_name(config)} adapts none of the modules that target_modules = {targets!r} names: PEFT has it "
+            "for other kinds of layers. Name other modules, or take another method"
+        )
     return adapted
 
 

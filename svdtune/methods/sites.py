@@ -218,6 +218,7 @@ def skeleton(model: Model, config: PeftConfig) -> PeftModel:
     for warning in caught:  # the others are about starting values, which no tensor takes here
         if str(warning.message).startswith("The following rank_pattern keys did not match"):
             warnings.warn(warning.message, stacklevel=2)
+    _tie_again(adapted)
     return adapted
 
 
@@ -235,7 +236,19 @@ def _on_meta(tensor: Tensor) -> Tensor:
         return empty
     parameter = torch.Tensor._make_subclass(type(tensor), empty.detach(), tensor.requires_grad)
     vars(parameter).update(vars(tensor))  # bitsandbytes says there how the numbers are stored
+    vars(parameter).pop("_is_hf_initialized", None)  # PEFT would take it for an argument of the class
     return parameter
+
+
+def _tie_again(model: nn.Module) -> None:
+    """Make parameters of one storage one again. PEFT makes a new one of each that a module is given
+    on the meta device, so tied weights and replicated layers would count several times."""
+    first: dict[tuple[int, torch.Size], nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                storage = parameter.untyped_storage()._cdata
+                module._parameters[name] = first.setdefault((storage, parameter.shape), parameter)
 
 
 def _read(model: nn.Module) -> Sites:

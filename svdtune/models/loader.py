@@ -181,6 +181,11 @@ def load_tokenizer(model: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
         return read_gguf(path)[1]
     with explain_damage(f"the tokenizer of {str(model)!r} cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise SvdtuneError(
+            f"the tokenizer of {str(model)!r} knows no words: its files are missing, and Transformers makes an empty one that "
+            "drops every text. Save the model's tokenizer beside it with its save_pretrained"
+        )
     _give_padding(tokenizer)
     return tokenizer
 

@@ -120,7 +120,13 @@ class TestBeforeTraining:
 
     @pytest.mark.parametrize(
         "config",
-        [SaraConfig(threshold=0.2), MoSaraConfig(r=2), SorsaConfig(r=2, layers_to_transform=[1]), LoraConfig(r=2)],
+        [
+            SaraConfig(threshold=0.2),
+            MoSaraConfig(r=2),
+            SorsaConfig(r=2, layers_to_transform=[1]),
+            LoraConfig(r=2),
+            LoraConfig(r=2, target_modules="all-linear"),  # PEFT saves every layer's whole name
+        ],
     )
     def test_a_saved_adapter_is_described_as_it_was(self, tiny_folder: Path, tmp_path: Path, config: Any) -> None:
         model = get_peft_model(load(tiny_folder).model, config)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 import new_process
@@ -212,13 +212,33 @@ def test_several_heads_are_refused_and_nothing_is_written(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_tokens_that_a_lora_trains_are_exported(tied, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 7])
+    model = moved(get_peft_model(tiny_llama(tie_word_embeddings=tied), config).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    exported = PeftModel.from_pretrained(tiny_llama(tie_word_embeddings=tied), tmp_path / "lora")
+    torch.testing.assert_close(logits(exported), logits(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_a_lora_whose_start_peft_takes_off_the_weights_is_no_lora_of_the_model(init, tmp_path):
+    trained(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SvdtuneError, match=f"has init_lora_weights='{init}', so it belongs on weights"):
+        export_lora(tmp_path / "adapter", tmp_path / "lora")
+    with pytest.raises(SvdtuneError, match="and export the difference of the two models"):
+        combine({tmp_path / "adapter": 1.0}, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
 def test_other_folders_are_refused(tmp_path):
     with pytest.raises(SvdtuneError, match="that folder does not exist"):
         export_lora(tmp_path / "none", tmp_path / "lora")
     trained(SaraConfig(r=3)).save_pretrained(tmp_path / "adapter")
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     get_peft_model(model_of("llama"), IA3Config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "other")
-    with pytest.raises(SvdtuneError, match="adapter of type IA3; expected one of"):
+    with pytest.raises(SvdtuneError, match=r"adapter of type IA3; expected SARA, MOSARA, SORSA or LORA"):
         export_lora(tmp_path / "other", tmp_path / "again")
     with pytest.raises(SvdtuneError, match="not empty"):
         export_lora(tmp_path / "adapter", tmp_path / "lora")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -239,6 +239,19 @@ def test_an_adapter_for_another_base_is_refused(tiny_folder: Path, tmp_path: Pat
         merge(Source(str(tmp_path / "small"), lora), tmp_path / "out" / "merged")
     monkeypatch.setenv("SVDTUNE_BASE_CHECK", "off")
     assert merge(Source(str(other), adapter), tmp_path / "merged", check=True).comparison.relative < 1e-5
+
+
+NO_LAYERS = {
+    "shared matrices": VeraConfig(r=2, target_modules=["q_proj"]),
+    "single tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1]),
+}
+
+
+@pytest.mark.parametrize("config", NO_LAYERS.values(), ids=NO_LAYERS)
+def test_what_lies_in_no_single_layer_is_refused(config, tiny_folder: Path, tmp_path: Path) -> None:
+    get_peft_model(load(tiny_folder).model, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SvdtuneError, match=r"or trains what lies in no single layer: .* merge in memory"):
+        merge(Source(str(tiny_folder), tmp_path / "adapter"), tmp_path / "merged")
 
 
 def test_damaged_files_are_refused(tiny_folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from peft import (
     AdaLoraConfig,
     IA3Config,
     LoraConfig,
+    OSFConfig,
     PeftModel,
     PromptTuningConfig,
     VeraConfig,
@@ -137,6 +138,7 @@ OTHERS = {
     "vera": lambda: VeraConfig(r=3, target_modules=["q_proj"]),
     "adalora": lambda: AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=QV),
     "ia3": lambda: IA3Config(target_modules=QV, feedforward_modules=[]),
+    "replicated layers": lambda: LoraConfig(r=3, target_modules=QV, layer_replication=[(0, 3), (1, 3)]),
 }
 
 
@@ -153,6 +155,21 @@ def test_every_method_of_peft_has_sites(folders, config):
     assert found.count[::2] == adapted.get_nb_trainable_parameters()
     shapes = {site.name: model.get_submodule(site.name).get_base_layer().weight.shape for site in found}
     assert {site.name: site.shape for site in found} == shapes
+
+
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+def test_a_trained_weight_that_stays_tied_counts_once(tmp_path, module):
+    tiny_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    config = LoraConfig(r=2, target_modules=QV, modules_to_save=[module], ensure_weight_tying=True)
+    found = count(open_checkpoint(tmp_path), dataclasses.replace(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert count(model, dataclasses.replace(config)) == found
+    assert found[::2] == get_peft_model(model, config).get_nb_trainable_parameters()
+
+
+def test_a_method_that_has_none_of_the_layers_named(tmp_path):
+    with pytest.raises(SvdtuneError, match=r"osf adapts none of the modules that target_modules = \['c_attn'\] names"):
+        sites(tiny_gpt2(), OSFConfig(target_modules=["c_attn"]))
 
 
 def test_a_method_that_adapts_no_module_has_numbers_alone(folders):

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from svdtune.errors import SvdtuneError
 from svdtune.models import load, load_tokenizer
 from svdtune.models.loader import locate
+from tiny import tiny_gpt2
 
 
 def test_a_folder_loads_with_its_tokenizer(tiny_folder: Path) -> None:
@@ -43,6 +44,12 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "model.safetensors").touch()
     assert load_tokenizer(tmp_path).pad_token == "<|end|>"
+
+
+def test_a_folder_without_a_tokenizer_is_refused_where_transformers_makes_an_empty_one(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path)
+    with pytest.raises(SvdtuneError, match=r"the tokenizer of .* knows no words: its files are missing"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_path_that_does_not_exist(tmp_path: Path) -> None:
