@@ -6,7 +6,8 @@ turn written. Each text must begin with the one before it: else what the model r
 would not be what it reads when it answers, and no mask could be right.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
@@ -49,13 +50,16 @@ def _write(some: Sequence[Prefix], tokenizer: PreTrainedTokenizerBase) -> list[s
     if len(some) > 1 and all(chats):  # Transformers refuses a chat without messages only where it is alone
         given: Any = {"tools": tools or None, "tokenize": False, "add_generation_prompt": asking}
         with suppress(Exception):  # one alone says what is wrong
-            return [str(text) for text in tokenizer.apply_chat_template(chats, **given)]
+            texts = [str(text) for text in tokenizer.apply_chat_template(chats, **given)]
+            if not any(map(_has_python, chats, texts)):
+                return texts
     return [write_chat(prefix.messages, tools, tokenizer, prefix.name, asking=asking) for prefix in some]
 
 
-def chat_pieces(example: Example, texts: Iterator[str]) -> list[tuple[str, bool]]:
+def chat_pieces(example: Example, texts: Iterator[str], end: str | None) -> list[tuple[str, bool]]:
     """Texts whose sum is the example's chat as the template writes it, each with whether it is an
-    assistant's turn that is trained on; `texts` are those before and after each.
+    assistant's turn that is trained on; `texts` are those before and after each, `end` is the end
+    token, which some templates write once more behind the whole chat.
 
     Raises:
         SvdtuneError: if the template writes a turn differently once others follow.
@@ -63,9 +67,12 @@ def chat_pieces(example: Example, texts: Iterator[str]) -> list[tuple[str, bool]
     assert example.chat is not None
     name = example.name
     pieces: list[tuple[str, bool]] = []
-    before = ""
+    before, closes = "", False
     for at in example.chat.learnt:
         asked, answered = next(texts), next(texts)
+        if end and before.endswith(end) and not asked.startswith(before) and asked.startswith(before.removesuffix(end)):
+            before, closes = before.removesuffix(end), True
+            pieces[-1] = pieces[-1][0].removesuffix(end), True
         for longer, shorter in ((asked, before), (answered, asked)):
             if not longer.startswith(shorter):
                 raise SvdtuneError(
@@ -76,6 +83,8 @@ def chat_pieces(example: Example, texts: Iterator[str]) -> list[tuple[str, bool]
                 )
         pieces += [(asked[len(before) :], False), (answered[len(asked) :], True)]
         before = answered
+    if closes and end:
+        pieces[-1] = pieces[-1][0].removesuffix(end), True
     return pieces
 
 
@@ -94,13 +103,42 @@ def write_chat(
     """
     given: Any = {"tools": tools or None, "tokenize": False, "add_generation_prompt": asking}
     try:
-        return str(tokenizer.apply_chat_template(messages, **given))
+        text = str(tokenizer.apply_chat_template(messages, **given))
+        if not _has_python(messages, text):
+            return text
+        return str(tokenizer.apply_chat_template(_with_json(messages), **given))
     except Exception as error:  # a template raises what it likes: its own words, or jinja's errors
+        with suppress(Exception):
+            if (other := _with_json(messages)) != messages:
+                return str(tokenizer.apply_chat_template(other, **given))
         calls = any("tool_calls" in turn for turn in messages)
         raise SvdtuneError(
             f"{name}: the chat template refuses its first {len(messages)} messages: {error}. Give another template with "
             f"`model.chat_template`{' (this one may not know of tool calls)' if calls else ''}, or change the rows"
         ) from error
+
+
+def _has_python(messages: Messages, text: str) -> bool:
+    """Whether a text has the arguments of a call as Python writes them: its template takes text."""
+    calls = (call.get("function") or call for turn in messages for call in turn.get(_CALLS) or ())
+    return any(call.get("arguments") and str(call["arguments"]) in text for call in calls if _is_object(call))
+
+
+def _with_json(messages: Messages) -> Messages:
+    """A chat with the arguments of calls as JSON in a text, which some templates take."""
+
+    def call_with(call: Any) -> Any:
+        if call.get("function"):
+            return {**call, "function": call_with(call["function"])}
+        return {**call, "arguments": json.dumps(call["arguments"], ensure_ascii=False)} if _is_object(call) else call
+
+    return [
+        {**turn, _CALLS: [call_with(call) for call in turn[_CALLS]]} if turn.get(_CALLS) else turn for turn in messages
+    ]
+
+
+def _is_object(call: Mapping[str, Any]) -> bool:
+    return isinstance(call.get("arguments"), Mapping)
 
 
 def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -35,11 +35,13 @@ class _Piece:
         text: as it is tokenized.
         special: whether the tokenizer adds its own tokens, as to the start of a text.
         learnt: whether it is trained on.
+        before: the text in front of it; empty where it begins one.
     """
 
     text: str
     special: bool = False
     learnt: bool = False
+    before: str = ""
 
 
 def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: str = PLAIN) -> list[int]:
@@ -214,9 +216,12 @@ def _asked(example: Example, template: str) -> Iterator[Prefix]:
 def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, texts: Iterator[str]) -> list[_Piece]:
     """An example's pieces; `texts` begin with what the chat template has to write of it."""
     if example.chat is None:
-        return [_prompt(example, tokenizer, template, texts), _Piece(example.completion, learnt=True)]
+        prompt = _prompt(example, tokenizer, template, texts)
+        return [prompt, _Piece(example.completion, learnt=True, before=prompt.text)]
     _check_chat_template(tokenizer, example.name)
-    return [_Piece(text, learnt=learnt) for text, learnt in chat_pieces(example, texts)]
+    pieces = chat_pieces(example, texts, tokenizer.eos_token)
+    befores = ["", *(text for text, _ in pieces)]
+    return [_Piece(text, learnt=learnt, before=before) for (text, learnt), before in zip(pieces, befores, strict=False)]
 
 
 def _turns(example: Example, template: str) -> Messages | None:
@@ -266,7 +271,34 @@ def _tokens(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> lis
             ended = special and ids[-1:] == [tokenizer.eos_token_id] and not text.endswith(tokenizer.eos_token)
             # some tokenizers close every text; the response is still to come
             found[at] = ids[:-1] if ended else ids
+    _behind(pieces, found, tokenizer)
     return found
+
+
+def _behind(pieces: Sequence[_Piece], tokens: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make the tokens of pieces inside a text what they are there.
+
+    Tokenizers of SentencePiece's kind put a space before every text, and would put one before each
+    piece, which generation never sees. So a piece is read behind what ends the text before it: a
+    token of its own, such as the end of a turn, or a line's end, which merges with nothing.
+    """
+    inside = [at for at, piece in enumerate(pieces) if piece.before and piece.text]
+    alone = {text: tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "a", "\na")}
+    if not inside or alone["\na"] == alone["\n"] + alone["a"]:
+        return
+    added = tuple(tokenizer.get_added_vocab())
+    fronts = [_front(pieces[at].before, added) for at in inside]
+    known = {front: tokenizer.encode(front, add_special_tokens=False) for front in dict.fromkeys(fronts)}
+    texts = [_Piece(front + pieces[at].text) for at, front in zip(inside, fronts, strict=True)]
+    for at, front, ids in zip(inside, fronts, _tokens(texts, tokenizer), strict=True):
+        size = len(known[front])
+        if ids[:size] == known[front]:
+            tokens[at] = ids[size:]
+
+
+def _front(before: str, added: tuple[str, ...]) -> str:
+    """What a piece is read behind."""
+    return max((token for token in added if before.endswith(token)), key=len) if before.endswith(added) else "\n"
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any:

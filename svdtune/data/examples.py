@@ -7,7 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from svdtune.data.standard import MARKS, chat_column, is_learnt, messages_of, standard_row, tools_of
+from svdtune.data.standard import (
+    chat_column,
+    is_learnt,
+    is_said,
+    messages_of,
+    standard_row,
+    text_of,
+    tools_of,
+    unrepeated,
+)
 from svdtune.errors import SvdtuneError
 
 Messages = list[dict[str, Any]]
@@ -42,7 +51,7 @@ class Example:
             where none is needed.
         row: what it was made from, reference answers included.
         name: where it comes from, for error messages: "train.jsonl row 12".
-        chat: the whole chat where more is to learn than the one completion, or tools belong to it.
+        chat: the whole chat, which the chat template writes, where answers are messages.
         tools: their definitions, for the chat template.
     """
 
@@ -118,10 +127,10 @@ def check_fields(row: Mapping[str, Any], fields: Sequence[str], name: str) -> No
 
 def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: str) -> Example:
     # the chat begins with the prompt
-    repeated = completion == COMPLETION and COMPLETION not in row and chat_column(row)
-    by_columns = prompt == PROMPT and (PROMPT not in row or repeated)
+    repeated = completion == COMPLETION and not is_said(row, COMPLETION) and chat_column(row)
+    by_columns = prompt == PROMPT and (not is_said(row, PROMPT) or repeated)
     if by_columns:
-        row = standard_row({key: value for key, value in row.items() if key != PROMPT}, name)
+        row = standard_row({key: value for key, value in row.items() if not (repeated and key == PROMPT)}, name)
     asked = row.get(prompt)
     if isinstance(asked, list | tuple):
         checked = by_columns and chat_column(row)  # `standard_row` has made messages of it
@@ -135,7 +144,7 @@ def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: 
 
 def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | None, name: str) -> Example:
     """An example of a chat, with what answers it behind it or in a field of its own."""
-    whole = completion is None or (completion == COMPLETION and COMPLETION not in row)
+    whole = completion is None or (completion == COMPLETION and not is_said(row, COMPLETION))
     tools, given = tools_of(row), row.get("tools")
     if tools is None and given and str(given).strip() not in ("", "[]"):
         raise SvdtuneError(
@@ -148,7 +157,8 @@ def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | Non
         answer = row.get(completion)
         if not isinstance(answer, list | tuple):
             return Example(asked, _fill(completion, row, name), row, name, tools=tools)
-        chat = Chat([*asked, *messages_of(answer, f"{name}: field {completion!r}")], len(asked))
+        answers = messages_of(answer, f"{name}: field {completion!r}")
+        chat = Chat([*asked, *unrepeated(answers, asked)], len(asked))
     else:
         chat = Chat(asked)
     turns, learnt = chat.messages, chat.learnt
@@ -164,17 +174,19 @@ def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | Non
             f"{name}: no message is the assistant's, so that nothing can be learnt from it; the roles are {roles}, and "
             "an answer's is 'assistant' (in ShareGPT's chats 'gpt')"
         )
-    last = turns[learnt[-1]]
-    text = last.get("content")
-    # What a template writes besides the content, such as what was thought, is to be learnt too.
-    plain = last.keys() <= {"role", "content", *MARKS} and not any("tool_calls" in turn for turn in turns) and not tools
-    kept = None if plain and len(learnt) == 1 else Chat(turns[: learnt[-1] + 1], chat.learn_from)
+    if learnt[0] == 0:
+        raise SvdtuneError(
+            f"{name}: the chat begins with a turn of the assistant's, which answers nothing; mark it with `weight: 0`, so "
+            "that it is read and not trained on, or put what it answers before it"
+        )
+    text = turns[learnt[-1]].get("content")
+    # As the template writes it: many write more than the content, such as the channel it is in.
+    kept = Chat(turns[: learnt[-1] + 1], chat.learn_from)
     return Example(turns[: learnt[-1]], text if isinstance(text, str) else "", row, name, kept, tools)
 
 
 def _fill(spec: str, row: Mapping[str, Any], name: str) -> str:
+    for key in fields_of(spec):
+        text_of(row, key, name)
     values = {key: row[key] for key in fields_of(spec)}
-    for key, value in values.items():
-        if not isinstance(value, str | int | float):
-            raise SvdtuneError(f"{name}: field {key!r} holds {value!r:.60}, expected text or a number")
     return spec.format_map(values) if "{" in spec else str(values[spec])

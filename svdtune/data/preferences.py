@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
-from svdtune.data.standard import chat_column, chat_of, messages_of, unmarked
+from svdtune.data.standard import chat_column, chat_of, is_said, messages_of, unmarked
 from svdtune.errors import SvdtuneError
 
 Row = Mapping[str, Any]
@@ -192,7 +192,7 @@ def _check_columns(row: Row, columns: Sequence[str], task: str, name: str) -> No
 def _with_answer(row: Row, name: str) -> Row:
     """The row with its chat in two: the last message, which is judged, and those before it."""
     column = chat_column(row)
-    if column is None or COMPLETION in row:
+    if column is None or is_said(row, COMPLETION):
         return row
     chat = chat_of(row, column, name)
     if chat[-1]["role"] != "assistant" or len(chat) == 1:
@@ -205,15 +205,19 @@ def _with_answer(row: Row, name: str) -> Row:
 def _with_prompt(row: Row, name: str) -> Row:
     """The row with a prompt of its own: the column, the chat before the answers, or what both
     answers begin with."""
-    prompt = row.get(PROMPT)
+    prompt = row[PROMPT] if is_said(row, PROMPT) else None
     if prompt is None and (column := chat_column(row)):
         prompt = chat_of(row, column, name)
+    elif isinstance(prompt, list | tuple):
+        prompt = messages_of(prompt, f"{name}: field {PROMPT!r}")
     chosen, rejected = (_answer(row[column], f"{name}: field {column!r}") for column in (CHOSEN, REJECTED))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise SvdtuneError(f"{name}: one of chosen and rejected is text and the other messages; give both alike")
+    begin = _shared(chosen, rejected)
+    if begin and isinstance(prompt, list) and chosen[:1] == rejected[:1] == unmarked(prompt[:1]):
+        prompt = None  # the answers repeat it
     if isinstance(prompt, list) or (isinstance(prompt, str) and isinstance(chosen, str)):
         return {**row, PROMPT: prompt, CHOSEN: chosen, REJECTED: rejected}
-    begin = _shared(chosen, rejected)
     if not begin and isinstance(prompt, str):
         return {**row, PROMPT: _asked(prompt), CHOSEN: chosen, REJECTED: rejected}
     if not begin and not isinstance(chosen, str):

@@ -10,6 +10,7 @@ from svdtune.data.catalogue import CATALOGUE, data_folder
 from svdtune.data.examples import check_fields
 from svdtune.data.files import FILES, kind, read_file
 from svdtune.data.shares import in_share
+from svdtune.data.standard import without_nulls
 from svdtune.errors import SvdtuneError
 from svdtune.names import check_hub_name
 from svdtune.registry import Registry
@@ -61,6 +62,8 @@ def read_rows(
         if split is not None or config is not None:
             raise SvdtuneError(f"{name} is a file, which has no split or config; remove them, or name another file")
         rows = read_file(path)
+        if kind(path) == ".parquet":
+            rows = [dict(without_nulls(row)) for row in rows]
     else:
         check_hub_name(name, "data", "a file, a generator, or a data set's name", [*GENERATORS, *CATALOGUE], "dataset")
         rows = _read_hub(name, config, split or "train")
@@ -97,7 +100,7 @@ def _read_hub(name: str, config: str | None, split: str) -> Rows:
     with needs(f"{name!r} is no file and no generator ({listed}); if it is a data set's name on the hub", "hub"):
         import datasets
     try:
-        return list(datasets.load_dataset(name, config, split=split))
+        return [dict(without_nulls(row)) for row in datasets.load_dataset(name, config, split=split)]
     except Exception as error:  # datasets raises a dozen unrelated types, some of them not its own
         raise SvdtuneError(
             f"{name!r} is no file, no generator ({listed}), and could not be loaded from the hub: {first_line(error)}"

@@ -11,10 +11,14 @@
 `tools` beside a prompt or messages goes to the chat template; `system` beside messages is the first
 of a chat that has none. A content in parts becomes one text. A message of the assistant's with
 `weight: 0` or `train: false` is read and not trained on.
+
+A table gives every row every column of any of them, so a column that holds null, or the NaN of
+pandas, was not said: it tells no format.
 """
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from svdtune.errors import SvdtuneError
@@ -23,6 +27,10 @@ Row = Mapping[str, Any]
 Message = dict[str, Any]
 
 _ROLES = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
     "human": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
@@ -35,6 +43,7 @@ _ROLES = {
 MARKS = ("weight", "train")  # of a message: whether it is trained on, in OpenAI's files and in Axolotl's
 CHATS = ("messages", "conversations")  # the columns of whole chats
 _COLUMNS = {*CHATS, "prompt", "completion", "instruction", "input", "output", "text", "chosen", "rejected", "label"}
+_SPOKEN = {*CHATS, "prompt", "completion", "chosen", "rejected", "tools"}  # what a chat template may be given
 FORMATS = "messages, conversations, prompt and completion, instruction and output, or text"
 
 
@@ -44,16 +53,21 @@ def standard_row(row: Row, name: str) -> Row:
     Raises:
         SvdtuneError: if its columns are those of no format, or a chat is malformed.
     """
-    if "prompt" in row:
+    if is_said(row, "prompt"):
         return row
     if column := chat_column(row):
         return {**row, "prompt": chat_of(row, column, name)}
-    if "instruction" in row and "output" in row:
-        given = str(row.get("input") or "").strip()
-        prompt = f"{row['instruction']}\n\n{given}" if given else row["instruction"]
-        return {**row, "prompt": prompt, "completion": row["output"]}
-    if "text" in row:
-        return {**row, "prompt": "", "completion": row["text"]}
+    if is_said(row, "instruction") and "output" in row:
+        asked, answer = text_of(row, "instruction", name), text_of(row, "output", name)
+        given = text_of(row, "input", name).strip() if is_said(row, "input") else ""
+        return {**row, "prompt": f"{asked}\n\n{given}" if given else asked, "completion": answer}
+    if is_said(row, "text"):
+        return {**row, "prompt": "", "completion": text_of(row, "text", name)}
+    if empty := [column for column in row if column in _COLUMNS and not is_said(row, column)]:
+        raise SvdtuneError(
+            f"{name}: {', '.join(map(repr, empty))} hold{'s' * (len(empty) == 1)} nothing (null or NaN), and what is left "
+            f"is a row of no format ({FORMATS}); fill the row, or take it out"
+        )
     raise SvdtuneError(
         f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}"
         f"{capitals(row)}); say which hold what is asked and answered: data.prompt and data.completion"
@@ -66,9 +80,39 @@ def capitals(columns: Iterable[str]) -> str:
     return f"; {', '.join(other)} would be read if written in small letters" if other else ""
 
 
+def is_said(row: Row, column: str) -> bool:
+    """Whether a row holds something in a column, and neither null nor NaN."""
+    value = row.get(column)
+    return value is not None and value == value
+
+
+def without_nulls(row: Row) -> Row:
+    """A table's row without the fields of its chats and tools that hold null: a table gives every
+    message, call and tool every field of any of them."""
+    return {key: _said(value) if key in _SPOKEN else value for key, value in row.items()}
+
+
+def _said(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _said(one) for key, one in value.items() if one is not None}
+    return [_said(one) for one in value] if isinstance(value, list) else value
+
+
+def text_of(row: Row, column: str, name: str) -> str:
+    """What a row says in a column, text or a number, as text.
+
+    Raises:
+        SvdtuneError: if it is neither.
+    """
+    value = row[column]
+    if not isinstance(value, str | int | float) or value != value:
+        raise SvdtuneError(f"{name}: field {column!r} holds {value!r:.60}, expected text or a number")
+    return str(value)
+
+
 def chat_column(row: Row) -> str | None:
     """The column of a row's whole chat, None where it has none."""
-    return next((column for column in CHATS if column in row), None)
+    return next((column for column in CHATS if is_said(row, column)), None)
 
 
 def chat_of(row: Row, column: str, name: str) -> list[Message]:
@@ -87,6 +131,12 @@ def is_learnt(message: Message) -> bool:
     """Whether a message is a turn of the assistant's that is trained on: each is, unless it is
     marked with `weight: 0` or `train: false`."""
     return message["role"] == "assistant" and all(message.get(mark, True) for mark in MARKS)
+
+
+def unrepeated(answer: Sequence[Message], prompt: Sequence[Message]) -> list[Message]:
+    """What of a chat is behind the prompt, where it begins with it; else all of it."""
+    repeats = len(answer) > len(prompt) and list(answer[: len(prompt)]) == list(prompt)
+    return list(answer[len(prompt) :] if repeats else answer)
 
 
 def unmarked(messages: Iterable[Message]) -> list[Message]:
@@ -123,9 +173,11 @@ def _message(turn: Any, name: str) -> Message:
         raise SvdtuneError(f"{name} is {turn!r:.60}; expected an object with role and content")
     if "from" in turn and "value" in turn:
         more = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        turn = {"role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"], **more}
+        turn = {"role": turn["from"], "content": turn["value"], **more}
     # A table gives every message every column of any of them: what is empty was not said.
     message = {key: value for key, value in turn.items() if value is not None}
+    if isinstance(role := message.get("role"), str):
+        message["role"] = _ROLES.get(role.strip().lower(), role)
     content, calls = message.get("content"), message.get("tool_calls")
     if not isinstance(message.get("role"), str) or not (isinstance(content, str | list) or calls):
         raise SvdtuneError(
@@ -139,7 +191,30 @@ def _message(turn: Any, name: str) -> Message:
             )
     if isinstance(content, list):
         message["content"] = "".join(_text_of(part, name) for part in content)
+    if calls:
+        message["content"] = message.get("content", "")  # which many templates add to other text
+        message["tool_calls"] = _calls_of(calls, name)
     return message
+
+
+def _calls_of(calls: Any, name: str) -> list[Any]:
+    """Calls of tools with their arguments as an object, as templates take them; OpenAI's files have
+    them as JSON in a text, which most templates would write as a text in quotes."""
+    if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+        raise SvdtuneError(
+            f"{name} has tool_calls = {calls!r:.60}; expected a list of objects with a name and arguments"
+        )
+    return [_call(call) for call in calls]
+
+
+def _call(call: Row) -> Row:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _call(call["function"])}
+    if isinstance(given := call.get("arguments"), str):
+        with suppress(ValueError):
+            read = json.loads(given)
+            return {**call, "arguments": read} if isinstance(read, dict) else call
+    return call
 
 
 def _text_of(part: Any, name: str) -> str:

@@ -36,7 +36,14 @@ def example(row: dict[str, Any]) -> Example:
 @pytest.mark.family(12)
 def test_chats_of_one_answer(row: dict[str, Any]) -> None:
     found = example(row)
-    assert (found.prompt, found.completion, found.chat) == ([ASK], "4", None)
+    assert (found.prompt, found.completion) == ([ASK], "4")
+    by_template = not isinstance(row.get("completion"), str)  # who gives a text says how it is written
+    assert (found.chat is not None) == by_template
+    assert found.chat is None or ([*map(_bare, found.chat.messages)], found.chat.learnt) == ([ASK, SAY], [1])
+
+
+def _bare(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: message[key] for key in ("role", "content")}
 
 
 @pytest.mark.parametrize("system", ["Be brief.", "", None])
@@ -129,8 +136,9 @@ def test_a_turn_that_is_marked_is_read_and_not_trained_on(mark: dict[str, Any], 
     turns = [{role: "user", content: "2 + 2?"}, {role: assistant, content: "5", **mark}]
     more = [{role: "user", content: "sure?"}, {role: assistant, content: "4", "weight": 1, "train": True}]
     found = example({"messages": [*turns, *more]})
-    assert (found.completion, found.chat) == ("4", None), "what is left is a prompt and one answer"
-    assert [turn["content"] for turn in found.prompt] == ["2 + 2?", "5", "sure?"]
+    assert found.chat is not None
+    assert (found.completion, found.chat.learnt) == ("4", [3]), "what is left is a prompt and one answer"
+    assert [turn["content"] for turn in found.chat.messages] == ["2 + 2?", "5", "sure?", "4"]
     found = example({"messages": [*turns, *more, *more]})
     assert found.chat is not None
     assert found.chat.learnt == [3, 5]

@@ -101,11 +101,16 @@ def literal(example: Example, tokenizer: PreTrainedTokenizerFast, template: str)
     ids: list[int] = []
     labels: list[int] = []
     chat, before = example.chat, ""
+    # Phi's templates write the end token once more behind a chat, as no part of its last turn.
+    alone = _alone([{"role": "user", "content": "x"}], None, False, tokenizer)
+    closes = alone.endswith(f"{tokenizer.eos_token}\n{tokenizer.eos_token}") and len(example.chat.learnt) > 1
     for at in range(chat.learn_from, len(chat.messages)):
         if chat.messages[at]["role"] != "assistant":
             continue
         asked = _alone(chat.messages[:at], example.tools, True, tokenizer)
         answered = _alone(chat.messages[: at + 1], example.tools, False, tokenizer)
+        if closes:
+            answered = answered.removesuffix(tokenizer.eos_token)
         if not (asked.startswith(before) and answered.startswith(asked)):
             raise SvdtuneError("differently")
         prompt = tokenizer.encode(asked[len(before) :], add_special_tokens=False)
