@@ -54,6 +54,8 @@ def scan(path: Path) -> Iterator[Located | Fault]:
         SvdtuneError: if the file as a whole cannot be read: it is missing, of an unknown format,
             not text, or so damaged that no further row can be told apart.
     """
+    if path.is_dir():
+        raise SvdtuneError(f"{path} is a folder; name the file of rows in it, or several: [{{source: a.jsonl}}, ...]")
     if not path.is_file():
         raise SvdtuneError(f"there is no file {path}{meant(path)}")
     if kind(path) not in FILES:

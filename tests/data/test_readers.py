@@ -157,6 +157,8 @@ def test_a_missing_field_names_row_and_nearest_field(tmp_path: Path) -> None:
 def test_a_file_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(SvdtuneError, match=r"there is no file .*gone\.jsonl"):
         read_rows(tmp_path / "gone.jsonl")
+    with pytest.raises(SvdtuneError, match=r" is a folder; name the file of rows in it"):
+        read_rows(tmp_path)
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:
