@@ -75,8 +75,10 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
         )
     try:
         args = configuration_class(t.task)(**_decided(recipe, rows), **t.trl)
-    except (ValueError, ImportError) as error:
-        raise SvdtuneError(f"the training section cannot be used here: {error}") from error
+        args.get_process_log_level()
+    except (ValueError, TypeError, KeyError, ImportError) as error:
+        reason = f"there is no {error}" if isinstance(error, KeyError) else error
+        raise SvdtuneError(f"the training section cannot be used here: {reason}") from error
     if t.task == "reward":
         # Liger's would put a language model's forward in place of the classifier's.
         args.liger_kernel_config = {**(args.liger_kernel_config or {}), "fused_linear_cross_entropy": False}

@@ -279,6 +279,9 @@ def test_who_starts_away_from_the_reference_is_told(recipe: dict[str, Any]) -> N
         ("training", "trl", {"beta": "high"}, r"training.trl.beta: expected a valid number; got 'high'"),
         ("training", "trl", {"seed": 1}, r"training.trl.seed: is what training.seed of the recipe decides"),
         ("training", "trl", {"sync_ref_model": True}, r"sync_ref_model: is not the recipe's to change"),
+        ("training", "trl", {"save_only_model": True}, r"save_only_model: is not the recipe's to change"),
+        ("training", "trl", {"ignore_data_skip": True}, r"ignore_data_skip: is not the recipe's to change"),
+        ("training", "trl", {"push_to_hub": True}, r"push_to_hub: is not the recipe's to change"),
         ("training", "task", "dop", r"training.task: expected 'sft', 'dpo'"),
     ],
 )
@@ -322,6 +325,25 @@ def test_what_trl_refuses_is_said(recipe: dict[str, Any]) -> None:
     recipe["training"]["trl"] = {"loss_type": ["exo_pair"]}
     with pytest.raises(SvdtuneError, match=r"TRL's trainer for training.task: dpo refuses the run: Label smoothing"):
         go(recipe)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"accelerator_config": {"foo": 1}}, "cannot be used here: .* unexpected keyword argument 'foo'"),
+        ({"log_level": "loud"}, "cannot be used here: there is no 'loud'"),
+    ],
+)
+def test_what_its_configuration_refuses_is_said(recipe: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    recipe["training"]["trl"] = given
+    with pytest.raises(SvdtuneError, match=message):
+        training_arguments(check_recipe(recipe), 10)
+
+
+def test_what_packing_decides_is_refused_in_trl(recipe: dict[str, Any]) -> None:
+    recipe["training"] |= {"task": "sft", "trl": {"packing_strategy": "wrapped"}}
+    with pytest.raises(SvdtuneError, match=r"packing_strategy: is what training\.packing of the recipe decides"):
+        check_recipe(recipe)
 
 
 def test_leaks_are_refused(recipe: dict[str, Any], tmp_path: Path) -> None:
