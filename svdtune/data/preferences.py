@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
-from svdtune.data.standard import chat_column, chat_of, is_said, messages_of, unmarked
+from svdtune.data.standard import chat_column, chat_of, instruction_of, is_said, messages_of, unmarked
 from svdtune.errors import SvdtuneError
 
 Row = Mapping[str, Any]
@@ -33,6 +33,7 @@ COLUMNS = {
     "kto": (PROMPT, COMPLETION, LABEL),
     "grpo": (PROMPT,),
 }
+_ASKS = ("question", "query", "input", "problem", "user")  # columns that ask, where no format says so
 _TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _FITS = "chosen and rejected are for dpo and reward, completion and label for kto, completion or messages alone for sft"
 _LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # a CSV file has texts
@@ -210,6 +211,8 @@ def _with_prompt(row: Row, name: str) -> Row:
         prompt = chat_of(row, column, name)
     elif isinstance(prompt, list | tuple):
         prompt = messages_of(prompt, f"{name}: field {PROMPT!r}")
+    elif prompt is None and is_said(row, "instruction"):
+        prompt = instruction_of(row, name)
     chosen, rejected = (_answer(row[column], f"{name}: field {column!r}") for column in (CHOSEN, REJECTED))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise SvdtuneError(f"{name}: one of chosen and rejected is text and the other messages; give both alike")
@@ -220,6 +223,11 @@ def _with_prompt(row: Row, name: str) -> Row:
         return {**row, PROMPT: prompt, CHOSEN: chosen, REJECTED: rejected}
     if not begin and isinstance(prompt, str):
         return {**row, PROMPT: _asked(prompt), CHOSEN: chosen, REJECTED: rejected}
+    if isinstance(chosen, str) and (columns := [column for column in _ASKS if is_said(row, column)]):
+        raise SvdtuneError(
+            f"{name} has no 'prompt', but {' and '.join(map(repr, columns))}; rename the column that is asked to 'prompt', "
+            f"or name it with data.prompt: {columns[0]}"
+        )
     if not begin and not isinstance(chosen, str):
         raise SvdtuneError(
             f"{name} has no 'prompt', and chosen and rejected share no first message that would be one; add the column"

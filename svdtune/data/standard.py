@@ -9,8 +9,9 @@
 | `text` | plain text | `completion`: the text, after an empty prompt |
 
 `tools` beside a prompt or messages goes to the chat template; `system` beside messages is the first
-of a chat that has none. A content in parts becomes one text. A message of the assistant's with
-`weight: 0` or `train: false` is read and not trained on.
+of a chat that has none, and beside Alpaca's columns, as `history`, makes a chat of them. A content
+in parts becomes one text. A message of the assistant's with `weight: 0` or `train: false` is read
+and not trained on.
 
 A table gives every row every column of any of them, so a column that holds null, or the NaN of
 pandas, was not said: it tells no format.
@@ -58,9 +59,12 @@ def standard_row(row: Row, name: str) -> Row:
     if column := chat_column(row):
         return {**row, "prompt": chat_of(row, column, name)}
     if is_said(row, "instruction") and "output" in row:
-        asked, answer = text_of(row, "instruction", name), text_of(row, "output", name)
-        given = text_of(row, "input", name).strip() if is_said(row, "input") else ""
-        return {**row, "prompt": f"{asked}\n\n{given}" if given else asked, "completion": answer}
+        answer = text_of(row, "output", name)
+        asked = instruction_of(row, name)
+        if isinstance(asked, str):
+            return {**row, "prompt": asked, "completion": answer}
+        rest = {column: value for column, value in row.items() if column != "completion"}
+        return {**rest, "prompt": [*asked, {"role": "assistant", "content": answer}]}
     if is_said(row, "text"):
         return {**row, "prompt": "", "completion": text_of(row, "text", name)}
     if empty := [column for column in row if column in _COLUMNS and not is_said(row, column)]:
@@ -72,6 +76,28 @@ def standard_row(row: Row, name: str) -> Row:
         f"{name} has the columns {', '.join(map(repr, row)) or 'none'}, which are those of no format ({FORMATS}"
         f"{capitals(row)}); say which hold what is asked and answered: data.prompt and data.completion"
     )
+
+
+def instruction_of(row: Row, name: str) -> str | list[Message]:
+    """What Alpaca's columns ask: instruction and input; as messages where the row has a `system` or
+    a `history` of questions and answers before it, as LLaMA-Factory's files do.
+
+    Raises:
+        SvdtuneError: if a column holds something else.
+    """
+    asked = text_of(row, "instruction", name)
+    if given := text_of(row, "input", name).strip() if is_said(row, "input") else "":
+        asked = f"{asked}\n\n{given}"
+    system, history = row.get("system"), row.get("history")
+    told = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    if isinstance(history, list | tuple) and history:
+        if not all(isinstance(one, list | tuple) and [*map(type, one)] == [str, str] for one in history):
+            raise SvdtuneError(
+                f"{name}: field 'history' holds {history!r:.60}; expected pairs of a question and its answer"
+            )
+        roles = ("user", "assistant")
+        told += [{"role": role, "content": text} for one in history for role, text in zip(roles, one, strict=True)]
+    return [*told, {"role": "user", "content": asked}] if told else asked
 
 
 def capitals(columns: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ _ANSWERS = (16, 32, 64, 128, 256, 512, 1024)  # tokens
 _FORMATS = {
     ("chosen", "rejected"): (
         "preferences: the answer that is chosen, and the one that is rejected",
-        ("prompt", *CHATS),
+        ("prompt", "instruction", "input", *CHATS),
     ),
     ("completion", "label"): ("labelled answers", ("prompt",)),
     ("messages",): ("chats (messages); the assistant's turns are trained on", ("tools",)),
@@ -173,6 +173,8 @@ def _format_of(
         read = fields_of(prompt, completion or COMPLETION)
         return f"rows with {prompt} and {completion or COMPLETION}", read
     system = ["system"] if {*CHATS} & {*columns} else []
+    if "instruction" in columns and PROMPT not in columns:
+        system = ["system", "history"]
     if task == "kto" and COMPLETION not in columns:
         return "labelled answers, the last of each chat", [*CHATS, LABEL, "tools", *system]
     for told, (words, more) in _FORMATS.items():

@@ -64,7 +64,7 @@ def test_every_format_is_told_and_its_recipe_trains(format: str, tiny_folder: Pa
         ({"messages": [ASKED, SAID], "label": True}, "kto", ""),
         ({"conversations": [ASKED, SAID], "label": "false", "system": "Be brief."}, "kto", ""),
         ({"messages": [ASKED, SAID], "label": "greeting", "id": 3}, "sft", "id, label"),
-        ({"instruction": "Add.", "output": "4", "system": "Be brief.", "history": []}, "sft", "history, system"),
+        ({"instruction": "Add.", "output": "4", "system": "Be brief.", "history": [], "id": 3}, "sft", "id"),
         ({"prompt": "2 + 2", "chosen": "4", "rejected": "5", "system": "Be brief."}, "dpo", "system"),
         ({"text": "abc"}, "sft", ""),
     ],

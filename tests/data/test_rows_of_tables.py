@@ -126,3 +126,34 @@ def test_a_chat_that_begins_with_the_assistant_is_refused_with_what_to_do() -> N
     found = example({"messages": [{**SAY, "weight": 0}, ASK, SAY]})
     assert found.chat is not None
     assert found.chat.learnt == [2]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def test_alpacas_system_and_history_make_a_chat() -> None:
+    row = {"instruction": "2 + 2?", "input": "", "output": "4", "system": "", "history": []}
+    assert (example(row).prompt, example(row).completion) == ("2 + 2?", "4")
+    found = example(row | {"system": "Be brief.", "history": [["1 + 1?", "2"]]})
+    assert found.chat is not None
+    before = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    assert found.chat.messages == [SYSTEM, *before, ASK, SAY]
+    assert found.chat.learnt == [2, 4]
+    with pytest.raises(SvdtuneError, match=r"field 'history' holds \[\['1 \+ 1\?'\]\]; expected pairs of a question"):
+        example(row | {"history": [["1 + 1?"]]})
+
+
+def test_pairs_take_what_alpacas_columns_ask() -> None:
+    row = {"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5"}
+    [(chosen, rejected)] = to_pairs([row])
+    assert (chosen.prompt, chosen.completion, rejected.completion) == ("Add.\n\n2, 2", "4", "5")
+    [(chosen, _)] = to_pairs([row | {"system": "Be brief."}])
+    assert chosen.prompt == [SYSTEM, {"role": "user", "content": "Add.\n\n2, 2"}]
+
+
+def test_pairs_are_not_trained_on_without_what_was_asked() -> None:
+    row = {"system": "Be brief.", "question": "2 + 2?", "chosen": "It is 4.", "rejected": "It is 5."}
+    with pytest.raises(SvdtuneError, match=r"has no 'prompt', but 'question'; rename .* data\.prompt: question"):
+        to_pairs([row])
+    [(named, _)] = to_pairs([row], "{system}\n{question}")
+    assert named.prompt == "Be brief.\n2 + 2?"
