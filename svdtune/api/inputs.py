@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from pydantic import BaseModel
 from torch import nn
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from svdtune.models import LoadedModel
     from svdtune.training.recipe import Recipe
 
+_WRITING = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 ModelLike = str | Path | Checkpoint | nn.Module
 
 
@@ -33,6 +34,7 @@ class WantedAdapter:
         recipe: that both come from; None where a model was given.
         origin: `revision` and `trust_remote_code` of a model that is named.
         saved: whether the configuration is of a saved adapter, which names its layers one by one.
+        labels: outputs of the classifier that the adapter is for; None for the model's own number.
     """
 
     model: ModelLike
@@ -40,6 +42,7 @@ class WantedAdapter:
     recipe: "Recipe | None" = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     saved: bool = False
+    labels: int | None = None
 
     def open(self, *, weights: bool = True) -> Model:
         """The model, with its weights where they are asked for, and the target names looked up in
@@ -51,7 +54,7 @@ class WantedAdapter:
         opened = self.model if isinstance(self.model, Checkpoint | nn.Module) else self._open(str(self.model), weights)
         if self.config is not None:
             bare = opened.model if isinstance(opened, Checkpoint) else opened
-            if not getattr(bare, "can_generate", bool)():
+            if self.config.task_type in _WRITING and not getattr(bare, "can_generate", bool)():
                 # PEFT would ask the model for what only causal models have
                 self.config.task_type = None
             if not self.saved:
@@ -59,6 +62,7 @@ class WantedAdapter:
         return opened
 
     def _open(self, name: str, weights: bool) -> Checkpoint:
+        from svdtune.methods.files.adapter import architecture_of
         from svdtune.models.loader import locate
 
         if name in SHAPES and not Path(name).exists():
@@ -66,7 +70,8 @@ class WantedAdapter:
         # a configuration is enough
         alone = not weights and Path(name, "config.json").is_file()
         place = name if alone else locate(cast(str | Path, self.model))  # what is no loaded model is a name
-        return open_checkpoint(place, weights=weights, **self.origin)
+        cls = None if self.config is None else architecture_of(self.config)
+        return open_checkpoint(place, weights=weights, architecture=cls, labels=self.labels, **self.origin)
 
 
 def asked(who: str, model: Any, config: Any) -> WantedAdapter:
@@ -110,14 +115,15 @@ def asked(who: str, model: Any, config: Any) -> WantedAdapter:
 def _of_folder(folder: str | Path) -> WantedAdapter:
     """The adapter in a run or adapter folder; none where it is a model's."""
     from svdtune.export import find_source
-    from svdtune.methods.files.adapter import read_config
+    from svdtune.methods.files.adapter import labels_of, read_config
 
     source = find_source(folder)
     if source.adapter is None:
         return WantedAdapter(source.base, None, origin=source.origin)
     config = read_config(source.adapter)
     config.inference_mode = False  # saved adapters are marked so, and would count as not trained
-    return WantedAdapter(source.base, config, source.recipe, source.origin, saved=True)
+    labels = labels_of(source.adapter)
+    return WantedAdapter(source.base, config, source.recipe, source.origin, saved=True, labels=labels)
 
 
 def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:
@@ -126,8 +132,9 @@ def of_recipe(who: str, recipe: "Recipe") -> WantedAdapter:
     Raises:
         SvdtuneError: it has none.
     """
-    config = _built(who, recipe.method.name, recipe.method.options)
-    return WantedAdapter(recipe.model.name, config, recipe, recipe.model.origin)
+    task = recipe.training.task
+    config = _built(who, recipe.method.name, recipe.method.options, task)
+    return WantedAdapter(recipe.model.name, config, recipe, recipe.model.origin, labels=1 if task == "reward" else None)
 
 
 def of_section(who: str, model: ModelLike, section: Mapping[str, Any], **origin: Any) -> WantedAdapter:
@@ -144,12 +151,12 @@ def of_section(who: str, model: ModelLike, section: Mapping[str, Any], **origin:
     return WantedAdapter(model, _built(who, name, options), origin=origin)
 
 
-def _built(who: str, name: str, options: dict[str, Any]) -> PeftConfig:
+def _built(who: str, name: str, options: dict[str, Any], task: str = "sft") -> PeftConfig:
     from svdtune.training.method import FULL, build_config
 
     if name == FULL:
         raise SvdtuneError(f"{who} is for adapters, and full fine-tuning has none")
-    return build_config(name, options)
+    return build_config(name, options, task)
 
 
 def is_recipe(given: Any) -> bool:

@@ -11,7 +11,11 @@ MOST_LAYERS = 1000
 
 
 def build_model(
-    config: PretrainedConfig, architecture: str | None = None, *, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    architecture: str | None = None,
+    *,
+    labels: int | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in evaluation mode, every parameter on the meta device.
 
@@ -22,8 +26,11 @@ def build_model(
         config: of the model.
         architecture: a class of Transformers by name; one that Transformers does not have is passed
             over.
+        labels: outputs of a classifier, if not those that `config` says.
         trust_remote_code: allow code from the model's folder to run.
     """
+    if labels is not None:
+        config.num_labels = labels
     saved_from = list(getattr(config, "architectures", None) or [])
     known = [name for name in [architecture, *saved_from] if name and hasattr(transformers, name)]
     wanted = [name for name in known if name == architecture or "For" in name or "LMHead" in name]

@@ -37,8 +37,14 @@ def reading(path: Path) -> AbstractContextManager[None]:
     return explain_damage(f"{path} cannot be read as a GGUF model", "; download it again")
 
 
-def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tensor]]]:
+def open_gguf(
+    path: Path, architecture: str | None = None, labels: int | None = None
+) -> tuple[PreTrainedModel, dict[str, Callable[[], Tensor]]]:
     """The model on the meta device, and a reader by parameter name for each that the file holds.
+
+    Args:
+        path: of the file.
+        architecture, labels: as for `open_checkpoint`.
 
     Raises:
         SvdtuneError: if GGUF files cannot be read here, or the file is damaged.
@@ -51,9 +57,9 @@ def open_gguf(path: Path) -> tuple[PreTrainedModel, dict[str, Callable[[], Tenso
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         reader = GGUFReader(path)
         check_depth(config, len(reader.tensors))
-        model = build_model(config)
-        architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
+        model = build_model(config, architecture, labels=labels)
+        kind = bytes(reader.fields["general.architecture"].parts[-1]).decode()
+        processor = TENSOR_PROCESSORS.get(kind, TensorProcessor)(config=config.to_dict())
         names = get_gguf_hf_weights_map(model, processor)
 
     def read(tensor: Any) -> Tensor:

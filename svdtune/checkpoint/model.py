@@ -119,6 +119,7 @@ def open_checkpoint(
     revision: str | None = None,
     weights: bool = True,
     architecture: str | None = None,
+    labels: int | None = None,
     trust_remote_code: bool = False,
 ) -> Checkpoint:
     """Open a local folder, a GGUF file or a hub model, without reading a weight.
@@ -130,6 +131,7 @@ def open_checkpoint(
             downloaded, and a folder may hold no more than that.
         architecture: the class of Transformers to build the model in, if not the one that its
             configuration names.
+        labels: outputs of a classifier, if not those that its configuration says.
         trust_remote_code: allow code from the model's folder or repository to run.
 
     Raises:
@@ -138,7 +140,7 @@ def open_checkpoint(
     """
     path = Path(model).expanduser()
     if path.is_file() and path.suffix == ".gguf":
-        skeleton, stored = open_gguf(path)
+        skeleton, stored = open_gguf(path, architecture, labels)
         names = StoredNames({name: name for name in stored}, same_parameter(skeleton))
         return Checkpoint(str(path), skeleton, _readers(names, stored), path.stat().st_size)
     folder = path if path.is_dir() else _download(str(model), revision, weights, trust_remote_code)
@@ -150,7 +152,7 @@ def open_checkpoint(
     with explain_damage(f"{folder / 'config.json'} describes no model that can be built"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         check_depth(config, len(stored) if needed else MOST_LAYERS)
-        skeleton = build_model(config, architecture, trust_remote_code=trust_remote_code)
+        skeleton = build_model(config, architecture, labels=labels, trust_remote_code=trust_remote_code)
     names = match_names(skeleton, stored)
     size = sum((folder / shard.name).stat().st_size for shard in shards)
     commit = None if path.is_dir() else folder.name  # as the hub's cache names its snapshots

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftType, TaskType
+from peft import PeftConfig, PeftType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +30,7 @@ from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_n
 from svdtune.export.layerwise import LayerwiseAdapter
 from svdtune.export.source import Source, adapter_of, base_folder, check_writes, open_source
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.adapter import read_config
+from svdtune.methods.files.adapter import architecture_of, read_config
 from svdtune.methods.files.card import TITLES, front, table
 from svdtune.methods.layers.experts import stacks_in
 from svdtune.models import load, load_tokenizer, set_end_token
@@ -113,11 +113,7 @@ def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Chec
     """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion
     that is removed again."""
     folder = base_folder(source)
-    # An adapter without a task names the class that it was made for; features come from the model
-    # without a head.
-    bare = "AutoModel" if adapter.task_type == TaskType.FEATURE_EXTRACTION else None
-    architecture = (adapter.auto_mapping or {}).get("base_model_class", bare)
-    how: dict[str, Any] = {"architecture": architecture, "trust_remote_code": source.trust_remote_code}
+    how: dict[str, Any] = {"architecture": architecture_of(adapter), "trust_remote_code": source.trust_remote_code}
     if folder.is_dir() and shard_names(folder) is not None:
         yield open_checkpoint(folder, **how)
         return

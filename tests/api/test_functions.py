@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import svdtune
 from new_process import loaded_by, start
@@ -134,6 +134,22 @@ class TestBeforeTraining:
         ours, theirs = svdtune.sites(str(tmp_path)), svdtune.sites(model)
         assert (ours.places, ours.count) == (theirs.places, theirs.count)
         assert svdtune.count(tmp_path).trained > 0
+
+    def test_a_classifiers_adapter_is_counted_with_its_head(self, tiny_folder: Path, tmp_path: Path) -> None:
+        recipe = sections(tiny_folder, tmp_path)
+        recipe["training"]["task"] = "reward"
+        del recipe["data"]["completion"]
+        config = SorsaConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="SEQ_CLS")
+        for labels in (1, 5):
+            classifier = AutoModelForSequenceClassification.from_pretrained(tiny_folder, num_labels=labels)
+            model = get_peft_model(classifier, dataclasses.replace(config))
+            model.save_pretrained(tmp_path / str(labels))
+            expected = svdtune.sites(model)
+            asked = [svdtune.sites(tmp_path / str(labels))]
+            asked += [svdtune.sites(recipe), svdtune.plan(recipe).sites] if labels == 1 else []
+            assert all((one.places, one.count) == (expected.places, expected.count) for one in asked)
+        with pytest.raises(SvdtuneError, match=r"task_type=SEQ_CLS holds the model's whole head \(classifier, score\)"):
+            svdtune.start(tiny_folder, config, tmp_path / "started")
 
     def test_every_kind_of_recipe_is_the_same_plan(self, tiny_folder: Path, tmp_path: Path) -> None:
         recipe = sections(tiny_folder, tmp_path)

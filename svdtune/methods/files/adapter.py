@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import peft
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftType, TaskType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.compact import PROBE
@@ -117,6 +118,29 @@ def read_config(folder: Path) -> PeftConfig:
         raise
     except _PEFTS_OWN as error:
         raise SvdtuneError(f"{folder / ADAPTER_CONFIG} is damaged: {str(error)[:200]}") from error
+
+
+_BY_TASK = {
+    TaskType.SEQ_CLS: "AutoModelForSequenceClassification",
+    TaskType.TOKEN_CLS: "AutoModelForTokenClassification",
+    TaskType.QUESTION_ANS: "AutoModelForQuestionAnswering",
+    TaskType.FEATURE_EXTRACTION: "AutoModel",  # features come from the model without a head
+}
+
+
+def architecture_of(config: PeftConfig) -> str | None:
+    """The class of Transformers that an adapter is for; None for the one that the base's own
+    configuration names. An adapter that was saved without a task says for which it was made."""
+    named = (config.auto_mapping or {}).get("base_model_class")
+    return named or (None if config.task_type is None else _BY_TASK.get(TaskType(config.task_type)))
+
+
+def labels_of(folder: Path) -> int | None:
+    """How many outputs the classifier has that was saved with an adapter; None where there is
+    none."""
+    heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight", "qa_outputs.weight")
+    tensors = read_shard(folder, ADAPTER_WEIGHTS).tensors if (folder / ADAPTER_WEIGHTS).is_file() else {}
+    return next((tensor.shape[0] for name, tensor in tensors.items() if name.endswith(heads)), None)
 
 
 def layer_class(config: SvdConfig) -> type[SvdLayer[Any]]:

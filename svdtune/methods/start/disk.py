@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 from torch import Tensor
 from tqdm import tqdm
 
@@ -155,6 +155,12 @@ def _plan(checkpoint: Checkpoint, config: SvdConfig) -> _Planned:
         layers.append((site, layer))
     completed = found.config
     assert isinstance(completed, SvdConfig)
+    if completed.modules_to_save:
+        raise SvdtuneError(
+            f"an adapter of task_type={TaskType(config.task_type).value} holds the model's whole head "
+            f"({', '.join(completed.modules_to_save)}), which layer by layer is not done; start it with get_peft_model on the "
+            "loaded model"
+        )
     vars(completed).update(r=config.r, threshold=config.threshold, ranks={}, base_fingerprint={}, inference_mode=True)
     completed.base_model_name_or_path, completed.revision = checkpoint.name, checkpoint.commit
     return _Planned(layers, completed, given)
