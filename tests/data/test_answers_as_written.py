@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from svdtune.data import encode, to_examples
 from svdtune.data.encoding import IGNORED
 from svdtune.data.preferences import encode_pairs, to_pairs
+from svdtune.evaluation.items import to_items
 
 TURNS = [
     {"role": "user", "content": "2 + 2?"},
@@ -67,6 +68,11 @@ def test_what_a_template_writes_around_one_answer_is_trained_on(channels: PreTra
     ]
     raw = tokens({"prompt": TURNS[:1], "completion": "4"}, channels)[1]
     assert channels.convert_tokens_to_string(raw) == "4<|end|>", "a text is what it is"
+
+
+def test_an_answer_is_graded_against_what_the_template_writes(channels: PreTrainedTokenizerFast) -> None:
+    chats = to_examples([{"messages": TURNS}, {"prompt": TURNS[:1], "completion": "4"}], "prompt", "completion")
+    assert [item.reference for item in to_items(chats, channels)] == ["final: six", "4"]
 
 
 def test_an_end_behind_the_whole_chat_is_no_part_of_its_turns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
