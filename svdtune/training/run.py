@@ -22,11 +22,12 @@ from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
 from svdtune.data.preferences import token_counts
+from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors, open_console
+from svdtune.system import explain_write_errors, first_line, open_console
 from svdtune.training.adalora import AllocateRanks
 from svdtune.training.arguments import own_precision, total_steps
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt, StopWithoutProgress
@@ -286,6 +287,13 @@ def _fit(
             trainer.load_before_sharding(str(checkpoint))
         try:
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (ValueError, ZeroDivisionError) as error:
+            if isinstance(error, SvdtuneError) or not recipe.training.trl:
+                raise
+            raise SvdtuneError(
+                f"the trainer ended with: {first_line(error)}; look at what the recipe gives it in training.trl: "
+                f"{', '.join(recipe.training.trl)}"
+            ) from error
         finally:
             shown.progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:

@@ -340,6 +340,22 @@ def test_what_its_configuration_refuses_is_said(recipe: dict[str, Any], given: d
         training_arguments(check_recipe(recipe), 10)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"f_divergence_type": "x"},
+            "the trainer ended with: Unknown .* x; look at what the recipe gives it in training.trl: f_divergence_type",
+        ),
+        ({"dataloader_persistent_workers": True}, "ended with: persistent_workers option needs"),
+    ],
+)
+def test_what_the_trainer_ends_with_is_said(recipe: dict[str, Any], given: dict[str, Any], message: str) -> None:
+    recipe["training"]["trl"] = given
+    with pytest.raises(SvdtuneError, match=message):
+        go(recipe)
+
+
 def test_what_packing_decides_is_refused_in_trl(recipe: dict[str, Any]) -> None:
     recipe["training"] |= {"task": "sft", "trl": {"packing_strategy": "wrapped"}}
     with pytest.raises(SvdtuneError, match=r"packing_strategy: is what training\.packing of the recipe decides"):
