@@ -18,6 +18,7 @@ from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT, check_same_layers
+from svdtune.starts.pairs import check_repeated
 
 # Settings that choose layers among many, or train something beside them: a model of one layer has
 # neither.
@@ -57,6 +58,7 @@ class LayerwiseAdapter:
             raise SvdtuneError(
                 f"the adapter {folder} is {PeftType(config.peft_type).value}, which changes no weight and cannot be merged"
             )
+        check_repeated(folder, config)
         self.folder, self.config = folder, config
         self._tensors = read_shard(folder, ADAPTER_WEIGHTS).tensors
         self.layers: dict[str, list[str]] = {}

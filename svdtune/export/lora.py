@@ -32,6 +32,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
 from svdtune.methods.injection import method_name
+from svdtune.starts.pairs import is_taken_off
 from svdtune.system import check_new_folder, new_folder
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
@@ -118,12 +119,14 @@ def export_lora(
     check_new_folder(output.expanduser())
     change = read_change(adapter, base)
     if start is not None:
-        if base is None or base.base == change.config.base_model_name_or_path:
+        # one that PEFT starts anew on loading names the model from before already
+        if not is_taken_off(change.config) and (base is None or base.base == change.config.base_model_name_or_path):
             raise SvdtuneError(
                 "an adapter less its start is for the model from before the start was taken off; name that model as base"
             )
         change = since(change, read_change(start))
-        change.config.base_model_name_or_path = base.base
+        if base is not None:
+            change.config.base_model_name_or_path = base.base
     else:
         _check_start_stays(adapter, change.config)
     return write_lora(change, output, cut, uniform)
@@ -191,7 +194,8 @@ def _check_start_stays(folder: Path, config: PeftConfig) -> None:
         raise SvdtuneError(
             f"the adapter {folder} has init_lora_weights={init!r}, so it belongs on weights that its start was taken off. As a "
             "LoRA of the model itself it would be another one. Merge it (`svdtune merge`), and export the difference of the "
-            "two models with a rank: `svdtune export MERGED --base BASE --rank N --output FOLDER`"
+            "two models with a rank: `svdtune export MERGED --base BASE --rank N --output FOLDER`; or name the adapter as it was "
+            "before training, which comes off exactly: `svdtune export ADAPTER --start BEFORE --output FOLDER`"
         )
 
 

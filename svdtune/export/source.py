@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.adapter import read_settings
+from svdtune.methods.files.adapter import read_config, read_settings
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loader import locate
 from svdtune.names import meant
+from svdtune.starts.pairs import check_repeated
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, read_run
 from svdtune.training.recipe import Recipe
 
@@ -155,6 +156,7 @@ def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:
     Raises:
         SvdtuneError: If the files are missing or damaged, or the adapter does not fit this model.
     """
+    check_repeated(adapter, read_config(adapter))
     stored = _stored_keys(adapter)
     device = next(model.parameters()).device
     try:

@@ -6,6 +6,7 @@ caller is inside a block, and else calls PEFT's. What the engine does not take (
 and meta weights, ranks that the weight does not have) goes to PEFT's too, errors included.
 """
 
+import copy
 import inspect
 import math
 import threading
@@ -39,6 +40,7 @@ from svdtune.starts.pairs import (
     from_last_left,
     from_qr,
     residual,
+    written_start,
 )
 
 Parts = TypeVar("Parts", Factors, LoraPair, Factors | None)
@@ -94,6 +96,10 @@ def fast_starts(components: Components = "first") -> Iterator[None]:
     `components` is which triplets "pissa" starts from: "first", "middle", "last" (MiLoRA), or
     (start, stop) with stop - start = r. With another one than "first", the other starts above are
     refused, and so is a weight that PEFT would decompose itself.
+
+    An adapter is saved without what is left of the base's weights. PEFT takes "pissa" and "olora"
+    off again on loading; "pissa_niter_N" is saved as "pissa", other triplets under a name that
+    PEFT refuses (docs/starts.md).
 
     The block is the calling thread's; other threads and what follows the block, in whichever way it
     is left, have PEFT as it was. Where a release of PEFT has other signatures than svdtune knows,
@@ -179,9 +185,9 @@ def _door(place: PeftPlace, own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _together(*_: Any, **__: Any) -> Iterator[None]:
+def _together(tuner: Any, model: Any, adapter_name: str, *_: Any, **__: Any) -> Iterator[None]:
     """Start the layers that PEFT makes inside the block once it has made all of them, so that
-    several weights are decomposed at once."""
+    several weights are decomposed at once; and let the configuration say what the start was."""
     waiting: dict[int, Waiting] = {}
     token = _waiting.set(waiting)
     try:
@@ -189,6 +195,13 @@ def _together(*_: Any, **__: Any) -> Iterator[None]:
     finally:
         _waiting.reset(token)
     _start_waiting(waiting)
+    config = tuner.peft_config[adapter_name]
+    init = getattr(config, "init_lora_weights", None)
+    written = written_start(init, _entered.get() or "first")
+    if written != init:
+        own = copy.copy(config)  # the caller's may start another model
+        own.init_lora_weights = written
+        tuner.peft_config[adapter_name] = own
 
 
 def _on_the_gpu(
@@ -220,7 +233,8 @@ def _start_waiting(waiting: dict[int, Waiting]) -> None:
 def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> Any:
     weight = _weight(self, adapter_name)
     components = _entered.get() or "first"
-    if weight is None or not PISSA.fullmatch(init_lora_weights):
+    known = PISSA.fullmatch(init_lora_weights) or init_lora_weights == written_start("pissa", components)
+    if weight is None or not known:
         if components != "first":
             raise SvdtuneError(
                 f"PEFT itself starts {init_lora_weights!r} of a weight that is quantized, sharded, on meta, not finite or has "

@@ -11,9 +11,11 @@ off the weight, so that the model begins as it was: W ← W − c · B A.
 """
 
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from peft import PeftConfig
 from torch import Tensor
 
 from svdtune.errors import SvdtuneError
@@ -22,6 +24,39 @@ from svdtune.linalg.matrix import check_rank, largest_entry
 from svdtune.linalg.precision import full_precision
 
 PISSA = re.compile(r"pissa(_niter_\d+)?")
+# Starts that are taken off the base's weights, by how their names begin. Of a saved adapter PEFT
+# takes them off again on loading, so it belongs on the model from before.
+_TAKEN_OFF = ("pissa", "olora", "corda", "loftq")
+
+
+def is_taken_off(config: PeftConfig) -> bool:
+    """Whether a saved adapter's start is taken off its base's weights whenever PEFT loads it."""
+    init = getattr(config, "init_lora_weights", None)
+    return isinstance(init, str) and init.lower().startswith(_TAKEN_OFF)
+
+
+def check_repeated(folder: Path, config: PeftConfig) -> None:
+    """Raise `SvdtuneError` for a saved adapter whose start PEFT does not find again on loading, so
+    that its outputs would be others."""
+    init = getattr(config, "init_lora_weights", None)
+    if is_taken_off(config) and str(init).lower() not in _TAKEN_OFF:
+        raise SvdtuneError(
+            f"the adapter {folder} was started by init_lora_weights={init!r} and its start was taken off the base's weights; "
+            "PEFT does not find the same start again on loading, so the outputs would be others. Write what was left of "
+            'the base, model.unload().save_pretrained("residual"), set init_lora_weights to true in adapter_config.json, and '
+            "name that base"
+        )
+
+
+def written_start(init: Any, components: Components) -> Any:
+    """The `init_lora_weights` that the saved configuration of an adapter started here has: exact is
+    "pissa", and of other triplets a name that PEFT refuses to load, since it would take the first
+    ones off the weights."""
+    if not isinstance(init, str) or not PISSA.fullmatch(init):
+        return init
+    if components == "first":
+        return "pissa"
+    return "_".join(["pissa", *([components] if isinstance(components, str) else map(str, components))])
 
 
 def check_not_asked(components: Components, init: Any) -> None:

@@ -20,6 +20,7 @@ from svdtune.methods.settings import settings
 from svdtune.methods.sorsa.config import stored_layout
 from svdtune.names import is_named
 from svdtune.registry import lab_note
+from svdtune.starts import fast_starts
 from svdtune.training.problems import Problem, type_error, unknown
 
 FULL = "full"
@@ -108,7 +109,8 @@ def adapt(
     config = build_config(name, options, task)
     check_targets(model, config)
     config.revision = commit  # which AutoPeftModel loads, and svdtune
-    return inject(model, config)
+    with fast_starts():  # exact, so that a saved adapter finds its start again
+        return inject(model, config)
 
 
 def _trained(model: PreTrainedModel, targets: list[str] | None) -> PreTrainedModel:
