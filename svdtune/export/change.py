@@ -15,6 +15,7 @@ from torch import Tensor
 
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
+from svdtune.export.layerwise import IN_MEMORY
 from svdtune.export.source import Source, find_source, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter, read_config
@@ -102,11 +103,14 @@ def since(trained: SavedChange, started: SavedChange) -> SavedChange:
 def _of_lora(folder: Path, config: LoraConfig) -> SavedChange:
     fields = dataclasses.fields(config)
     variants = [field.name for field in fields if field.metadata.get("is_lora_variant") and getattr(config, field.name)]
-    if more := [
-        *variants,
-        *(name for name in ("target_parameters", "layer_replication") if getattr(config, name, None)),
-    ]:
-        raise SvdtuneError(f"the adapter {folder} has {more[0]}, so it adds something else than B A; merge it instead")
+    if variants:
+        raise SvdtuneError(
+            f"the adapter {folder} has {variants[0]}, so it adds something else than B A; merge it instead"
+        )
+    if more := [name for name in ("target_parameters", "layer_replication") if getattr(config, name, None)]:
+        raise SvdtuneError(
+            f"the adapter {folder} has {more[0]}, so it is no LoRA of the base's layers alone; {IN_MEMORY}"
+        )
     tensors = {name: stored.read() for name, stored in read_shard(folder, ADAPTER_WEIGHTS).tensors.items()}
     pairs: dict[str, LowRankPair] = {}
     kernels: dict[str, dict[str, Any]] = {}

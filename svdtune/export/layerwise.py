@@ -32,6 +32,7 @@ _ONE_LAYER = {
     "task_type": None,
     "inference_mode": True,
 }
+IN_MEMORY = "merge in memory: PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)"
 
 
 class LayerwiseAdapter:
@@ -73,8 +74,8 @@ class LayerwiseAdapter:
                 raise SvdtuneError(
                     f"the adapter {folder} was made for another model, or trains what lies in no single layer: this one has no "
                     f"module for {key!r}. Name the base model that it was trained on. If this is it (VeRA's shared matrices, "
-                    "target_parameters, trainable_token_indices, layer_replication), merge in memory: "
-                    "PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder)"
+                    "target_parameters, trainable_token_indices, layer_replication), "
+                    f"{IN_MEMORY}"
                 )
             parameter = f"{layer}.{rest.removeprefix('base_layer.')}"
             if parameter.removeprefix(f"{layer}.") in modules[layer]._parameters:
@@ -119,7 +120,7 @@ class LayerwiseAdapter:
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
         module.weight = nn.Parameter(weight, requires_grad=False)
         if getattr(module, "bias", None) is not None:
-            module.bias = nn.Parameter(torch.zeros(module.bias.shape), requires_grad=False)
+            module.bias = nn.Parameter(torch.ones(module.bias.shape), requires_grad=False)
         try:
             with warnings.catch_warnings():
                 # what PEFT says of a model without a configuration
@@ -135,7 +136,12 @@ class LayerwiseAdapter:
         except (ValueError, NotImplementedError, AttributeError, RuntimeError, TypeError) as error:
             raise SvdtuneError(f"the adapter {self.folder} cannot be merged into {layer!r}: {error}") from error
         merged: Any = model.get_base_model().get_submodule(layer)
-        return merged.get_base_layer().weight.detach()
+        found = merged.get_base_layer()
+        if getattr(found, "bias", None) is not None and not (found.bias == 1).all():
+            raise SvdtuneError(
+                f"the adapter {self.folder} changes the bias of {layer!r} too, and weights alone are merged here; {IN_MEMORY}"
+            )
+        return found.weight.detach()
 
     def _config_of(self, layer: str) -> PeftConfig:
         """The configuration of an adapter that has this layer alone."""

@@ -30,7 +30,7 @@ from svdtune.export.convolution import as_lora, check_kernels
 from svdtune.export.source import Source, adapter_folder, attach_adapter, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
-from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.injection import method_name
 from svdtune.starts.pairs import is_taken_off
 from svdtune.system import check_new_folder, new_folder
@@ -161,17 +161,23 @@ def combine(
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     bases: dict[str, str] = {}
     kernels: dict[str, Mapping[str, Any]] = {}
+    kept: dict[str, Tensor] = {}
     for folder, weight in folders.items():
         saved = read_change(folder)
         _check_start_stays(folder, saved.config)
-        if saved.others:
+        # PEFT saves the base's own weight of an output head that is adapted
+        bare = {f"{PEFT_ROOT}{layer}.base_layer.weight" for layer in saved.pairs} & saved.others.keys()
+        if trained := sorted(saved.others.keys() - bare):
             raise SvdtuneError(
-                f"the adapter {folder} also trains {min(saved.others)}, which has no weighted sum; combine adapters without "
+                f"the adapter {folder} also trains {trained[0]}, which has no weighted sum; combine adapters without "
                 "modules_to_save and biases"
             )
         for layer, mark in getattr(saved.config, "base_fingerprint", {}).items():
             if bases.setdefault(layer, mark) != mark:
                 raise SvdtuneError(f"the adapter {folder} was made from another base model: layer {layer!r} differs")
+        for name in sorted(bare):
+            if not torch.equal(kept.setdefault(name, saved.others[name]), saved.others[name]):
+                raise SvdtuneError(f"the adapter {folder} was made from another base model: {name!r} differs")
         for layer, (A, B) in saved.pairs.items():
             pairs.setdefault(layer, []).append((A, weight * B))
         kernels |= saved.kernels
@@ -183,7 +189,7 @@ def combine(
     everything["dropout" if isinstance(saved.config, SvdConfig) else "lora_dropout"] = 0.0
     everything["target_modules"] = sorted(stacked)
     config = dataclasses.replace(saved.config, **everything)
-    return write_lora(SavedChange(config, stacked, kernels, {}), output, cut, uniform)
+    return write_lora(SavedChange(config, stacked, kernels, kept), output, cut, uniform)
 
 
 def _check_start_stays(folder: Path, config: PeftConfig) -> None:

@@ -27,7 +27,7 @@ from svdtune.checkpoint.tensors import FLOATING, Stored
 from svdtune.checkpoint.writer import Computed
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
-from svdtune.export.layerwise import LayerwiseAdapter
+from svdtune.export.layerwise import IN_MEMORY, LayerwiseAdapter
 from svdtune.export.source import Source, adapter_of, base_folder, check_writes, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import architecture_of, read_config
@@ -201,8 +201,7 @@ def _place(base: Checkpoint, parameter: str) -> str:
     place = base.names.of(parameter)
     if place is None:
         raise SvdtuneError(
-            f"the base checkpoint stores no {parameter!r} under that name, so it cannot be merged on disk. Merge in memory: "
-            "PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True).save_pretrained(folder)"
+            f"the base checkpoint stores no {parameter!r} under that name, so it cannot be merged on disk; {IN_MEMORY}"
         )
     return place
 
