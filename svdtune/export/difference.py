@@ -17,6 +17,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.export.change import LowRankPair, SavedChange
 from svdtune.export.lora import Cut, LoraReport, write_lora
 from svdtune.linalg import spectrum, top_factors
+from svdtune.spectra.decompose import named
 from svdtune.spectra.devices import devices_for_work, on_device
 from svdtune.system import check_new_folder
 
@@ -61,7 +62,7 @@ def export_difference(
         if not is_layer:
             left.append(parameter)
             continue
-        A, B, error = on_device(partial(_nearest, cut=cut), change, where)
+        A, B, error = named(parameter, partial(on_device, partial(_nearest, cut=cut), change, where))
         pairs[module] = A, B
         if error > 0:
             errors[module] = error

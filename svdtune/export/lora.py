@@ -200,8 +200,8 @@ def _check_start_stays(folder: Path, config: PeftConfig) -> None:
         raise SvdtuneError(
             f"the adapter {folder} has init_lora_weights={init!r}, so it belongs on weights that its start was taken off. As a "
             "LoRA of the model itself it would be another one. Merge it (`svdtune merge`), and export the difference of the "
-            "two models with a rank: `svdtune export MERGED --base BASE --rank N --output FOLDER`; or name the adapter as it was "
-            "before training, which comes off exactly: `svdtune export ADAPTER --start BEFORE --output FOLDER`"
+            "two models with a rank: `svdtune export MERGED --base BASE --rank N --output FOLDER`; or name the "
+            "adapter as it was before training, which comes off exactly: `svdtune export NAME --start BEFORE --output FOLDER`"
         )
 
 

@@ -8,6 +8,7 @@ from svdtune.linalg.factors import (
     band_factors,
     band_of,
     check_band,
+    check_inside,
     factors_at_threshold,
     top_factors,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "band_factors",
     "band_of",
     "check_band",
+    "check_inside",
     "factors_at_threshold",
     "orthonormality_error",
     "rank_at_threshold",

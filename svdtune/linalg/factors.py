@@ -98,11 +98,7 @@ def band_factors(weight: Tensor, start: int, stop: int, *, exact: bool = False) 
         SvdtuneError: the band is empty or outside the spectrum, or `weight` is not a finite matrix.
     """
     largest = largest_entry(weight)
-    if not 0 <= start < stop <= min(weight.shape):
-        raise SvdtuneError(
-            f"the band ({start}, {stop}) lies outside the spectrum of a weight {tuple(weight.shape)}; expected "
-            f"0 <= start < stop <= {min(weight.shape)}"
-        )
+    check_inside(start, stop, weight.shape)
     return _decompose(weight, largest, start, stop, exact)
 
 
@@ -126,6 +122,15 @@ def all_factors(weight: Tensor) -> Factors | None:
     with full_precision(weight.device):
         triplets = _by_gram(weight, 0, min(weight.shape), scale, _ALL)
         return triplets and _signed(weight, triplets, scale)
+
+
+def check_inside(start: int, stop: int, shape: Sequence[int]) -> None:
+    """Raise `SvdtuneError` unless a weight of this shape has the triplets start … stop."""
+    if not 0 <= start < stop <= min(shape):
+        raise SvdtuneError(
+            f"the band ({start}, {stop}) lies outside the spectrum of a weight {tuple(shape)}; expected "
+            f"0 <= start < stop <= {min(shape)}"
+        )
 
 
 def check_band(components: Components) -> None:

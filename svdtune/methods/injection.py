@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -31,6 +32,18 @@ def inject(model: nn.Module, config: PeftConfig, *, low_cpu_mem_usage: bool = Fa
         adapted = get_peft_model(model, config, low_cpu_mem_usage=low_cpu_mem_usage)
     except SvdtuneError:
         raise
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # documented, not in its __all__
+        raise SvdtuneError(
+            f"a weight cannot be decomposed for {method_name(config)} ({error}); check the checkpoint, or leave its layer out"
+        ) from error
+    except AttributeError as error:  # PEFT's starts read a weight, which fused experts do not have
+        init = getattr(config, "init_lora_weights", None)
+        if "'weight'" not in str(error) or not isinstance(init, str):
+            raise
+        raise SvdtuneError(
+            f"init_lora_weights={init!r} starts layers from their weight, and {error}; name linear layers "
+            "in target_modules ('all-linear' takes fused experts too)"
+        ) from error
     except ValueError as error:
         if targets is None and "specify `target_modules`" in str(error):
             kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)

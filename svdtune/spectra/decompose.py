@@ -55,7 +55,7 @@ def spectra(
         key = _key(weight)
         found = _load_spectrum(key)
         if found is None or not found.exact or len(found.values) < min(weight.shape):
-            found = _named(name, lambda: on_device(decompose, weight, where))
+            found = named(name, lambda: on_device(decompose, weight, where))
             _store_spectrum(key, found)
         return found
 
@@ -103,7 +103,7 @@ def _settling(
     def one(name: str, weight: Tensor, where: torch.device) -> Result:
         key = _key(weight)
         known = _load_spectrum(key)
-        used, result = _named(name, lambda: on_device(lambda there: settle(there, threshold, known), weight, where))
+        used, result = named(name, lambda: on_device(lambda there: settle(there, threshold, known), weight, where))
         if used is not known:
             _store_spectrum(key, used)
         return result
@@ -144,7 +144,7 @@ def factors(
         start, stop = band_of(components, ranks[name], min(weight.shape, default=0))
 
         def found_anew() -> Factors:
-            return _named(
+            return named(
                 name, lambda: on_device(lambda there: band_factors(there, start, stop, exact=exact), weight, where)
             )
 
@@ -180,7 +180,7 @@ def _each(
     crew, turns = _Crew(_AT_ONCE * len(devices)), cycle(devices)
     try:
         for name, weight in tqdm(weights.items(), desc=f"svdtune {what}", unit="weight", delay=1.0, disable=disable):
-            matrix = weight if isinstance(weight, Tensor) else _named(name, weight)
+            matrix = weight if isinstance(weight, Tensor) else named(name, weight)
             where = next(turns) if matrix.device == CPU else matrix.device
             if where.type == "cuda" or min(matrix.shape, default=0) <= _ONE_CORE:
                 crew.begin(name, compute, matrix, where)
@@ -279,7 +279,7 @@ def _on_own_stream(
     return result
 
 
-def _named(name: str, compute: Callable[[], Result]) -> Result:
+def named(name: str, compute: Callable[[], Result]) -> Result:
     """compute(); an error's message begins with the weight's name."""
     try:
         return compute()

@@ -5,14 +5,15 @@ the weights. The weights that are left are then written beside the adapter, as a
 one that was read. Each weight is read once for both.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from tqdm import tqdm
 
@@ -26,8 +27,18 @@ from svdtune.linalg import Components, Factors, band_of
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.sites import Site, sites, skeleton
 from svdtune.methods.start.disk import Started, auto_mapping
+from svdtune.spectra.decompose import named
 from svdtune.spectra.devices import devices_for_work, on_device
-from svdtune.starts.pairs import PISSA, LoraPair, check_not_asked, from_factors, from_last_left, from_qr, residual
+from svdtune.starts.pairs import (
+    PISSA,
+    LoraPair,
+    check_not_asked,
+    check_pissa,
+    from_factors,
+    from_last_left,
+    from_qr,
+    residual,
+)
 from svdtune.system import check_new_folder, new_folder, without_bar
 
 ADAPTER, RESIDUAL = "adapter", "residual"
@@ -122,7 +133,7 @@ def _way(init: Any, components: Components) -> Way:
     of_weight = from_qr if init == "olora" else from_last_left
 
     def decompose(weight: Tensor, site: Site, _: float, where: torch.device) -> LoraPair:
-        return on_device(lambda there: of_weight(there, site.rank or 0), weight, where)
+        return named(site.name, lambda: on_device(lambda there: of_weight(there, site.rank or 0), weight, where))
 
     return decompose
 
@@ -145,14 +156,39 @@ def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) ->
     planned = {}
     for site in sites(model):
         layer: Any = model.get_base_model().get_submodule(site.name)
+        if site.shape is None or not isinstance(layer, LoraLayer):
+            continue  # what it adds is named below
         planned[f"{site.module}.weight"] = (site, float(layer.scaling["default"]))
-        if site.shape is None or (site.rank or 0) > min(site.shape):
+    _check_alone(completed, model, [site for site, _ in planned.values()])
+    for site, scaling in planned.values():
+        assert site.shape is not None
+        if (site.rank or 0) > min(site.shape):
             raise SvdtuneError(
-                f"layer {site.name!r} {list(site.shape or ())} has no {site.rank} singular triplets; lower `r`, or name it in "
+                f"layer {site.name!r} {list(site.shape)} has no {site.rank} singular triplets; lower `r`, or name it in "
                 "`exclude_modules`"
             )
+        if PISSA.fullmatch(str(config.init_lora_weights)):
+            named(site.name, partial(check_pissa, components, site.rank or 0, scaling, site.shape))
+    completed.inference_mode = True
+    completed.base_model_name_or_path, completed.revision = checkpoint.name, checkpoint.commit
+    return _PlannedLora(planned, completed)
+
+
+def _check_alone(config: LoraConfig, model: PeftModel, places: Sequence[Site]) -> None:
+    """Refuse a configuration that puts more into the adapter than A and B of linear layers, each
+    with a weight of its own in the checkpoint."""
+    if config.target_parameters:
+        raise SvdtuneError(
+            f"the configuration adapts fused parameters ({min(config.target_parameters)}), which PEFT starts from no "
+            "decomposition; name linear layers in `target_modules` alone ('all-linear' takes fused experts too)"
+        )
+    if config.layer_replication:
+        raise SvdtuneError(
+            "start writes the checkpoint's own layers, and layer_replication makes others of them; put the configuration on "
+            "the loaded model inside svdtune.fast_starts()"
+        )
     wanted: dict[str, tuple[int | None, ...]] = {}
-    for site, _ in planned.values():
+    for site in places:
         out, inside = site.shape or (0, 0)
         shapes = {"A": (site.rank, inside), "B": (out, site.rank)}
         wanted |= {f"{PEFT_ROOT}{site.name}.lora_{part}.weight": shape for part, shape in shapes.items()}
@@ -161,11 +197,9 @@ def _plan(checkpoint: Checkpoint, config: LoraConfig, components: Components) ->
     if more := sorted(name for name, _ in found.items() ^ wanted.items()):
         raise SvdtuneError(
             f"start writes lora_A and lora_B of linear layers alone, and this configuration has {more[0]} otherwise (DoRA, "
-            "biases, convolutions, embeddings and the like); put it on the loaded model inside svdtune.fast_starts()"
+            "biases, convolutions, embeddings, single tokens and the like); put it on the loaded model inside "
+            "svdtune.fast_starts()"
         )
-    completed.inference_mode = True
-    completed.base_model_name_or_path, completed.revision = checkpoint.name, checkpoint.commit
-    return _PlannedLora(planned, completed)
 
 
 def check_components(config: LoraConfig, components: Components) -> None:

@@ -35,6 +35,7 @@ from svdtune.starts.pairs import (
     PISSA,
     LoraPair,
     check_not_asked,
+    check_pissa,
     damped_covariance,
     from_factors,
     from_last_left,
@@ -241,6 +242,8 @@ def _pissa_init(self: LoraLayer, adapter_name: str, init_lora_weights: str) -> A
                 "fewer triplets than r, and takes the first ones: give components='first', or leave the layer out"
             )
         return NotImplemented
+    # before any weight is changed
+    check_pissa(components, self.r[adapter_name], self.scaling[adapter_name], weight.shape)
     own: Any = self.get_base_layer().weight
     waiting, at, one = _waiting.get(), weight.data_ptr(), Waiting(self, adapter_name)
     # a variant reads what is started, and DeepSpeed takes a gathered weight away again

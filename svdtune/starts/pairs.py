@@ -11,6 +11,7 @@ off the weight, so that the model begins as it was: W ← W − c · B A.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from peft import PeftConfig
 from torch import Tensor
 
 from svdtune.errors import SvdtuneError
-from svdtune.linalg import Components, Factors, band_factors
+from svdtune.linalg import Components, Factors, band_factors, band_of, check_inside
 from svdtune.linalg.matrix import check_rank, largest_entry
 from svdtune.linalg.precision import full_precision
 
@@ -63,6 +64,20 @@ def check_not_asked(components: Components, init: Any) -> None:
     """Raise `SvdtuneError` where triplets are asked for with a start that has its own."""
     if components != "first":
         raise SvdtuneError(f"components says which triplets PiSSA starts from, and {init!r} has its own; leave it out")
+
+
+def check_pissa(components: Components, r: int, scaling: float, shape: Sequence[int]) -> None:
+    """Raise `SvdtuneError` where PiSSA cannot start a layer of a weight [out, in] from r triplets.
+
+    Raises:
+        SvdtuneError: its spectrum lacks them, or the scale has no square root.
+    """
+    if not scaling > 0:
+        raise SvdtuneError(
+            f"PiSSA divides singular values by LoRA's scale and takes their roots, and here it is {scaling:g}; give a "
+            "lora_alpha above 0"
+        )
+    check_inside(*band_of(components, r, min(shape)), shape)
 
 
 class LoraPair(NamedTuple):

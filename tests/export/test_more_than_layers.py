@@ -27,16 +27,6 @@ def saved(folder, config, **changes):
     return model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("cut", [{}, {"error": 1e-6}], ids=str)
-def test_tokens_that_a_lora_trains_are_exported_with_it(cut, tied, tmp_path):
-    config = LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[1, 2])
-    model = saved(tmp_path, config, tie_word_embeddings=tied)
-    svdtune.export_lora(tmp_path / "adapter", tmp_path / "lora", **cut)
-    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora")
-    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
-
-
 @pytest.mark.filterwarnings("ignore:Adapter 'default'")  # PEFT takes the bias of lora_B for a shard
 @pytest.mark.parametrize(
     "config",
@@ -56,13 +46,6 @@ def test_a_bias_that_is_changed_is_not_left_as_it_was(config, tmp_path):
     merged = model.merge_and_unload(safe_merge=True)  # as advised
     whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(merged), logits(whole), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "value"), [("trainable_token_indices", [1]), ("layer_replication", [[0, 2], [0, 2]])])
-def test_what_is_not_merged_layer_by_layer_says_so(name, value, tmp_path):
-    saved(tmp_path, LoraConfig(r=4, target_modules=["q_proj"], **{name: value}))
-    with pytest.raises(SvdtuneError, match=f"has {name}, which is not merged layer by layer; merge in memory"):
-        svdtune.merge(tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_a_lora_of_experts_is_sent_to_a_merge_that_takes_it(tmp_path):
