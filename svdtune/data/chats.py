@@ -143,7 +143,7 @@ def _is_object(call: Mapping[str, Any]) -> bool:
 
 def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase) -> None:
     """Make sure that the chat template writes all that the examples' chats hold: what each role
-    says, tools, and calls of them.
+    says, what was thought, tools, and calls of them.
 
     A template passes over what it does not know, without a word, and a run would train on chats
     that lack it. The first chat that holds a kind of thing tells for all.
@@ -169,6 +169,7 @@ def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBas
 
 
 _TOOLS, _CALLS = "tools", "tool_calls"
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what a message may hold besides
 Kind = tuple[str, str]  # a role and where it speaks, or what is not said: tools, and calls of them
 
 
@@ -185,6 +186,9 @@ def _held(messages: Messages, tools: Sequence[Any] | None) -> Iterator[tuple[Kin
     for at, turn in enumerate(messages):
         if turn.get(_CALLS):
             yield (_CALLS, ""), at
+        for thought in _THOUGHTS:
+            if turn.get(thought) and at == len(messages) - 1:  # of earlier turns many leave it out
+                yield (thought, ""), at
         if turn.get("content"):
             where = "beside a call of tools" if turn.get(_CALLS) else "after the first message" if at else "at first"
             yield (turn["role"], where), at
@@ -192,6 +196,7 @@ def _held(messages: Messages, tools: Sequence[Any] | None) -> Iterator[tuple[Kin
 
 def _in_words(kind: Kind) -> str:
     called = {_TOOLS: "the tools that may be called", _CALLS: "the assistant's calls of tools"}
+    called |= {name: f"what the assistant thought, {name!r}" for name in _THOUGHTS}
     return called.get(kind[0], f"what the role {kind[0]!r} says {kind[1]}")
 
 
@@ -203,6 +208,8 @@ def _written_without(
     turn, tools = messages[at], None if kind[0] == _TOOLS else example.tools
     if kind[0] == _CALLS:
         turn = {key: value for key, value in turn.items() if key != _CALLS}
+    elif kind[0] in _THOUGHTS:
+        turn = {**turn, kind[0]: f"{turn[kind[0]]} x"}
     elif kind[0] != _TOOLS:
         turn = {**turn, "content": f"{turn['content']} x"}
     try:

@@ -79,7 +79,7 @@ def to_labelled(
         if isinstance(row.get(completion), list | tuple):
             row = {**row, completion: _answer(row[completion], f"{name}: field {completion!r}")}
             if prompt == PROMPT and isinstance(row[PROMPT], str):
-                row[PROMPT] = _asked(row[PROMPT])
+                row[PROMPT] = _asked(row[PROMPT], row)
         asked.append(row)
     return list(zip(to_examples(asked, prompt, completion, source=source), labels, strict=True))
 
@@ -222,7 +222,7 @@ def _with_prompt(row: Row, name: str) -> Row:
     if isinstance(prompt, list) or (isinstance(prompt, str) and isinstance(chosen, str)):
         return {**row, PROMPT: prompt, CHOSEN: chosen, REJECTED: rejected}
     if not begin and isinstance(prompt, str):
-        return {**row, PROMPT: _asked(prompt), CHOSEN: chosen, REJECTED: rejected}
+        return {**row, PROMPT: _asked(prompt, row), CHOSEN: chosen, REJECTED: rejected}
     if isinstance(chosen, str) and (columns := [column for column in _ASKS if is_said(row, column)]):
         raise SvdtuneError(
             f"{name} has no 'prompt', but {' and '.join(map(repr, columns))}; rename the column that is asked to 'prompt', "
@@ -235,8 +235,11 @@ def _with_prompt(row: Row, name: str) -> Row:
     return {**row, PROMPT: chosen[:begin], CHOSEN: chosen[begin:], REJECTED: rejected[begin:]}
 
 
-def _asked(text: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
+def _asked(text: str, row: Row) -> list[dict[str, Any]]:
+    """A text as the user's message, after the row's `system`."""
+    system = row.get("system")
+    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    return [*before, {"role": "user", "content": text}]
 
 
 def _answer(value: Any, name: str) -> Any:

@@ -151,7 +151,9 @@ def draft(
     text = _written(settings, lengths)
     overlong = {length: sum(one > length for one in lengths) for length in (*_LENGTHS, longest)}
     check_recipe(read_yaml(text, "the recipe") | {"output": settings["output"]})
-    unread = [name for name in columns if name not in read]
+    judged = task != "sft" and any(isinstance(row.get(one), list) for row in first for one in (CHOSEN, COMPLETION))
+    opened = judged and any(isinstance(row.get(PROMPT), str) for row in first)  # a chat of text, after `system`
+    unread = [name for name in columns if name not in read and not (opened and name == "system")]
     return Draft(text, found, len(rows), sum(lengths), max(lengths), overlong, made.empty, unread)
 
 

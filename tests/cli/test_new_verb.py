@@ -66,6 +66,7 @@ def test_every_format_is_told_and_its_recipe_trains(format: str, tiny_folder: Pa
         ({"messages": [ASKED, SAID], "label": "greeting", "id": 3}, "sft", "id, label"),
         ({"instruction": "Add.", "output": "4", "system": "Be brief.", "history": [], "id": 3}, "sft", "id"),
         ({"prompt": "2 + 2", "chosen": "4", "rejected": "5", "system": "Be brief."}, "dpo", "system"),
+        ({"prompt": "2 + 2", "chosen": [SAID], "rejected": [SAID], "system": "Be brief."}, "dpo", ""),
         ({"text": "abc"}, "sft", ""),
     ],
 )

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from svdtune.data import encode, to_examples
 from svdtune.data.encoding import IGNORED
 from svdtune.data.preferences import encode_pairs, to_pairs
+from svdtune.errors import SvdtuneError
 from svdtune.evaluation.items import to_items
 
 TURNS = [
@@ -136,3 +137,12 @@ def test_arguments_of_calls_are_json_in_every_template(tiny_tokenizer: PreTraine
         turn = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": arguments}]}
         learnt = tokens({"messages": [TURNS[0], turn]}, own)[1]
         assert own.convert_tokens_to_string(learnt) == '{"a": "ü"}<|end|>'
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_what_was_thought_is_written_or_refused(channels: PreTrainedTokenizerFast, name: str) -> None:
+    row = {"messages": [TURNS[0], {**TURNS[1], name: "2 and 2"}]}
+    with pytest.raises(SvdtuneError, match=f"leaves out what the assistant thought, '{name}'"):
+        tokens(row, channels)
+    channels.chat_template = CHANNELS.replace("{{ m.content", "{{ m." + name + " }}={{ m.content")
+    assert channels.convert_tokens_to_string(tokens(row, channels)[1]) == "final: 2 and 2=4<|end|>"

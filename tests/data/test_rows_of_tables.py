@@ -157,3 +157,11 @@ def test_pairs_are_not_trained_on_without_what_was_asked() -> None:
         to_pairs([row])
     [(named, _)] = to_pairs([row], "{system}\n{question}")
     assert named.prompt == "Be brief.\n2 + 2?"
+
+
+def test_a_system_beside_a_text_and_messages_opens_the_chat() -> None:
+    row = {"prompt": "2 + 2?", "system": "Be brief.", "chosen": [SAY], "rejected": [WRONG]}
+    [(chosen, rejected)] = to_pairs([row])
+    assert chosen.prompt == rejected.prompt == [SYSTEM, ASK]
+    [(judged, _)] = to_labelled([{"prompt": "2 + 2?", "system": "Be brief.", "completion": [SAY], "label": 1}])
+    assert judged.prompt == [SYSTEM, ASK]
