@@ -11,11 +11,11 @@ from peft import PeftConfig
 from svdtune.api.inputs import ModelLike, asked, source_of
 from svdtune.errors import SvdtuneError
 from svdtune.methods import sites as places
-from svdtune.models.loader import locate, placement
+from svdtune.models.loader import load_tokenizer, locate, placement
 from svdtune.spectra.devices import check_device
 
 if TYPE_CHECKING:
-    from svdtune.export import MergeReport
+    from svdtune.export import MergeReport, Source
     from svdtune.export.lora import LoraReport
     from svdtune.methods.sites import Count, Sites
     from svdtune.planning import Plan
@@ -233,7 +233,7 @@ def export_lora(
             write_gguf(lora, path, None if base is None else str(base))
         return dataclasses.replace(report, output=path, notes=[])
     from svdtune.export import Source, adapter_of
-    from svdtune.export.lora import Cut, compare
+    from svdtune.export.lora import Cut
     from svdtune.export.lora import export_lora as write
     from svdtune.methods.files.integrity import ADAPTER_CONFIG
 
@@ -254,10 +254,21 @@ def export_lora(
         return export_difference(tuned, untuned, Path(output), cut, uniform=uniform)
     adapter = folder if found is None else adapter_of(found, "export")
     opened = found if name is None else dataclasses.replace(found or Source(name, folder), base=name, revision=None)
+    if name is not None:
+        locate(name)  # one that is not there is no reason to find after everything is written
     report = write(adapter, Path(output), cut=cut, uniform=uniform, base=opened, start=begun)
-    if opened is None or name is None or begun is not None:
-        return report
-    return dataclasses.replace(report, difference=compare(opened, report.output))
+    return report if opened is None or name is None or begun is not None else _compared(report, opened)
+
+
+def _compared(report: "LoraReport", adapted_base: "Source") -> "LoraReport":
+    """The report with the outputs' difference, or with a note why there is none."""
+    from svdtune.export.lora import compare
+
+    try:
+        load_tokenizer(adapted_base.base, **adapted_base.origin)
+    except SvdtuneError as error:
+        return dataclasses.replace(report, notes=[*report.notes, f"the outputs were not compared: {error}"])
+    return dataclasses.replace(report, difference=compare(adapted_base, report.output))
 
 
 def combine(

@@ -1,5 +1,5 @@
-"""Adapters that change more than the weights of linear layers: exported and merged whole, or
-refused."""
+"""Adapters that change more than the weights of linear layers, and bases without a tokenizer:
+exported and merged whole, or refused."""
 
 import pytest
 import torch
@@ -77,3 +77,14 @@ def test_heads_of_two_bases_do_not_combine(tmp_path):
         SvdtuneError, match=r"was made from another base model: 'base_model\.model\.lm_head\.base_layer"
     ):
         svdtune.combine(adapters, tmp_path / "out")
+
+
+def test_without_a_tokenizer_the_outputs_are_not_compared(tmp_path):
+    """The LoRA is written, so an error would come too late."""
+    saved(tmp_path, LoraConfig(r=4, target_modules=["q_proj"]))
+    report = svdtune.export_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "base")
+    assert report.difference is None
+    assert report.notes[-1].startswith("the outputs were not compared: the tokenizer of")
+    with pytest.raises(SvdtuneError, match="there is no model at"):
+        svdtune.export_lora(tmp_path / "adapter", tmp_path / "other", base=tmp_path / "nowhere")
+    assert not (tmp_path / "other").exists()
