@@ -2,9 +2,9 @@
 stock LoRA."""
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,19 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from svdtune import spectra
+from svdtune.checkpoint import Checkpoint
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
 from svdtune.export.layerwise import IN_MEMORY
-from svdtune.export.source import Source, find_source, open_source
+from svdtune.export.source import Source, find_source, opened_base
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter, read_config
 from svdtune.methods.files.card import TITLES
+from svdtune.methods.files.compact import PROBE, check_probes
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.layers.slices import whole_pairs
+from svdtune.methods.sites import Site, sites
 
 LowRankPair = tuple[Tensor, Tensor]
 
@@ -142,13 +146,28 @@ def _scaling(config: LoraConfig, layer: str, r: int) -> float:
 
 
 def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
-    """An adapter of svdtune's with its frozen tensors; those of a compact one are recomputed, by
-    loading it onto its base model."""
+    """An adapter of svdtune's with its frozen tensors. Those of a compact one are recomputed from
+    its base model, one weight at a time."""
     saved = read_adapter(adapter)
-    if not saved.config.compact or not layer_class(saved.config).frozen:
+    config, method = saved.config, layer_class(saved.config)
+    if not config.compact or not method.frozen:
         return saved
-    model: Any = open_source(base or find_source(adapter)).model
-    model.peft_config["default"].compact = False
-    with tempfile.TemporaryDirectory() as work:
-        model.save_pretrained(work)
-        return read_adapter(work)
+    source = base or find_source(adapter)
+    with opened_base(source, config) as checkpoint:
+        asked = source.recipe.model.dtype if source.recipe else "auto"  # in which the adapter was made
+        dtype: Any = checkpoint.model.config.dtype if asked == "auto" else getattr(torch, asked)
+        places = {site.name: site for site in sites(checkpoint, config)}
+        weights = {name: partial(_weight, places[name], checkpoint, dtype) for name in saved.layers}
+        found = spectra.factors(weights, config.ranks, components=config.triplets, exact=True)
+        for name, factors in found:
+            tensors = saved.layers[name]
+            frozen = method.frozen_from(factors)
+            check_probes(name, frozen, {part: tensors.pop(f"{part}{PROBE}") for part in frozen})
+            tensors.update(frozen)
+    return saved
+
+
+def _weight(site: Site, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Tensor:
+    """A layer's matrix [out, in], rounded to a dtype unless that is None."""
+    weight = site.weight(checkpoint)
+    return weight if dtype is None else weight.to(dtype)

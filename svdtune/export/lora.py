@@ -6,8 +6,8 @@ gives (SARA and one-headed Mo-SARA: w = k, SORSA: w = 2r, in both layouts agains
 own weight). LoRA stores Aᵀ as lora_A and B as lora_B, and multiplies by alpha / rank, so alpha =
 rank. Nothing is lost: SORSA's change is not squeezed back into rank r.
 
-Only the adapter's own files are read. A base model is needed for one that was saved with
-compact=True alone: what its file leaves out follows from the base's weights.
+Only the adapter's own files are read. The base's weights are needed for one that was saved with
+compact=True alone: what its file leaves out follows from them.
 """
 
 import dataclasses

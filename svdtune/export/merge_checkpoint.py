@@ -7,9 +7,8 @@ follows where the model fits into memory.
 """
 
 import json
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,20 +19,19 @@ from peft import PeftConfig, PeftType
 from torch import Tensor
 from tqdm import tqdm
 
-from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint import Checkpoint
 from svdtune.checkpoint.rewrite import CARD, copy_other_files, floating, folder_of, write_weights
-from svdtune.checkpoint.shards import shard_names
 from svdtune.checkpoint.tensors import FLOATING, Stored
 from svdtune.checkpoint.writer import Computed
 from svdtune.errors import SvdtuneError
 from svdtune.export.comparison import LogitComparison, compare_checkpoint, why_not
 from svdtune.export.layerwise import IN_MEMORY, LayerwiseAdapter
-from svdtune.export.source import Source, adapter_of, base_folder, check_writes, open_source
+from svdtune.export.source import Source, adapter_of, check_writes, open_source, opened_base
 from svdtune.methods.config import SvdConfig
-from svdtune.methods.files.adapter import architecture_of, read_config
+from svdtune.methods.files.adapter import read_config
 from svdtune.methods.files.card import TITLES, front, table
 from svdtune.methods.layers.experts import stacks_in
-from svdtune.models import load, load_tokenizer, set_end_token
+from svdtune.models import load_tokenizer, set_end_token
 from svdtune.models.loader import load_decoding
 from svdtune.system import check_new_folder, new_folder, read_json, without_bar
 from svdtune.training.lock import held
@@ -83,7 +81,7 @@ def merge(
     target = None if dtype == "auto" else _words()[dtype]
     config = read_config(folder)
     kept = nullcontext() if source.run is None else held(source.run, "merge")
-    with kept, new_folder(output) as work, _base_of(source, config, output.absolute().parent) as base:
+    with kept, new_folder(output) as work, opened_base(source, config, output.absolute().parent) as base:
         if isinstance(config, SvdConfig) and config.target_parameters:
             layers = len({*map(config.module_of, config.ranks)})
             untied, dtypes = _write_loaded(base, source, work, target)
@@ -106,23 +104,6 @@ def merge(
 
 def _words() -> dict[str, torch.dtype]:
     return {str(dtype).removeprefix("torch."): dtype for dtype in FLOATING.values()}
-
-
-@contextmanager
-def _base_of(source: Source, adapter: PeftConfig, beside: Path) -> Iterator[Checkpoint]:
-    """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion
-    that is removed again."""
-    folder = base_folder(source)
-    how: dict[str, Any] = {"architecture": architecture_of(adapter), "trust_remote_code": source.trust_remote_code}
-    if folder.is_dir() and shard_names(folder) is not None:
-        yield open_checkpoint(folder, **how)
-        return
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".svdtune-base-") as converted:
-        loaded = load(folder, trust_remote_code=source.trust_remote_code)
-        loaded.model.save_pretrained(converted)
-        loaded.tokenizer.save_pretrained(converted)
-        del loaded
-        yield open_checkpoint(converted, **how)
 
 
 def _write_loaded(

@@ -1,7 +1,10 @@
 """Open what a command is given: a training run, an adapter folder, or a plain model with or without
 an adapter."""
 
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,12 +12,14 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
+from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint.shards import shard_names
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
-from svdtune.methods.files.adapter import read_config, read_settings
+from svdtune.methods.files.adapter import architecture_of, read_config, read_settings
 from svdtune.methods.files.integrity import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from svdtune.models import SMOLLM2, LoadedModel, load
 from svdtune.models.loader import locate
@@ -144,6 +149,23 @@ def base_folder(source: Source) -> Path:
         return Path(snapshot_download(found, revision=source.origin["revision"], allow_patterns=kinds))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise SvdtuneError(f"the model {found!r} cannot be fetched: {_shortened(error)}") from error
+
+
+@contextmanager
+def opened_base(source: Source, adapter: PeftConfig, beside: Path | None = None) -> Iterator[Checkpoint]:
+    """The base as safetensors: its own folder, or for a GGUF file or pickled weights a conversion
+    that is removed again."""
+    folder = base_folder(source)
+    how: dict[str, Any] = {"architecture": architecture_of(adapter), "trust_remote_code": source.trust_remote_code}
+    if folder.is_dir() and shard_names(folder) is not None:
+        yield open_checkpoint(folder, **how)
+        return
+    with tempfile.TemporaryDirectory(dir=beside, prefix=".svdtune-base-") as converted:
+        loaded = load(folder, trust_remote_code=source.trust_remote_code)
+        loaded.model.save_pretrained(converted)
+        loaded.tokenizer.save_pretrained(converted)
+        del loaded
+        yield open_checkpoint(converted, **how)
 
 
 def attach_adapter(model: torch.nn.Module, adapter: Path) -> PeftModel:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 import new_process
 import stock_peft
@@ -210,6 +211,33 @@ def test_several_heads_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(SvdtuneError, match="3 heads, which cannot be merged or exported: its router mixes"):
         export_lora(tmp_path / "adapter", tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def tiny_t5():
+    torch.manual_seed(0)
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, vocab_size=60, decoder_start_token_id=0)
+    return T5ForConditionalGeneration(config).eval()
+
+
+COMPACT = {
+    "pattern": (tiny_llama, SorsaConfig(threshold=0.2, compact=True, target_modules=r".*\.1\..*_proj")),
+    "one head": (tiny_llama, MoSaraConfig(r=3, compact=True, num_heads=1)),
+    "no causal model": (tiny_t5, SorsaConfig(r=3, compact=True, target_modules=["q", "wo"])),
+}
+
+
+@pytest.mark.parametrize(("make", "config"), COMPACT.values(), ids=COMPACT)
+def test_a_compact_adapter_needs_its_bases_weights_alone(make, config, tmp_path):
+    """No tokenizer, and whatever the base's class is."""
+    make().save_pretrained(tmp_path / "base")
+    model = moved(get_peft_model(type(make()).from_pretrained(tmp_path / "base"), copy.deepcopy(config)).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    more = {"decoder_input_ids": TOKENS} if make is tiny_t5 else {}
+    with torch.no_grad():
+        expected = model(input_ids=TOKENS, **more).logits
+        found = PeftModel.from_pretrained(make(), tmp_path / "lora")(input_ids=TOKENS, **more).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
