@@ -2,6 +2,7 @@
 a time."""
 
 import copy
+import json
 import random
 from importlib.util import find_spec
 from pathlib import Path
@@ -129,6 +130,13 @@ def _alone(messages: Any, tools: Any, asking: bool, tokenizer: PreTrainedTokeniz
     try:
         return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asking))
     except Exception as error:
+        if "concatenate" in str(error):  # DeepSeek's adds a call's arguments to a text
+            text = json.dumps(CALL["function"]["arguments"])
+            call = {**CALL, "function": {**CALL["function"], "arguments": text}}
+            messages = [turn | ({"tool_calls": [call]} if "tool_calls" in turn else {}) for turn in messages]
+            return str(
+                tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=asking)
+            )
         raise SvdtuneError(f"refuses its first {len(messages)} messages: {error}") from error
 
 
