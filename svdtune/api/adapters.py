@@ -231,7 +231,8 @@ def export_lora(
             lora = Path(work, "lora")
             report = export_lora(source, lora, rank=rank, error=error, uniform=uniform, base=base, start=start)
             write_gguf(lora, path, None if base is None else str(base))
-        return dataclasses.replace(report, output=path, notes=[])
+        kept = [note for note in report.notes if not note.startswith(("vLLM", "llama.cpp"))]  # those are of the folder
+        return dataclasses.replace(report, output=path, notes=kept)
     from svdtune.export import Source, adapter_of
     from svdtune.export.lora import Cut
     from svdtune.export.lora import export_lora as write

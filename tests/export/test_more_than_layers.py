@@ -88,3 +88,16 @@ def test_without_a_tokenizer_the_outputs_are_not_compared(tmp_path):
     with pytest.raises(SvdtuneError, match="there is no model at"):
         svdtune.export_lora(tmp_path / "adapter", tmp_path / "other", base=tmp_path / "nowhere")
     assert not (tmp_path / "other").exists()
+
+
+def test_what_a_difference_leaves_out_is_said_of_a_gguf_file_too(tmp_path):
+    pytest.importorskip("gguf")
+    base = tiny_llama(tie_word_embeddings=False)
+    base.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for name, weight in base.named_parameters():
+            if "q_proj" in name or "norm" in name:
+                weight += 0.1 * torch.randn_like(weight)
+    base.save_pretrained(tmp_path / "tuned")
+    report = svdtune.export_lora(tmp_path / "tuned", tmp_path / "lora.gguf", base=tmp_path / "base", rank=2, to="gguf")
+    assert [note.partition(" (")[0] for note in report.notes] == ["5 weights differ too and are no linear layer's"]
