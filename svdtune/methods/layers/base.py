@@ -304,6 +304,7 @@ class SvdLayer(StateDictLayer, Merging, Generic[Config]):
         active = [name for name in self.active_adapters if name in self.r]
         if self._awaited:
             self._check_loaded(active)
+        self._check_in_memory(active, x)
         y = self.base_output(x, active, *args, **kwargs)
         if self.quantization_backend is not None and active and y.requires_grad:
             y = y.clone()  # it may be a view through which no gradient of an addition finds back

@@ -3,7 +3,7 @@ without them."""
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from svdtune.methods.layers.rounding import Unrounded
 class StateDictLayer(Unrounded):
     """The part of an adapted layer that loads."""
 
+    trained: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]]
+
     @abstractmethod
     def adapter_tensor(self, name: str, adapter: str) -> Tensor | None:
         """One tensor of an adapter, None where its settings leave it out."""
@@ -27,6 +30,18 @@ class StateDictLayer(Unrounded):
     def awaits(self, adapter: str) -> bool:
         """Whether an adapter still waits for its values from a checkpoint."""
         return adapter in self._awaited
+
+    def _check_in_memory(self, active: Collection[str], x: Tensor) -> None:
+        """Raise `SvdtuneError` for an adapter whose values were offloaded: PyTorch's products in
+        place take whatever lies in memory for them, and say nothing."""
+        for adapter in active:
+            tensors = (self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen))
+            if not x.is_meta and any(tensor is not None and tensor.is_meta for tensor in tensors):
+                raise SvdtuneError(
+                    f"the values of adapter {adapter!r} are on the meta device: they were offloaded with the model "
+                    "(accelerate's cpu_offload, disk_offload or dispatch_model), which brings them back for no call. Offload "
+                    "the base model first, and put the adapter on after that"
+                )
 
     def filled_elsewhere(self, adapter: str) -> None:
         """Note that another process starts an adapter, and hands out its values later, with the
