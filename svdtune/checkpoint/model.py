@@ -69,6 +69,10 @@ class Checkpoint:
             SvdtuneError: the checkpoint does not hold it, or not in the architecture's shape.
         """
         parameter = f"{module_name}.weight"
+        if not self.has_weights:
+            raise SvdtuneError(
+                f"{self.name} is a shape without weights, which are read here; name a model that has them"
+            )
         if parameter not in self.readers:
             raise SvdtuneError(
                 f"the checkpoint {self.name} has no tensor for {parameter}; it may be incomplete, or quantized in a way that "

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig
-from svdtune.checkpoint import Checkpoint, open_checkpoint
+from svdtune.checkpoint import Checkpoint, open_checkpoint, open_shape
 from svdtune.errors import SvdtuneError
 from svdtune.methods.start.disk import start
 from tiny import tiny_gpt2, tiny_llama
@@ -108,6 +108,12 @@ def test_slices_and_transposed_weights(tmp_path, slices):
     assert written["slices"] == expected["slices"]
     assert written["base_fingerprint"] == expected["base_fingerprint"]
     PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), made.adapter)
+
+
+def test_a_shape_has_nothing_to_start_from(tmp_path):
+    shape = open_shape("llama-7b", layers=1)
+    with pytest.raises(SvdtuneError, match="llama-7b is a shape without weights, which are read here"):
+        start(shape, SorsaConfig(r=2, target_modules=["q_proj"]), tmp_path / "adapter")
 
 
 def test_one_weight_is_there_at_a_time(folder, tmp_path):
