@@ -12,7 +12,7 @@ from svdtune.lab.study.arms import Arm, Table, held_out
 from svdtune.lab.study.crossed_effects import Crossed, crossed
 from svdtune.lab.study.results import Measurements, Results
 from svdtune.lab.study.spec import plan_of
-from svdtune.lab.study.statistics import holm
+from svdtune.lab.study.statistics import holm, holm_level
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Answer:
         found: arm less baseline.
         p: of no difference, corrected for the table's contrasts (Holm); None where unknown.
         alike: of a difference of the margin or more, corrected likewise.
+        least: the smallest difference that the test, so corrected, sees with 80 % power; None where
+            unknown.
         named: whether every run carries the plan with this contrast.
     """
 
@@ -37,6 +39,7 @@ class Answer:
     found: Crossed
     p: float | None
     alike: float | None
+    least: float | None
     named: bool
 
 
@@ -44,8 +47,11 @@ def answers(results: Results, table: Table) -> list[Answer]:
     """The study's contrasts in one table, those whose arms both have a finished run."""
     arms = {arm.name: arm for arm in table.arms}
     found = [one for given in results.spec.get("contrasts") or () if (one := _answer(results, arms, given))]
-    ps, alike = holm([one.p for one in found]), holm([one.alike for one in found])
-    return [replace(one, p=p, alike=a) for one, p, a in zip(found, ps, alike, strict=True)]
+    raw = [one.p for one in found]
+    levels = [holm_level(raw[:at] + raw[at + 1 :]) for at in range(len(raw))]
+    least = [one.found.least(level) for one, level in zip(found, levels, strict=True)]
+    every = zip(found, holm(raw), holm([one.alike for one in found]), least, strict=True)
+    return [replace(one, p=p, alike=alike, least=smallest) for one, p, alike, smallest in every]
 
 
 def _answer(results: Results, arms: dict[str, Arm], given: dict[str, Any]) -> Answer | None:
@@ -62,7 +68,7 @@ def _answer(results: Results, arms: dict[str, Arm], given: dict[str, Any]) -> An
     runs = [run for one in (arm, *others) for seeds in one.rates.values() for run in seeds]
     named = all(plan in run.plans for run in runs)
     margin = given["margin"]
-    return Answer(arm.name, baseline.name, given["on"], margin, found, found.p, found.alike(margin), named)
+    return Answer(arm.name, baseline.name, given["on"], margin, found, found.p, found.alike(margin), None, named)
 
 
 def _values(arm: Arm, baseline: Arm, on: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -76,19 +82,20 @@ def _values(arm: Arm, baseline: Arm, on: str) -> tuple[np.ndarray, np.ndarray] |
 
 
 def at_equal_loss(arm: Sequence[Measurements], baseline: Sequence[Measurements]) -> tuple[np.ndarray, np.ndarray]:
-    """The KL of each run, [seeds, 1], where its loss of answers first comes down to what both arms
-    come to: the larger of their mean losses at the end. Between two checkpoints, KL goes with the
-    loss on a straight line; a run that does not come down so far counts with its end."""
+    """The KL of each run and item, [seeds, items], where the run's loss of answers first comes down
+    to what both arms come to: the larger of their mean losses at the end. Between two checkpoints,
+    KL goes with the loss on a straight line; a run that does not come down so far counts with its
+    end."""
     level = max(fmean(float(run.path("answers")[-1]) for run in runs) for runs in (arm, baseline))
-    ours, theirs = (np.array([[_kl_at(run, level)] for run in runs]) for runs in (arm, baseline))
+    ours, theirs = (np.array([_kl_at(run, level) for run in runs]) for runs in (arm, baseline))
     return ours, theirs
 
 
-def _kl_at(run: Measurements, level: float) -> float:
-    losses, kl = run.path("answers"), run.path("kl")
+def _kl_at(run: Measurements, level: float) -> np.ndarray:
+    losses = run.path("answers")
     for at in range(1, len(losses)):
         if losses[at] <= level:
             fall = losses[at - 1] - losses[at]
             share = (losses[at - 1] - level) / fall if fall > 0 else 1.0
-            return float(kl[at - 1] + min(1.0, max(0.0, share)) * (kl[at] - kl[at - 1]))
-    return float(kl[-1])
+            return run.between("kl", at, min(1.0, max(0.0, share)))
+    return run.between("kl", len(losses) - 1, 1.0)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from svdtune.evaluation.interval import Interval
-from svdtune.lab.study.statistics import stats
+from svdtune.lab.study.statistics import LEVEL, stats
 
-_LEVEL, _POWER = 0.05, 0.8
+_POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Crossed:
     @property
     def interval(self) -> Interval | None:
         """The 95 % interval, over seeds and items."""
-        half = self._times(1 - _LEVEL / 2)
+        half = self._times(1 - LEVEL / 2)
         return None if half is None else Interval(self.value - half, self.value + half)
 
     @property
@@ -48,10 +48,10 @@ class Crossed:
             return None
         return float(2 * stats().t.sf(abs(self.value) / self.error, self.df))
 
-    @property
-    def least(self) -> float | None:
-        """The smallest difference that a test at 5 % sees with 80 % power, given this error."""
-        parts = self._times(1 - _LEVEL / 2), self._times(_POWER)
+    def least(self, level: float = LEVEL) -> float | None:
+        """The smallest difference that a test at this level sees with 80 % power, given this
+        error."""
+        parts = self._times(1 - level / 2), self._times(_POWER)
         return None if parts[0] is None or parts[1] is None else parts[0] + parts[1]
 
     def alike(self, margin: float) -> float | None:

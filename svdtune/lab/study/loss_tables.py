@@ -12,7 +12,7 @@ from svdtune.lab.study.contrasts import Answer, answers
 from svdtune.lab.study.crossed_effects import crossed
 from svdtune.lab.study.markdown import escape, table
 from svdtune.lab.study.results import Results, Run
-from svdtune.lab.study.statistics import Spread
+from svdtune.lab.study.statistics import LEVEL, Spread
 from svdtune.lab.study.table import (
     NONE,
     learning_rate,
@@ -24,7 +24,6 @@ from svdtune.lab.study.table import (
     size_of,
 )
 
-_CERTAIN = 0.05
 _ON = {"answers": "loss of answers", "kl": "KL to the base", "kl at equal loss": "KL where both have learnt as much"}
 
 
@@ -51,7 +50,7 @@ def contrast_table(answered: Sequence[Answer]) -> str:
             _signed(one.found.value, one.found.interval),
             p_value(one.p),
             p_value(one.alike),
-            NONE if one.found.least is None else _nats(one.found.least),
+            NONE if one.least is None else _nats(one.least),
             verdict(one),
         ]
         for one in answered
@@ -64,9 +63,9 @@ def verdict(one: Answer) -> str:
     if min(one.found.seeds) < 2:
         return "not decided: one seed"
     said = []
-    if one.p is not None and one.p < _CERTAIN:
+    if one.p is not None and one.p < LEVEL:
         said.append("higher" if one.found.value > 0 else "lower")
-    if one.alike is not None and one.alike < _CERTAIN:
+    if one.alike is not None and one.alike < LEVEL:
         said.append(f"alike within {one.margin:g}")
     text = ", ".join(said) or "not told apart"
     return text if one.named else f"{text} (exploratory: not named before every run)"
@@ -95,14 +94,15 @@ def difference_table(found: Table) -> str:
             continue
         first = arm.measured["answers"]
         cells = [_signed(arm.measured[k].value, arm.measured[k].interval) if k in arm.measured else NONE for k in kinds]
-        least = NONE if first.least is None else _nats(first.least)
+        least = NONE if (smallest := first.least()) is None else _nats(smallest)
         rows.append([escape(arm.name), *cells, p_value(first.p), least, " and ".join(map(str, first.seeds))])
     return table(head, rows)
 
 
 def rate_table(found: Table) -> str:
     """Of every arm the loss on held-out training rows at each rate that it finished; the chosen one
-    first, and those named that cannot be told from it."""
+    first, and those named that cannot be told from it. Where a run collapsed, the spread hides
+    every difference, so that no rate is called tied for it."""
     rows = []
     for arm in found.arms:
         rates = [(rate, runs) for rate, runs in arm.rates.items() if rate is not None]
@@ -130,7 +130,10 @@ def _at_rate(runs: Sequence[Run], chosen: Sequence[Run]) -> str:
     losses, best = held_out(runs), held_out(chosen)
     broken = len(runs) - len(losses)
     text = _mean(runs) + (f", {broken} of {len(runs)} not finished" if broken else "")
-    return f"{text} (tied)" if not broken and tied(losses, best) else text
+    if broken or not tied(losses, best):
+        return text
+    collapsed = sum(run.collapsed for run in runs)
+    return f"{text}, {collapsed} of {len(runs)} collapsed" if collapsed else f"{text} (tied)"
 
 
 def tied(losses: Sequence[float], best: Sequence[float]) -> bool:

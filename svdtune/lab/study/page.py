@@ -47,12 +47,14 @@ The contrasts were named in the study file before its runs, whose records carry 
 interval over seeds and items together: would other seeds, and other items of the kind, say the same? Seeds are not paired and
 their variance is pooled; items are paired. With one seed the interval is over items alone, and decides nothing. *p* is of no
 difference, *alike* of one of the margin or more (two one-sided tests); both are corrected for the contrasts of the table
-(Holm). *Could see* is the smallest difference that such a test finds four times in five. Everything else is exploratory: its
-intervals and p values are not corrected, and what it shows is a reason to look again.
+(Holm). *Could see* is the smallest difference that the test of *p*, so corrected, finds four times in five. Everything else is
+exploratory: its intervals and p values are not corrected, and what it shows is a reason to look again. Of KL where both have
+learnt as much, the items of a set keep the proportions that they have at the run's end.
 
 The learning rate of an arm is the one with the lowest loss on held-out training rows over its seeds; *tied* are those that
-cannot be told from it. ± is the sample standard deviation over seeds. Seconds are wall-clock time of training, in which
-loading what measuring needs may be, but not measuring; runs may have shared a device, so they compare methods only roughly."""
+cannot be told from it, without a run whose training loss collapsed. ± is the sample standard deviation over seeds. Seconds
+are wall-clock time of training, in which loading what measuring needs may be, but not measuring; runs may have shared a
+device, so they compare methods only roughly."""
 
 
 def write_page(results: Path, folder: Path) -> list[Path]:

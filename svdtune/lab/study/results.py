@@ -100,6 +100,17 @@ class Measurements(_Part):
         weights = [len(one.items) for one in parts]
         return np.average([np.array(one.path, float) for one in parts], axis=0, weights=weights)
 
+    def between(self, kind: Kind, at: int, share: float) -> np.ndarray:
+        """The values of all items at a share of the way from the checkpoint before `at` to it,
+        shape [items]: the means of their sets there, each item in its proportion at the last, the
+        only one of which every item is kept."""
+        found = []
+        for one in self._of(kind):
+            before, after = np.array(one.path[at - 1 : at + 1], float)
+            mean, last = before + share * (after - before), one.items.mean()
+            found.append(one.items * (mean / last) if last else one.items + mean)
+        return np.concatenate([np.empty(0), *found])
+
     def _of(self, kind: Kind) -> list[Measured]:
         sets = [measures for measures in self.sets.values() if ("kl" in measures) == (kind != "answers")]
         return [measures["kl" if kind == "kl" else "nll"] for measures in sets]

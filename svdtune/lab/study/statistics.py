@@ -61,6 +61,7 @@ CHANCE = {
     "siqa": Chance(1 / 3, 657, 1954),
     "winogrande": Chance(1 / 2, 639, 1267),
 }
+LEVEL = 0.05  # of every test
 _EXACT = 1_000_000  # outcomes of a permutation test that are still enumerated
 _DRAWS = 99_999
 _SAME = 1e-12  # scores nearer than this are one score, but for rounding
@@ -193,6 +194,16 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
         largest = max(largest, min(1.0, p * (len(known) - rank)))
         corrected[at] = largest
     return corrected
+
+
+def holm_level(others: Sequence[float | None]) -> float:
+    """The level at which Holm's correction tests one p beside these others: LEVEL divided by how
+    many are not rejected before it, itself among them."""
+    known = sorted(p for p in others if p is not None)
+    for rank, p in enumerate(known):
+        if p * (len(known) + 1 - rank) >= LEVEL:
+            return LEVEL / (len(known) + 1 - rank)
+    return LEVEL
 
 
 def against_levels(score: Spread, n: int, lower: float, upper: float) -> int:

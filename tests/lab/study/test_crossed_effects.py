@@ -39,7 +39,7 @@ def test_the_interval_covers_no_difference_as_often_as_it_says(case: str) -> Non
 @pytest.mark.parametrize("case", ["both", "seeds", "items"])
 def test_a_difference_as_large_as_could_be_seen_is_seen_four_times_in_five(case: str) -> None:
     draw = np.random.default_rng(1)
-    least = np.median([crossed(*drawn(draw, *CASES[case])).least for _ in range(300)])
+    least = np.median([crossed(*drawn(draw, *CASES[case])).least() for _ in range(300)])
     seen = []
     for _ in range(600):
         arm, baseline = drawn(draw, *CASES[case])
@@ -83,6 +83,6 @@ def test_alike_is_two_one_sided_tests(value: float, margin: float, alike: bool) 
 
 def test_nothing_is_known_of_numbers_that_do_not_vary() -> None:
     found = crossed(np.ones((3, 4)), np.zeros((3, 4)))
-    assert (found.value, found.interval, found.p, found.least, found.alike(2.0)) == (1.0, None, None, None, None)
+    assert (found.value, found.interval, found.p, found.least(), found.alike(2.0)) == (1.0, None, None, None, None)
     with pytest.raises(ValueError, match="expected the same items of both arms; got \\[4, 5\\]"):
         crossed(np.ones((3, 4)), np.ones((3, 5)))

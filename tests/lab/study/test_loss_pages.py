@@ -125,7 +125,37 @@ def test_the_loss_at_which_kl_is_compared_is_one_that_both_come_to() -> None:
         for run in lora.finished
     ]
     assert equal.found.value == pytest.approx(np.mean(expected) - np.mean(theirs))
-    assert equal.found.p == pytest.approx(stats.ttest_ind(expected, theirs).pvalue)
+    over_seeds = stats.ttest_ind(expected, theirs).confidence_interval(0.95)
+    assert equal.found.interval == pytest.approx(over_seeds, abs=0.005)
+
+
+def test_the_interval_of_kl_at_equal_loss_is_over_items_too() -> None:
+    """Some items move far in all of the arm's runs: other items might say another thing."""
+    results = study()
+    for run in results["runs"]:
+        if run["arm"] == "sara":
+            kl = run["measured"]["sets"]["code"]["kl"]
+            values = np.array(kl["items"].split(), float) * np.where(np.arange(40) % 8, 0.2, 6.6)
+            kl["items"] = " ".join(f"{value * kl['path'][-1] / values.mean():.6g}" for value in values)
+    (_, _, kl, equal), (*_, before) = answered(results)[2], answered(study())[2]
+    assert equal.found.value == pytest.approx(before.found.value, abs=1e-6)
+    widths = [np.ptp(one.found.interval) for one in (kl, equal, before)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
+    assert widths[1] > 4 * widths[2]
+
+
+def test_a_contrast_could_see_what_its_corrected_test_sees() -> None:
+    """At that difference p, corrected beside the other contrasts, is at most 5 % four times in
+    five."""
+    results = study()
+    results["spec"] = SPEC | {"contrasts": [CONTRASTS[1], {**CONTRASTS[1], "on": "kl"}]}
+    _, table, (alike, kl) = answered(results)
+    assert min(alike.found.p, kl.found.p) > 0.05, "nothing is rejected, so each stands at half the level"
+    for one in (alike, kl):
+        found = one.found
+        quantiles = stats.t.ppf(1 - 0.05 / 2 / 2, found.df) + stats.t.ppf(0.8, found.df)
+        assert one.least == pytest.approx(quantiles * found.error)
+    assert f"| {alike.least:.4f} |" in dict(loss_sections(Results.model_validate(results), table))["Contrasts"]
 
 
 @pytest.mark.parametrize("changed", ["margin", "plans"])
@@ -203,6 +233,17 @@ def test_a_page_is_made_again_bit_for_bit(tmp_path: Path) -> None:
 def test_rates_that_cannot_be_told_apart_are_tied() -> None:
     assert tied([0.40, 0.41, 0.42], [0.40, 0.41, 0.40])
     assert not tied([0.50, 0.51, 0.52], [0.40, 0.41, 0.40])
+
+
+def test_a_rate_at_which_a_run_collapsed_is_not_tied() -> None:
+    """Its spread is so large that no difference could be told."""
+    results = study()
+    for run in results["runs"]:
+        if run["arm"] == "sara" and run["learning_rate"] == 3e-3 and run["seed"] == 2:
+            run |= {"eval_loss": 5.0, "curve": [[step, 1.0 if step < 20 else 6.0] for step in range(40)]}
+    read, table, _ = answered(results)
+    text = dict(loss_sections(read, table))["Learning rates"]
+    assert "| sara | 0.001 | 0.3802 | 0.003: 1.9535, 1 of 3 collapsed |" in text
 
 
 def test_the_figures_show_the_numbers() -> None:

@@ -11,7 +11,7 @@ from scipy import stats
 from svdtune.data import read_rows
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study import statistics
-from svdtune.lab.study.statistics import CHANCE, against_levels, holm, over_items, over_seeds, spread
+from svdtune.lab.study.statistics import CHANCE, LEVEL, against_levels, holm, holm_level, over_items, over_seeds, spread
 
 # Student's own data: hours of sleep gained by ten patients with two drugs (R's `sleep`).
 FIRST = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
@@ -120,6 +120,13 @@ def test_holms_correction():
     # statsmodels 0.15.0: multipletests(ps, method="holm")[1]
     assert holm([0.01, 0.04, 0.03, 0.005, 0.5, 0.03]) == [0.05, 0.12, 0.12, 0.03, 0.5, 0.12]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("others", [[], [0.5], [0.001], [0.001, 0.02, 0.5], [None, 0.02, 0.02], [0.2, 0.9, 0.3]])
+def test_the_level_that_holms_correction_leaves_is_where_it_begins_to_reject(others):
+    level = holm_level(others)
+    assert holm([*others, level * 0.999])[-1] < LEVEL
+    assert holm([*others, level * 1.001])[-1] >= LEVEL
 
 
 @pytest.mark.parametrize(
