@@ -13,7 +13,6 @@ from peft import LoraConfig, PeftConfig, PeftType
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
-from svdtune import spectra
 from svdtune.checkpoint import Checkpoint
 from svdtune.checkpoint.tensors import read_shard
 from svdtune.errors import SvdtuneError
@@ -22,7 +21,7 @@ from svdtune.export.source import Source, find_source, opened_base
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.adapter import SavedAdapter, layer_class, read_adapter, read_config
 from svdtune.methods.files.card import TITLES
-from svdtune.methods.files.compact import PROBE, check_probes
+from svdtune.methods.files.compact import PROBE, recomputed
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.layers.slices import whole_pairs
 from svdtune.methods.sites import Site, sites
@@ -158,12 +157,14 @@ def _read_whole(adapter: Path, base: Source | None = None) -> SavedAdapter:
         dtype: Any = checkpoint.model.config.dtype if asked == "auto" else getattr(torch, asked)
         places = {site.name: site for site in sites(checkpoint, config)}
         weights = {name: partial(_weight, places[name], checkpoint, dtype) for name in saved.layers}
-        found = spectra.factors(weights, config.ranks, components=config.triplets, exact=True)
-        for name, factors in found:
-            tensors = saved.layers[name]
-            frozen = method.frozen_from(factors)
-            check_probes(name, frozen, {part: tensors.pop(f"{part}{PROBE}") for part in frozen})
-            tensors.update(frozen)
+        others = {name: partial(_other_weight, places[name], checkpoint, dtype) for name in saved.layers}
+        probes = {
+            name: {part: tensors.pop(f"{part}{PROBE}") for part in method.frozen}
+            for name, tensors in saved.layers.items()
+        }
+        found = recomputed((weights, others), config.ranks, config.triplets, method.frozen_from, probes)
+        for name, frozen in found:
+            saved.layers[name].update(frozen)
     return saved
 
 
@@ -171,3 +172,9 @@ def _weight(site: Site, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Te
     """A layer's matrix [out, in], rounded to a dtype unless that is None."""
     weight = site.weight(checkpoint)
     return weight if dtype is None else weight.to(dtype)
+
+
+def _other_weight(site: Site, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Tensor:
+    """The matrix in the dtype that is next in question: as it is stored, or else in bf16."""
+    weight = site.weight(checkpoint)
+    return weight.bfloat16() if dtype in (None, weight.dtype) else weight

@@ -6,10 +6,11 @@ and rounded to fp32. On the same machine with the same number of threads they co
 elsewhere they differ by rounding, so a hash would not do. Instead the file keeps a probe of each
 factor F [n, k]: the products of four fixed vectors with every column, [4, k] in float64. A turned
 or swapped column, or one of the other sign, changes the probe. The recomputed factors must agree
-with it.
+with it. The probes also tell whether an adapter was made on the weights as they are, or on their
+bf16 copy, which its fingerprint takes for the same base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from svdtune import spectra
 from svdtune.errors import SvdtuneError
+from svdtune.linalg import Components, Factors
 from svdtune.methods.files.integrity import PEFT_ROOT
 from svdtune.methods.layers.base import SvdLayer
 
@@ -89,24 +91,85 @@ def restore(
     for name, (layer, _) in given.items():
         if not probes[name]:
             layer.recomputable.discard(adapter)
-        elif (other := _with_the_same(layer, adapter)) is not None:
-            tensors = {part: layer.adapter_tensor(part, other) for part in layer.frozen}
-            found[name] = {part: tensor for part, tensor in tensors.items() if tensor is not None}
-            if other in layer.recomputable:
-                layer.recomputable.add(adapter)
+        elif (known := _known_frozen(name, layer, adapter, probes[name])) is not None:
+            found[name] = known
         else:
             lacking.append(name)
     if lacking:
         weights = {name: partial(spectra.base_weight, given[name][0]) for name in lacking}
+        rounded = {name: partial(_bf16, weight) for name, weight in weights.items()}
         ranks = {name: given[name][0].r[adapter] for name in lacking}
         triplets = given[lacking[0]][0].configs[adapter].triplets
-        for name, factors in spectra.factors(weights, ranks, components=triplets, exact=True):
-            found[name] = given[name][0].frozen_from(factors)
+        frozen_from = given[lacking[0]][0].frozen_from
+        for name, frozen in recomputed((weights, rounded), ranks, triplets, frozen_from, probes):
+            found[name] = frozen
             given[name][0].recomputable.add(adapter)
     for name, frozen in found.items():
-        check_probes(name.removeprefix(PEFT_ROOT), frozen, probes[name])
         given[name][1].update(frozen)
         state_dict |= {f"{name}.{part}.{adapter}": tensor for part, tensor in frozen.items()}
+
+
+def recomputed(
+    candidates: tuple[spectra.Weights, spectra.Weights],
+    ranks: Mapping[str, int],
+    components: Components,
+    frozen_from: Callable[[Factors], dict[str, Tensor]],
+    probes: Mapping[str, Mapping[str, Tensor]],
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield (name, frozen tensors) of each layer, recomputed in float64 and checked.
+
+    Args:
+        candidates: by name, the weight that the adapter was most likely made on; and the same in
+            another dtype, for layers whose probes disagree.
+        ranks, components: as for `spectra.factors`.
+        frozen_from: how the method's frozen tensors follow from the factors.
+        probes: by name, those of the file.
+
+    Raises:
+        SvdtuneError: neither weight gives what the adapter was trained with; the message names the
+            layer.
+    """
+    errors: dict[str, SvdtuneError] = {}
+    first, second = candidates
+    for name, factors in spectra.factors(first, ranks, components=components, exact=True):
+        frozen = frozen_from(factors)
+        try:
+            check_probes(name.removeprefix(PEFT_ROOT), frozen, probes[name])
+        except SvdtuneError as error:
+            errors[name] = error
+            continue
+        yield name, frozen
+    left = {name: ranks[name] for name in errors}
+    for name, factors in spectra.factors(second, left, components=components, exact=True):
+        frozen = frozen_from(factors)
+        try:
+            check_probes(name.removeprefix(PEFT_ROOT), frozen, probes[name])
+        except SvdtuneError:
+            raise errors[name] from None
+        yield name, frozen
+
+
+def _bf16(weight: Callable[[], Tensor]) -> Tensor:
+    return weight().bfloat16()
+
+
+def _known_frozen(
+    name: str, layer: SvdLayer[Any], adapter: str, probes: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """The frozen tensors that an adapter of the layer has already, where they agree with the
+    probes."""
+    other = _with_the_same(layer, adapter)
+    if other is None:
+        return None
+    tensors = {part: layer.adapter_tensor(part, other) for part in layer.frozen}
+    frozen = {part: tensor for part, tensor in tensors.items() if tensor is not None}
+    try:
+        check_probes(name.removeprefix(PEFT_ROOT), frozen, probes)
+    except SvdtuneError:
+        return None  # the other one may have been made on the base in another dtype
+    if other in layer.recomputable:
+        layer.recomputable.add(adapter)
+    return frozen
 
 
 def _with_the_same(layer: SvdLayer[Any], adapter: str) -> str | None:

@@ -9,11 +9,13 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import new_process
+import svdtune
 from pairwise import all_pairs
 from svdtune import MoSaraConfig, SaraConfig, SorsaConfig, SvdtuneError
 from svdtune.linalg import top_factors
 from svdtune.methods.files.compact import check_probes, probe
-from tiny import tiny_gpt2, tiny_llama
+from svdtune.methods.layers.base import SvdLayer
+from tiny import moved, tiny_gpt2, tiny_llama
 
 CONFIGS = {
     "sara": (SaraConfig, {"r": 3}),
@@ -81,6 +83,46 @@ def test_a_base_in_another_dtype_is_refused(name, tmp_path):
         PeftModel.from_pretrained(other, tmp_path)
     assert torch.equal(logits(other), before)
     assert type(other.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+@pytest.mark.parametrize("name", ["mosara", "sorsa"])
+def test_made_on_the_bf16_copy_it_loads_on_the_base_itself(name, tmp_path):
+    """The probes say which of the two it was, also beside an adapter that was made on the other."""
+    trained(name, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    trained(name, dtype=torch.bfloat16, compact=False).save_pretrained(tmp_path / "whole")
+    trained(name).save_pretrained(tmp_path / "own")
+    model = PeftModel.from_pretrained(base(), tmp_path / "own")
+    for folder in ("rounded", "whole"):
+        model.load_adapter(tmp_path / folder, folder)
+    svdtune.load_adapters(model, {"again": tmp_path / "rounded"})
+    frozen = [module for module in model.modules() if isinstance(module, SvdLayer)]
+    assert frozen
+    for layer in frozen:
+        for part in layer.frozen:
+            own, whole = (layer.adapter_tensor(part, folder) for folder in ("default", "whole"))
+            for made in ("rounded", "again"):
+                torch.testing.assert_close(layer.adapter_tensor(part, made), whole, rtol=0, atol=1e-5)
+            assert not torch.equal(whole, own)
+    model.save_pretrained(tmp_path / "saved", selected_adapters=["rounded"])
+    first, second = (load_file(tmp_path / at / "adapter_model.safetensors") for at in ("rounded", "saved/rounded"))
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+
+
+@pytest.mark.parametrize("name", ["mosara", "sorsa"])
+def test_made_on_the_bf16_copy_it_merges_into_the_checkpoint(name, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    settings = {"num_heads": 1} if name == "mosara" else {}
+    rounded = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    config = CONFIGS[name][0](**CONFIGS[name][1] | settings, compact=True, task_type="CAUSAL_LM")
+    moved(get_peft_model(rounded, config)).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    expected = logits(loaded.eval())
+    svdtune.merge(tmp_path / "adapter", tmp_path / "merged", check=False)
+    svdtune.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    lora = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "lora").eval()
+    for again in (merged, lora):
+        torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-4)
 
 
 def test_resuming_beside_other_adapters(tmp_path):
