@@ -248,6 +248,7 @@ def export_lora(
         from svdtune.checkpoint import open_checkpoint
         from svdtune.export.difference import export_difference
 
+        _check_no_start(source, begun)
         before = (
             Source(name) if name else dataclasses.replace(found, base=found.recipe.model.name if found.recipe else "")
         )
@@ -259,6 +260,14 @@ def export_lora(
         locate(name)  # one that is not there is no reason to find after everything is written
     report = write(adapter, Path(output), cut=cut, uniform=uniform, base=opened, start=begun)
     return report if opened is None or name is None or begun is not None else _compared(report, opened)
+
+
+def _check_no_start(source: str | Path, start: Path | None) -> None:
+    if start is not None:
+        raise SvdtuneError(
+            f"{source} is a tuned model, which has no start to take off; got start={str(start)!r}. Leave start out: the "
+            "difference from its base is exported, cut to a rank or an error. Or name an adapter in its place"
+        )
 
 
 def _compared(report: "LoraReport", adapted_base: "Source") -> "LoraReport":

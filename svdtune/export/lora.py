@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,7 +32,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
 from svdtune.methods.injection import method_name
-from svdtune.starts.pairs import is_taken_off
+from svdtune.starts.pairs import is_repeated, is_taken_off
 from svdtune.system import check_new_folder, new_folder
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
@@ -119,6 +119,7 @@ def export_lora(
     check_new_folder(output.expanduser())
     change = read_change(adapter, base)
     if start is not None:
+        _check_start_comes_off(adapter, change.config)
         # one that PEFT starts anew on loading names the model from before already
         if not is_taken_off(change.config) and (base is None or base.base == change.config.base_model_name_or_path):
             raise SvdtuneError(
@@ -193,16 +194,45 @@ def combine(
 
 
 def _check_start_stays(folder: Path, config: PeftConfig) -> None:
-    """Raise `SvdtuneError` for a LoRA whose start PEFT takes off the base's weights, whenever the
-    LoRA is put on. B A alone is not what it changes."""
-    init = getattr(config, "init_lora_weights", None)
-    if isinstance(init, str) and re.match("pissa|corda|olora|loftq|lora_ga", init.lower()):
-        raise SvdtuneError(
-            f"the adapter {folder} has init_lora_weights={init!r}, so it belongs on weights that its start was taken off. As a "
-            "LoRA of the model itself it would be another one. Merge it (`svdtune merge`), and export the difference of the "
-            "two models with a rank: `svdtune export MERGED --base BASE --rank N --output FOLDER`; or name the "
-            "adapter as it was before training, which comes off exactly: `svdtune export NAME --start BEFORE --output FOLDER`"
+    """Raise `SvdtuneError` for a LoRA whose start was taken off the base's weights. B A alone is
+    not what it changes."""
+    if not is_taken_off(config):
+        return
+    init: Any = getattr(config, "init_lora_weights", None)
+    ways = []
+    if is_repeated(config):  # a merge takes the same start off
+        ways.append(
+            "merge it (`svdtune merge`), and export the difference of the two models with a rank: "
+            "`svdtune export MERGED --base BASE --rank N --output FOLDER`"
         )
+    if not _is_loftq(config):
+        ways.append(
+            "name the adapter as it was before training, which comes off exactly: `svdtune export NAME --start BEFORE "
+            "--output FOLDER`"
+        )
+    raise SvdtuneError(
+        f"the adapter {folder} has init_lora_weights={init!r}, so it belongs on weights that its start was taken off. As a "
+        f"LoRA of the model itself it would be another one. To have one, {'; or '.join(ways)}"
+    )
+
+
+def _check_start_comes_off(folder: Path, config: PeftConfig) -> None:
+    """Raise `SvdtuneError` for an adapter that has no start which its base's weights lack."""
+    if not isinstance(config, LoraConfig):
+        title = PeftType(config.peft_type).value
+        raise SvdtuneError(
+            f"the adapter {folder} is {title}, which leaves its base's weights as they are; expected a LoRA with a start that "
+            "was taken off (PiSSA, OLoRA). Leave start out"
+        )
+    if _is_loftq(config):
+        raise SvdtuneError(
+            f"the adapter {folder} was started by LoftQ, which leaves quantized weights, and not the base's less the start: no "
+            "LoRA on the base itself gives its outputs. Merge it: svdtune merge"
+        )
+
+
+def _is_loftq(config: PeftConfig) -> bool:
+    return str(getattr(config, "init_lora_weights", None)).lower() == "loftq"
 
 
 def write_lora(

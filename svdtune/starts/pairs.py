@@ -25,27 +25,36 @@ from svdtune.linalg.matrix import check_rank, largest_entry
 from svdtune.linalg.precision import full_precision
 
 PISSA = re.compile(r"pissa(_niter_\d+)?")
-# Starts that are taken off the base's weights, by how their names begin. Of a saved adapter PEFT
-# takes them off again on loading, so it belongs on the model from before.
-_TAKEN_OFF = ("pissa", "olora", "corda", "loftq")
+# Starts that are taken off the base's weights, by how their names begin.
+_TAKEN_OFF = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Of a saved adapter PEFT takes these off again on loading, so it belongs on the model from before.
+# Others follow from data or chance that are gone by then.
+_REPEATED = ("pissa", "olora", "loftq")
 
 
 def is_taken_off(config: PeftConfig) -> bool:
-    """Whether a saved adapter's start is taken off its base's weights whenever PEFT loads it."""
+    """Whether a saved adapter's start was taken off its base's weights, so that its B A alone is no
+    change of the model from before."""
     init = getattr(config, "init_lora_weights", None)
     return isinstance(init, str) and init.lower().startswith(_TAKEN_OFF)
+
+
+def is_repeated(config: PeftConfig) -> bool:
+    """Whether PEFT takes off the same start again when it loads an adapter whose start was."""
+    return str(getattr(config, "init_lora_weights", None)).lower() in _REPEATED
 
 
 def check_repeated(folder: Path, config: PeftConfig) -> None:
     """Raise `SvdtuneError` for a saved adapter whose start PEFT does not find again on loading, so
     that its outputs would be others."""
-    init = getattr(config, "init_lora_weights", None)
-    if is_taken_off(config) and str(init).lower() not in _TAKEN_OFF:
+    if is_taken_off(config) and not is_repeated(config):
+        init = getattr(config, "init_lora_weights", None)
         raise SvdtuneError(
             f"the adapter {folder} was started by init_lora_weights={init!r} and its start was taken off the base's weights; "
             "PEFT does not find the same start again on loading, so the outputs would be others. Write what was left of "
             'the base, model.unload().save_pretrained("residual"), set init_lora_weights to true in adapter_config.json, and '
-            "name that base"
+            "name that base; or take off the adapter as it was before training, which gives a LoRA for the base itself: "
+            f"`svdtune export {folder} --start BEFORE --output FOLDER`"
         )
 
 

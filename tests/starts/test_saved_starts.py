@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraGAConfig, PeftModel, get_peft_model
+from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import AutoModelForCausalLM
 
 import svdtune
-from svdtune import SvdtuneError, fast_starts
+from svdtune import SorsaConfig, SvdtuneError, fast_starts
 from svdtune.export.source import attach_adapter
 from svdtune.training.method import adapt
 from tiny import moved, tiny_llama
@@ -87,13 +88,60 @@ def test_of_other_triplets_it_is_stock_on_what_is_left(base, tmp_path):
     torch.testing.assert_close(logits(again), expected, rtol=0, atol=1e-5)
 
 
-def test_pefts_own_random_start_is_refused(base, tmp_path):
-    get_peft_model(opened(base), lora("pissa_niter_1")).save_pretrained(tmp_path / "trained")
-    words = "init_lora_weights='pissa_niter_1' .*PEFT does not find the same start again"
+def started_by_data(base):
+    """LoRA-GA's start comes from gradients, which a saved adapter does not have."""
+    model, config = opened(base), lora("lora_ga")
+    config.lora_ga_config = LoraGAConfig()
+    preprocess_loraga(model, config, lambda: model(input_ids=TOKENS, labels=TOKENS).loss.backward())
+    return get_peft_model(model, config)
+
+
+STARTED = {
+    "pissa_niter_1": lambda base: get_peft_model(opened(base), lora("pissa_niter_1")),
+    "lora_ga": started_by_data,
+}
+
+
+@pytest.mark.parametrize("init", STARTED)
+def test_a_start_that_peft_does_not_find_again_is_refused(init, base, tmp_path):
+    """PEFT loads both without a word, and gives other outputs."""
+    torch.manual_seed(0)
+    model = STARTED[init](base)
+    model.save_pretrained(tmp_path / "start")
+    moved(model, 0.02).save_pretrained(tmp_path / "trained")
+    assert (logits(PeftModel.from_pretrained(opened(base), tmp_path / "trained")) - logits(model)).abs().max() > 1e-3
+    words = f"init_lora_weights='{init}' .*PEFT does not find the same start again.*--start BEFORE"
     with pytest.raises(SvdtuneError, match=words):
         svdtune.merge(tmp_path / "trained", tmp_path / "merged")
     with pytest.raises(SvdtuneError, match=words):
         attach_adapter(opened(base), tmp_path / "trained")
+    with pytest.raises(
+        SvdtuneError, match=rf"init_lora_weights='{init}'.*To have one, name the adapter as it was before"
+    ):
+        svdtune.export_lora(tmp_path / "trained", tmp_path / "lora")
+    svdtune.export_lora(tmp_path / "trained", tmp_path / "lora", start=tmp_path / "start")  # as both advise
+    again = PeftModel.from_pretrained(opened(base), tmp_path / "lora")
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=1e-5)
+
+
+def test_what_has_no_start_that_comes_off(base, tmp_path):
+    trained(base, "pissa")
+    start, out = tmp_path / "start", tmp_path / "out"
+    moved(opened(base)).save_pretrained(tmp_path / "tuned")
+    with pytest.raises(SvdtuneError, match="tuned is a tuned model, which has no start to take off; got start="):
+        svdtune.export_lora(tmp_path / "tuned", out, base=base, rank=2, start=start)
+    get_peft_model(opened(base), SorsaConfig(r=2)).save_pretrained(tmp_path / "sorsa")
+    with pytest.raises(SvdtuneError, match="is SORSA, which leaves its base's weights as they are"):
+        svdtune.export_lora(tmp_path / "sorsa", out, start=start)
+    path = tmp_path / "trained" / "adapter_config.json"
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}})
+    )
+    with pytest.raises(SvdtuneError, match="started by LoftQ, which leaves quantized weights"):
+        svdtune.export_lora(tmp_path / "trained", out, start=start)
+    with pytest.raises(SvdtuneError, match=r"--rank N --output FOLDER`$"):
+        svdtune.export_lora(tmp_path / "trained", out)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
