@@ -81,7 +81,7 @@ class TaskRows:
     def __init__(self, recipe: Recipe, source: DataSource):
         self.recipe, self.source = recipe, source
         self._file = content_of(source.source, None)
-        self.empty = 0  # rows with an empty answer, once they are encoded
+        self.empty = self.overlong = 0  # rows with an empty answer, and too long ones, once they are encoded
 
     @cached_property
     def judged(self) -> Judged:
@@ -116,7 +116,7 @@ class TaskRows:
         how = known and [*known, data.template, data.max_length, data.loss_on, data.overlong]
         tensors, facts, cached = self._remembered("rows", how, lambda: self._encoded(tokenizer))
         columns = Columns.of_tensors(tensors)
-        self.empty = facts["empty"]
+        self.empty, self.overlong = facts["empty"], facts["overlong"]
         self._say(console, len(columns), sum(token_counts(columns)), facts["overlong"], " (cached)" if cached else "")
         return columns
 

@@ -2,8 +2,8 @@
 answers, and how far the tuned model's next tokens are from the base's.
 
 RUN/analysis/measured.jsonl has one line a checkpoint: {"step", "seconds", "peak_bytes", "sets":
-{name: {"nll": [items], "kl": [items]}}}. No weight is saved for it, and the run's steps stay what
-they are without it, bit for bit.
+{name: {"nll": [items], "kl": [items]}}, "left_out": {name: items longer than data.max_length}}. No
+weight is saved for it, and the run's steps stay what they are without it, bit for bit.
 """
 
 import json
@@ -55,6 +55,7 @@ class MeasurementCallback(TrainerCallback):
     def __init__(self, recipe: Recipe, section: Measure, run: Path):
         self.recipe, self.section, self.path = recipe, section, run / MEASURED
         self.rows: dict[str, Columns] = {}
+        self.left_out: dict[str, int] = {}
         self.base: Any = None
         self.pad_id = self.peak = 0
 
@@ -79,7 +80,7 @@ class MeasurementCallback(TrainerCallback):
     def prepare(self, tokenizer: PreTrainedTokenizerBase, kept: Sequence[dict[str, Any]] = ()) -> None:
         """Load the base, read the sets, and begin the file with the lines that stay."""
         self.base = load_base(self.recipe, chat=False).model.eval()
-        self.rows = measured_rows(self.recipe, self.section, tokenizer)
+        self.rows, self.left_out = measured_rows(self.recipe, self.section, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id or 0)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -108,14 +109,18 @@ class MeasurementCallback(TrainerCallback):
             "seconds": round(time.monotonic() - began, 3),
             "peak_bytes": self.peak or None,
             "sets": sets,
+            "left_out": self.left_out,
         }
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-def measured_rows(recipe: Recipe, section: Measure, tokenizer: PreTrainedTokenizerBase) -> dict[str, Columns]:
-    """The tokens of every set: answers with the recipe's template around their questions, and
-    labels on the answers; text as it stands, and labels on all of it.
+def measured_rows(
+    recipe: Recipe, section: Measure, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[str, Columns], dict[str, int]]:
+    """The tokens of every set, and of those that have some how many items do not fit into
+    data.max_length: answers with the recipe's template around their questions, and labels on the
+    answers; text as it stands, and labels on all of it.
 
     Of a set with more than `section.items` items so many are drawn, the same in every run.
 
@@ -125,15 +130,18 @@ def measured_rows(recipe: Recipe, section: Measure, tokenizer: PreTrainedTokeniz
     """
     quiet = Console(quiet=True)
     train = TrainRows(recipe)
-    trained, found = train.questions, {}
+    trained = train.questions
+    found: dict[str, Columns] = {}
+    left_out: dict[str, int] = {}
     for name, one in (section.answers | section.text).items():
         rows = TaskRows(_recipe_of(recipe, one, text=name in section.text), one.rows())
         refuse_leaks(rows.questions, trained, name, train.name)
         encoded = rows.encode(tokenizer, quiet)
         assert isinstance(encoded, Columns)
+        left_out |= {name: rows.overlong} if rows.overlong else {}
         order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(0))
         found[name] = encoded.take(sorted(order[: section.items].tolist()))
-    return found
+    return found, left_out
 
 
 def _recipe_of(recipe: Recipe, one: MeasuredSet, *, text: bool) -> Recipe:

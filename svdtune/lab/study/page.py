@@ -158,7 +158,9 @@ def _how(study: Results) -> Iterator[tuple[str, str]]:
     measured = [run.measured for run in finals if run.measured is not None]
     if measured:
         last = max(measured, key=lambda one: len(one.steps))
-        sets = ", ".join(f"{escape(name)} ({len(found['nll'].items)})" for name, found in last.sets.items())
+        counts = {name: str(len(found["nll"].items)) for name, found in last.sets.items()}
+        counts |= {name: f"{counts[name]}; {n} longer than data.max_length" for name, n in last.left_out.items()}
+        sets = ", ".join(f"{escape(name)} ({count})" for name, count in counts.items())
         yield "measured on", f"{sets}; {len(last.steps) - 1} times along a run"
     for task in dict.fromkeys(run.task for run in study.runs):
         if out := left_out(study, [run for run in study.runs if run.task == task]):

@@ -235,7 +235,8 @@ def _measured(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
         }
         for name, measures in lines[-1]["sets"].items()
     }
-    return {"steps": [line["step"] for line in lines], "sets": sets}
+    left_out = {"left_out": found} if (found := lines[-1].get("left_out")) else {}
+    return {"steps": [line["step"] for line in lines], "sets": sets, **left_out}
 
 
 def _movement(run: Path) -> dict[str, Any] | None:

@@ -84,10 +84,11 @@ class Measured(_Part):
 
 class Measurements(_Part):
     """What was measured of a run: `sets` by set and measure ("nll"; of text also "kl"), `steps` the
-    checkpoints."""
+    checkpoints, `left_out` by set how many items were too long."""
 
     steps: list[int]
     sets: dict[str, dict[str, Measured]]
+    left_out: dict[str, int] = {}
 
     def items(self, kind: Kind) -> np.ndarray:
         """The values of all items of a kind, set by set, shape [items]; empty where there are
@@ -234,6 +235,8 @@ class Results(_Part):
                     f"the sets of task {task} have no common average: {told}; make them tasks of their own"
                 )
             sizes = {(name, score.n) for run in self.runs if run.task == task for name, score in run.scores.items()}
+            measured = [run.measured.sets for run in self.runs if run.task == task and run.measured is not None]
+            sizes |= {(f"measured {name}", len(one["nll"].items)) for sets in measured for name, one in sets.items()}
             if len(sizes) > len({name for name, _ in sizes}):
                 raise ValueError(f"task {task}: runs disagree on how many items a set has: {sorted(sizes)}")
         return self

@@ -17,7 +17,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.planning import parse_budget
 from svdtune.training.collection import find_file, merge, read_extended, set_at
 from svdtune.training.problems import Problem, from_pydantic, refuse
-from svdtune.training.recipe import check_recipe
+from svdtune.training.recipe import Data, check_recipe
 from svdtune.training.sections import DataSource, EvaluationSection, Section
 from svdtune.training.yaml_files import read_text, read_yaml
 
@@ -208,7 +208,7 @@ def load_study(path: str | Path) -> tuple[Study, dict[str, Settings]]:
         else:
             tasks[name].pop("output", None)
     problems += _recipe_problems(study, tasks)
-    refuse(problems, str(path))
+    refuse(problems or list(_other_items(study, tasks)), str(path))
     return study, tasks
 
 
@@ -312,6 +312,21 @@ def _recipe_problems(study: Study, tasks: dict[str, Settings]) -> list[Problem]:
             for message in _problems_of(settings):
                 found.setdefault(message, f"arm {name} on {task}")
     return [Problem(where, message) for message, where in found.items()]
+
+
+def _other_items(study: Study, tasks: dict[str, Settings]) -> Iterator[Problem]:
+    """Arms that would be measured on other items than the rest, since other ones fit."""
+    for task, recipe in tasks.items() if study.measure else ():
+        default = Data.model_fields["max_length"].default
+        data = {name: arm_settings(recipe, arm).get("data") for name, arm in study.arms.items()}
+        lengths = {name: (one or {}).get("max_length", default) for name, one in data.items()}
+        if len(set(lengths.values())) > 1:
+            told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            yield Problem(
+                "measure",
+                f"the arms differ in data.max_length on {task} ({told}), so that other items would fit and be measured; "
+                "give all of them one",
+            )
 
 
 def _problems_of(settings: Settings) -> Iterator[str]:

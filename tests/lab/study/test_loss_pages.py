@@ -216,6 +216,16 @@ def test_a_rate_that_an_arm_never_made_leaves_the_rule_as_it_is() -> None:
     assert left_out(results, results.runs) == [3]
 
 
+def test_arms_that_were_measured_on_other_items_are_no_results(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    results = study()
+    nll = results["runs"][-1]["measured"]["sets"]["svamp"]["nll"]
+    nll["items"] = nll["items"].rpartition(" ")[0]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert main([str(tmp_path)]) == 1
+    assert "runs disagree on how many items a set has" in (said := capsys.readouterr().err)
+    assert "('measured svamp', 299), ('measured svamp', 300)" in said
+
+
 def test_a_page_is_made_again_bit_for_bit(tmp_path: Path) -> None:
     pages = []
     for name in ("one", "two"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from svdtune.errors import SvdtuneError
 from svdtune.lab.study.measurement import MeasurementCallback, losses, measured_rows
+from svdtune.lab.study.page import write_page
 from svdtune.lab.study.results import read_results
 from svdtune.lab.study.runner import How, run_studies
 from svdtune.lab.study.spec import Measure, load_study
@@ -95,7 +96,7 @@ def test_losses_are_those_of_each_item_alone(name: str, dtype: str, text: Path, 
         loaded.model, METHODS[name].get("name", name), {k: v for k, v in METHODS[name].items() if k != "name"}
     ).eval()
     moved(model, 0.05)
-    rows = measured_rows(recipe, Measure(**SETS), loaded.tokenizer)
+    rows, _ = measured_rows(recipe, Measure(**SETS), loaded.tokenizer)
     near = 2e-2 if dtype == "bfloat16" else 2e-5
     for set_name, found in rows.items():
         is_text = set_name == "prose"
@@ -119,7 +120,7 @@ def test_items_are_drawn_alike_and_what_is_trained_on_is_refused(text: Path, tin
     tokenizer = load(tiny_folder).tokenizer
     recipe = recipe_of("lora", "run")
     section = Measure(items=2, **SETS)
-    drawn = [measured_rows(recipe, section, tokenizer) for _ in range(2)]
+    drawn = [measured_rows(recipe, section, tokenizer)[0] for _ in range(2)]
     assert {name: len(rows) for name, rows in drawn[0].items()} == {"svamp": 2, "addsub": 2, "prose": 2}
     for name, rows in drawn[0].items():
         assert [rows[at] for at in range(2)] == [drawn[1][name][at] for at in range(2)]
@@ -145,6 +146,31 @@ def test_a_study_without_answers_measures_every_run(text: Path, write_study) -> 
         assert (kl.path[-1] > 0) == (run.arm == "lora")
         assert (run.saved_bytes is None) == (run.arm == "base")
     assert not list(Path("out").rglob("predictions.jsonl"))
+
+
+def test_what_is_too_long_to_be_measured_is_told(text: Path, write_study) -> None:
+    with (text / "prose.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "On and ", "completion": "on " * 300}) + "\n")
+    measure = {"answers": SETS["answers"], "text": SETS["text"]}
+    file = write_study(arms={"lora": {"method": {"name": "lora", "r": 2, **QV}}}, measure=measure, generate=False)
+    (path,) = run_studies({"study": load_study(file)}, Path("out"), How())
+    (run,) = read_results(path).runs
+    assert run.measured is not None
+    assert run.measured.left_out == {"prose": 1}
+    write_page(path, path.parent)
+    assert "addsub (3), prose (5; 1 longer than data.max_length)" in (path.parent / "README.md").read_text()
+
+
+def test_arms_that_would_be_measured_on_other_items_are_refused(text: Path, write_study) -> None:
+    """They are paired, and a longer data.max_length leaves out fewer of them."""
+    lora = {"method": {"name": "lora", "r": 2, **QV}}
+    short = {**lora, "settings": {"data": {"max_length": 128}}}
+    load_study(write_study(arms={"lora": lora, "short": short}))
+    said = (
+        r"differ in data\.max_length on math \(lora 256, short 128\), so that other items would fit .* all of them one"
+    )
+    with pytest.raises(SvdtuneError, match=said):
+        load_study(write_study(arms={"lora": lora, "short": short}, measure=SETS))
 
 
 def test_what_is_not_measured_keeps_the_key_of_a_published_run(text: Path, write_study) -> None:
