@@ -43,6 +43,7 @@ from svdtune.spectra import sharing
 # something follows the adapter's, as in LoRA's `lora_A.default.weight`.
 REFERENCE = "ref"
 # Of whole modules, those that PEFT computes with another copy for each sample.
+_NAMED = 8  # adapters that a message lists; a model can have a thousand
 BY_SAMPLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -325,8 +326,10 @@ class SvdTuner(StateDictTuner):
                 f"`adapter_names` must be a list of an adapter's name for each sample of the batch; got {names!r:.60}"
             )
         if unknown := [name for name in names if name != BASE and name not in self.peft_config]:
+            first = list(self.peft_config)[:_NAMED]
+            more = f" and {left} more" if (left := len(self.peft_config) - len(first)) else ""
             raise SvdtuneError(
-                f"`adapter_names` has {unknown[0]!r}, which is none of the model's adapters: {', '.join(self.peft_config)} (or "
+                f"`adapter_names` has {unknown[0]!r}, which is none of the model's adapters: {', '.join(first)}{more} (or "
                 f"{BASE!r} for none). Load it with load_adapter first"
             )
         if self.training:

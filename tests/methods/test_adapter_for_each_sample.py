@@ -196,6 +196,16 @@ class TestRefused:
         ):
             model(input_ids=TOKENS, adapter_names=["typo"] * 5)
 
+    def test_a_thousand_names_are_not_listed(self):
+        model = several(tiny_llama(num_hidden_layers=1), METHODS["mosara"], ["q_proj"], ["v_proj"])
+        config = model.peft_config["default"]
+        model.peft_config.update({f"user-{number}": config for number in range(1000)})
+        names = ", ".join(list(model.peft_config)[:8])
+        with pytest.raises(
+            SvdtuneError, match=rf"adapters: {names} and {len(model.peft_config) - 8} more \(or '__base"
+        ):
+            model(input_ids=TOKENS, adapter_names=["typo"] * 5)
+
     def test_whole_modules_of_other_kinds(self):
         config = SaraConfig(r=2, target_modules=["q_proj"], modules_to_save=["norm"])
         model = get_peft_model(tiny_llama(num_hidden_layers=1), config).eval()
