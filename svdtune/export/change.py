@@ -46,6 +46,12 @@ class SavedChange:
     others: dict[str, Tensor]
 
     @property
+    def base_weights(self) -> set[str]:
+        """Of `others`, the base's own weights of adapted embeddings and output heads, which PEFT
+        saves beside what is trained."""
+        return {f"{PEFT_ROOT}{layer}.base_layer.weight" for layer in self.pairs} & self.others.keys()
+
+    @property
     def title(self) -> str:
         """The method, for people."""
         return TITLES[self.config.method] if isinstance(self.config, SvdConfig) else "LoRA"

@@ -104,9 +104,9 @@ def _architecture(base: Checkpoint) -> str:
 
 def _pairs(change: SavedChange, base: Checkpoint) -> dict[str, tuple[Tensor, Tensor]]:
     """By module: A [r, in] and B [out, r]."""
-    if change.others:
+    if trained := change.others.keys() - change.base_weights:
         raise SvdtuneError(
-            f"the adapter also trains {min(change.others).removeprefix(PEFT_ROOT)}, and llama.cpp takes low-rank changes "
+            f"the adapter also trains {min(trained).removeprefix(PEFT_ROOT)}, and llama.cpp takes low-rank changes "
             "alone; merge it into the model instead"
         )
     pairs = {layer: (A.mT, B) for layer, (A, B) in change.pairs.items()}

@@ -30,7 +30,7 @@ from svdtune.export.convolution import as_lora, check_kernels
 from svdtune.export.source import Source, adapter_folder, attach_adapter, open_source
 from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
-from svdtune.methods.files.integrity import ADAPTER_WEIGHTS, PEFT_ROOT
+from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
 from svdtune.methods.injection import method_name
 from svdtune.starts.pairs import is_repeated, is_taken_off
 from svdtune.system import check_new_folder, new_folder
@@ -166,8 +166,7 @@ def combine(
     for folder, weight in folders.items():
         saved = read_change(folder)
         _check_start_stays(folder, saved.config)
-        # PEFT saves the base's own weight of an output head that is adapted
-        bare = {f"{PEFT_ROOT}{layer}.base_layer.weight" for layer in saved.pairs} & saved.others.keys()
+        bare = saved.base_weights
         if trained := sorted(saved.others.keys() - bare):
             raise SvdtuneError(
                 f"the adapter {folder} also trains {trained[0]}, which has no weighted sum; combine adapters without "

@@ -53,7 +53,8 @@ def save_base(folder: Path, kind: str = "llama", **changes: Any) -> Path:
 def save_adapter(folder: Path, base: Path, config: Any) -> Path:
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     moved(model)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    # as PEFT does by itself, with a warning
+    model.save_pretrained(folder, save_embedding_layers="lm_head" in (config.target_modules or ()))
     return folder
 
 
@@ -118,6 +119,15 @@ def test_each_architecture_has_the_loras_change_under_llama_cpps_names(kind: str
 def test_each_method_and_scale(method: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     check_same(save_adapter(tmp_path / "adapter", base, METHODS[method]), base, tmp_path)
+
+
+def test_an_output_head_of_its_own(tmp_path: Path) -> None:
+    """PEFT saves the base's weight beside what is trained there."""
+    base = save_base(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    adapter = save_adapter(tmp_path / "adapter", base, config)
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(adapter / "adapter_model.safetensors")
+    check_same(adapter, base, tmp_path)
 
 
 def test_what_llama_cpp_does_not_take_is_refused(tmp_path: Path) -> None:
