@@ -22,7 +22,7 @@ from svdtune.errors import SvdtuneError
 from svdtune.system import needs
 from svdtune.training.compilation import LIGER_BESIDE, compiles
 from svdtune.training.recipe import Recipe
-from svdtune.training.trl_settings import HANDED_ON
+from svdtune.training.trl_settings import HANDED_ON, RAISED
 
 CONFIGURATIONS = {
     "sft": "SFTConfig",
@@ -76,7 +76,7 @@ def training_arguments(recipe: Recipe, rows: int) -> TrainingArguments:
     try:
         args = configuration_class(t.task)(**_decided(recipe, rows), **t.trl)
         args.get_process_log_level()
-    except (ValueError, TypeError, KeyError, ImportError) as error:
+    except (*RAISED, ImportError) as error:
         reason = f"there is no {error}" if isinstance(error, KeyError) else error
         raise SvdtuneError(f"the training section cannot be used here: {reason}") from error
     if t.task == "reward":

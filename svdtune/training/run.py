@@ -22,12 +22,11 @@ from svdtune import processes
 from svdtune._version import __version__
 from svdtune.data import Collator
 from svdtune.data.preferences import token_counts
-from svdtune.errors import SvdtuneError
 from svdtune.methods.files.card import add_section
 from svdtune.methods.sites import sites
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.models import LoadedModel
-from svdtune.system import explain_write_errors, first_line, open_console
+from svdtune.system import explain_write_errors, open_console
 from svdtune.training.adalora import AllocateRanks
 from svdtune.training.arguments import own_precision, total_steps
 from svdtune.training.callbacks import JsonlLog, ShowProgress, StopOnInterrupt, StopWithoutProgress
@@ -56,6 +55,7 @@ from svdtune.training.preview import show_adapted, show_example, show_judged
 from svdtune.training.provenance import training_section
 from svdtune.training.recipe import Recipe, recipe_of
 from svdtune.training.sharded_state import is_spread, saved_state
+from svdtune.training.trl_settings import explained
 
 if TYPE_CHECKING:
     from svdtune.training.trainer import RunTrainer
@@ -198,7 +198,8 @@ def _train(
     with attending, explain_write_errors(folder, _WRITING):
         trainer, outcome = _fit(model, checkpoint, prepared, collator, watching, console, recipe)
         if final_loss and prepared.eval_rows:
-            trainer.evaluate()
+            with explained(recipe.training.trl):
+                trainer.evaluate()
     if recorded is not None and recorded.aside:
         console.print(
             f"compile   {recorded.aside} passes differed from the recorded one, and ran as written", highlight=False
@@ -261,7 +262,8 @@ def _fit(
     patience = recipe.training.early_stopping_patience
     patient = [StopWithoutProgress(patience)] if patience else []
     fill = processes.count() > 1 and recipe.training.task == "sft"
-    with StopOnInterrupt() as stop:
+    held_out = {name: FilledRows(rows) if fill else rows for name, rows in prepared.eval_rows.items()}
+    with StopOnInterrupt() as stop, explained(recipe.training.trl):
         shown = ShowProgress(console)
         trainer = make_trainer(
             recipe.training.task,
@@ -270,7 +272,7 @@ def _fit(
             model=model,
             args=prepared.args,
             train_dataset=FilledRows(prepared.train_rows) if fill else prepared.train_rows,
-            eval_dataset=prepared.eval_rows.get("", prepared.eval_rows) or None,
+            eval_dataset=held_out.get("", held_out) or None,
             learning_rate_ratios=recipe.training.learning_rate_ratios,
             data_collator=collator,
             processing_class=prepared.loaded.tokenizer,
@@ -287,13 +289,6 @@ def _fit(
             trainer.load_before_sharding(str(checkpoint))
         try:
             outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except (ValueError, ZeroDivisionError) as error:
-            if isinstance(error, SvdtuneError) or not recipe.training.trl:
-                raise
-            raise SvdtuneError(
-                f"the trainer ended with: {first_line(error)}; look at what the recipe gives it in training.trl: "
-                f"{', '.join(recipe.training.trl)}"
-            ) from error
         finally:
             shown.progress.close()
     if stop.stopped and trainer.state.global_step < trainer.state.max_steps:

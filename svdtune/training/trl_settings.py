@@ -1,12 +1,17 @@
 """`training.trl`, held to the class that takes it: every name known, every type right, and nothing
 in it that the recipe's own settings decide."""
 
+import math
+import sys
+import traceback
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
 from svdtune.errors import SvdtuneError
+from svdtune.system import first_line, is_out_of_memory
 from svdtune.training.problems import Problem, type_error, unknown
 
 # By the names of TRL's configurations, the settings of `training` that are handed on as they are.
@@ -38,6 +43,8 @@ DECIDED: dict[str, str | None] = {
     "tf32": "training.tf32",
     "bf16": "training.precision",
     "fp16": "training.precision",
+    "bf16_full_eval": "training.precision",  # which leaves the result rounded, evaluated before it is saved
+    "fp16_full_eval": "training.precision",
     "torch_compile": "training.compile",
     "gradient_checkpointing": "training.gradient_checkpointing",
     "gradient_checkpointing_kwargs": "training.gradient_checkpointing",
@@ -84,6 +91,22 @@ DECIDED: dict[str, str | None] = {
     "use_vllm": None,
     "shuffle_dataset": None,
 }
+# The least value of numbers that nobody else looks at: below it the noise has no range, a batch no
+# length, and what is to become likelier becomes less likely.
+_LEAST = {
+    "beta": 0,
+    "desirable_weight": 0,
+    "undesirable_weight": 0,
+    "epsilon": 0,
+    "neftune_noise_alpha": 0,
+    "num_iterations": 1,
+    "num_generations": 2,
+    "pad_to_multiple_of": 1,
+}
+# Whose code takes a value of `training.trl`, and what it raises at one that it cannot use. A
+# RuntimeError is the device's, or another process's.
+_LIBRARIES = {"trl", "transformers", "accelerate", "torch", "peft", "datasets"}
+RAISED = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NameError)
 
 
 def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
@@ -107,6 +130,38 @@ def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(path, _decided(DECIDED[name]))
         elif message := type_error(hints[name], value):
             yield Problem(path, message)
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Problem(path, f"expected a finite number; got {value}")
+        elif name in _LEAST and isinstance(value, int | float) and value < _LEAST[name]:
+            yield Problem(path, f"expected {_LEAST[name]} or more; got {value}")
+
+
+@contextmanager
+def explained(given: Collection[str]) -> Iterator[None]:
+    """Make one SvdtuneError of what the trainer raises because of a value in `training.trl`. What
+    other code raises, such as a reward function, stays as it is.
+
+    Args:
+        given: the names in the recipe's `training.trl`.
+    """
+    try:
+        yield
+    except RAISED as error:
+        if isinstance(error, SvdtuneError) or is_out_of_memory(error) or not given or not _of_libraries(error):
+            raise
+        raise SvdtuneError(
+            f"the trainer ended with: {first_line(error)}; look at what the recipe gives it in training.trl: "
+            f"{', '.join(given)}"
+        ) from error
+
+
+def _of_libraries(error: Exception) -> bool:
+    """Whether an error came up in a library of the trainer, with nobody's code between it and
+    ours."""
+    frames = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = [name.partition(".")[0] for name in frames]
+    called = [package for package in packages if package not in sys.stdlib_module_names]
+    return set(called) <= {"svdtune", *_LIBRARIES} and called[-1] in _LIBRARIES
 
 
 def _decided(setting: str | None) -> str:

@@ -158,3 +158,17 @@ def test_prompts_that_are_too_long_are_refused_or_left_out(recipe: dict[str, Any
     recipe["data"]["overlong"] = "drop"
     with pytest.raises(SvdtuneError, match="no row is left: all prompts are longer"):
         go(recipe)
+
+
+def broken(completions: list[str], **_: Any) -> list[float]:
+    """A reward that reads a number where there is none."""
+    return [float("x") for _ in completions]
+
+
+def test_what_a_reward_raises_is_its_own(recipe: dict[str, Any]) -> None:
+    """It was said to come from a value in training.trl."""
+    recipe["training"]["rewards"] = [f"{__name__}:broken"]
+    with pytest.raises(ValueError, match=r"^could not convert string to float") as raised:
+        go(recipe)
+    assert not isinstance(raised.value, SvdtuneError)
+    assert any(entry.name == "broken" for entry in raised.traceback)

@@ -348,12 +348,33 @@ def test_what_its_configuration_refuses_is_said(recipe: dict[str, Any], given: d
             "the trainer ended with: Unknown .* x; look at what the recipe gives it in training.trl: f_divergence_type",
         ),
         ({"dataloader_persistent_workers": True}, "ended with: persistent_workers option needs"),
+        ({"loss_type": []}, "ended with: 'float' object has no attribute"),
+        ({"parallelism_config": {}}, "ended with: .*in training.trl: parallelism_config"),
     ],
 )
 def test_what_the_trainer_ends_with_is_said(recipe: dict[str, Any], given: dict[str, Any], message: str) -> None:
     recipe["training"]["trl"] = given
     with pytest.raises(SvdtuneError, match=message):
         go(recipe)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: expected 0 or more; got -1"),
+        ({"neftune_noise_alpha": float("nan")}, "neftune_noise_alpha: expected a finite number; got nan"),
+        ({"beta": -0.1}, r"beta: expected 0 or more; got -0\.1"),
+        ({"bf16_full_eval": True}, r"bf16_full_eval: is what training\.precision of the recipe decides"),
+    ],
+)
+def test_values_that_nobody_else_looks_at_are_refused(
+    recipe: dict[str, Any], given: dict[str, Any], message: str
+) -> None:
+    """Noise without a range was a traceback in the first step; with a beta below 0 the rejected
+    answer became likelier; evaluating in 16 bits rounded what was saved after it."""
+    recipe["training"]["trl"] = given
+    with pytest.raises(SvdtuneError, match=message):
+        check_recipe(recipe)
 
 
 def test_what_packing_decides_is_refused_in_trl(recipe: dict[str, Any]) -> None:
