@@ -14,6 +14,8 @@ _OF_SFT: tuple[tuple[str, str, Any], ...] = (
     ("training", "label_smoothing", 0),
 )
 
+BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules that look at what evaluation measures
+
 
 def _of_the_best(get: Callable[[str, str], Any]) -> Iterator[Problem]:
     """What choosing by evaluations takes, which they are chosen by."""
@@ -23,7 +25,10 @@ def _of_the_best(get: Callable[[str, str], Any]) -> Iterator[Problem]:
         get("training", "metric_for_best_model"),
         get("training", "eval_steps"),
     )
-    for name in choosing:
+    measured = get("training", "schedule") in BY_EVALUATIONS
+    if measured and get("training", "warmup"):
+        yield Problem("training.warmup", f"is for other schedules: {get('training', 'schedule')} does not warm up")
+    for name in [*choosing, *["schedule"] * measured]:
         if every is None:
             yield Problem(f"training.{name}", "needs training.eval_steps, how often data.eval is evaluated on")
         if name == "load_best_model_at_end" and every is not None and get("training", "save_steps") != every:
@@ -36,8 +41,11 @@ def _of_the_best(get: Callable[[str, str], Any]) -> Iterator[Problem]:
             what = " or ".join(f"{name}_loss" for name in held_out)
             yield Problem("training.metric_for_best_model", f"is required, for data.eval has several sets: {what}")
             return
-    if metric is not None and not choosing:
-        yield Problem("training.metric_for_best_model", "is for early_stopping_patience or load_best_model_at_end")
+    if metric is not None and not choosing and not measured:
+        yield Problem(
+            "training.metric_for_best_model",
+            f"is for early_stopping_patience, load_best_model_at_end or the schedules {' and '.join(BY_EVALUATIONS)}",
+        )
 
 
 def exclusions(settings: dict[str, Any]) -> Iterator[Problem]:

@@ -18,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import Trainer
+from transformers.trainer_pt_utils import find_batch_size
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -70,6 +71,17 @@ class TaskTrainer(RunTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's; TRL's would encode the rows again."""
         return super(_of_trl(type(self)), self).evaluate(eval_dataset, *args, **kwargs)  # type: ignore[misc]
+
+    def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after which a batch counts in TRL's metrics as often as it has rows: TRL takes
+        the mean of the batches, of which the last may be short."""
+        metrics: dict[str, list[float]] = getattr(self, "_metrics", {}).get("eval", {})
+        before = {name: len(values) for name, values in metrics.items()}
+        rows = len(inputs) if isinstance(inputs, list) else find_batch_size(inputs) or 1
+        found = super().prediction_step(model, inputs, *args, **kwargs)
+        for name, values in metrics.items():
+            values.extend(values[before.get(name, 0) :] * (rows - 1))
+        return found
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's metrics too, but for its count of tokens, which starts anew on resuming."""

@@ -2,7 +2,7 @@
 seals checkpoints."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import SchedulerType, Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from svdtune import processes
+from svdtune.data.encoding import IGNORED
 from svdtune.errors import SvdtuneError
 from svdtune.methods.sorsa.regularizer import SorsaRegularizer
 from svdtune.methods.sorsa.sharded import whole
@@ -22,6 +23,7 @@ from svdtune.training.callbacks import is_measured
 from svdtune.training.checkpoints import WrittenBy, checkpoint_folder, discard, fault, keep_newest, note_processes, seal
 from svdtune.training.collators import fill_up
 from svdtune.training.compilation import any_number_of_rows
+from svdtune.training.exclusions import BY_EVALUATIONS
 from svdtune.training.packing import TOKENS
 from svdtune.training.sharded_state import saved_state, spread_optimizer_state, whole_optimizer_state
 
@@ -88,6 +90,9 @@ class RunTrainer(Trainer):
         return optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.greater_is_better and SchedulerType(self.args.lr_scheduler_type).value in BY_EVALUATIONS:
+            given: Any = self.args.lr_scheduler_kwargs or {}
+            self.args.lr_scheduler_kwargs = {"mode": "max", **given}
         try:
             return super().create_scheduler(*args, **kwargs)
         except (TypeError, ValueError) as error:
@@ -191,15 +196,56 @@ class RunTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_state(self.model, Path(resume_from_checkpoint))
 
+    def get_eval_dataloader(self, *args: Any) -> DataLoader[Any]:
+        loader = super().get_eval_dataloader(*args)
+        fill_up(loader)
+        return loader
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, which takes the mean of the batches' losses; where those are means over
+        labels, it becomes the mean over all labels, whatever the batches were."""
+        self._held_out: list[tuple[Tensor, Tensor]] = []
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        counted = [(float(loss), int(labels)) for loss, labels in self._held_out if labels]
+        mine = sum(loss * labels for loss, labels in counted), sum(labels for _, labels in counted)
+        sums, labels = zip(*processes.gather(mine), strict=True)
+        if sum(labels):
+            output.metrics[f"{kwargs['metric_key_prefix']}_loss"] = sum(sums) / sum(labels)
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if "labels" not in inputs:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        inputs = self._prepare_inputs(inputs)
+        labels = (inputs["labels"][..., 1:] != IGNORED).sum()  # smoothing takes them out of the inputs
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss: Any = self.compute_loss(model, inputs)
+        self._held_out.append((loss, labels))
+        return loss, None, None
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, after which a schedule that looks at evaluations takes its step."""
+        try:
+            metrics: dict[str, float] = super()._evaluate(*args, **kwargs)
+        except KeyError as error:
+            if "metric_for_best_model" not in str(error):
+                raise
+            now = [line for line in self.state.log_history if line["step"] == self.state.global_step]
+            raise self._unmeasured(name for line in now for name in line if name.startswith("eval_")) from error
+        return metrics
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         try:
             return super()._determine_best_metric(metrics, trial)
         except KeyError as error:
-            there = ", ".join(name for name in metrics if is_measured(name))
-            raise SvdtuneError(
-                f"training.metric_for_best_model is {self.args.metric_for_best_model}, which evaluation does not measure; it "
-                f"measures {there}"
-            ) from error
+            raise self._unmeasured(metrics) from error
+
+    def _unmeasured(self, measured: Iterable[str]) -> SvdtuneError:
+        """The one sentence about a metric that evaluation does not have."""
+        return SvdtuneError(
+            f"training.metric_for_best_model is {self.args.metric_for_best_model}, which evaluation does not measure; it "
+            f"measures {', '.join(name for name in measured if is_measured(name))}"
+        )
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))

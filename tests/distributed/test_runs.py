@@ -42,6 +42,7 @@ def recipe(model: Path, output: Path, batch: int) -> Recipe:
             "method": {"name": "sorsa", "r": 4},
             "data": {
                 "train": {"source": "arithmetic", "limit": 22},
+                "eval": {"source": "arithmetic", "split": "test", "limit": 5},  # its last batches are filled up
                 "prompt": "question",
                 "completion": "solution",
                 "max_length": 256,
@@ -76,7 +77,9 @@ def write(run: Recipe) -> Path:
 
 def check_same_run(folder: Path, expected: Path, atol: float = 1e-5) -> None:
     """Compare logs and adapters of two finished runs."""
-    for got, line in zip(log_of(folder), log_of(expected), strict=True):
+    *lines, (got, line) = zip(log_of(folder), log_of(expected), strict=True)
+    assert got["eval_loss"] == pytest.approx(line["eval_loss"], abs=atol)
+    for got, line in lines:
         # Transformers 4 counts an epoch by the batches of a process, filled up or not.
         epoch = () if TRANSFORMERS_4 else ("epoch",)
         for key in ("step", *epoch, "loss", "grad_norm", "learning_rate"):
@@ -113,7 +116,7 @@ def test_two_processes_make_the_run_of_one_and_one_goes_on_from_theirs(
     done = launch(recipe(tiny_folder, tmp_path / "two", 2))
     assert not done.failed, done.stderr
     assert done.stdout.count("trained 8 steps") == 1
-    assert len(re.findall("^data ", done.stderr, re.MULTILINE)) == 1
+    assert len(re.findall("^data ", done.stderr, re.MULTILINE)) == 2  # what is trained on, and what is held out
     check_same_run(tmp_path / "two", alone)
     assert all(fault(checkpoint) is None for checkpoint in sealed_checkpoints(tmp_path / "two").values())
     resumed = back_to(tmp_path / "two", 3, tmp_path / "resumed")

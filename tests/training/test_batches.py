@@ -1,13 +1,16 @@
 """Batches that are filled up with empty rows, and runs in which that would make a mean of
-nothing."""
+nothing; means over batches of which the last is short."""
 
+from collections import defaultdict
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import Trainer
 
-from svdtune.training import trainer
+from svdtune.training import tasks, trainer
 from svdtune.training.collators import FilledBatches
 
 
@@ -29,3 +32,16 @@ def test_no_empty_rows_where_a_batch_takes_its_own_mean(
     run.model_accepts_loss_kwargs = told
     assert run.get_train_dataloader() == "loader"
     assert seen == ["loader"] * filled
+
+
+def test_what_an_evaluation_measures_counts_rows_and_not_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(self: Any, _: Any, inputs: dict[str, torch.Tensor]) -> None:
+        self._metrics["eval"]["accuracy"].append(float(inputs["right"].mean()))
+
+    monkeypatch.setattr(trainer.RunTrainer, "prediction_step", step)
+    run = object.__new__(tasks.RewardModelTrainer)
+    run._metrics = {"eval": defaultdict(list)}
+    for right in ([1.0, 1.0, 1.0], [1.0, 0.0, 1.0], [0.0]):
+        run.prediction_step(None, {"right": torch.tensor(right)})
+    measured = run._metrics["eval"]["accuracy"]
+    assert sum(measured) / len(measured) == pytest.approx(5 / 7)

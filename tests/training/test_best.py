@@ -118,7 +118,16 @@ def test_sets_by_name_are_read_checked_and_written_back(recipe: dict[str, Any], 
             {"training__early_stopping_patience": 1, "training__eval_steps": None},
             "needs training.eval_steps, how often",
         ),
-        ({"training__metric_for_best_model": "loss"}, "is for early_stopping_patience or load_best_model_at_end"),
+        ({"training__metric_for_best_model": "loss"}, "is for early_stopping_patience, load_best_model_at_end or the"),
+        ({"training__schedule": "greedy"}, "metric_for_best_model: is required.*near_loss or far_loss"),
+        (
+            {"training__schedule": "reduce_lr_on_plateau", "training__eval_steps": None},
+            "training.schedule: needs training.eval_steps",
+        ),
+        (
+            {"training__schedule": "reduce_lr_on_plateau", "training__warmup": 1},
+            "training.warmup: is for other schedules: reduce_lr_on_plateau does not warm up",
+        ),
         ({"training__schedule": "cosin"}, "training.schedule: expected one of linear, cosine, .*got 'cosin'"),
         ({"training__learning_rate_ratios": {"sorsa_s": 0.0}}, "learning_rate_ratios: expected numbers above 0"),
         ({"training__trl": {"load_best_model_at_end": True}}, "is what training.load_best_model_at_end of the recipe"),
@@ -136,7 +145,10 @@ def test_what_only_the_run_can_tell_is_refused(recipe: dict[str, Any], monkeypat
     recipe["training"]["schedule"] = "warmup_stable_decay"
     with pytest.raises(SvdtuneError, match=r"schedule: warmup_stable_decay cannot be made: .*lr_scheduler_kwargs: \{"):
         go(recipe)
-    recipe["training"]["schedule"] = "cosine"
+    recipe["training"] |= {"schedule": "greedy", "metric_for_best_model": "bleu"}
+    with pytest.raises(SvdtuneError, match=r"is bleu, .*it measures eval_near_loss, eval_far_loss"):
+        go(recipe, overwrite=True)
+    recipe["training"] |= {"schedule": "cosine", "metric_for_best_model": None}
     with monkeypatch.context() as patch:
         patch.setattr(transformers.Trainer, "get_optimizer_cls_and_kwargs", lacks_a_package)
         with pytest.raises(
@@ -151,6 +163,15 @@ def test_what_only_the_run_can_tell_is_refused(recipe: dict[str, Any], monkeypat
         SvdtuneError, match=r"metric_for_best_model is bleu, .*it measures eval_near_loss, eval_far_loss"
     ):
         go(recipe, overwrite=True)
+
+
+@pytest.mark.parametrize("better", [False, True], ids=["small", "large"])
+def test_a_schedule_of_evaluations_goes_by_the_metric_that_is_named(recipe: dict[str, Any], better: bool) -> None:
+    """The loss falls, so the rate does only where a large one counts as better."""
+    recipe["training"] |= {"schedule": "reduce_lr_on_plateau", "metric_for_best_model": "near_loss"}
+    recipe["training"]["trl"] = {"lr_scheduler_kwargs": {"patience": 0, "threshold": 0.0}, "greater_is_better": better}
+    rates = [line["learning_rate"] for line in log_of(go(recipe)[0]) if "loss" in line]
+    assert (rates[-1] < rates[0]) == better
 
 
 @pytest.mark.parametrize("method", ["sorsa", "sara", "mosara", "lora"])

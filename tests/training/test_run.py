@@ -258,6 +258,26 @@ def test_held_out_loss_is_logged(recipe: dict[str, Any]) -> None:
     assert [line["step"] for line in lines][:2] == [2, 4]
 
 
+@pytest.mark.parametrize("settings", [{}, {"padding_free": False}, {"packing": True}, {"label_smoothing": 0.1}])
+def test_the_held_out_loss_is_the_same_in_any_batches(
+    recipe: dict[str, Any], tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """The mean over all labels; it was the mean of the batches' means, so that a few long rows in a
+    batch of their own counted as much as many short ones."""
+    rows = [{"prompt": "Say it.", "completion": "ab" * length} for length in (1, 2, 40, 1, 3)]
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("\n".join(map(json.dumps, rows)))
+    train = tmp_path / "train.jsonl"
+    train.write_text("\n".join(json.dumps(row | {"prompt": f"Say {at}."}) for at, row in enumerate(rows)))
+    recipe["data"] = {"train": str(train), "eval": str(held_out), "max_length": 128}
+    recipe["training"] |= {"max_steps": 1, "learning_rate": 1e-12, **settings}
+    losses = []
+    for batch_size in (1, 2, 5):
+        recipe["training"]["batch_size"] = batch_size
+        losses += [line["eval_loss"] for line in log_of(go(recipe, overwrite=True)[0]) if "eval_loss" in line]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-5)
+
+
 def test_all_turns_of_a_chat_are_trained_on(recipe: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "chat.jinja").write_text(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
