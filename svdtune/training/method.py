@@ -26,6 +26,7 @@ from svdtune.training.problems import Problem, type_error, unknown
 FULL = "full"
 TARGETS = "target_modules"  # the one setting of full fine-tuning: the layers that are trained
 _ANY_STEPS = 10**9  # while a run's length is not known
+_FROM_DATA = {"eva": "initialize_lora_eva_weights", "corda": "preprocess_corda"}
 
 
 def method_names() -> list[str]:
@@ -63,6 +64,18 @@ def method_problems(name: str, options: dict[str, Any]) -> Iterator[Problem]:
         cls(**with_steps(name, good, _ANY_STEPS))
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         yield Problem("method", str(error))
+
+
+def start_problems(options: dict[str, Any]) -> Iterator[Problem]:
+    """Yield what keeps LoRA from its start: PEFT takes it from data beforehand, or else begins
+    with A at random and B zero, mostly without a word."""
+    init = options.get("init_lora_weights")
+    if isinstance(init, str) and (by := _FROM_DATA.get(init.lower())):
+        yield Problem(
+            "method.init_lora_weights",
+            f"{init!r} starts from data that PEFT's {by} runs through the model, and a run does not call it; take true, pissa "
+            "or olora, or call it in a loop of your own",
+        )
 
 
 def section_as_stored(name: str, options: dict[str, Any]) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def check_recipe(
     Raises:
         SvdtuneError: with all problems, the method's own settings included.
     """
-    from svdtune.training.method import FULL, class_of_method, method_problems, section_as_stored
+    from svdtune.training.method import FULL, class_of_method, method_problems, section_as_stored, start_problems
     from svdtune.training.problems import without_quotes
     from svdtune.training.trl_settings import trl_problems
 
@@ -315,6 +315,7 @@ def check_recipe(
         problems += from_pydantic(error, Recipe)
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
+        problems += () if begun else start_problems(method)
     problems += exclusions(settings)
     if recipe is not None:
         problems += trl_problems(recipe.training.task, recipe.training.trl)

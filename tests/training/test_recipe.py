@@ -34,6 +34,16 @@ def problems(raw: dict[str, Any]) -> list[str]:
     return [line.strip() for line in str(caught.value).splitlines()]
 
 
+@pytest.mark.filterwarnings("ignore:.*Using default")  # of PEFT's own, for EVA's and CorDA's settings
+@pytest.mark.parametrize("init", ["eva", "corda"])
+def test_a_start_from_data_that_no_run_takes_is_refused(init: str) -> None:
+    """A run would train from another start than the recipe names."""
+    raw = settings(method={"name": "lora", "r": 8, "init_lora_weights": init})
+    assert f"method.init_lora_weights: {init!r} starts from data that PEFT's " in " ".join(problems(raw))
+    raw["method"]["init_lora_weights"] = True
+    assert check_recipe(raw).method.name == "lora"
+
+
 def test_all_problems_come_at_once_each_with_path_and_nearest_name() -> None:
     raw = settings(
         model__dtyp="bfloat16",
