@@ -87,7 +87,7 @@ def explain_write_errors(path: Path, advice: str = "name another output") -> Ite
         raise SvdtuneError(f"cannot write {path}: {reason}; {advice}") from error
 
 
-def _errno(error: Exception) -> int:
+def errno_of(error: Exception) -> int:
     """The number of what the operating system refused, 0 where it refused nothing. Libraries in
     Rust (safetensors, tokenizers) have it in their text, in exceptions of any type."""
     if isinstance(error, OSError):
@@ -98,7 +98,7 @@ def _errno(error: Exception) -> int:
 
 def _write_reason(error: Exception, path: Path) -> str | None:
     """Why a write failed, None where the error is about something else."""
-    if number := _errno(error):
+    if number := errno_of(error):
         return _REASONS.get(number)
     if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|iostream error", str(error)):
         return f"writing stopped half-way, with {free_bytes(path) / 1e6:,.0f} MB left on the disk"
@@ -121,7 +121,7 @@ def check_free(path: Path, needed: int, what: str) -> None:
         raise SvdtuneError(
             f"{path} needs {needed / 1e6:,.0f} MB for {what}, and {free / 1e6:,.0f} MB are free on that disk; free some, or "
             "name another place (output.dir)"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def printable(text: str) -> str:
@@ -395,6 +395,6 @@ def last_resort(error: Exception) -> str | None:
         return "out of memory: give it smaller batches, a smaller model, or a machine with more"
     if isinstance(error, OSError) and error.errno in set(_REASONS) - {errno.ENOENT} and error.filename is not None:
         return f"cannot use {error.filename}: {_REASONS[error.errno].removesuffix(' to write there')}"
-    if (number := _errno(error)) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+    if (number := errno_of(error)) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return f"cannot write: {_REASONS[number]}"
     return None

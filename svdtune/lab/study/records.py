@@ -24,6 +24,9 @@ from svdtune.training.movement import DURING
 _CURVE = 60  # points kept of a curve
 
 
+NO_ROOM = 74  # the exit status of a run that a full disk ended, and which has no record
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a run's files lie.

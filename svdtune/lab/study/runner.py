@@ -24,10 +24,11 @@ from typing import Any
 
 from svdtune.checkpoint import open_checkpoint
 from svdtune.data import read_rows
+from svdtune.errors import SvdtuneError
 from svdtune.lab.study.grid import Fits, Job, cells, model_of
 from svdtune.lab.study.layers import ranks_by_layer
 from svdtune.lab.study.progress import StudyProgress, take_up
-from svdtune.lab.study.records import KnownRuns, Place, read_record, record_of, write_record
+from svdtune.lab.study.records import NO_ROOM, KnownRuns, Place, read_record, record_of, write_record
 from svdtune.lab.study.results import RESULTS
 from svdtune.lab.study.spec import Settings, Study
 from svdtune.models.loader import locate
@@ -255,6 +256,8 @@ class _Runner:
             status = process.wait()
         del self.processes[job.key]
         record = read_record(place.record, job.key)
+        if record is None and status == NO_ROOM:
+            raise SvdtuneError(f"the disk is full below {place.run.parent}; free some space; the same command goes on")
         if record is None and not self.signals:
             ended = f"signal {-status}" if status < 0 else f"status {status}"
             record = record_of(described, place.run, {}, f"its process ended with {ended}; see {place.log}")

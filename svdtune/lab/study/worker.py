@@ -5,6 +5,7 @@ is done.
 closes: a runner that is killed leaves no run behind that a second runner would meet.
 """
 
+import errno
 import gc
 import json
 import os
@@ -30,10 +31,10 @@ from svdtune.evaluation import Evaluation, TransformersEngine
 from svdtune.evaluation.questions import BatchedEngine, ask, decoding_of, output_folder, prepare, sets_to_ask
 from svdtune.export.source import Source, find_source, open_source
 from svdtune.lab.study.measurement import MeasurementCallback
-from svdtune.lab.study.records import Place, record_of, scores_of, write_record
+from svdtune.lab.study.records import NO_ROOM, Place, record_of, scores_of, write_record
 from svdtune.lab.study.spec import Measure
 from svdtune.models import LoadedModel
-from svdtune.system import is_out_of_memory, open_console, replace_text
+from svdtune.system import errno_of, is_out_of_memory, open_console, replace_text
 from svdtune.training import Interrupted, Recipe, check_recipe, train
 from svdtune.training.checkpoints import latest_checkpoint
 from svdtune.training.folder import ADAPTER, FULL_MODEL, RECIPE, SUMMARY, from_anywhere, read_run
@@ -55,13 +56,19 @@ class LeaveMemory(TrainerCallback):
 
 def main(path: Path) -> int:
     """Make the run of a job file; the exit status is 0 where a record was written, of a failed run
-    too."""
+    too, and NO_ROOM where the disk is full: then there is none, and the next start goes on."""
     job = json.loads(path.read_text(encoding="utf-8"))
     place = Place(**{name: Path(folder) for name, folder in job.pop("place").items()})
     threading.Thread(target=_end_with_runner, daemon=True).start()
-    place.run.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(place.run.parent / f".{place.run.name}.lock"):  # until a process of a killed runner is gone
-        return _run(job, place)
+    try:
+        place.run.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(place.run.parent / f".{place.run.name}.lock"):  # until a process of a killed runner is gone
+            return _run(job, place)
+    except Exception as error:
+        if not lacks_room(error):
+            raise
+        traceback.print_exc()
+        return NO_ROOM
 
 
 def _run(job: dict[str, Any], place: Place) -> int:
@@ -83,6 +90,8 @@ def _run(job: dict[str, Any], place: Place) -> int:
     except (KeyboardInterrupt, Interrupted):
         return 130  # no record: the next start goes on
     except Exception as error:
+        if lacks_room(error):
+            raise
         traceback.print_exc()
         name = "out of memory" if is_out_of_memory(error) else type(error).__name__
         sentence = str(error) if isinstance(error, SvdtuneError) else f"{name}: {error}"
@@ -93,6 +102,16 @@ def _run(job: dict[str, Any], place: Place) -> int:
         for folder in (*place.run.glob("checkpoint-*"), place.run / ADAPTER, place.run / FULL_MODEL):
             shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def lacks_room(error: BaseException | None) -> bool:
+    """Whether a full disk or quota is behind an error; of a write by `torch.save` only that it did
+    not end is known."""
+    while isinstance(error, Exception):
+        if errno_of(error) in (errno.ENOSPC, errno.EDQUOT) or "writing stopped half-way" in str(error):
+            return True
+        error = error.__cause__
+    return False
 
 
 def _train(recipe: Recipe, run: Path, callbacks: list[TrainerCallback]) -> None:
@@ -191,7 +210,8 @@ def _with_heldout(job: dict[str, Any], place: Place) -> dict[str, Any]:
 
 
 def _end_with_runner() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # of sys.stdin Python would want the lock back at the end, and abort
+        pass
     os._exit(1)
 
 
