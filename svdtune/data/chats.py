@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data.examples import Example, Messages
+from svdtune.data.standard import MARKS
 from svdtune.errors import SvdtuneError
 
 _TOGETHER = 64  # written at a time: a call has its own cost, and the texts of a long chat take memory
@@ -67,12 +68,15 @@ def chat_pieces(example: Example, texts: Iterator[str], end: str | None) -> list
     assert example.chat is not None
     name = example.name
     pieces: list[tuple[str, bool]] = []
-    before, closes = "", False
+    before = ""
     for at in example.chat.learnt:
         asked, answered = next(texts), next(texts)
         if end and before.endswith(end) and not asked.startswith(before) and asked.startswith(before.removesuffix(end)):
-            before, closes = before.removesuffix(end), True
+            before = before.removesuffix(end)
             pieces[-1] = pieces[-1][0].removesuffix(end), True
+        if _is_plain(example) and not answered.startswith(asked):
+            # It asks with more than it writes of the answer later, such as what opens its thoughts.
+            return [(asked, False), (f"{example.completion}{end or ''}", True)]
         for longer, shorter in ((asked, before), (answered, asked)):
             if not longer.startswith(shorter):
                 raise SvdtuneError(
@@ -83,9 +87,35 @@ def chat_pieces(example: Example, texts: Iterator[str], end: str | None) -> list
                 )
         pieces += [(asked[len(before) :], False), (answered[len(asked) :], True)]
         before = answered
-    if closes and end:
-        pieces[-1] = pieces[-1][0].removesuffix(end), True
+    last, content = pieces[-1][0], example.chat.messages[-1].get("content")
+    closing = last.partition(content)[2] if content else last  # what is written behind the last answer
+    if end and closing.endswith(end) and closing.removesuffix(end).rstrip().endswith(end):
+        pieces[-1] = last.removesuffix(end), True
     return pieces
+
+
+def _is_plain(example: Example) -> bool:
+    """Whether an example's chat is a prompt and one answer in words."""
+    chat, tools = example.chat, example.tools
+    assert chat is not None
+    called = tools or any(_CALLS in turn for turn in chat.messages)
+    one = chat.learnt == [len(chat.messages) - 1]
+    return one and not called and chat.messages[-1].keys() <= {"role", "content", *MARKS}
+
+
+def answer_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that the chat template writes before an answer's own, such as an empty place for
+    thoughts: a model learns to say them, and they are no part of what it answers."""
+    if tokenizer.chat_template is None:
+        return []
+    asked, answer = [{"role": "user", "content": "?"}], "(answer)"
+    with suppress(SvdtuneError):  # of a template that writes no such chat
+        before = write_chat(asked, None, tokenizer, "a chat")
+        whole = write_chat([*asked, {"role": "assistant", "content": answer}], None, tokenizer, "a chat", asking=False)
+        opening, found, _ = whole.removeprefix(before).partition(answer)
+        if found and whole.startswith(before):
+            return list(tokenizer.encode(opening, add_special_tokens=False))
+    return []
 
 
 def write_chat(
@@ -121,7 +151,8 @@ def write_chat(
 def _has_python(messages: Messages, text: str) -> bool:
     """Whether a text has the arguments of a call as Python writes them: its template takes text."""
     calls = (call.get("function") or call for turn in messages for call in turn.get(_CALLS) or ())
-    return any(call.get("arguments") and str(call["arguments"]) in text for call in calls if _is_object(call))
+    written = {str(call["arguments"]) for call in calls if _is_object(call) and call["arguments"]}
+    return any(text.count(one) > sum(str(turn.get("content")).count(one) for turn in messages) for one in written)
 
 
 def _with_json(messages: Messages) -> Messages:
@@ -153,7 +184,7 @@ def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBas
     """
     known: set[Kind] = set()
     for example in examples:
-        messages = _messages(example)
+        messages = example.asked if example.chat is None else example.chat.messages
         whole = None  # written once a chat, and only where it holds something new
         for kind, at in _held(messages, example.tools):
             if kind in known:
@@ -171,12 +202,6 @@ def check_written(examples: Iterable[Example], tokenizer: PreTrainedTokenizerBas
 _TOOLS, _CALLS = "tools", "tool_calls"
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")  # what a message may hold besides
 Kind = tuple[str, str]  # a role and where it speaks, or what is not said: tools, and calls of them
-
-
-def _messages(example: Example) -> Messages:
-    if example.chat is not None:
-        return example.chat.messages
-    return [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else example.prompt
 
 
 def _held(messages: Messages, tools: Sequence[Any] | None) -> Iterator[tuple[Kind, int]]:
@@ -209,7 +234,8 @@ def _written_without(
     if kind[0] == _CALLS:
         turn = {key: value for key, value in turn.items() if key != _CALLS}
     elif kind[0] in _THOUGHTS:
-        turn = {**turn, kind[0]: f"{turn[kind[0]]} x"}
+        thought = turn[kind[0]]  # which may stand under several names, of which a template writes one
+        turn = {key: f"{value} x" if key in _THOUGHTS and value == thought else value for key, value in turn.items()}
     elif kind[0] != _TOOLS:
         turn = {**turn, "content": f"{turn['content']} x"}
     try:

@@ -226,9 +226,7 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str,
 
 def _turns(example: Example, template: str) -> Messages | None:
     """The prompt as messages, which the chat template writes; None of a text that it does not."""
-    if isinstance(example.prompt, str):
-        return [{"role": "user", "content": example.prompt}] if template == CHAT else None
-    return example.prompt
+    return None if isinstance(example.prompt, str) and template != CHAT else example.asked
 
 
 def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, texts: Iterator[str]) -> _Piece:
@@ -240,14 +238,14 @@ def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str,
             f"{example.name}: the row has tools, and the template {template!r} writes none; use `template: chat`, or take "
             "the column out"
         )
-    assert isinstance(example.prompt, str)
+    asked = "\n\n".join(str(turn.get("content", "")) for turn in example.asked)
     form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
     if "{prompt}" not in form:
         raise SvdtuneError(
             f"the template {template!r} has no {{prompt}} in it; expected such a text, or one of "
             f"{', '.join(template_names())}{lab_note()}"
         )
-    return _Piece(form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.prompt), special=True)
+    return _Piece(form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", asked), special=True)
 
 
 def _check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -283,8 +281,10 @@ def _behind(pieces: Sequence[_Piece], tokens: list[list[int]], tokenizer: PreTra
     token of its own, such as the end of a turn, or a line's end, which merges with nothing.
     """
     inside = [at for at, piece in enumerate(pieces) if piece.before and piece.text]
+    if not inside:
+        return
     alone = {text: tokenizer.encode(text, add_special_tokens=False) for text in ("\n", "a", "\na")}
-    if not inside or alone["\na"] == alone["\n"] + alone["a"]:
+    if alone["\na"] == alone["\n"] + alone["a"]:
         return
     added = tuple(tokenizer.get_added_vocab())
     fronts = [_front(pieces[at].before, added) for at in inside]

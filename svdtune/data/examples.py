@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from svdtune.data.standard import (
+    before_of,
     chat_column,
     is_learnt,
     is_said,
     messages_of,
+    opened,
     standard_row,
     text_of,
     tools_of,
@@ -47,6 +49,7 @@ class Example:
 
     Attributes:
         prompt: text, or messages ({"role", "content"} dicts) for the tokenizer's chat template.
+        before: messages that a text prompt follows; not trained on.
         completion: the text to learn; the end token is not part of it, encoding adds it. Empty
             where none is needed.
         row: what it was made from, reference answers included.
@@ -61,6 +64,12 @@ class Example:
     name: str = "example"
     chat: Chat | None = None
     tools: Sequence[Any] | None = None
+    before: Messages = field(default_factory=list)
+
+    @property
+    def asked(self) -> Messages:
+        """The prompt as messages."""
+        return [*self.before, {"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
 def to_examples(
@@ -135,11 +144,14 @@ def _example(row: Mapping[str, Any], prompt: str, completion: str | None, name: 
     if isinstance(asked, list | tuple):
         checked = by_columns and chat_column(row)  # `standard_row` has made messages of it
         turns = list(asked) if checked else messages_of(asked, f"{name}: field {prompt!r}")
+        turns = opened(turns, row) if prompt == PROMPT else turns
         return _chat_example(row, turns, completion, name)
     check_fields(row, fields_of(prompt, completion), name)
     answer = "" if completion is None else _fill(completion, row, name)
     tools = None if "tools" in fields_of(prompt, completion) else tools_of(row)
-    return Example(_fill(prompt, row, name), answer, row, name, tools=tools)
+    text = _fill(prompt, row, name)
+    before = before_of(row, name) if prompt == PROMPT and text else []  # a prompt that is named is all that is asked
+    return Example(text, answer, row, name, tools=tools, before=before)
 
 
 def _chat_example(row: Mapping[str, Any], asked: Messages, completion: str | None, name: str) -> Example:

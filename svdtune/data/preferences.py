@@ -22,7 +22,16 @@ from transformers import PreTrainedTokenizerBase
 from svdtune.data.columns import Columns
 from svdtune.data.encoding import IGNORED, PLAIN, encode_all
 from svdtune.data.examples import COMPLETION, PROMPT, Example, to_examples
-from svdtune.data.standard import chat_column, chat_of, instruction_of, is_said, messages_of, unmarked
+from svdtune.data.standard import (
+    before_of,
+    chat_column,
+    chat_of,
+    instruction_of,
+    is_said,
+    messages_of,
+    opened,
+    unmarked,
+)
 from svdtune.errors import SvdtuneError
 
 Row = Mapping[str, Any]
@@ -33,7 +42,7 @@ COLUMNS = {
     "kto": (PROMPT, COMPLETION, LABEL),
     "grpo": (PROMPT,),
 }
-_ASKS = ("question", "query", "input", "problem", "user")  # columns that ask, where no format says so
+_ASKS = ("question", "query", "input", "problem")  # columns that ask, where no format says so
 _TOKENS = ("input_ids", "prompt_ids", "chosen_ids", "rejected_ids", "completion_ids")
 _FITS = "chosen and rejected are for dpo and reward, completion and label for kto, completion or messages alone for sft"
 _LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # a CSV file has texts
@@ -79,7 +88,7 @@ def to_labelled(
         if isinstance(row.get(completion), list | tuple):
             row = {**row, completion: _answer(row[completion], f"{name}: field {completion!r}")}
             if prompt == PROMPT and isinstance(row[PROMPT], str):
-                row[PROMPT] = _asked(row[PROMPT], row)
+                row[PROMPT] = _asked(row[PROMPT], row, name)
         asked.append(row)
     return list(zip(to_examples(asked, prompt, completion, source=source), labels, strict=True))
 
@@ -210,20 +219,22 @@ def _with_prompt(row: Row, name: str) -> Row:
     if prompt is None and (column := chat_column(row)):
         prompt = chat_of(row, column, name)
     elif isinstance(prompt, list | tuple):
-        prompt = messages_of(prompt, f"{name}: field {PROMPT!r}")
+        prompt = opened(messages_of(prompt, f"{name}: field {PROMPT!r}"), row)
     elif prompt is None and is_said(row, "instruction"):
         prompt = instruction_of(row, name)
     chosen, rejected = (_answer(row[column], f"{name}: field {column!r}") for column in (CHOSEN, REJECTED))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise SvdtuneError(f"{name}: one of chosen and rejected is text and the other messages; give both alike")
     begin = _shared(chosen, rejected)
-    if begin and isinstance(prompt, list) and chosen[:1] == rejected[:1] == unmarked(prompt[:1]):
+    turns = prompt if isinstance(prompt, list) else []
+    system = turns[:1] if turns and turns[0]["role"] == "system" else []
+    if begin and chosen[:1] in (unmarked(turns[:1]), unmarked(turns[len(system) :][:1])):
         prompt = None  # the answers repeat it
     if isinstance(prompt, list) or (isinstance(prompt, str) and isinstance(chosen, str)):
         return {**row, PROMPT: prompt, CHOSEN: chosen, REJECTED: rejected}
     if not begin and isinstance(prompt, str):
-        return {**row, PROMPT: _asked(prompt, row), CHOSEN: chosen, REJECTED: rejected}
-    if isinstance(chosen, str) and (columns := [column for column in _ASKS if is_said(row, column)]):
+        return {**row, PROMPT: _asked(prompt, row, name), CHOSEN: chosen, REJECTED: rejected}
+    if not begin and isinstance(chosen, str) and (columns := [column for column in _ASKS if is_said(row, column)]):
         raise SvdtuneError(
             f"{name} has no 'prompt', but {' and '.join(map(repr, columns))}; rename the column that is asked to 'prompt', "
             f"or name it with data.prompt: {columns[0]}"
@@ -232,14 +243,15 @@ def _with_prompt(row: Row, name: str) -> Row:
         raise SvdtuneError(
             f"{name} has no 'prompt', and chosen and rejected share no first message that would be one; add the column"
         )
-    return {**row, PROMPT: chosen[:begin], CHOSEN: chosen[begin:], REJECTED: rejected[begin:]}
+    shared = chosen[:begin]
+    if not isinstance(shared, str):
+        shared = opened(shared, {"system": system[0]["content"]} if system else row)
+    return {**row, PROMPT: shared, CHOSEN: chosen[begin:], REJECTED: rejected[begin:]}
 
 
-def _asked(text: str, row: Row) -> list[dict[str, Any]]:
-    """A text as the user's message, after the row's `system`."""
-    system = row.get("system")
-    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    return [*before, {"role": "user", "content": text}]
+def _asked(text: str, row: Row, name: str) -> list[dict[str, Any]]:
+    """A text as the user's message, after the row's `system` and `history`."""
+    return [*before_of(row, name), {"role": "user", "content": text}]
 
 
 def _answer(value: Any, name: str) -> Any:

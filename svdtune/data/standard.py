@@ -8,10 +8,10 @@
 | `instruction`, `input`, `output` | Alpaca's | `prompt`: instruction and input, `completion` |
 | `text` | plain text | `completion`: the text, after an empty prompt |
 
-`tools` beside a prompt or messages goes to the chat template; `system` beside messages is the first
-of a chat that has none, and beside Alpaca's columns, as `history`, makes a chat of them. A content
-in parts becomes one text. A message of the assistant's with `weight: 0` or `train: false` is read
-and not trained on.
+`tools` beside a prompt or messages goes to the chat template. `system` beside messages is the first
+of a chat that has none; beside a text prompt it is what the prompt follows, as are the turns of
+`history`. A content in parts becomes one text. A message of the assistant's with `weight: 0` or
+`train: false` is read and not trained on.
 
 A table gives every row every column of any of them, so a column that holds null, or the NaN of
 pandas, was not said: it tells no format.
@@ -37,10 +37,9 @@ _ROLES = {
     "chatgpt": "assistant",
     "model": "assistant",
     "bot": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "function_response": "tool",
 }
+# In ShareGPT's `from` alone: as a `role` some templates know them by these names.
+_SENDERS = _ROLES | {"function_call": "assistant", "observation": "tool", "function_response": "tool"}
 MARKS = ("weight", "train")  # of a message: whether it is trained on, in OpenAI's files and in Axolotl's
 CHATS = ("messages", "conversations")  # the columns of whole chats
 _COLUMNS = {*CHATS, "prompt", "completion", "instruction", "input", "output", "text", "chosen", "rejected", "label"}
@@ -59,12 +58,7 @@ def standard_row(row: Row, name: str) -> Row:
     if column := chat_column(row):
         return {**row, "prompt": chat_of(row, column, name)}
     if is_said(row, "instruction") and "output" in row:
-        answer = text_of(row, "output", name)
-        asked = instruction_of(row, name)
-        if isinstance(asked, str):
-            return {**row, "prompt": asked, "completion": answer}
-        rest = {column: value for column, value in row.items() if column != "completion"}
-        return {**rest, "prompt": [*asked, {"role": "assistant", "content": answer}]}
+        return {**row, "prompt": instruction_of(row, name), "completion": text_of(row, "output", name)}
     if is_said(row, "text"):
         return {**row, "prompt": "", "completion": text_of(row, "text", name)}
     if empty := [column for column in row if column in _COLUMNS and not is_said(row, column)]:
@@ -78,26 +72,38 @@ def standard_row(row: Row, name: str) -> Row:
     )
 
 
-def instruction_of(row: Row, name: str) -> str | list[Message]:
-    """What Alpaca's columns ask: instruction and input; as messages where the row has a `system` or
-    a `history` of questions and answers before it, as LLaMA-Factory's files do.
+def instruction_of(row: Row, name: str) -> str:
+    """What Alpaca's columns ask: instruction and input.
 
     Raises:
-        SvdtuneError: if a column holds something else.
+        SvdtuneError: if a column holds no text.
     """
     asked = text_of(row, "instruction", name)
     if given := text_of(row, "input", name).strip() if is_said(row, "input") else "":
         asked = f"{asked}\n\n{given}"
+    return asked
+
+
+def before_of(row: Row, name: str) -> list[Message]:
+    """What a text prompt follows: the row's `system`, and its `history` of questions and answers,
+    as LLaMA-Factory's files have them, or of messages.
+
+    Raises:
+        SvdtuneError: if the history is another list.
+    """
     system, history = row.get("system"), row.get("history")
-    told = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
-    if isinstance(history, list | tuple) and history:
-        if not all(isinstance(one, list | tuple) and [*map(type, one)] == [str, str] for one in history):
-            raise SvdtuneError(
-                f"{name}: field 'history' holds {history!r:.60}; expected pairs of a question and its answer"
-            )
-        roles = ("user", "assistant")
-        told += [{"role": role, "content": text} for one in history for role, text in zip(roles, one, strict=True)]
-    return [*told, {"role": "user", "content": asked}] if told else asked
+    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    if not isinstance(history, list | tuple) or not history:
+        return before
+    if isinstance(history[0], Mapping):
+        return before + messages_of(history, f"{name}: field 'history'")
+    if not all(isinstance(one, list | tuple) and len(one) == 2 for one in history):
+        raise SvdtuneError(
+            f"{name}: field 'history' holds {history!r:.60}; expected pairs of a question and its answer, or messages. "
+            "Name what is asked with data.prompt if the column is to be left out"
+        )
+    said = ((role, text) for one in history for role, text in zip(("user", "assistant"), one, strict=True))
+    return before + [{"role": role, "content": str(text)} for role, text in said if text is not None]
 
 
 def capitals(columns: Iterable[str]) -> str:
@@ -147,7 +153,12 @@ def chat_of(row: Row, column: str, name: str) -> list[Message]:
     Raises:
         SvdtuneError: as `messages_of`.
     """
-    messages, system = messages_of(row[column], f"{name}: field {column!r}"), row.get("system")
+    return opened(messages_of(row[column], f"{name}: field {column!r}"), row)
+
+
+def opened(messages: list[Message], row: Row) -> list[Message]:
+    """A chat, after the row's `system` where it opens with none."""
+    system = row.get("system")
     if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     return messages
@@ -160,9 +171,12 @@ def is_learnt(message: Message) -> bool:
 
 
 def unrepeated(answer: Sequence[Message], prompt: Sequence[Message]) -> list[Message]:
-    """What of a chat is behind the prompt, where it begins with it; else all of it."""
-    repeats = len(answer) > len(prompt) and list(answer[: len(prompt)]) == list(prompt)
-    return list(answer[len(prompt) :] if repeats else answer)
+    """What of a chat is behind the prompt, where it begins with it, perhaps without the system's
+    message; else all of it."""
+    for repeated in (list(prompt), list(prompt[1:]) if prompt and prompt[0]["role"] == "system" else []):
+        if repeated and len(answer) > len(repeated) and list(answer[: len(repeated)]) == repeated:
+            return list(answer[len(repeated) :])
+    return list(answer)
 
 
 def unmarked(messages: Iterable[Message]) -> list[Message]:
@@ -199,11 +213,10 @@ def _message(turn: Any, name: str) -> Message:
         raise SvdtuneError(f"{name} is {turn!r:.60}; expected an object with role and content")
     if "from" in turn and "value" in turn:
         more = {key: value for key, value in turn.items() if key not in ("from", "value")}
-        turn = {"role": turn["from"], "content": turn["value"], **more}
+        turn = {"role": _role(turn["from"], _SENDERS), "content": turn["value"], **more}
     # A table gives every message every column of any of them: what is empty was not said.
     message = {key: value for key, value in turn.items() if value is not None}
-    if isinstance(role := message.get("role"), str):
-        message["role"] = _ROLES.get(role.strip().lower(), role)
+    message["role"] = _role(message.get("role"), _ROLES)
     content, calls = message.get("content"), message.get("tool_calls")
     if not isinstance(message.get("role"), str) or not (isinstance(content, str | list) or calls):
         raise SvdtuneError(
@@ -221,6 +234,10 @@ def _message(turn: Any, name: str) -> Message:
         message["content"] = message.get("content", "")  # which many templates add to other text
         message["tool_calls"] = _calls_of(calls, name)
     return message
+
+
+def _role(given: Any, known: Mapping[str, str]) -> Any:
+    return known.get(given.strip().lower(), given) if isinstance(given, str) else given
 
 
 def _calls_of(calls: Any, name: str) -> list[Any]:

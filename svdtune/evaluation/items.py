@@ -1,14 +1,12 @@
 """What is evaluated: a prompt in tokens, and the reference that its completion is graded
 against."""
 
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from svdtune.data import Example, encode, prompt_ids
-from svdtune.data.encoding import IGNORED
+from svdtune.data import Example, prompt_ids
 from svdtune.data.examples import check_fields
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks import Reference
@@ -49,7 +47,7 @@ def to_items(
     for example in examples:
         if answer is not None:
             check_fields(example.row, [answer], example.name)
-        found = _completion(example, tokenizer) if answer is None else example.row[answer]
+        found = example.completion if answer is None else example.row[answer]
         reference: Reference = found if isinstance(found, list | dict) else str(found)
         if not (reference.strip() if isinstance(reference, str) else reference):
             source = "completion" if answer is None else f"field {answer!r}"
@@ -59,20 +57,6 @@ def to_items(
         assert isinstance(text, str)  # of one sequence
         items.append(Item(example.name, text, tuple(tokens), reference))
     return items
-
-
-def _completion(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The answer of an example as a completion is read: of a chat with what the template writes
-    besides the content, which a model has learnt to say, special tokens left out."""
-    if example.chat is None or not example.completion.strip():
-        return example.completion
-    last = replace(example, chat=replace(example.chat, learn_from=example.chat.learnt[-1]))
-    try:
-        learnt = [token for token in encode(last, tokenizer, sys.maxsize)["labels"] if token != IGNORED]
-    except SvdtuneError:  # training says it; who has another template asks all the same
-        return example.completion
-    text = str(tokenizer.decode(learnt, skip_special_tokens=True))
-    return example.completion if text.strip() == example.completion.strip() else text
 
 
 def check_items(items: Sequence[Item], max_new_tokens: int, context: int | None) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from svdtune._version import __version__
+from svdtune.data.chats import answer_opening
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.engines import Engine, TransformersEngine
 from svdtune.evaluation.generation import GREEDY, Completion, Decoding, plan_batches
@@ -148,6 +149,7 @@ def _generate_missing(
     """Complete, grade and store what the store lacks; each batch is stored before the next one
     starts."""
     wanted = [(index, sample) for index in range(len(items)) for sample in range(decoding.samples)]
+    opening = answer_opening(engine.tokenizer)
     tell = on_progress or (lambda *_: None)
     tell(len(store.done), len(wanted))
     for batch in plan_batches([items[index].tokens for index, _ in wanted], batch_size):
@@ -158,7 +160,8 @@ def _generate_missing(
         seeds = [decoding.seed * len(wanted) + place for place in missing]
         with _explain_out_of_memory(len(prompts), max_new_tokens):
             completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
-        texts = engine.tokenizer.batch_decode([c.tokens for c in completions], skip_special_tokens=True)
+        said = [c.tokens[len(opening) :] if [*c.tokens[: len(opening)]] == opening else c.tokens for c in completions]
+        texts = engine.tokenizer.batch_decode(said, skip_special_tokens=True)
         graded = _grade_all(
             task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]
         )

@@ -11,10 +11,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from svdtune.data import encode, to_examples
+from svdtune.data.chats import answer_opening
 from svdtune.data.encoding import IGNORED
 from svdtune.data.preferences import encode_pairs, to_pairs
 from svdtune.errors import SvdtuneError
-from svdtune.evaluation.items import to_items
 
 TURNS = [
     {"role": "user", "content": "2 + 2?"},
@@ -71,15 +71,33 @@ def test_what_a_template_writes_around_one_answer_is_trained_on(channels: PreTra
     assert channels.convert_tokens_to_string(raw) == "4<|end|>", "a text is what it is"
 
 
-def test_an_answer_is_graded_against_what_the_template_writes(channels: PreTrainedTokenizerFast) -> None:
-    chats = to_examples([{"messages": TURNS}, {"prompt": TURNS[:1], "completion": "4"}], "prompt", "completion")
-    assert [item.reference for item in to_items(chats, channels)] == ["final: six", "4"]
+def test_what_a_template_opens_an_answer_with(channels: PreTrainedTokenizerFast) -> None:
+    assert channels.convert_tokens_to_string(channels.convert_ids_to_tokens(answer_opening(channels))) == "final: "
+    for template in (PHI, None, "{{ raise_exception('no') }}", "{{ messages | length }}"):
+        channels.chat_template = template
+        assert answer_opening(channels) == []
+
+
+def test_a_template_that_asks_with_more_than_it_writes_later(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    own = copy.deepcopy(tiny_tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
+    )
+    for size in (2, 4):
+        turns = [turn | ({"weight": 0} if at == 1 and size == 4 else {}) for at, turn in enumerate(TURNS[:size])]
+        found, learnt = tokens({"messages": turns}, own)
+        assert own.convert_tokens_to_string(learnt) == f"{turns[-1]['content']}<|end|>"
+        assert own.convert_tokens_to_string(found).endswith(f"<think>{turns[-1]['content']}<|end|>")
+    with pytest.raises(SvdtuneError, match="differently once the turn is there"):
+        tokens({"messages": TURNS}, own)
 
 
 def test_an_end_behind_the_whole_chat_is_no_part_of_its_turns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     own = copy.deepcopy(tiny_tokenizer)
     own.chat_template = PHI
-    assert own.convert_tokens_to_string(tokens({"messages": TURNS}, own)[1]) == "4<|end|>six<|end|>"
+    for size, learnt in ((2, "4<|end|>"), (4, "4<|end|>six<|end|>")):
+        assert own.convert_tokens_to_string(tokens({"messages": TURNS[:size]}, own)[1]) == learnt
 
 
 def sentencepiece(kind: str) -> PreTrainedTokenizerFast:
@@ -146,3 +164,21 @@ def test_what_was_thought_is_written_or_refused(channels: PreTrainedTokenizerFas
         tokens(row, channels)
     channels.chat_template = CHANNELS.replace("{{ m.content", "{{ m." + name + " }}={{ m.content")
     assert channels.convert_tokens_to_string(tokens(row, channels)[1]) == "final: 2 and 2=4<|end|>"
+
+
+def test_a_thought_under_two_names_is_written_once(channels: PreTrainedTokenizerFast) -> None:
+    channels.chat_template = CHANNELS.replace("{{ m.content", "{{ m.reasoning_content }}={{ m.content")
+    row = {"messages": [TURNS[0], {**TURNS[1], "reasoning": "2 and 2", "reasoning_content": "2 and 2"}]}
+    assert channels.convert_tokens_to_string(tokens(row, channels)[1]) == "final: 2 and 2=4<|end|>"
+
+
+def test_arguments_that_a_message_quotes_are_no_sign_of_a_template(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    own = copy.deepcopy(tiny_tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.arguments | tojson }}{% endfor %}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    call = {"role": "assistant", "tool_calls": [{"name": "add", "arguments": {"a": "b"}}]}
+    turns = [{"role": "user", "content": "call {'a': 'b'}"}, call, {"role": "tool", "content": "{'a': 'b'}"}, TURNS[1]]
+    assert own.convert_tokens_to_string(tokens({"messages": turns}, own)[1]) == '{"a": "b"}<|end|>4<|end|>'

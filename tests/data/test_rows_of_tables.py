@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from svdtune.data import Example, read_rows, to_examples
+from svdtune.data import Example, prompt_ids, read_rows, to_examples
 from svdtune.data.preferences import to_labelled, to_pairs
 from svdtune.errors import SvdtuneError
 
@@ -131,16 +132,37 @@ def test_a_chat_that_begins_with_the_assistant_is_refused_with_what_to_do() -> N
 SYSTEM = {"role": "system", "content": "Be brief."}
 
 
-def test_alpacas_system_and_history_make_a_chat() -> None:
+HISTORY = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+
+
+@pytest.mark.parametrize("completion", ["completion", "output"])
+@pytest.mark.parametrize("history", [[["1 + 1?", "2"]], HISTORY])
+def test_alpacas_system_and_history_are_what_the_prompt_follows(completion: str, history: Any) -> None:
     row = {"instruction": "2 + 2?", "input": "", "output": "4", "system": "", "history": []}
-    assert (example(row).prompt, example(row).completion) == ("2 + 2?", "4")
-    found = example(row | {"system": "Be brief.", "history": [["1 + 1?", "2"]]})
-    assert found.chat is not None
-    before = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
-    assert found.chat.messages == [SYSTEM, *before, ASK, SAY]
-    assert found.chat.learnt == [2, 4]
+    for given, before in (({}, []), ({"system": "Be brief.", "history": history}, [SYSTEM, *HISTORY])):
+        [found] = to_examples([row | given], "prompt", completion)
+        assert (found.prompt, found.completion, found.asked) == ("2 + 2?", "4", [*before, ASK])
+    [named] = to_examples([row | {"system": "Be brief."}], "instruction", completion="output")
+    assert named.asked == [ASK], "a prompt that is named is all that is asked"
+
+
+def test_histories_that_are_none() -> None:
+    row = {"instruction": "2 + 2?", "output": "4", "history": [["1 + 1?", None]]}
+    assert example(row).asked == [HISTORY[0], ASK]
     with pytest.raises(SvdtuneError, match=r"field 'history' holds \[\['1 \+ 1\?'\]\]; expected pairs of a question"):
         example(row | {"history": [["1 + 1?"]]})
+
+
+def test_one_template_writes_the_rows_with_a_system_and_those_without(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {"prompt": "2 + 2?", "completion": "4"}
+    texts = [
+        tiny_tokenizer.convert_tokens_to_string(
+            tiny_tokenizer.convert_ids_to_tokens(prompt_ids(example(row | more), tiny_tokenizer, "Q: {prompt} A: "))
+        )
+        for more in ({}, {"system": "Be brief."})
+    ]
+    assert texts == ["Q: 2 + 2? A: ", "Q: Be brief.\n\n2 + 2? A: "]
+    assert example({"text": "2", "system": "Be brief."}).before == []
 
 
 def test_pairs_take_what_alpacas_columns_ask() -> None:
@@ -148,11 +170,11 @@ def test_pairs_take_what_alpacas_columns_ask() -> None:
     [(chosen, rejected)] = to_pairs([row])
     assert (chosen.prompt, chosen.completion, rejected.completion) == ("Add.\n\n2, 2", "4", "5")
     [(chosen, _)] = to_pairs([row | {"system": "Be brief."}])
-    assert chosen.prompt == [SYSTEM, {"role": "user", "content": "Add.\n\n2, 2"}]
+    assert chosen.asked == [SYSTEM, {"role": "user", "content": "Add.\n\n2, 2"}]
 
 
 def test_pairs_are_not_trained_on_without_what_was_asked() -> None:
-    row = {"system": "Be brief.", "question": "2 + 2?", "chosen": "It is 4.", "rejected": "It is 5."}
+    row = {"system": "Be brief.", "question": "2 + 2?", "chosen": "4.", "rejected": "5."}
     with pytest.raises(SvdtuneError, match=r"has no 'prompt', but 'question'; rename .* data\.prompt: question"):
         to_pairs([row])
     [(named, _)] = to_pairs([row], "{system}\n{question}")
@@ -165,3 +187,29 @@ def test_a_system_beside_a_text_and_messages_opens_the_chat() -> None:
     assert chosen.prompt == rejected.prompt == [SYSTEM, ASK]
     [(judged, _)] = to_labelled([{"prompt": "2 + 2?", "system": "Be brief.", "completion": [SAY], "label": 1}])
     assert judged.prompt == [SYSTEM, ASK]
+
+
+@pytest.mark.parametrize("prompt", [[ASK], [SYSTEM, ASK], "2 + 2?"])
+def test_answers_that_repeat_the_prompt_keep_the_system(prompt: Any) -> None:
+    row = {"system": "Be brief.", "chosen": [ASK, SAY], "rejected": [ASK, WRONG]}
+    columns = [{"prompt": prompt}, {}] + ([{"messages": prompt}] if isinstance(prompt, list) else [])
+    for given in columns:
+        [(chosen, rejected)] = to_pairs([row | given])
+        assert chosen.asked == rejected.asked == [SYSTEM, ASK]
+        assert (chosen.completion, rejected.completion) == (SAY["content"], WRONG["content"])
+    [(judged, _)] = to_labelled([{"prompt": prompt, "system": "Be brief.", "completion": [ASK, SAY], "label": 1}])
+    assert judged.asked == [SYSTEM, ASK]
+    assert example({"prompt": [SYSTEM, ASK], "completion": [ASK, SAY]}).asked == [SYSTEM, ASK]
+
+
+def test_a_shared_beginning_is_the_prompt_whatever_other_columns_there_are() -> None:
+    row = {"user": "u123", "question": "an id", "chosen": "Human: hi\n\nA: 4", "rejected": "Human: hi\n\nA: 5"}
+    [(chosen, rejected)] = to_pairs([row])
+    assert chosen.prompt == rejected.prompt == "Human: hi\n\nA:"
+
+
+def test_a_role_that_a_template_may_know_stays() -> None:
+    turns = [ASK, {"role": "observation", "content": "4"}, SAY]
+    assert [turn["role"] for turn in example({"messages": turns}).asked] == ["user", "observation"]
+    sent = [{"from": "Human", "value": "2 + 2?"}, {"from": "Observation", "value": "4"}, {"from": "gpt", "value": "4"}]
+    assert [turn["role"] for turn in example({"conversations": sent}).asked] == ["user", "tool"]

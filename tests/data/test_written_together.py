@@ -104,7 +104,8 @@ def literal(example: Example, tokenizer: PreTrainedTokenizerFast, template: str)
     chat, before = example.chat, ""
     # Phi's templates write the end token once more behind a chat, as no part of its last turn.
     alone = _alone([{"role": "user", "content": "x"}], None, False, tokenizer)
-    closes = alone.endswith(f"{tokenizer.eos_token}\n{tokenizer.eos_token}") and len(example.chat.learnt) > 1
+    closes = alone.endswith(f"{tokenizer.eos_token}\n{tokenizer.eos_token}")
+    called = example.tools or any("tool_calls" in turn for turn in chat.messages)
     for at in range(chat.learn_from, len(chat.messages)):
         if chat.messages[at]["role"] != "assistant":
             continue
@@ -112,6 +113,10 @@ def literal(example: Example, tokenizer: PreTrainedTokenizerFast, template: str)
         answered = _alone(chat.messages[: at + 1], example.tools, False, tokenizer)
         if closes:
             answered = answered.removesuffix(tokenizer.eos_token)
+        if not answered.startswith(asked) and chat.learnt == [len(chat.messages) - 1] and not called:
+            prompt = tokenizer.encode(asked, add_special_tokens=False)
+            answer = [*tokenizer.encode(example.completion, add_special_tokens=False), end]
+            return prompt + answer, _first_ignored([IGNORED] * len(prompt) + answer)
         if not (asked.startswith(before) and answered.startswith(asked)):
             raise SvdtuneError("differently")
         prompt = tokenizer.encode(asked[len(before) :], add_special_tokens=False)

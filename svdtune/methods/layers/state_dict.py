@@ -34,9 +34,12 @@ class StateDictLayer(Unrounded):
     def _check_in_memory(self, active: Collection[str], x: Tensor) -> None:
         """Raise `SvdtuneError` for an adapter whose values were offloaded: PyTorch's products in
         place take whatever lies in memory for them, and say nothing."""
+        if x.is_meta:
+            return
         for adapter in active:
-            tensors = (self.adapter_tensor(name, adapter) for name in (*self.trained, *self.frozen))
-            if not x.is_meta and any(tensor is not None and tensor.is_meta for tensor in tensors):
+            # Offloading takes all values of a layer, so that the first one tells.
+            tensors = (self.adapter_tensor(name, adapter) for name in self.trained)
+            if next(tensor.is_meta for tensor in tensors if tensor is not None):
                 raise SvdtuneError(
                     f"the values of adapter {adapter!r} are on the meta device: they were offloaded with the model "
                     "(accelerate's cpu_offload, disk_offload or dispatch_model), which brings them back for no call. Offload "
