@@ -160,7 +160,7 @@ def _generate_missing(
         seeds = [decoding.seed * len(wanted) + place for place in missing]
         with _explain_out_of_memory(len(prompts), max_new_tokens):
             completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
-        said = [c.tokens[len(opening) :] if [*c.tokens[: len(opening)]] == opening else c.tokens for c in completions]
+        said = [c.tokens[len(opening) :] if c.tokens[: len(opening)] == opening else c.tokens for c in completions]
         texts = engine.tokenizer.batch_decode(said, skip_special_tokens=True)
         graded = _grade_all(
             task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]

@@ -24,6 +24,7 @@ from svdtune.evaluation import (
     get_task,
     sets,
 )
+from svdtune.evaluation.generation import Completion
 from svdtune.export.source import Source
 from svdtune.models import LoadedModel, load
 
@@ -50,6 +51,25 @@ def interrupt_after(batches: int):
             raise KeyboardInterrupt
 
     return on_progress
+
+
+def test_what_a_template_opens_an_answer_with_is_not_graded(
+    loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}so {% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    said = iter(["so 4", "4", "so so 4"])
+
+    def complete(engine: TransformersEngine, prompts: list[list[int]], *_: object) -> list[Completion]:
+        tokens = [loaded.tokenizer.encode(next(said), add_special_tokens=False) for _ in prompts]
+        return [Completion(one, ended=True) for one in tokens]
+
+    monkeypatch.setattr(TransformersEngine, "complete", complete)
+    evaluate(loaded, make_items(loaded)[:3], get_task("exact"), tmp_path, max_new_tokens=8, batch_size=1)
+    lines = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
+    assert sorted(line["completion"] for line in lines) == ["4", "4", "so 4"]
 
 
 def test_result_and_predictions(loaded: LoadedModel, tmp_path: Path) -> None:
