@@ -134,6 +134,8 @@ def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(path, f"expected a finite number; got {value}")
         elif name in _LEAST and isinstance(value, int | float) and value < _LEAST[name]:
             yield Problem(path, f"expected {_LEAST[name]} or more; got {value}")
+        elif name == "neftune_noise_alpha" and value and task in ("dpo", "kto", "grpo"):
+            yield Problem(path, f"is for sft and reward: {task} compares with the base, which would get the noise too")
 
 
 @contextmanager

@@ -362,6 +362,10 @@ def test_what_the_trainer_ends_with_is_said(recipe: dict[str, Any], given: dict[
     ("given", "message"),
     [
         ({"neftune_noise_alpha": -1}, "neftune_noise_alpha: expected 0 or more; got -1"),
+        (
+            {"neftune_noise_alpha": 5},
+            "is for sft and reward: dpo compares with the base, which would get the noise too",
+        ),
         ({"neftune_noise_alpha": float("nan")}, "neftune_noise_alpha: expected a finite number; got nan"),
         ({"beta": -0.1}, r"beta: expected 0 or more; got -0\.1"),
         ({"bf16_full_eval": True}, r"bf16_full_eval: is what training\.precision of the recipe decides"),
