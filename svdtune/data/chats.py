@@ -75,8 +75,11 @@ def chat_pieces(example: Example, texts: Iterator[str], end: str | None) -> list
             before = before.removesuffix(end)
             pieces[-1] = pieces[-1][0].removesuffix(end), True
         if _is_plain(example) and not answered.startswith(asked):
-            # It asks with more than it writes of the answer later, such as what opens its thoughts.
-            return [(asked, False), (f"{example.completion}{end or ''}", True)]
+            # It asks with more than it writes of the answer later, such as what opens its thoughts,
+            # which the answer may open itself.
+            opening = asked[_same(asked, answered) :]
+            answer = example.completion.removeprefix(opening) if opening.strip() else example.completion
+            return [(asked, False), (f"{answer}{end or ''}", True)]
         for longer, shorter in ((asked, before), (answered, asked)):
             if not longer.startswith(shorter):
                 raise SvdtuneError(
@@ -87,7 +90,7 @@ def chat_pieces(example: Example, texts: Iterator[str], end: str | None) -> list
                 )
         pieces += [(asked[len(before) :], False), (answered[len(asked) :], True)]
         before = answered
-    last, content = pieces[-1][0], example.chat.messages[-1].get("content")
+    last, content = pieces[-1][0], str(example.chat.messages[-1].get("content", "")).strip()
     closing = last.partition(content)[2] if content else last  # what is written behind the last answer
     if end and closing.endswith(end) and closing.removesuffix(end).rstrip().endswith(end):
         pieces[-1] = last.removesuffix(end), True
@@ -246,5 +249,12 @@ def _written_without(
 
 def _tail(shorter: str, longer: str) -> str:
     """What of the shorter text the longer one does not begin with, at most some 60 characters."""
-    same = next((at for at, (a, b) in enumerate(zip(shorter, longer, strict=False)) if a != b), len(longer))
+    same = _same(shorter, longer)
     return shorter[same : same + 60]
+
+
+def _same(first: str, second: str) -> int:
+    """How many characters two texts begin with in common."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )

@@ -238,14 +238,15 @@ def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str,
             f"{example.name}: the row has tools, and the template {template!r} writes none; use `template: chat`, or take "
             "the column out"
         )
-    asked = "\n\n".join(str(turn.get("content", "")) for turn in example.asked)
     form = "{prompt}" if template == PLAIN else TEMPLATES.get(template, template)
     if "{prompt}" not in form:
         raise SvdtuneError(
             f"the template {template!r} has no {{prompt}} in it; expected such a text, or one of "
             f"{', '.join(template_names())}{lab_note()}"
         )
-    return _Piece(form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", asked), special=True)
+    return _Piece(
+        form.replace("{eos}", tokenizer.eos_token or "").replace("{prompt}", example.asked_text), special=True
+    )
 
 
 def _check_chat_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:

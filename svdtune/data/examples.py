@@ -71,6 +71,11 @@ class Example:
         """The prompt as messages."""
         return [*self.before, {"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
+    @property
+    def asked_text(self) -> str:
+        """The prompt as one text."""
+        return "\n\n".join(str(turn.get("content", "")) for turn in self.asked)
+
 
 def to_examples(
     rows: Sequence[Mapping[str, Any]], prompt: str, completion: str | None = None, *, source: str = "the data"

@@ -234,7 +234,9 @@ def _with_prompt(row: Row, name: str) -> Row:
         return {**row, PROMPT: prompt, CHOSEN: chosen, REJECTED: rejected}
     if not begin and isinstance(prompt, str):
         return {**row, PROMPT: _asked(prompt, row, name), CHOSEN: chosen, REJECTED: rejected}
-    if not begin and isinstance(chosen, str) and (columns := [column for column in _ASKS if is_said(row, column)]):
+    # What two texts begin with may be their prompt, as a transcript, or their first words.
+    told = isinstance(chosen, str) and "\n" not in chosen[:begin]
+    if told and (columns := [column for column in _ASKS if is_said(row, column)]):
         raise SvdtuneError(
             f"{name} has no 'prompt', but {' and '.join(map(repr, columns))}; rename the column that is asked to 'prompt', "
             f"or name it with data.prompt: {columns[0]}"

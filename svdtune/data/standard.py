@@ -95,12 +95,14 @@ def before_of(row: Row, name: str) -> list[Message]:
     before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
     if not isinstance(history, list | tuple) or not history:
         return before
-    if isinstance(history[0], Mapping):
+    if isinstance(history[0], Mapping) and history[0].keys() & {"role", "from"}:
         return before + messages_of(history, f"{name}: field 'history'")
+    if not isinstance(history[0], list | tuple):
+        return before  # it holds something else than what was said
     if not all(isinstance(one, list | tuple) and len(one) == 2 for one in history):
         raise SvdtuneError(
             f"{name}: field 'history' holds {history!r:.60}; expected pairs of a question and its answer, or messages. "
-            "Name what is asked with data.prompt if the column is to be left out"
+            "Rename the column if it holds something else"
         )
     said = ((role, text) for one in history for role, text in zip(("user", "assistant"), one, strict=True))
     return before + [{"role": role, "content": str(text)} for role, text in said if text is not None]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from svdtune.data import Example, prompt_ids
+from svdtune.data.chats import answer_opening
+from svdtune.data.encoding import CHAT
 from svdtune.data.examples import check_fields
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks import Reference
@@ -21,12 +23,14 @@ class Item:
         prompt: The text, as the model reads it: its tokens in words.
         tokens: The same in token ids, whatever the tokenizer puts in front included.
         reference: What to grade a completion against.
+        opening: What a completion may begin with that is no part of the answer, in token ids.
     """
 
     id: str
     prompt: str
     tokens: tuple[int, ...]
     reference: Reference
+    opening: tuple[int, ...] = ()
 
 
 def to_items(
@@ -44,6 +48,7 @@ def to_items(
         SvdtuneError: If an example has no reference, or the template cannot be used.
     """
     items = []
+    opening = tuple(answer_opening(tokenizer))
     for example in examples:
         if answer is not None:
             check_fields(example.row, [answer], example.name)
@@ -55,7 +60,8 @@ def to_items(
         tokens = prompt_ids(example, tokenizer, template)
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         assert isinstance(text, str)  # of one sequence
-        items.append(Item(example.name, text, tuple(tokens), reference))
+        written = template == CHAT or not isinstance(example.prompt, str)  # by the chat template
+        items.append(Item(example.name, text, tuple(tokens), reference, opening if written else ()))
     return items
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from svdtune._version import __version__
-from svdtune.data.chats import answer_opening
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.engines import Engine, TransformersEngine
 from svdtune.evaluation.generation import GREEDY, Completion, Decoding, plan_batches
@@ -149,7 +148,6 @@ def _generate_missing(
     """Complete, grade and store what the store lacks; each batch is stored before the next one
     starts."""
     wanted = [(index, sample) for index in range(len(items)) for sample in range(decoding.samples)]
-    opening = answer_opening(engine.tokenizer)
     tell = on_progress or (lambda *_: None)
     tell(len(store.done), len(wanted))
     for batch in plan_batches([items[index].tokens for index, _ in wanted], batch_size):
@@ -160,7 +158,8 @@ def _generate_missing(
         seeds = [decoding.seed * len(wanted) + place for place in missing]
         with _explain_out_of_memory(len(prompts), max_new_tokens):
             completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
-        said = [c.tokens[len(opening) :] if c.tokens[: len(opening)] == opening else c.tokens for c in completions]
+        openings = [items[wanted[place][0]].opening for place in missing]
+        said = [_behind(opening, found.tokens) for opening, found in zip(openings, completions, strict=True)]
         texts = engine.tokenizer.batch_decode(said, skip_special_tokens=True)
         graded = _grade_all(
             task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]
@@ -170,6 +169,10 @@ def _generate_missing(
             for place, text, grades, completion in zip(missing, texts, graded, completions, strict=True)
         )
         tell(len(store.done), len(wanted))
+
+
+def _behind(opening: tuple[int, ...], tokens: list[int]) -> list[int]:
+    return tokens[len(opening) :] if tuple(tokens[: len(opening)]) == opening else tokens
 
 
 @contextmanager

@@ -49,12 +49,15 @@ def check_repeated(folder: Path, config: PeftConfig) -> None:
     that its outputs would be others."""
     if is_taken_off(config) and not is_repeated(config):
         init = getattr(config, "init_lora_weights", None)
+        unprepared = "; if preprocess_loraga never ran, only that setting is to be changed to true" * (
+            init == "lora_ga"
+        )
         raise SvdtuneError(
             f"the adapter {folder} was started by init_lora_weights={init!r} and its start was taken off the base's weights; "
             "PEFT does not find the same start again on loading, so the outputs would be others. Write what was left of "
             'the base, model.unload().save_pretrained("residual"), set init_lora_weights to true in adapter_config.json, and '
             "name that base; or take off the adapter as it was before training, which gives a LoRA for the base itself: "
-            f"`svdtune export {folder} --start BEFORE --output FOLDER`"
+            f"`svdtune export {folder} --start BEFORE --output FOLDER`{unprepared}"
         )
 
 

@@ -17,7 +17,7 @@ _OF_SFT: tuple[tuple[str, str, Any], ...] = (
 BY_EVALUATIONS = ("reduce_lr_on_plateau", "greedy")  # schedules that look at what evaluation measures
 
 
-def _of_the_best(get: Callable[[str, str], Any]) -> Iterator[Problem]:
+def _of_the_best(get: Callable[[str, str], Any], begun: bool) -> Iterator[Problem]:
     """What choosing by evaluations takes, which they are chosen by."""
     choosing = [name for name in ("early_stopping_patience", "load_best_model_at_end") if get("training", name)]
     held_out, metric, every = (
@@ -26,9 +26,9 @@ def _of_the_best(get: Callable[[str, str], Any]) -> Iterator[Problem]:
         get("training", "eval_steps"),
     )
     measured = get("training", "schedule") in BY_EVALUATIONS
-    if measured and get("training", "warmup"):
+    if measured and get("training", "warmup") and not begun:
         yield Problem("training.warmup", f"is for other schedules: {get('training', 'schedule')} does not warm up")
-    for name in [*choosing, *["schedule"] * measured]:
+    for name in [*choosing, *["schedule"] * (measured and not begun)]:
         if every is None:
             yield Problem(f"training.{name}", "needs training.eval_steps, how often data.eval is evaluated on")
         if name == "load_best_model_at_end" and every is not None and get("training", "save_steps") != every:
@@ -48,8 +48,9 @@ def _of_the_best(get: Callable[[str, str], Any]) -> Iterator[Problem]:
         )
 
 
-def exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
-    """Settings that exclude or need each other; looked for even where other settings are wrong."""
+def exclusions(settings: dict[str, Any], *, begun: bool = False) -> Iterator[Problem]:
+    """Settings that exclude or need each other; looked for even where other settings are wrong. A
+    run that was begun may have some that are refused by now."""
 
     def get(section: str, name: str) -> Any:
         found = settings.get(section)
@@ -59,7 +60,7 @@ def exclusions(settings: dict[str, Any]) -> Iterator[Problem]:
         yield Problem("training.epochs", "excludes training.max_steps; give one of them")
     if get("training", "eval_steps") is not None and get("data", "eval") is None:
         yield Problem("training.eval_steps", "needs data.eval, the rows to evaluate on")
-    yield from _of_the_best(get)
+    yield from _of_the_best(get, begun)
     if get("training", "compile") == "graph":
         if not get("training", "packing"):
             yield Problem("training.compile", "graph needs training.packing: true, by which all batches have one shape")

@@ -316,9 +316,9 @@ def check_recipe(
     if isinstance(method, dict) and isinstance(method.get("name"), str):
         problems += method_problems(method["name"], {key: v for key, v in method.items() if key != "name"})
         problems += () if begun else start_problems(method)
-    problems += exclusions(settings)
+    problems += exclusions(settings, begun=begun)
     if recipe is not None:
-        problems += trl_problems(recipe.training.task, recipe.training.trl)
+        problems += trl_problems(recipe.training.task, recipe.training.trl, begun=begun)
     refuse(problems, source, typed)
     assert recipe is not None
     return recipe

@@ -19,7 +19,7 @@ from svdtune.data import Example, encode_all, read_rows, to_examples
 from svdtune.data.cache import content_of, key_of, tokenizer_facts
 from svdtune.data.columns import Columns
 from svdtune.data.cores import in_chunks, uncollected
-from svdtune.data.encoding import prompt_ids
+from svdtune.data.encoding import CHAT, prompt_ids
 from svdtune.data.examples import has_empty_answer
 from svdtune.data.leaks import Questions, questions
 from svdtune.data.preferences import encode_labelled, encode_pairs, to_labelled, to_pairs, token_counts
@@ -67,7 +67,13 @@ def read_task(recipe: Recipe, source: DataSource) -> Judged:
         return list(to_labelled(rows, data.prompt, data.completion or "completion", source=source.source))
     if task == "grpo":
         examples = to_examples(rows, data.prompt, source=source.source)
-        return [(example, {**example.row, "prompt": example.prompt}) for example in examples]
+        # What a text prompt follows is sampled with it: all rows as messages, or none.
+        whole = data.template == CHAT and any(example.before for example in examples)
+        texts = [isinstance(example.prompt, str) and not whole for example in examples]
+        return [
+            (example, {**example.row, "prompt": example.asked_text if text else example.asked})
+            for example, text in zip(examples, texts, strict=True)
+        ]
     return list(to_pairs(rows, data.prompt, task=task, source=source.source))
 
 

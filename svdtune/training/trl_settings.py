@@ -109,8 +109,9 @@ _LIBRARIES = {"trl", "transformers", "accelerate", "torch", "peft", "datasets"}
 RAISED = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, NameError)
 
 
-def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
-    """Yield everything that is wrong with a recipe's `training.trl`."""
+def trl_problems(task: str, given: dict[str, Any], *, begun: bool = False) -> Iterator[Problem]:
+    """Yield everything that is wrong with a recipe's `training.trl`. A run that was begun may have
+    values that are refused by now."""
     from svdtune.training.arguments import configuration_class
 
     if not given:
@@ -126,15 +127,21 @@ def trl_problems(task: str, given: dict[str, Any]) -> Iterator[Problem]:
         path = f"training.trl.{name}"
         if name not in known:
             yield Problem(path, unknown(name, [other for other in known if other not in DECIDED]))
-        elif name in DECIDED:
+        elif name in DECIDED and not begun:
             yield Problem(path, _decided(DECIDED[name]))
         elif message := type_error(hints[name], value):
             yield Problem(path, message)
-        elif isinstance(value, float) and not math.isfinite(value):
+        elif begun:
+            continue
+        elif isinstance(value, float) and (math.isnan(value) or (name in _LEAST and math.isinf(value))):
             yield Problem(path, f"expected a finite number; got {value}")
         elif name in _LEAST and isinstance(value, int | float) and value < _LEAST[name]:
             yield Problem(path, f"expected {_LEAST[name]} or more; got {value}")
-        elif name == "neftune_noise_alpha" and value and task in ("dpo", "kto", "grpo"):
+        elif (
+            name == "neftune_noise_alpha"
+            and value
+            and (task in ("dpo", "kto") or (task == "grpo" and given.get("beta")))
+        ):
             yield Problem(path, f"is for sft and reward: {task} compares with the base, which would get the noise too")
 
 

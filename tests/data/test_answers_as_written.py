@@ -89,6 +89,8 @@ def test_a_template_that_asks_with_more_than_it_writes_later(tiny_tokenizer: Pre
         found, learnt = tokens({"messages": turns}, own)
         assert own.convert_tokens_to_string(learnt) == f"{turns[-1]['content']}<|end|>"
         assert own.convert_tokens_to_string(found).endswith(f"<think>{turns[-1]['content']}<|end|>")
+        turns[-1] = {"role": "assistant", "content": "<think>2 and 2</think>4"}  # which opens its thoughts itself
+        assert own.convert_tokens_to_string(tokens({"messages": turns}, own)[1]) == "2 and 2</think>4<|end|>"
     with pytest.raises(SvdtuneError, match="differently once the turn is there"):
         tokens({"messages": TURNS}, own)
 
@@ -96,8 +98,12 @@ def test_a_template_that_asks_with_more_than_it_writes_later(tiny_tokenizer: Pre
 def test_an_end_behind_the_whole_chat_is_no_part_of_its_turns(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     own = copy.deepcopy(tiny_tokenizer)
     own.chat_template = PHI
-    for size, learnt in ((2, "4<|end|>"), (4, "4<|end|>six<|end|>")):
-        assert own.convert_tokens_to_string(tokens({"messages": TURNS[:size]}, own)[1]) == learnt
+    for template in (PHI, PHI.replace("m.content", "m.content | trim")):
+        own.chat_template = template
+        for size, learnt in ((2, "4<|end|>"), (4, "4<|end|>six<|end|>")):
+            assert own.convert_tokens_to_string(tokens({"messages": TURNS[:size]}, own)[1]) == learnt
+    spaced = [*TURNS[:3], {"role": "assistant", "content": "six\n"}]
+    assert own.convert_tokens_to_string(tokens({"messages": spaced}, own)[1]) == "4<|end|>six<|end|>"
 
 
 def sentencepiece(kind: str) -> PreTrainedTokenizerFast:

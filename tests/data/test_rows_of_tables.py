@@ -149,6 +149,8 @@ def test_alpacas_system_and_history_are_what_the_prompt_follows(completion: str,
 def test_histories_that_are_none() -> None:
     row = {"instruction": "2 + 2?", "output": "4", "history": [["1 + 1?", None]]}
     assert example(row).asked == [HISTORY[0], ASK]
+    for other in (["x", "y"], [{"date": "1999"}], "long"):
+        assert example(row | {"history": other}).asked == [ASK]
     with pytest.raises(SvdtuneError, match=r"field 'history' holds \[\['1 \+ 1\?'\]\]; expected pairs of a question"):
         example(row | {"history": [["1 + 1?"]]})
 
@@ -174,7 +176,7 @@ def test_pairs_take_what_alpacas_columns_ask() -> None:
 
 
 def test_pairs_are_not_trained_on_without_what_was_asked() -> None:
-    row = {"system": "Be brief.", "question": "2 + 2?", "chosen": "4.", "rejected": "5."}
+    row = {"system": "Be brief.", "question": "2 + 2?", "chosen": "It is 4.", "rejected": "It is 5."}
     with pytest.raises(SvdtuneError, match=r"has no 'prompt', but 'question'; rename .* data\.prompt: question"):
         to_pairs([row])
     [(named, _)] = to_pairs([row], "{system}\n{question}")

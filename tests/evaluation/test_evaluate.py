@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from svdtune.data import to_examples
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation import (
     Decoding,
@@ -23,6 +24,7 @@ from svdtune.evaluation import (
     evaluate,
     get_task,
     sets,
+    to_items,
 )
 from svdtune.evaluation.generation import Completion
 from svdtune.export.source import Source
@@ -67,9 +69,12 @@ def test_what_a_template_opens_an_answer_with_is_not_graded(
         return [Completion(one, ended=True) for one in tokens]
 
     monkeypatch.setattr(TransformersEngine, "complete", complete)
-    evaluate(loaded, make_items(loaded)[:3], get_task("exact"), tmp_path, max_new_tokens=8, batch_size=1)
+    rows = [{"prompt": text, "completion": "4"} for text in TEXTS[:3]]
+    items = to_items(to_examples(rows, "prompt", "completion"), loaded.tokenizer, "chat")
+    evaluate(loaded, items, get_task("exact"), tmp_path, max_new_tokens=8, batch_size=1)
     lines = map(json.loads, (tmp_path / "predictions.jsonl").read_text().splitlines())
     assert sorted(line["completion"] for line in lines) == ["4", "4", "so 4"]
+    assert {item.opening for item in to_items(to_examples(rows, "prompt", "completion"), loaded.tokenizer)} == {()}
 
 
 def test_result_and_predictions(loaded: LoadedModel, tmp_path: Path) -> None:

@@ -151,6 +151,32 @@ def test_tools_that_no_answer_is_sampled_with_are_refused(recipe: dict[str, Any]
         go(recipe)
 
 
+SEEN: list[Any] = []
+
+
+def seen(prompts: list[Any], **_: Any) -> list[float]:
+    """A reward that keeps what was asked."""
+    SEEN.extend(prompts)
+    return [float(at) for at in range(len(prompts))]
+
+
+@pytest.mark.parametrize("template", ["plain", "chat"])
+def test_what_a_prompt_follows_is_sampled_with_it(recipe: dict[str, Any], template: str, tmp_path: Path) -> None:
+    form = tmp_path / "chat.jinja"
+    form.write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}")
+    recipe["model"]["chat_template"] = str(form)
+    rows = [{"instruction": "2 + 2?", "output": "4", "system": system, "total": "4"} for system in ("Be brief.", "")]
+    Path(recipe["data"]["train"]).write_text("\n".join(map(json.dumps, rows)))
+    recipe["data"] |= {"template": template, "max_length": 200}
+    recipe["training"]["rewards"] = [f"{__name__}:seen"]
+    SEEN.clear()
+    go(recipe)
+    system, asked = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}
+    wanted = [[system, asked], [asked]] if template == "chat" else ["Be brief.\n\n2 + 2?", "2 + 2?"]
+    assert all(one in SEEN for one in wanted)
+    assert all(one in wanted for one in SEEN)
+
+
 def test_prompts_that_are_too_long_are_refused_or_left_out(recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["data"]["max_length"] = 10
     with pytest.raises(SvdtuneError, match=r"row 1: the prompt is 13 tokens long, and max_length is 10; raise it"):

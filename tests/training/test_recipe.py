@@ -261,3 +261,17 @@ def test_one_tracker_or_reward_may_be_a_word() -> None:
     recipe = check_recipe(settings(training__task="grpo", training__rewards="number"))
     assert recipe.training.rewards == ["number"]
     assert problems(settings(training__report_to=3))[1].startswith("training.report_to: expected")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"training__trl": {"bf16_full_eval": True}},
+        {"training__trl": {"neftune_noise_alpha": -1}},
+        {"training__schedule": "greedy", "training__warmup": 2},
+    ],
+)
+def test_a_run_that_was_begun_may_have_what_is_refused_by_now(given: dict[str, Any]) -> None:
+    with pytest.raises(SvdtuneError):
+        check_recipe(settings(**given))
+    check_recipe(settings(**given), begun=True)

@@ -98,4 +98,4 @@ def _kl_at(run: Measurements, level: float) -> np.ndarray:
             fall = losses[at - 1] - losses[at]
             share = (losses[at - 1] - level) / fall if fall > 0 else 1.0
             return run.between("kl", at, min(1.0, max(0.0, share)))
-    return run.between("kl", len(losses) - 1, 1.0)
+    return run.between("kl", len(losses) - 1, 1.0) if len(losses) > 1 else run.items("kl")

@@ -257,7 +257,10 @@ class _Runner:
         del self.processes[job.key]
         record = read_record(place.record, job.key)
         if record is None and status == NO_ROOM:
-            raise SvdtuneError(f"the disk is full below {place.run.parent}; free some space; the same command goes on")
+            raise SvdtuneError(
+                f"no room on a disk for the run {job.name}, below {place.run.parent} or elsewhere; see {place.log}. Free some "
+                "space; the same command goes on"
+            )
         if record is None and not self.signals:
             ended = f"signal {-status}" if status < 0 else f"status {status}"
             record = record_of(described, place.run, {}, f"its process ended with {ended}; see {place.log}")

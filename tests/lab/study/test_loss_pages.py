@@ -12,7 +12,7 @@ from made_results import made_run
 from scipy import stats
 
 from svdtune.lab.study.arms import left_out, tables
-from svdtune.lab.study.contrasts import answers
+from svdtune.lab.study.contrasts import answers, at_equal_loss
 from svdtune.lab.study.loss_plots import by_forgetting, by_size, loss_figures, regret
 from svdtune.lab.study.loss_tables import loss_sections, tied
 from svdtune.lab.study.page import main
@@ -127,6 +127,18 @@ def test_the_loss_at_which_kl_is_compared_is_one_that_both_come_to() -> None:
     assert equal.found.value == pytest.approx(np.mean(expected) - np.mean(theirs))
     over_seeds = stats.ttest_ind(expected, theirs).confidence_interval(0.95)
     assert equal.found.interval == pytest.approx(over_seeds, abs=0.005)
+
+
+def test_a_run_with_one_checkpoint_counts_with_its_end() -> None:
+    run = Results.model_validate(study()).runs[0].measured
+    cut = {
+        name: {kind: one.model_copy(update={"path": one.path[-1:]}) for kind, one in measures.items()}
+        for name, measures in run.sets.items()
+    }
+    short = run.model_copy(update={"sets": cut})
+    ours, theirs = at_equal_loss([short], [run])
+    assert np.allclose(ours[0], run.items("kl"))
+    assert ours.shape == theirs.shape
 
 
 def test_the_interval_of_kl_at_equal_loss_is_over_items_too() -> None:
