@@ -48,7 +48,9 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(
 
 def test_a_folder_without_a_tokenizer_is_refused_where_transformers_makes_an_empty_one(tmp_path: Path) -> None:
     tiny_gpt2().save_pretrained(tmp_path)
-    with pytest.raises(SvdtuneError, match=r"the tokenizer of .* knows no words: its files are missing"):
+    with pytest.raises(
+        SvdtuneError, match=r"the tokenizer of .* (knows no words: its files are missing|cannot be loaded)"
+    ):
         load_tokenizer(tmp_path)
 
 

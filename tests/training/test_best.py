@@ -119,7 +119,7 @@ def test_sets_by_name_are_read_checked_and_written_back(recipe: dict[str, Any], 
             "needs training.eval_steps, how often",
         ),
         ({"training__metric_for_best_model": "loss"}, "is for early_stopping_patience, load_best_model_at_end or the"),
-        ({"training__schedule": "greedy"}, "metric_for_best_model: is required.*near_loss or far_loss"),
+        ({"training__schedule": "reduce_lr_on_plateau"}, "metric_for_best_model: is required.*near_loss or far_loss"),
         (
             {"training__schedule": "reduce_lr_on_plateau", "training__eval_steps": None},
             "training.schedule: needs training.eval_steps",
@@ -145,7 +145,7 @@ def test_what_only_the_run_can_tell_is_refused(recipe: dict[str, Any], monkeypat
     recipe["training"]["schedule"] = "warmup_stable_decay"
     with pytest.raises(SvdtuneError, match=r"schedule: warmup_stable_decay cannot be made: .*lr_scheduler_kwargs: \{"):
         go(recipe)
-    recipe["training"] |= {"schedule": "greedy", "metric_for_best_model": "bleu"}
+    recipe["training"] |= {"schedule": "reduce_lr_on_plateau", "metric_for_best_model": "bleu"}
     with pytest.raises(SvdtuneError, match=r"is bleu, .*it measures eval_near_loss, eval_far_loss"):
         go(recipe, overwrite=True)
     recipe["training"] |= {"schedule": "cosine", "metric_for_best_model": None}

@@ -268,7 +268,7 @@ def test_one_tracker_or_reward_may_be_a_word() -> None:
     [
         {"training__trl": {"bf16_full_eval": True}},
         {"training__trl": {"neftune_noise_alpha": -1}},
-        {"training__schedule": "greedy", "training__warmup": 2},
+        {"training__schedule": "reduce_lr_on_plateau", "training__warmup": 2},
     ],
 )
 def test_a_run_that_was_begun_may_have_what_is_refused_by_now(given: dict[str, Any]) -> None:
