@@ -74,7 +74,7 @@ def chat_pieces(example: Example, texts: Iterator[str], end: str | None) -> list
         if end and before.endswith(end) and not asked.startswith(before) and asked.startswith(before.removesuffix(end)):
             before = before.removesuffix(end)
             pieces[-1] = pieces[-1][0].removesuffix(end), True
-        if _is_plain(example) and not answered.startswith(asked):
+        if not answered.startswith(asked) and _is_plain(example):
             # It asks with more than it writes of the answer later, such as what opens its thoughts,
             # which the answer may open itself.
             opening = asked[_same(asked, answered) :]

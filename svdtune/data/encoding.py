@@ -59,7 +59,7 @@ def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase, template: s
             has no "{prompt}".
     """
     piece = _prompt(example, tokenizer, template, written(_asked(replace(example, chat=None), template), tokenizer))
-    if _turns(example, template) is not None:
+    if written_turns(example, template) is not None:
         check_written([example], tokenizer)
     return _tokens([piece], tokenizer)[0]
 
@@ -151,7 +151,7 @@ def _rows(
         raise SvdtuneError(f"loss_on is {loss_on!r}; expected response or all")
     texts = written((prefix for example in examples for prefix in _asked(example, template)), tokenizer)
     pieces = [_pieces(example, tokenizer, template, texts) for example in examples]
-    check_written((example for example in examples if _turns(example, template) is not None), tokenizer)
+    check_written((example for example in examples if written_turns(example, template) is not None), tokenizer)
     tokens = iter(_tokens([piece for one in pieces for piece in one], tokenizer))
     return [
         _row(example, [(piece, next(tokens)) for piece in one], tokenizer.eos_token_id, loss_on)
@@ -209,7 +209,7 @@ def _asked(example: Example, template: str) -> Iterator[Prefix]:
         for at in example.chat.learnt:
             yield Prefix(example.name, example.chat.messages[:at], example.tools)
             yield Prefix(example.name, example.chat.messages[: at + 1], example.tools, asking=False)
-    elif (turns := _turns(example, template)) is not None:
+    elif (turns := written_turns(example, template)) is not None:
         yield Prefix(example.name, turns, example.tools)
 
 
@@ -224,13 +224,18 @@ def _pieces(example: Example, tokenizer: PreTrainedTokenizerBase, template: str,
     return [_Piece(text, learnt=learnt, before=before) for (text, learnt), before in zip(pieces, befores, strict=False)]
 
 
-def _turns(example: Example, template: str) -> Messages | None:
-    """The prompt as messages, which the chat template writes; None of a text that it does not."""
+def written_turns(example: Example, template: str) -> Messages | None:
+    """The prompt as messages, where the chat template writes it; None of a text that it does not.
+
+    Args:
+        example: its messages always go through the chat template.
+        template: see `prompt_ids`.
+    """
     return None if isinstance(example.prompt, str) and template != CHAT else example.asked
 
 
 def _prompt(example: Example, tokenizer: PreTrainedTokenizerBase, template: str, texts: Iterator[str]) -> _Piece:
-    if _turns(example, template) is not None:
+    if written_turns(example, template) is not None:
         _check_chat_template(tokenizer, example.name)
         return _Piece(next(texts))
     if example.tools:

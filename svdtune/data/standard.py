@@ -91,8 +91,7 @@ def before_of(row: Row, name: str) -> list[Message]:
     Raises:
         SvdtuneError: if the history is another list.
     """
-    system, history = row.get("system"), row.get("history")
-    before = [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
+    before, history = _system_of(row), row.get("history")
     if not isinstance(history, list | tuple) or not history:
         return before
     if isinstance(history[0], Mapping) and history[0].keys() & {"role", "from"}:
@@ -160,10 +159,13 @@ def chat_of(row: Row, column: str, name: str) -> list[Message]:
 
 def opened(messages: list[Message], row: Row) -> list[Message]:
     """A chat, after the row's `system` where it opens with none."""
+    return messages if messages[0]["role"] == "system" else [*_system_of(row), *messages]
+
+
+def _system_of(row: Row) -> list[Message]:
+    """The row's `system` as a message, if it says something there."""
     system = row.get("system")
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    return messages
+    return [{"role": "system", "content": system}] if isinstance(system, str) and system.strip() else []
 
 
 def is_learnt(message: Message) -> bool:

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from svdtune.data import Example, prompt_ids
 from svdtune.data.chats import answer_opening
-from svdtune.data.encoding import CHAT
+from svdtune.data.encoding import written_turns
 from svdtune.data.examples import check_fields
 from svdtune.errors import SvdtuneError
 from svdtune.evaluation.tasks import Reference
@@ -60,7 +60,7 @@ def to_items(
         tokens = prompt_ids(example, tokenizer, template)
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         assert isinstance(text, str)  # of one sequence
-        written = template == CHAT or not isinstance(example.prompt, str)  # by the chat template
+        written = written_turns(example, template) is not None  # by the chat template, which opens the answer
         items.append(Item(example.name, text, tuple(tokens), reference, opening if written else ()))
     return items
 

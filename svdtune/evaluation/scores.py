@@ -154,24 +154,22 @@ def _generate_missing(
         missing = [place for place in batch if wanted[place] not in store.done]
         if not missing:
             continue
-        prompts = [items[wanted[place][0]].tokens for place in missing]
+        asked = [items[wanted[place][0]] for place in missing]
         seeds = [decoding.seed * len(wanted) + place for place in missing]
-        with _explain_out_of_memory(len(prompts), max_new_tokens):
-            completions = engine.complete(prompts, max_new_tokens, decoding, seeds)
-        openings = [items[wanted[place][0]].opening for place in missing]
-        said = [_behind(opening, found.tokens) for opening, found in zip(openings, completions, strict=True)]
+        with _explain_out_of_memory(len(asked), max_new_tokens):
+            completions = engine.complete([item.tokens for item in asked], max_new_tokens, decoding, seeds)
+        said = [_answer(item.opening, found.tokens) for item, found in zip(asked, completions, strict=True)]
         texts = engine.tokenizer.batch_decode(said, skip_special_tokens=True)
-        graded = _grade_all(
-            task, [(text, items[wanted[place][0]].reference) for text, place in zip(texts, missing, strict=True)]
-        )
+        graded = _grade_all(task, [(text, item.reference) for text, item in zip(texts, asked, strict=True)])
         store.append(
-            _prediction(*wanted[place], items[wanted[place][0]], text, grades, completion)
-            for place, text, grades, completion in zip(missing, texts, graded, completions, strict=True)
+            _prediction(*wanted[place], item, text, grades, completion)
+            for place, item, text, grades, completion in zip(missing, asked, texts, graded, completions, strict=True)
         )
         tell(len(store.done), len(wanted))
 
 
-def _behind(opening: tuple[int, ...], tokens: list[int]) -> list[int]:
+def _answer(opening: tuple[int, ...], tokens: list[int]) -> list[int]:
+    """A completion's tokens without what the chat template opens an answer with."""
     return tokens[len(opening) :] if tuple(tokens[: len(opening)]) == opening else tokens
 
 
