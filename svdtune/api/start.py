@@ -103,7 +103,7 @@ def _put_on(wanted: WantedAdapter, components: Components, seed: int) -> PeftMod
     from svdtune.methods.start.disk import seeded
     from svdtune.starts import fast_starts
     from svdtune.starts.disk import check_components
-    from svdtune.starts.pairs import PISSA
+    from svdtune.starts.pairs import PISSA, start_of
 
     model, config = wanted.open(), wanted.config
     assert isinstance(model, nn.Module)
@@ -111,7 +111,7 @@ def _put_on(wanted: WantedAdapter, components: Components, seed: int) -> PeftMod
         raise SvdtuneError(
             "start was given no configuration: expected one of PEFT such as LoraConfig(init_lora_weights='pissa')"
         )
-    init = str(getattr(config, "init_lora_weights", None)).lower()
+    init = start_of(config)
     if (PISSA.fullmatch(init) or init in ("olora", "mica")) and any(part.is_meta for part in model.parameters()):
         raise SvdtuneError(
             "start was given a model whose weights are on the meta device and have no values; load them first, or name the "

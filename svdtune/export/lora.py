@@ -32,7 +32,7 @@ from svdtune.methods.config import SvdConfig
 from svdtune.methods.files.card import front, ranks_in_words
 from svdtune.methods.files.integrity import ADAPTER_WEIGHTS
 from svdtune.methods.injection import method_name
-from svdtune.starts.pairs import is_repeated, is_taken_off
+from svdtune.starts.pairs import is_repeated, is_taken_off, start_of
 from svdtune.system import check_new_folder, new_folder
 
 # The ranks that vLLM's --max-lora-rank takes; an adapter needs one that is at least its own.
@@ -204,7 +204,7 @@ def _check_start_stays(folder: Path, config: PeftConfig) -> None:
             "merge it (`svdtune merge`), and export the difference of the two models with a rank: "
             "`svdtune export MERGED --base BASE --rank N --output FOLDER`"
         )
-    if not _is_loftq(config):
+    if start_of(config) != "loftq":
         ways.append(
             "name the adapter as it was before training, which comes off exactly: `svdtune export NAME --start BEFORE "
             "--output FOLDER`"
@@ -223,15 +223,11 @@ def _check_start_comes_off(folder: Path, config: PeftConfig) -> None:
             f"the adapter {folder} is {title}, which leaves its base's weights as they are; expected a LoRA with a start that "
             "was taken off (PiSSA, OLoRA). Leave start out"
         )
-    if _is_loftq(config):
+    if start_of(config) == "loftq":
         raise SvdtuneError(
             f"the adapter {folder} was started by LoftQ, which leaves quantized weights, and not the base's less the start: no "
             "LoRA on the base itself gives its outputs. Merge it: svdtune merge"
         )
-
-
-def _is_loftq(config: PeftConfig) -> bool:
-    return str(getattr(config, "init_lora_weights", None)).lower() == "loftq"
 
 
 def write_lora(

@@ -32,16 +32,20 @@ _TAKEN_OFF = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _REPEATED = ("pissa", "olora", "loftq")
 
 
+def start_of(config: PeftConfig) -> str:
+    """A LoRA's `init_lora_weights` in small letters, such as "pissa" or "true"; "none" of others."""
+    return str(getattr(config, "init_lora_weights", None)).lower()
+
+
 def is_taken_off(config: PeftConfig) -> bool:
     """Whether a saved adapter's start was taken off its base's weights, so that its B A alone is no
     change of the model from before."""
-    init = getattr(config, "init_lora_weights", None)
-    return isinstance(init, str) and init.lower().startswith(_TAKEN_OFF)
+    return start_of(config).startswith(_TAKEN_OFF)
 
 
 def is_repeated(config: PeftConfig) -> bool:
     """Whether PEFT takes off the same start again when it loads an adapter whose start was."""
-    return str(getattr(config, "init_lora_weights", None)).lower() in _REPEATED
+    return start_of(config) in _REPEATED
 
 
 def check_repeated(folder: Path, config: PeftConfig) -> None:
