@@ -33,7 +33,7 @@ _REPEATED = ("pissa", "olora", "loftq")
 
 
 def start_of(config: PeftConfig) -> str:
-    """A LoRA's `init_lora_weights` in small letters, such as "pissa" or "true"; "none" of others."""
+    """A LoRA's `init_lora_weights` in small letters, as "pissa" or "true"; "none" of others."""
     return str(getattr(config, "init_lora_weights", None)).lower()
 
 
